@@ -1,0 +1,58 @@
+# Everything a fresh machine needs is python3 (3.11 or newer) with pip or venv, and make. Each target installs what it needs.
+
+# deepspeed looks for ninja there when it builds an operator
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# one thread for each process: several processes share the cores, and results do not depend on how many there are
+export OMP_NUM_THREADS ?= 1
+
+PYTHON ?= python3
+CODE := selfmask_dist launchers data_prep benchmarks tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.installed  ## learn a mask on real scanned digits with two processes; ends with a picture
+	.venv/bin/selfmask demo
+
+test: .venv/.installed  ## unit and distributed tests
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+# The tests are not repeated here: `.ci/run` calls `make test` and then `make check`.
+check: .venv/.installed  ## formatter, linter and types
+	.venv/bin/ruff format --check $(CODE)
+	.venv/bin/ruff check $(CODE)
+	.venv/bin/mypy
+
+format: .venv/.installed  ## rewrite the code as `make check` wants it
+	.venv/bin/ruff format $(CODE)
+	.venv/bin/ruff check --fix $(CODE)
+
+clean:  ## remove the environment, caches and builds (runs are kept)
+	rm -rf .venv .uv build dist .mypy_cache .pytest_cache .ruff_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# uv installs in seconds what pip installs in minutes. Where it is missing, pip (or else a private environment's pip) puts
+# it into .uv, so nothing outside this folder changes.
+.venv/.installed: pyproject.toml constraints.txt
+	@set -eu; \
+	python=; \
+	for candidate in $(PYTHON) python3.13 python3.12 python3.11; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    python=$$($$candidate -c 'import sys; print(sys.executable)'); break; \
+	  fi; \
+	done; \
+	[ -n "$$python" ] || { echo "No Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }; \
+	uv=uv; \
+	if ! uv --version >/dev/null 2>&1; then \
+	  uv=.uv/bin/uv; \
+	  [ -x $$uv ] \
+	    || "$$python" -m pip install --quiet --target .uv uv \
+	    || { "$$python" -m venv .uv && .uv/bin/python -m pip install --quiet uv; } \
+	    || { echo "Could not install uv: python3 needs pip or venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
+	fi; \
+	[ -x .venv/bin/python ] || $$uv venv --python "$$python" .venv; \
+	$$uv pip install --python .venv/bin/python --editable '.[dev]' --constraints constraints.txt; \
+	touch $@
