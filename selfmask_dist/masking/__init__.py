@@ -1,0 +1,22 @@
+"""Masks as a reparametrisation: `core` holds the equations, `selection` the names, `attach` puts both on a
+model.
+"""
+
+from selfmask_dist.masking.attach import MaskedParameter, Masks, attach
+from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
+from selfmask_dist.masking.selection import PRESETS, select
+from selfmask_dist.masking.statistics import MaskStatistics, measure
+
+__all__ = [
+    "PRESETS",
+    "MaskStatistics",
+    "MaskedParameter",
+    "Masks",
+    "attach",
+    "binarize",
+    "materialize",
+    "measure",
+    "pullback",
+    "scale_factor",
+    "select",
+]

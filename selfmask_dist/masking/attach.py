@@ -1,0 +1,357 @@
+"""Attach masks to a model: its own parameters become theta, and an optimizer over the scores trains the
+masks.
+
+    masks = attach(model, include="vit")
+    optimizer = torch.optim.SGD(masks.parameters(), lr=50, momentum=0.9)
+    masks.bind(optimizer)                  # step() now also rewrites theta, zero_grad() also clears its
+    gradient
+
+Theta is the leaf: forward and backward run on ordinary parameters, so any module type works and costs what
+full fine-tuning costs. The frozen weights W and the scores S lie beside theta. After every backward the
+scores carry their gradient (formula (*) of `core`, from theta's accumulated gradient), so gradient
+accumulation, clipping and gradient scalers see them as they see any leaf.
+
+Knows nothing of files, process groups or kinds of optimizers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selfmask_dist.masking import core, selection
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of one parameter that has a scale of its own: views into the parameter's tensors."""
+
+    theta: Tensor
+    weight: Tensor
+    scores: Tensor
+
+
+class MaskedParameter:
+    """One parameter under a mask: theta (the module's own), the frozen weight W and the trained scores S."""
+
+    def __init__(self, name: str, theta: nn.Parameter, init: float | Tensor, num_segments: int) -> None:
+        self.name = name
+        self.theta = theta
+        self.weight = theta.detach().clone()
+        # float32: bf16 would round small updates of a score near 1 away
+        dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+        scores = torch.empty_like(self.weight, dtype=dtype)
+        self.scores = nn.Parameter(scores.copy_(init) if isinstance(init, Tensor) else scores.fill_(init))
+        self.num_segments = num_segments
+        self.num_kept: list[Tensor] = []  # per segment, 0-d float64
+        self.scales: list[Tensor] = []  # per segment, 0-d, theta's dtype
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Views of a tensor of theta's shape, one per segment."""
+        return tensor.chunk(self.num_segments) if self.num_segments > 1 else (tensor,)
+
+    def segments(self) -> Iterator[Segment]:
+        tensors = (self.theta.detach(), self.weight, self.scores.detach())
+        return (Segment(*pieces) for pieces in zip(*map(self.split, tensors), strict=True))
+
+
+class Masks:
+    """The masks on one model. Made by `attach`."""
+
+    def __init__(
+        self, model: nn.Module, entries: Sequence[MaskedParameter], *, threshold: float, scale: core.Scale
+    ) -> None:
+        self.threshold = threshold
+        self.scale: core.Scale = scale
+        self.entries = list(entries)
+        self._model = model
+        self._statistics = {name: buffer.clone() for name, buffer in _norm_statistics(model)}
+        self._attached = True
+        self._is_pull_queued = False
+        self._hooks: list[Any] = [
+            entry.theta.register_post_accumulate_grad_hook(self._after_accumulate) for entry in self.entries
+        ]
+        self.rewrite()
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        *,
+        include: str | Sequence[str] = "auto",
+        exclude: str | Sequence[str] = (),
+        threshold: float = 0.0,
+        init: float | Mapping[str, Tensor] = 1.0,
+        scale: core.Scale = "through",
+        split_qkv: bool = False,
+        allow_norm: bool = False,
+        freeze: bool = True,
+    ) -> Self:
+        """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
+
+        Move the model to its device first; wrap it in `DistributedDataParallel` or `torch.compile` after.
+
+        Args:
+            include, exclude, allow_norm: which parameters, see `selection.select`.
+            threshold: mu.
+            init: the scores' first value, or scores by parameter name (an expert starts from its
+                dispatcher's).
+            scale: gradient `through` the scale a (the authors'), a `detached` from the graph, or `none`
+                (Piggyback: a = 1).
+            split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
+                paper's CLIP).
+            freeze: make every other parameter of the model frozen; False leaves their `requires_grad` as it
+                is.
+
+        Raises:
+            ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
+                names or shapes of given scores differ, or the model is masked already.
+        """
+        names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
+        parameters = dict(model.named_parameters())
+        if isinstance(init, Mapping):
+            _check_same_names(set(init), set(names), "init")
+        elif not init > threshold:
+            raise ValueError(
+                f"init {init} is not above threshold {threshold}: every weight would start pruned"
+            )
+        if scale not in ("through", "detached", "none"):
+            raise ValueError(f"scale {scale!r} is not one of through, detached, none")
+        entries = []
+        for name in names:
+            theta = parameters[name]
+            if getattr(theta, "_post_accumulate_grad_hooks", None):
+                raise ValueError(f"{name} carries a mask already; call detach() on the earlier masks first")
+            if not theta.is_floating_point():
+                raise ValueError(
+                    f"{name} has dtype {theta.dtype}; only floating-point parameters can be masked"
+                )
+            start = init[name] if isinstance(init, Mapping) else init
+            if isinstance(start, Tensor) and start.shape != theta.shape:
+                raise ValueError(
+                    f"init of {name} has shape {tuple(start.shape)}, the parameter has {tuple(theta.shape)}"
+                )
+            entries.append(
+                MaskedParameter(name, theta, start, 3 if split_qkv and selection.is_fused_qkv(name) else 1)
+            )
+        masked = set(names)
+        for name, parameter in parameters.items():
+            if name in masked:
+                parameter.requires_grad_(True)
+            elif freeze:
+                parameter.requires_grad_(False)
+        return cls(model, entries, threshold=threshold, scale=scale)
+
+    # ---- training
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The scores, in the model's parameter order: float32, each the shape of its theta."""
+        return (entry.scores for entry in self.entries)
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Make `optimizer.step()` rewrite theta after it, and `optimizer.zero_grad()` clear theta's gradient
+        too.
+
+        Raises:
+            ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not any(id(entry.scores) in held for entry in self.entries):
+            raise ValueError(
+                "the optimizer holds none of these masks' scores; build it over masks.parameters()"
+            )
+        if thetas := [entry.name for entry in self.entries if id(entry.theta) in held]:
+            raise ValueError(
+                f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step "
+                f"would overwrite; "
+                f"give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
+            )
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
+        zero_grad = optimizer.zero_grad
+
+        def zero_grad_with_theta(set_to_none: bool = True) -> None:
+            zero_grad(set_to_none=set_to_none)
+            self._drop_theta_gradients()
+
+        optimizer.zero_grad = zero_grad_with_theta  # type: ignore[method-assign]  # torch has no hook for it
+
+    @torch.no_grad()
+    def pull_back(self) -> None:
+        """Set each score's gradient from theta's accumulated gradient, formula (*) of `core`.
+
+        Runs by itself at the end of every backward; call it where theta's gradient was written by other
+        means.
+        """
+        for entry in self.entries:
+            grad = entry.theta.grad
+            if grad is None:
+                continue
+            out = entry.scores.grad if entry.scores.grad is not None else torch.empty_like(entry.scores)
+            pieces = zip(
+                entry.segments(),
+                entry.split(grad),
+                entry.split(out),
+                entry.num_kept,
+                entry.scales,
+                strict=True,
+            )
+            for segment, grad_piece, out_piece, num_kept, scale in pieces:
+                core.pullback(
+                    grad_piece,
+                    segment.weight,
+                    scale=None if self.scale == "none" else scale,
+                    grad_dot_theta=core.inner_product(grad_piece, segment.theta)
+                    if self.scale == "through"
+                    else None,
+                    num_kept=num_kept,
+                    out=out_piece,
+                )
+            entry.scores.grad = out
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
+        step.
+        """
+        for entry in self.entries:
+            entry.num_kept, entry.scales = [], []
+            for segment in entry.segments():
+                num_kept = core.write_mask(segment.scores, self.threshold, out=segment.theta)
+                scale = core.scale_factor(num_kept, segment.theta.numel(), segment.theta.dtype)
+                core.finish_theta(segment.theta, segment.weight, None if self.scale == "none" else scale)
+                entry.num_kept.append(num_kept)
+                entry.scales.append(scale)
+
+    def other_parameters(self) -> Iterator[nn.Parameter]:
+        """The model's trainable parameters that carry no mask, such as a head."""
+        thetas = {id(entry.theta) for entry in self.entries}
+        return (p for p in self._model.parameters() if p.requires_grad and id(p) not in thetas)
+
+    # ---- reading
+
+    @torch.no_grad()
+    def masks(self) -> dict[str, Tensor]:
+        """The masks, {parameter name: bool tensor of its shape}."""
+        return {entry.name: core.binarize(entry.scores, self.threshold) for entry in self.entries}
+
+    def sparsity(self) -> dict[str, float]:
+        """The share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
+        kept = torch.stack([torch.stack(entry.num_kept).sum() for entry in self.entries]).tolist()
+        return {entry.name: 1 - k / entry.theta.numel() for entry, k in zip(self.entries, kept, strict=True)}
+
+    def empty(self) -> list[str]:
+        """Names of parameters with a wholly pruned tensor (their theta is zero, see `core`). One device
+        sync.
+        """
+        fewest = torch.stack([torch.stack(entry.num_kept).min() for entry in self.entries]).tolist()
+        return [entry.name for entry, kept in zip(self.entries, fewest, strict=True) if kept == 0]
+
+    def moved_statistics(self) -> dict[str, Tensor]:
+        """Running statistics of normalisation layers that differ from those at attach time."""
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in _norm_statistics(self._model)
+            if not torch.equal(buffer, self._statistics[name].to(buffer.device))
+        }
+
+    def summary(self) -> str:
+        """What is masked, frozen and trained as it is, in a few lines for the start of a log."""
+        masked = sum(entry.theta.numel() for entry in self.entries)
+        others = sum(p.numel() for p in self.other_parameters())
+        total = sum(p.numel() for p in self._model.parameters())
+        return (
+            f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%})\n"
+            f"frozen   {total - masked - others:,} weights\n"
+            f"trained  {others:,} weights"
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scores, {parameter name: tensor}: all there is to save of a mask in training."""
+        return {entry.name: entry.scores.detach() for entry in self.entries}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy scores in and rewrite theta.
+
+        Raises:
+            ValueError: names or shapes differ from the masked parameters'.
+        """
+        _check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
+        for entry in self.entries:
+            if state[entry.name].shape != entry.scores.shape:
+                raise ValueError(
+                    f"scores of {entry.name} have shape {tuple(state[entry.name].shape)}, "
+                    f"the parameter has {tuple(entry.scores.shape)}"
+                )
+            entry.scores.copy_(state[entry.name])
+        self.rewrite()
+
+    # ---- ending
+
+    @torch.no_grad()
+    def detach(self, *, restore: bool = True) -> None:
+        """Take the masks off the model: hooks go, and theta becomes the frozen weight again, bit for bit.
+
+        Args:
+            restore: False leaves theta in place, as plain weights.
+        """
+        if not self._attached:
+            raise ValueError("these masks are detached already")
+        self._attached = False
+        for hook in self._hooks:
+            hook.remove()
+        for entry in self.entries:
+            if restore:
+                entry.theta.copy_(entry.weight)
+            entry.theta.grad = None
+            entry.theta.requires_grad_(False)
+
+    # ---- hooks
+
+    def _after_accumulate(self, _theta: Tensor) -> None:
+        if not self._is_pull_queued:
+            self._is_pull_queued = True
+            _at_end_of_backward(self._first_callback)
+
+    def _first_callback(self) -> None:
+        # queued a second time: DistributedDataParallel writes its reduced gradients in a callback that may
+        # come after ours
+        _at_end_of_backward(self._second_callback)
+
+    def _second_callback(self) -> None:
+        self._is_pull_queued = False
+        self.pull_back()
+
+    def _after_step(self) -> None:
+        if self._attached:
+            self.rewrite()
+            self._drop_theta_gradients()
+
+    def _drop_theta_gradients(self) -> None:
+        for entry in self.entries:
+            entry.theta.grad = None
+
+
+attach = Masks.attach
+
+
+def _norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for module_name, module in model.named_modules():
+        if selection.is_norm(module):
+            for name, buffer in module.named_buffers(recurse=False):
+                yield f"{module_name}.{name}" if module_name else name, buffer
+
+
+def _check_same_names(given: set[str], expected: set[str], what: str) -> None:
+    if given != expected:
+        missing, unknown = sorted(expected - given), sorted(given - expected)
+        raise ValueError(
+            f"{what} do not fit the masked parameters: missing {missing[:5]}, unknown {unknown[:5]}"
+        )
+
+
+def _at_end_of_backward(callback: Any) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
