@@ -1,0 +1,145 @@
+"""What a run is: one frozen, validated object, made from
+
+    defaults < YAML file < key=value overrides
+
+The keys stand in `config_sections`. Knows nothing of torch, and does not look whether a backbone, a folder or
+a parameter exists: that is checked where it is used.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from selfmask_dist import config_help, config_loading, config_sections, config_yaml
+from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
+from selfmask_dist.config_sections import Section, science
+
+__all__ = ["Config", "ConfigError", "describe", "load_config", "to_yaml"]
+
+
+class Config(Section):
+    """A run, whole: the same object on every rank, and saved with the run."""
+
+    seed: int = science(0, "Seed of sample order, augmentation and new heads.", ge=0, le=2**32 - 1)
+    method: Literal["mask", "finetune", "probe", "frozen"] = science(
+        "mask",
+        "What is trained. mask: binary masks on frozen weights. finetune: all weights (baseline). probe: a "
+        "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features (baseline). "
+        "Keys that only another method uses are ignored, so that one file serves them all.",
+    )
+    backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
+    mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
+    data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
+    objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
+    optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
+    train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
+    eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
+    engine: config_sections.EngineConfig = Field(default_factory=config_sections.EngineConfig)
+    run: config_sections.RunConfig = Field(default_factory=config_sections.RunConfig)
+    launch: config_sections.LaunchConfig = Field(default_factory=config_sections.LaunchConfig)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if conflicts := [*_backbone_conflicts(self), *_objective_conflicts(self), *_number_conflicts(self)]:
+            raise ConflictError(conflicts)
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run: defaults, then the YAML file, then `key=value` overrides.
+
+    Args:
+        path: a YAML file: one of `configs/`, or the `config.yaml` of an earlier run; None for the defaults.
+        overrides: dotted keys with YAML values, `optim.score_lr=10` or `eval.knn_k=[20]`; a later one wins.
+
+    Raises:
+        ConfigError: with every problem of file and overrides, each with its place and the way out.
+    """
+    return config_loading.load(Config, path, overrides)
+
+
+def to_yaml(config: Config) -> str:
+    """Every key with its value as YAML in ASCII, by section and group; loading it gives an equal Config."""
+    return config_yaml.dump(config.model_dump(mode="json"), config_help.groups(Config), config_help.GROUPS)
+
+
+def describe(width: int | None = None) -> str:
+    """All keys for `--help` by group: name, type, default, unit and effect.
+
+    `width`: columns; None for the terminal's, 100 at most.
+    """
+    return config_help.describe(Config, width)
+
+
+# ---- values that are fine one by one and not together
+
+
+def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
+    backbone = config.backbone
+    library, _, model = backbone.name.partition(":")
+    if library not in ("timm", "open_clip") or not model:
+        yield Conflict(
+            ("backbone.name",),
+            f"backbone.name {backbone.name!r} is neither timm:<model> nor open_clip:<model>[/<pretrained "
+            "tag>]",
+        )
+    names_weights = "/" in model or ":" in model  # a tag, or hf-hub:<organisation>/<model> and the like
+    wants_weights = backbone.pretrained and backbone.weights is None
+    if library == "open_clip" and model and wants_weights and not names_weights:
+        yield Conflict(
+            ("backbone.name", "backbone.pretrained"),
+            f"backbone.name {backbone.name!r} names no pretrained weights; write open_clip:{model}/<tag>, "
+            "give a file as backbone.weights, or set backbone.pretrained=false for random weights",
+        )
+    if (backbone.mean is None) != (backbone.std is None):
+        yield Conflict(
+            ("backbone.mean", "backbone.std"),
+            "backbone.mean and backbone.std go together: set both or neither",
+        )
+
+
+def _objective_conflicts(config: Config) -> Iterator[Conflict]:
+    objective, mask = config.objective, config.mask
+    if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
+        yield Conflict(
+            ("objective.head", "backbone.name"),
+            f"objective.head=clip_text needs CLIP's text tower, which {config.backbone.name} does not have; "
+            "use a backbone open_clip:<model>/<tag>, or objective.head=linear",
+        )
+    if objective.head == "masked" and config.method == "finetune":
+        yield Conflict(
+            ("method", "objective.head"),
+            "method=finetune trains weights and has no masked head; set objective.head=linear",
+        )
+    if missing := [prompt for prompt in objective.prompts if "{}" not in prompt]:
+        yield Conflict(
+            ("objective.prompts",), f"objective.prompts: {missing[0]!r} has no {{}} where the class name goes"
+        )
+    if mask.init <= mask.threshold:
+        yield Conflict(
+            ("mask.init", "mask.threshold"),
+            f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
+            "weight starts pruned",
+        )
+
+
+def _number_conflicts(config: Config) -> Iterator[Conflict]:
+    train, warmup, (smallest, largest) = config.train, config.optim.warmup_epochs, config.data.crop_scale
+    if warmup > train.epochs:
+        yield Conflict(
+            ("optim.warmup_epochs", "train.epochs"),
+            f"optim.warmup_epochs ({warmup:g}) is longer than train.epochs ({train.epochs:g})",
+        )
+    if train.accumulate > train.global_batch_size:
+        yield Conflict(
+            ("train.accumulate", "train.global_batch_size"),
+            f"train.accumulate ({train.accumulate}) leaves micro-steps without an image: "
+            f"train.global_batch_size is {train.global_batch_size}",
+        )
+    if smallest > largest:
+        yield Conflict(
+            ("data.crop_scale",),
+            f"data.crop_scale: the smaller area comes first: [{largest:g}, {smallest:g}]",
+        )

@@ -1,0 +1,368 @@
+"""Every key of a run, section by section: default, effect, unit, bounds, and the group it belongs to.
+
+`science` changes results, `efficiency` does not, `orchestration` where a run goes and what is measured and
+logged. `Paper:` gives the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+# strict=False: a list is welcome where a tuple is kept; its items stay strict
+NonEmpty = Annotated[str, Field(min_length=1)]
+Strings = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
+SomeStrings = Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def science(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field that changes results."""
+    return _field("science", default, help, unit, constraints)
+
+
+def efficiency(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field that changes speed or memory, and no result."""
+    return _field("efficiency", default, help, unit, constraints)
+
+
+def orchestration(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
+    """A field that decides where a run goes, and what is measured and logged."""
+    return _field("orchestration", default, help, unit, constraints)
+
+
+def _field(group: str, default: Any, help: str, unit: str, constraints: dict[str, Any]) -> Any:
+    notes: dict[str, JsonValue] = {"group": group, "unit": unit}
+    return Field(default, description=help, json_schema_extra=notes, **constraints)
+
+
+class Section(BaseModel):
+    """Frozen; strict (true is not 1, "3" is not 3); an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class BackboneConfig(Section):
+    """The frozen network under the mask."""
+
+    name: NonEmpty = science(
+        "timm:vit_tiny_patch16_224",
+        "timm:<model>[.<tag>] or open_clip:<model>[/<pretrained tag>], of which the image tower is the "
+        "encoder.",
+    )
+    pretrained: bool = science(
+        True,
+        "Published weights of that name, downloaded or from the cache; false: random weights. Ignored where "
+        "backbone.weights is set.",
+    )
+    weights: NonEmpty | None = science(
+        None,
+        "Weights from a local file: safetensors, or a state dict that torch.load reads with weights_only.",
+    )
+    image_size: int | None = science(
+        None, "Side of the square images the encoder sees; null: as in pretraining.", unit="pixels", ge=1
+    )
+    kwargs: dict[str, JsonValue] = science(
+        {}, "Further arguments of timm.create_model or open_clip.create_model, as {drop_path_rate: 0.1}."
+    )
+    remove: Strings = science(
+        (), "Modules replaced by the identity, by full name: [layer4] gives a ResNet's features of layer3."
+    )
+    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = science(
+        None, "Mean of each colour channel; null: as in pretraining.", unit="pixel value in 0..1"
+    )
+    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = science(
+        None,
+        "Standard deviation of each colour channel; null: as in pretraining.",
+        unit="pixel value in 0..1",
+    )
+    crop_pct: float | None = science(
+        None,
+        "Share of the resized image that the evaluation view's centre crop keeps; null: as in pretraining.",
+        unit="fraction of the short side",
+        gt=0,
+        le=1,
+    )
+    batchnorm: Literal["train", "frozen"] = science(
+        "train",
+        "Batch normalisation while training. train: statistics of the batch, and the running ones move "
+        "(Paper; they are saved with the mask). frozen: the pretrained running statistics. Without effect "
+        "on networks that have none.",
+    )
+
+
+class MaskConfig(Section):
+    """Which parameters carry a mask M = 1[S > threshold], and the scale a of theta = a * W * M."""
+
+    include: NonEmpty | SomeStrings = science(
+        "auto",
+        "Parameters to mask: presets (auto, vit, resnet, clip_visual) and glob patterns over parameter "
+        "names. auto is vit where that matches anything, else resnet.",
+    )
+    exclude: Strings = science((), "Glob patterns over parameter names that are taken out again.")
+    threshold: float = science(
+        0.0, "mu: a weight is kept where its score is greater. Paper: 0.", unit="score"
+    )
+    init: float = science(
+        1.0,
+        "First value of every score, above the threshold. Only its distance to the threshold, relative to "
+        "optim.score_lr, matters. Paper: 1.",
+        unit="score",
+    )
+    scale: Literal["through", "detached", "none"] = science(
+        "through",
+        "a = (N / sum M)^(1/2) for each tensor. through: gradients flow through it (the authors' code). "
+        "detached: it scales, and gradients do not see it. none: a = 1 (Piggyback).",
+    )
+    split_qkv: bool = science(
+        False,
+        "A scale each for q, k and v of a fused projection, as where they are three tensors (Paper's CLIP).",
+    )
+    allow_norm: bool = science(
+        False, "Let patterns mask normalisation layers, which destroys the features; false: refuse."
+    )
+
+
+class DataConfig(Section):
+    """The images: folders of WebDataset tars."""
+
+    train: NonEmpty | None = science(
+        None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
+    )
+    test: NonEmpty | None = science(None, "Folder of tars to measure on. Every run needs it.")
+    crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = science(
+        (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
+    )
+    flip: bool = science(True, "Mirror training images left to right with probability 1/2.")
+    augment: bool = science(
+        True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."
+    )
+
+
+class ObjectiveConfig(Section):
+    """The loss (method=mask and method=finetune)."""
+
+    name: Literal["supervised"] = science("supervised", "supervised: cross-entropy against the labels.")
+    head: Literal["linear", "masked", "clip_text"] = science(
+        "linear",
+        "linear: a new linear layer, trained. masked: a new linear layer of fixed random weights under a "
+        "learned mask. clip_text: CLIP's embeddings of the class names, nothing to train; needs an "
+        "open_clip backbone.",
+    )
+    head_norm: Literal["none", "l2", "batchnorm"] = science(
+        "l2",
+        "Features before a linear or masked head. none: as they are (Paper); those of raw ViTs are so long "
+        "that optim.head_lr=0.1 explodes. l2: all scaled to one length. batchnorm: mean 0 and variance 1 "
+        "over the batch, for each feature. clip_text has CLIP's own normalisation and temperature instead.",
+    )
+    label_smoothing: float = science(
+        0.0, "Target probability that is spread evenly over all classes.", unit="probability", ge=0, lt=1
+    )
+    prompts: SomeStrings = science(
+        ("a photo of a {}.",), "Sentences for clip_text with {} for the class name; several are averaged."
+    )
+
+
+class OptimConfig(Section):
+    """SGD with momentum; a learning rate for each kind of parameter. Scores never have weight decay."""
+
+    score_lr: float = science(
+        50.0,
+        "Peak learning rate of the scores (method=mask): larger flips more weights per step. Paper: 50 for "
+        "ResNets, 10 for CLIP ViT-B/32.",
+        unit="score per unit of gradient",
+        gt=0,
+    )
+    weight_lr: float = science(
+        0.01,
+        "Peak learning rate of the backbone's weights (method=finetune).",
+        unit="weight per unit of gradient",
+        gt=0,
+    )
+    head_lr: float = science(
+        0.1, "Peak learning rate of a linear head.", unit="weight per unit of gradient", gt=0
+    )
+    momentum: float = science(
+        0.9, "Momentum of every group. Paper: 0.9.", unit="share kept from step to step", ge=0, lt=1
+    )
+    head_weight_decay: float = science(
+        0.0, "L2 penalty on a linear head.", unit="gradient per unit of weight", ge=0
+    )
+    weight_decay: float = science(
+        0.0,
+        "L2 penalty on the backbone's weights (method=finetune).",
+        unit="gradient per unit of weight",
+        ge=0,
+    )
+    schedule: Literal["cosine", "constant"] = science(
+        "cosine",
+        "Learning rates after warm-up. cosine: to zero at the end of train.epochs. constant: unchanged.",
+    )
+    warmup_epochs: float = science(
+        0.0, "Learning rates rise linearly from zero for so long. Paper: 40 for ResNets.", unit="epochs", ge=0
+    )
+    clip_norm: float | None = science(
+        None,
+        "The gradient of all trained parameters together is scaled down to this norm; null: never.",
+        unit="L2 norm of the gradient",
+        gt=0,
+    )
+
+
+class TrainConfig(Section):
+    """How long, and how many images at once."""
+
+    epochs: float = science(
+        10.0, "Length of training and of the schedule; may be a fraction.", unit="epochs", gt=0
+    )
+    global_batch_size: int = science(
+        64, "Images in one optimizer step, over all processes and micro-steps together.", unit="images", ge=1
+    )
+    max_steps: int | None = science(
+        None, "Stop after so many steps at the latest, for a quick look; null: do not.", unit="steps", ge=1
+    )
+    accumulate: int = efficiency(
+        1,
+        "Micro-steps whose gradients are summed into one step: more need less memory. Each has batch "
+        "statistics of its own, so a network with batch normalisation in train mode does see a difference.",
+        unit="micro-steps per step",
+        ge=1,
+    )
+
+
+class EvalConfig(Section):
+    """What is measured, on data.test."""
+
+    knn_k: Counts = science(
+        (20, 200),
+        "Neighbours of the k-NN classifier; each gives an accuracy, the first is the one watched while "
+        "training.",
+        unit="neighbours",
+    )
+    knn_temperature: float = science(
+        0.1,
+        "A neighbour's vote weighs exp(similarity / temperature): smaller favours the nearest.",
+        unit="cosine similarity",
+        gt=0,
+    )
+    knn_every: float = orchestration(
+        1.0, "Time from one k-NN measurement to the next while training; 0: none.", unit="epochs", ge=0
+    )
+    monitor_samples: int = orchestration(
+        5000, "Images at most in the bank, and in the queries, of those measurements.", unit="images", ge=1
+    )
+    probe: bool = orchestration(
+        True, "Measure a linear probe on unaugmented features as well (method=probe always does)."
+    )
+    frozen_baseline: bool = orchestration(
+        True, "Measure the frozen backbone before training, to compare with."
+    )
+    batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
+
+
+class EngineConfig(Section):
+    """How the work is computed."""
+
+    name: Literal["ddp"] = efficiency(
+        "ddp", "ddp: each process holds the whole backbone, gradients are summed."
+    )
+    precision: Literal["float32", "bf16"] = science(
+        "float32",
+        "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs, and "
+        "about 0.2 % of the mask's bits come out different.",
+    )
+    compile: bool = efficiency(False, "torch.compile: slow first steps, then faster ones.")
+    device: Literal["auto", "cpu", "cuda"] = efficiency("auto", "auto: cuda where there is one, else cpu.")
+    workers: int = efficiency(
+        2,
+        "Processes that decode images for one training process; 0: it does so itself.",
+        unit="processes",
+        ge=0,
+    )
+    threads: int | None = efficiency(
+        None, "CPU threads of a training process; null: torch's choice.", unit="threads", ge=1
+    )
+
+
+class RunConfig(Section):
+    """Where results go, and what is shown."""
+
+    dir: NonEmpty = orchestration("runs", "Folder of all runs.")
+    name: NonEmpty = orchestration(
+        "run", "Folder of this run in run.dir: config.yaml, metrics.jsonl, masks, ..."
+    )
+    overwrite: bool = orchestration(False, "Replace an earlier run of that name; false: refuse to start.")
+    wandb: Literal["off", "offline", "online"] = orchestration(
+        "off", "Weights & Biases. offline: logs stay in the run's folder until wandb sync."
+    )
+    wandb_project: NonEmpty = orchestration("selfmask", "Project of the wandb run.")
+    log_every: int = orchestration(
+        10, "Steps from one line of metrics.jsonl to the next; each waits for the device.", unit="steps", ge=1
+    )
+    progress: bool = orchestration(
+        True, "A progress bar with images/s, time left and the share of waiting for data."
+    )
+
+
+class LaunchConfig(Section):
+    """The processes that launchers/submit.py starts."""
+
+    processes_per_node: int = orchestration(
+        1, "Training processes on each node; 0: one for each GPU.", unit="processes", ge=0
+    )
+    master_port: int | None = orchestration(
+        None,
+        "TCP port at which the processes meet; null: a free one, or one derived from the SLURM job's id.",
+        unit="port number",
+        ge=1,
+        le=65535,
+    )
+    max_restarts: int = orchestration(
+        100,
+        "Restarts from the newest checkpoint after a preemption, a time limit, a killed or a hung process; "
+        "0: none.",
+        unit="restarts",
+        ge=0,
+    )
+    snapshot: bool = orchestration(
+        True, "Start from a copy of the code in the run's folder, which later edits do not change."
+    )
+    environment: dict[str, NonEmpty] = orchestration(
+        {}, "Environment variables of every process, as {NCCL_DEBUG: INFO}."
+    )
+    container: Strings = orchestration(
+        (), "Command that each process is started with, as [apptainer, exec, --nv, image.sif]."
+    )
+    setup: Strings = orchestration(
+        (), "SLURM: lines of shell in the batch script, before the processes start."
+    )
+    partition: NonEmpty | None = orchestration(None, "SLURM: partition; null: the cluster's default.")
+    account: NonEmpty | None = orchestration(None, "SLURM: account the job is charged to.")
+    qos: NonEmpty | None = orchestration(None, "SLURM: quality of service.")
+    constraint: NonEmpty | None = orchestration(None, "SLURM: features the nodes must have, as a100|h100.")
+    hours: float = orchestration(
+        24.0,
+        "SLURM: time limit of one start; the job saves before it ends and is requeued.",
+        unit="hours",
+        gt=0,
+    )
+    signal_seconds: int = orchestration(
+        90, "SLURM: how long before the time limit the job is told to save.", unit="seconds", ge=1
+    )
+    gpus_per_node: int | None = orchestration(
+        None, "SLURM: GPUs asked for on each node; null: none are asked for.", unit="GPUs", ge=1
+    )
+    cpus_per_process: int | None = orchestration(
+        None, "SLURM: CPUs for each process; null: the cluster's default.", unit="CPUs", ge=1
+    )
+    memory_gb: int | None = orchestration(
+        None, "SLURM: memory on each node; null: the cluster's default.", unit="GB", ge=1
+    )
+    exclusive: bool = orchestration(False, "SLURM: whole nodes, shared with no other job.")
+    mail: NonEmpty | None = orchestration(
+        None, "SLURM: address that is written to when the job ends or fails."
+    )
+    sbatch: dict[str, JsonValue] = orchestration({}, "SLURM: any further sbatch option, as {nodelist: n1}.")
