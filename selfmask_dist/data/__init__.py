@@ -1,0 +1,27 @@
+"""Tars in, batches out: `source` (bytes), `order` (which sample when), `views` (pixels), `loader` (batches).
+
+Knows neither models, masks nor process groups.
+"""
+
+from selfmask_dist.data.loader import Batch, BatchLoader, eval_loader, train_loader
+from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
+from selfmask_dist.data.subset import Subset, evenly_spaced
+from selfmask_dist.data.views import Transform, decode, eval_transform, train_transform
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "Sample",
+    "SampleError",
+    "Source",
+    "Subset",
+    "Transform",
+    "check_same_classes",
+    "decode",
+    "eval_loader",
+    "eval_transform",
+    "evenly_spaced",
+    "open_source",
+    "train_loader",
+    "train_transform",
+]

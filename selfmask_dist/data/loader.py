@@ -1,0 +1,306 @@
+"""Source, order and views joined into batches by a torch DataLoader, with or without worker processes.
+
+Knows neither models nor process groups: rank and world size are integers. A batch is a pure function
+
+    batch(seed, epoch, step, rank, world_size)
+
+of its plan (`order.rank_batch`), which the parent makes and a worker carries out, so the number of workers
+changes no pixel, and nothing is to be saved for a resume but (epoch, step).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from selfmask_dist.data.order import RankBatch, epoch_order, num_steps, rank_batch, sample_generator
+from selfmask_dist.data.source import SampleError, Source
+from selfmask_dist.data.views import Transform, decode
+
+# what every worker needs, imported once by the server that they are forked from
+_PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    views: one tensor per view, each (rows, 3, height, width) float32, normalised.
+    labels: (rows,) int64, -1 = none. weights: (rows,) float32, 1 for a sample and 0 for padding.
+    ids: (rows,) int64, sample indices in the source; a padding row repeats a sample of the same global batch.
+    global_count: samples in the global batch over all ranks, padding not counted.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    weights: Tensor
+    ids: Tensor
+    global_count: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`; `non_blocking` overlaps the copy where the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory. The DataLoader's pinning thread calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, fn: Any) -> Batch:
+        return Batch(
+            tuple(fn(view) for view in self.views),
+            fn(self.labels),
+            fn(self.weights),
+            fn(self.ids),
+            self.global_count,
+        )
+
+
+def train_loader(
+    source: Source,
+    transform: Transform,
+    *,
+    global_batch_size: int,
+    seed: int,
+    epoch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
+
+    global_batch_size: samples per step over all ranks; a multiple of world_size.
+    num_workers: processes per rank that decode; 0 decodes in this process. Changes no pixel.
+    Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
+    """
+    if global_batch_size < 1 or global_batch_size % world_size:
+        near = max(1, round(global_batch_size / world_size)) * world_size
+        raise ValueError(
+            f"global batch {global_batch_size} is not divisible by world size {world_size};"
+            f" set train.global_batch_size to {near}"
+        )
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or above")
+    plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
+    loader = BatchLoader(source, transform, plans, num_workers=num_workers, pin_memory=pin_memory)
+    loader.set_epoch(epoch)
+    return loader
+
+
+def eval_loader(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> BatchLoader:
+    """Each sample exactly once over all ranks, in the source's order; rank r gets samples r, r+W, r+2W, ...
+
+    batch_size: rows per rank. Rows of weight 0 pad the last batch and are to be left out.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=0, shuffle=False)
+    return BatchLoader(source, transform, plans, num_workers=num_workers, pin_memory=pin_memory)
+
+
+class BatchLoader:
+    """Iterates over one rank's batches of the current epoch. `len` is the number of batches in a full epoch.
+
+    Workers start with the first iteration and stay for the following epochs, until `close` or garbage
+    collection. A sample that cannot be read or decoded raises SampleError naming shard and key, with any
+    number of workers.
+    """
+
+    def __init__(
+        self, source: Source, transform: Transform, plans: _Plans, *, num_workers: int, pin_memory: bool
+    ) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 or above")
+        self._dataset = _PlannedBatches(source, transform, plans.seed)
+        self._plans = plans
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._dataloader: DataLoader[Batch | SampleError] | None = None
+        if num_workers > 0:
+            _start_worker_server()  # imports torch in the background while the caller builds its model
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
+        """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
+        assert epoch >= 0, epoch
+        assert 0 <= first_step <= len(self), (first_step, len(self))
+        self._plans.epoch, self._plans.first_step = epoch, first_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        with _without_worker_advice():
+            if self._dataloader is None:
+                self._dataloader = self._make_dataloader()
+            batches = iter(self._dataloader)
+        for batch in batches:
+            if isinstance(batch, SampleError):
+                self.close()
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """Stop the workers; a later iteration starts new ones."""
+        workers = getattr(self._dataloader, "_iterator", None)
+        if workers is not None:
+            # torch does this when the iterator is collected; where a traceback made it part of a reference
+            # cycle, its queues are gone by then, no worker can be told to stop, and each costs a wait of 5 s
+            workers._shutdown_workers()
+        self._dataloader = None
+
+    def _make_dataloader(self) -> DataLoader[Batch | SampleError]:
+        with_workers = self._num_workers > 0
+        return DataLoader(
+            self._dataset,
+            batch_size=None,  # a plan is a whole batch: the worker assembles it, nothing is left to collate
+            sampler=self._plans,
+            collate_fn=_unchanged,
+            num_workers=self._num_workers,
+            persistent_workers=with_workers,
+            multiprocessing_context=_start_method() if with_workers else None,
+            worker_init_fn=_die_with_parent,
+            pin_memory=self._pin_memory,
+            # its own: the DataLoader would draw its workers' base seed from the global generator
+            generator=torch.Generator(),
+        )
+
+
+class _Plans(Sampler[RankBatch]):
+    """The epoch's plans for one rank, made in the parent as the DataLoader asks for them."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        *,
+        shuffle: bool,
+    ) -> None:
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.epoch, self.first_step = 0, 0
+
+    def __len__(self) -> int:
+        return num_steps(self.num_samples, global_batch_size=self.global_batch_size)
+
+    def __iter__(self) -> Iterator[RankBatch]:
+        epoch = self.epoch
+        if self.shuffle:
+            order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+        else:
+            order = np.arange(self.num_samples, dtype=np.int64)
+        for step in range(self.first_step, len(self)):
+            yield rank_batch(
+                order,
+                step,
+                epoch=epoch,
+                global_batch_size=self.global_batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+
+
+class _PlannedBatches(Dataset["Batch | SampleError"]):
+    """Carries out plans; lives in the workers.
+
+    A broken sample is returned and not raised: the DataLoader would bury its message under a traceback.
+    """
+
+    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
+        try:
+            rows = [self._load(int(sample), plan.epoch) for sample in plan.ids]
+        except SampleError as error:
+            return error
+        return Batch(
+            views=tuple(torch.stack(view) for view in zip(*(views for views, _ in rows), strict=True)),
+            labels=torch.tensor([label for _, label in rows], dtype=torch.int64),
+            weights=torch.from_numpy(plan.weights),
+            ids=torch.from_numpy(plan.ids),
+            global_count=plan.global_count,
+        )
+
+    def _load(self, index: int, epoch: int) -> tuple[tuple[Tensor, ...], int]:
+        sample = self.source.read(index)
+        try:
+            image = decode(sample.data)
+        except ValueError as error:
+            raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
+        rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
+        try:
+            return self.transform(image, rng), sample.label
+        except Exception as error:
+            error.add_note(f"in the transform of {self.source.where(index)}")
+            raise
+
+
+def _start_method() -> str:
+    """How workers are born: forked from a small server process that has one thread and no process group.
+
+    Not "fork": by then the parent runs gloo's, CUDA's and OpenMP's threads, whose locks a forked child would
+    inherit in any state (deadlocks; Python 3.12 warns, 3.14 no longer does it by default). Not "spawn": each
+    worker would import torch again, 2 to 3 s.
+    """
+    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def _die_with_parent(worker: int) -> None:
+    """Runs in a new worker: leave when the training process is gone, however it went.
+
+    torch's workers watch their parent process, which is the server here, and the server lives as long as one
+    of its workers. Without this a rank that is killed leaves them all behind for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, worker
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _start_worker_server() -> None:
+    if _start_method() == "forkserver":
+        multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
+        multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def _without_worker_advice() -> Iterator[None]:
+    """Silence torch's advice on more workers than cores: each rank would repeat it and counts only itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,34 @@
+"""A part of a source that is a source itself. Knows nothing of files."""
+
+import numpy as np
+
+from selfmask_dist.data.source import Sample, Source
+
+
+class Subset:
+    """The samples of `source` at `indices`, renumbered from 0."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self._source = source
+        self._indices = indices
+        self.classes = source.classes
+        self.labels = source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def key(self, index: int) -> str:
+        return self._source.key(int(self._indices[index]))
+
+    def where(self, index: int) -> str:
+        return self._source.where(int(self._indices[index]))
+
+    def read(self, index: int) -> Sample:
+        return self._source.read(int(self._indices[index]))
+
+
+def evenly_spaced(source: Source, limit: int) -> Source:
+    """At most `limit` samples at equal distances through the source, the same ones every time."""
+    if len(source) <= limit:
+        return source
+    return Subset(source, np.linspace(0, len(source) - 1, limit).round().astype(np.int64))
