@@ -1,0 +1,12 @@
+"""Pretrained vision backbones: a name and perhaps a local file in, a frozen encoder and its spec out.
+
+`load` is the way in, `from_timm` and `from_open_clip` build models, `weights` reads files strictly and
+fingerprints tensors, `structure` finds repeated blocks and sets modes. Knows nothing of masks, data or
+process groups; importing it imports neither timm nor open_clip.
+"""
+
+from selfmask_dist.backbones.load import Backbone, BackboneSpec, load_backbone
+from selfmask_dist.backbones.structure import find_blocks, set_train_mode
+from selfmask_dist.backbones.weights import fingerprint
+
+__all__ = ["Backbone", "BackboneSpec", "find_blocks", "fingerprint", "load_backbone", "set_train_mode"]

@@ -1,0 +1,152 @@
+"""`load_backbone`: build by name, load weights, freeze, and describe what was built.
+
+    encoder(images (n, 3, H, W)) -> embeddings (n, dim), float32
+
+The encoder is timm's own model without a classifier, or open_clip's own visual tower, so parameters keep
+their names. Knows nothing of masks, data or process groups.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfmask_dist.backbones.structure import find_blocks
+from selfmask_dist.backbones.weights import fingerprint
+from selfmask_dist.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """What the rest of a run needs to know of an encoder.
+
+    name: as given to `load_backbone`.
+    dim: length of an embedding.
+    blocks: module names of the repeated blocks, for wrapping block by block; none lies inside another.
+    preprocessing: how the encoder wants its images.
+    fingerprint: `weights.fingerprint` of parameters and persistent buffers.
+    num_parameters: scalars in all parameters.
+    """
+
+    name: str
+    dim: int
+    blocks: tuple[str, ...]
+    preprocessing: Preprocessing
+    fingerprint: str
+    num_parameters: int
+
+
+@dataclass
+class Backbone:
+    """A frozen encoder in eval mode, its spec and, for open_clip, its text side.
+
+    text_embeddings: prompts -> (len(prompts), dim), float32, L2-normalised, on the CPU; None where there is
+        no text tower with weights of its own (timm, or a weights file of the visual tower alone).
+    logit_scale: CLIP's factor on cosine similarities (already exponentiated), or None.
+    """
+
+    encoder: nn.Module
+    spec: BackboneSpec
+    text_embeddings: Callable[[list[str]], Tensor] | None = None
+    logit_scale: float | None = None
+
+
+@dataclass
+class Built:
+    """What a library's builder hands to `load_backbone`; fields as in `Backbone`."""
+
+    encoder: nn.Module
+    preprocessing: Preprocessing
+    text_embeddings: Callable[[list[str]], Tensor] | None = None
+    logit_scale: float | None = None
+
+
+def load_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    remove: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
+    seed: int = 0,
+) -> Backbone:
+    """Build a frozen encoder by name.
+
+    Args:
+        name: `timm:<model>[.<tag>]` or `open_clip:<model>[/<pretrained tag>]`.
+        pretrained: load the published weights of that name (from the hub, or its cache); False leaves random
+            weights.
+        weights: a local file to load instead: safetensors, or a state dict that
+            `torch.load(weights_only=True)` reads. A classifier in it is left out; everything else must fit
+            exactly. For open_clip, a whole CLIP model or the visual tower alone.
+        image_size: pixels on a side; None for the model's own. Position embeddings of loaded weights are
+            resampled by the library's own rule.
+        kwargs: for the model's constructor. For open_clip, `vision_cfg` and `text_cfg` overlay the registered
+            ones.
+        remove: names of modules that become `nn.Identity` ("layer4"); keys under them in `weights` are left
+            out.
+        mean, std: per RGB channel, for pixels in 0..1; None for the model's own.
+        crop_pct: fraction of the resized short side that the centre crop keeps; None for the model's own,
+            also where `image_size` differs from the model's.
+        seed: of the random weights. The global generators are left as they were.
+
+    Raises:
+        ValueError: unknown name, tag or module (naming the nearest), a hub that cannot be reached, a file
+            that is missing, unreadable or does not fit (listing what differs), or a model whose output is not
+            (n, dim).
+    """
+    family, _, model_name = name.partition(":")
+    options = dict(kwargs or {})
+    # imported here: timm and open_clip take seconds to import, and each is needed by its own models only
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs as well
+        if family == "timm" and model_name:
+            from selfmask_dist.backbones import from_timm
+
+            built = from_timm.build(model_name, pretrained, weights, image_size, options, remove)
+        elif family == "open_clip" and model_name:
+            from selfmask_dist.backbones import from_open_clip
+
+            built = from_open_clip.build(model_name, pretrained, weights, image_size, options, remove)
+        else:
+            raise ValueError(f"backbone {name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
+    given: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
+    preprocessing = replace(
+        built.preprocessing, **{key: value for key, value in given.items() if value is not None}
+    )
+    encoder = built.encoder.float().eval().requires_grad_(False)
+    spec = BackboneSpec(
+        name=name,
+        dim=_measure_dim(encoder, name, preprocessing.image_size),
+        blocks=find_blocks(encoder),
+        preprocessing=preprocessing,
+        fingerprint=fingerprint(encoder.state_dict().items()),
+        num_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+    )
+    return Backbone(encoder, spec, built.text_embeddings, built.logit_scale)
+
+
+@torch.no_grad()
+def _measure_dim(encoder: nn.Module, name: str, image_size: int) -> int:
+    images = torch.zeros(2, 3, image_size, image_size, device="cpu")
+    try:
+        output = encoder(images)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{name} cannot run on {image_size} px images: {error}; set backbone.image_size"
+        ) from error
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
+        return output.shape[1]
+    found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ValueError(
+        f"{name} must return embeddings of shape (n, dim); for n = 2 images it returned {found}. Take out of "
+        "backbone.kwargs what turns pooling off (global_pool='', output_tokens=True), or choose another "
+        "model"
+    )

@@ -1,0 +1,155 @@
+"""Weights as named tensors: read from a file without executing it, loaded strictly, fingerprinted.
+
+Knows nothing of architectures, hubs, masks or process groups.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_NESTED_UNDER = ("state_dict", "model")
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_COUNTER = "num_batches_tracked"  # BatchNorm counts steps; no forward pass reads it
+_MAX_LISTED = 10
+
+
+def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) over names, shapes and little-endian float32 values, in the order of sorted names.
+
+    The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        if name.endswith(_COUNTER):
+            continue
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        values = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
+        digest.update(np.ascontiguousarray(values, dtype="<f4").reshape(-1).data)
+    return digest.hexdigest()
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict onto the CPU, from safetensors or from what `torch.load(weights_only=True)` takes.
+
+    Dicts nested under "state_dict" or "model" are opened; a prefix that every key has ("module.") goes.
+
+    Raises:
+        ValueError: no such file, unreadable, or not a state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "a directory" if path.is_dir() else "not there"
+        raise ValueError(
+            f"weights file {path} is {found}; set backbone.weights to a .safetensors or .pth file"
+        )
+    try:
+        content = _load(path)
+    except Exception as error:  # a damaged file makes the two readers raise almost anything
+        raise ValueError(
+            f"weights file {path} cannot be read: {error}. Expected safetensors, or a state dict saved by "
+            "torch.save that torch.load(weights_only=True) accepts; the file may be damaged or only partly "
+            "downloaded"
+        ) from error
+    for key in _NESTED_UNDER:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    _check_is_state_dict(content, path)
+    return _without_wrapper_prefixes(content)
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_is_state_dict(content: Any, path: Path) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"weights file {path} holds a {type(content).__name__}, not a state dict")
+    if not content:
+        raise ValueError(f"weights file {path} holds an empty state dict")
+    others = [
+        key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if others:
+        keys = ", ".join(f"{key!r} ({type(content[key]).__name__})" for key in others[:_MAX_LISTED])
+        raise ValueError(
+            f"weights file {path} is not a state dict: {len(others)} of its {len(content)} entries are not a "
+            f"name with a tensor: {keys}. A state dict may also lie under "
+            f"{' or '.join(map(repr, _NESTED_UNDER))}"
+        )
+
+
+def _without_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    names = list(state)
+    while prefix := next((p for p in _WRAPPER_PREFIXES if all(name.startswith(p) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    return dict(zip(names, state.values(), strict=True))
+
+
+def drop_modules(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The state dict without the tensors that belong to the named modules."""
+    prefixes = tuple(f"{name}." for name in names)
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+
+
+def load_exactly(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    target: str,
+    changed: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
+    """Copy a state dict into a module with exactly its names and shapes, converting to the module's dtypes.
+
+    Args:
+        source, target: what the file and the model are called in messages.
+        changed: shapes that tensors of this file had before a conversion that must not change them; counted
+            as differences.
+
+    Raises:
+        ValueError: names or shapes differ (all differences in one message, the first 10 of each kind by
+            name), or values are not finite.
+    """
+    own = module.state_dict()
+    # files written by other tools leave the counter out
+    state = {name: value for name, value in own.items() if name.endswith(_COUNTER)} | dict(state)
+    shapes = {name: tuple(value.shape) for name, value in state.items()} | dict(changed or {})
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    differing = [
+        f"{name}: file {shapes[name]}, model {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and shapes[name] != tuple(value.shape)
+    ]
+    if missing or unexpected or differing:
+        raise ValueError(
+            f"{source} does not fit {target}:\n"
+            + _listing("only in the model", missing)
+            + _listing("only in the file", unexpected)
+            + _listing("different shape", differing)
+            + "Set backbone.name, backbone.kwargs and backbone.image_size to the model that the weights are "
+            "of; backbone.remove takes modules out of the model"
+        )
+    module.load_state_dict(state, strict=True)
+    bad = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{source} holds values that are not finite:\n{_listing('not finite', bad)}The file is damaged"
+        )
+
+
+def _listing(kind: str, entries: Sequence[str]) -> str:
+    if not entries:
+        return ""
+    more = f"; and {len(entries) - _MAX_LISTED} more" if len(entries) > _MAX_LISTED else ""
+    return f"  {kind} ({len(entries)}): {'; '.join(entries[:_MAX_LISTED])}{more}\n"

@@ -1,0 +1,34 @@
+"""Objectives: `(encoder, batch) -> (loss, metrics)`, with heads of their own. A new one is a file and a "
+"line."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.objectives import supervised
+from selfmask_dist.objectives.base import Objective, named_generator
+from selfmask_dist.objectives.supervised import Supervised
+
+__all__ = ["OBJECTIVES", "Objective", "Supervised", "build_objective", "named_generator"]
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "supervised": supervised.build,
+}
+
+
+def build_objective(name: str, *, backbone: Backbone, classes: tuple[str, ...], **options: Any) -> Objective:
+    """Build an objective for a backbone and the classes of a data set.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        options: keywords of that objective's `build`.
+
+    Raises:
+        ValueError: unknown name (naming the nearest), or options that the objective refuses.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}"
+        raise ValueError(f"there is no objective {name!r}; {hint}")
+    return OBJECTIVES[name](backbone, classes, **options)

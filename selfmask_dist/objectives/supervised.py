@@ -1,0 +1,251 @@
+"""Cross-entropy against labels (paper 4.1), through one of three heads on the encoder's features x:
+
+    linear     logits = W norm(x) + b      W, b trained
+    masked     logits = W norm(x)          W frozen and random, for whoever attaches a mask to `head.weight`
+    clip_text  logits = t * T x / |x|      T: text embeddings of the classes, t: CLIP's scale; nothing trained
+
+Knows neither masks, optimizers nor process groups.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.data import Batch
+from selfmask_dist.objectives.base import Objective, named_generator
+
+Head = Literal["linear", "masked", "clip_text"]
+HeadNorm = Literal["none", "l2", "batchnorm"]
+
+# The curvature of cross-entropy along the head is at most s^2 / 2 for features of length s, so SGD with
+# momentum m is stable for lr < 4 (1 + m) / s^2: at s = 8 and m = 0.9 up to lr 0.12, whatever the dimension.
+L2_LENGTH = 8.0
+
+
+def build(
+    backbone: Backbone,
+    classes: tuple[str, ...],
+    *,
+    head: Head = "linear",
+    head_norm: HeadNorm = "l2",
+    label_smoothing: float = 0.0,
+    prompts: Sequence[str] = ("a photo of a {}.",),
+    seed: int = 0,
+) -> "Supervised":
+    """The supervised objective for a backbone and its data set's classes.
+
+    Args:
+        head, head_norm, label_smoothing, seed: as in `Supervised`.
+        prompts: for `clip_text`, templates in which {} stands for the class name ("_" read as a space).
+
+    Raises:
+        ValueError: `clip_text` with a backbone that has no text tower; and as `Supervised`.
+    """
+    text, scale = None, 1.0
+    if head == "clip_text":
+        if backbone.text_embeddings is None or backbone.logit_scale is None:
+            raise ValueError(
+                f"objective.head=clip_text needs a text tower with its weights, which {backbone.spec.name} "
+                "was loaded without; use an open_clip backbone with a pretrained tag or a whole CLIP "
+                "model's file, or head=linear"
+            )
+        text, scale = embed_classes(backbone, classes, prompts), backbone.logit_scale
+    return Supervised(
+        backbone.spec.dim,
+        len(classes),
+        head=head,
+        head_norm=head_norm,
+        label_smoothing=label_smoothing,
+        text_embeddings=text,
+        logit_scale=scale,
+        seed=seed,
+    )
+
+
+def embed_classes(backbone: Backbone, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """Text embeddings (classes, dim): per class the mean over its prompts, at unit length (as CLIP does)."""
+    assert backbone.text_embeddings is not None
+    names = [name.replace("_", " ") for name in classes]
+    per_prompt = [
+        backbone.text_embeddings([prompt.replace("{}", name) for name in names]) for prompt in prompts
+    ]
+    return F.normalize(torch.stack(per_prompt).mean(dim=0), dim=1)
+
+
+class Supervised(Objective):
+    """Cross-entropy with label smoothing, weighted by row; metrics `loss` and `accuracy`.
+
+    Args:
+        dim: length of the encoder's features.
+        num_classes: 2 or more.
+        head: see the module's docstring.
+        head_norm: what features pass before a linear or masked head. "none": nothing. "l2": scaled to length
+            `L2_LENGTH`. "batchnorm": mean 0 and variance 1 per feature, see `FeatureBatchNorm`. `clip_text`
+            ignores it.
+        label_smoothing: probability spread evenly over all classes, 0 <= value < 1.
+        text_embeddings, logit_scale: T (num_classes, dim) and t, for `clip_text` alone.
+        seed: of the head's first weights; the global generators are left as they were.
+
+    Raises:
+        ValueError: a value outside these ranges.
+    """
+
+    text_embeddings: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        *,
+        head: Head = "linear",
+        head_norm: HeadNorm = "l2",
+        label_smoothing: float = 0.0,
+        text_embeddings: Tensor | None = None,
+        logit_scale: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_arguments(num_classes, head, head_norm, label_smoothing)
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.head_kind: Head = head
+        self.logit_scale = logit_scale
+        self.head: nn.Linear | None = None
+        self.head_norm: HeadNorm = head_norm
+        self.norm: FeatureBatchNorm | None = None
+        if head == "clip_text":
+            shape = None if text_embeddings is None else tuple(text_embeddings.shape)
+            if text_embeddings is None or shape != (num_classes, dim):
+                raise ValueError(
+                    f"head=clip_text needs text embeddings of shape ({num_classes}, {dim}); got {shape}"
+                )
+            # not part of the state: they follow from the frozen text tower and the class names
+            self.register_buffer(
+                "text_embeddings", text_embeddings.detach().float().clone(), persistent=False
+            )
+        else:
+            self.head = _new_head(dim, num_classes, is_masked=head == "masked", seed=seed)
+            self.norm = FeatureBatchNorm(dim) if head_norm == "batchnorm" else None
+
+    def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `Objective.forward`; rows of weight 0 have no influence, whatever their label.
+
+        Raises:
+            ValueError: a label of a real sample is outside 0 ... num_classes - 1. Checked where labels are on
+                the CPU; on a GPU, where reading them would stop the device, cross-entropy's own assertion
+                fails instead.
+        """
+        assert len(batch.views) == 1, len(batch.views)
+        is_real = batch.weights > 0
+        if batch.labels.device.type == "cpu":
+            self._check_labels(batch, is_real)
+        logits = self._classify(encoder(batch.views[0]), batch.weights)
+        labels = batch.labels.where(is_real, 0)
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        loss = (batch.weights * losses).sum() / batch.global_count
+        is_correct = (logits.argmax(dim=1) == labels).to(losses.dtype)
+        accuracy = (batch.weights * is_correct).sum() / batch.global_count
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.head.parameters()) if self.head is not None and self.head_kind == "linear" else []
+
+    def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
+        return self._classify(encoder(images), None)
+
+    def _classify(self, features: Tensor, weights: Tensor | None) -> Tensor:
+        # float32 under autocast too: bf16 keeps 8 bits of a logit, and CLIP's are near 30
+        with torch.autocast(features.device.type, enabled=False):
+            features = features if features.dtype == torch.float64 else features.float()
+            if self.head is None:
+                text_embeddings = self.text_embeddings.to(features.dtype)
+                return self.logit_scale * F.normalize(features, dim=1) @ text_embeddings.T
+            if self.head_norm == "l2":
+                features = F.normalize(features, dim=1) * L2_LENGTH
+            elif self.norm is not None:
+                features = self.norm(features, weights)
+            return self.head(features)
+
+    def _check_labels(self, batch: Batch, is_real: Tensor) -> None:
+        bad = is_real & ((batch.labels < 0) | (batch.labels >= self.num_classes))
+        if bad.any():
+            samples = [
+                f"{i} (label {y})"
+                for i, y in zip(batch.ids[bad].tolist(), batch.labels[bad].tolist(), strict=True)
+            ]
+            raise ValueError(
+                f"supervised training needs labels 0 to {self.num_classes - 1} (-1 means none); "
+                f"{len(samples)} samples of this batch have others: sample {', '.join(samples[:5])}. Add the "
+                "labels to the shards, or leave these out"
+            )
+
+
+class FeatureBatchNorm(nn.Module):
+    """Batch normalisation of features (n, dim) without gain and bias, with rows counted by weight.
+
+    In train mode mean and (biased) variance are of this rank's rows, padding left out, and running ones move
+    by `momentum`; so results depend on how a global batch is dealt to ranks. In eval mode, or on a rank whose
+    rows are all padding, the running ones are used. Weights of 1 give `nn.BatchNorm1d(dim, affine=False)`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Features (n, dim) -> the same shape; `weights` (n,), None for ones."""
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            ones = torch.ones_like(features[:, :1])
+            rows = ones if weights is None else weights[:, None].to(features.dtype)
+            total = rows.sum()
+            batch_mean = (rows * features).sum(dim=0) / total.clamp(min=1)
+            batch_var = (rows * (features - batch_mean).square()).sum(dim=0) / total.clamp(min=1)
+            has_rows = total > 0
+            mean, var = torch.where(has_rows, batch_mean, mean), torch.where(has_rows, batch_var, var)
+            self._move_statistics(batch_mean.detach(), batch_var.detach(), total)
+        return (features - mean) * (var + self.eps).rsqrt()
+
+    @torch.no_grad()
+    def _move_statistics(self, mean: Tensor, var: Tensor, total: Tensor) -> None:
+        step = self.momentum * (total > 0)
+        unbiased = var * total / (total - 1).clamp(min=1)
+        self.running_mean += step * (mean - self.running_mean)
+        self.running_var += step * (unbiased - self.running_var)
+
+
+def _check_arguments(num_classes: int, head: str, head_norm: str, label_smoothing: float) -> None:
+    if num_classes < 2:
+        raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
+    if head not in ("linear", "masked", "clip_text"):
+        raise ValueError(f"objective.head {head!r} is not one of linear, masked, clip_text")
+    if head_norm not in ("none", "l2", "batchnorm"):
+        raise ValueError(f"objective.head_norm {head_norm!r} is not one of none, l2, batchnorm")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"objective.label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
+
+
+def _new_head(dim: int, num_classes: int, *, is_masked: bool, seed: int) -> nn.Linear:
+    """A linear layer whose weights come from a generator of its own."""
+    # made on "meta", then filled: the constructor would draw from the global generator
+    head = nn.Linear(dim, num_classes, bias=not is_masked, device="meta").to_empty(device="cpu")
+    generator = named_generator(seed, "supervised head")
+    if is_masked:
+        # a mask chooses among these weights, so they need the size that keeps logits of order one
+        nn.init.kaiming_normal_(head.weight, nonlinearity="relu", generator=generator)
+        return head.requires_grad_(False)
+    # small: the first loss is near log(num_classes), and not zero, so that the encoder has a gradient from
+    # the first step
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head
