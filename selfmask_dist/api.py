@@ -1,0 +1,59 @@
+"""The public API in one place: masks in anybody's training loop, and mask files on anybody's model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from selfmask_dist import artifact, masking
+
+
+class Masks(masking.Masks):
+    """Masks on a model, that can save themselves. Made by `attach`."""
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        backbone: str = "",
+        backbone_fingerprint: str = "",
+        preprocessing: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> int:
+        """Write these masks to a mask file (`artifact`); returns the number of bytes.
+
+        Args:
+            backbone, backbone_fingerprint, preprocessing, metrics: kept in the file's header for its readers.
+                The weights under the mask are fingerprinted in any case.
+        """
+        file = artifact.MaskFile(
+            masks={"default": artifact.from_masks(self)},
+            backbone=backbone,
+            backbone_fingerprint=backbone_fingerprint,
+            preprocessing=dict(preprocessing or {}),
+            metrics=dict(metrics or {}),
+        )
+        return artifact.write_mask_file(path, file)
+
+
+attach = Masks.attach
+
+
+def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> artifact.MaskFile:
+    """Apply a mask file to a model that holds the frozen weights, in place; returns what the file holds.
+
+    Args:
+        model: a timm or open_clip model, or any module that holds the masked parameters.
+        name: which mask, where the file holds several.
+
+    Raises:
+        MaskFileError: the file is damaged, or does not fit the model's architecture or weights.
+    """
+    file = artifact.read_mask_file(path)
+    if name is None and len(file.masks) > 1:
+        raise artifact.MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
+    if name is not None and name not in file.masks:
+        raise artifact.MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
+    artifact.apply_mask(model, file.masks[name or next(iter(file.masks))])
+    return file
