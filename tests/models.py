@@ -40,7 +40,11 @@ def open_clip_tower() -> nn.Module:
     )
 
 
-FAMILIES = {"conv": (conv_net, "resnet"), "timm_vit": (timm_vit, "vit"), "open_clip": (open_clip_tower, "vit")}
+FAMILIES = {
+    "conv": (conv_net, "resnet"),
+    "timm_vit": (timm_vit, "vit"),
+    "open_clip": (open_clip_tower, "vit"),
+}
 
 
 def make(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, str]:
@@ -49,7 +53,8 @@ def make(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> t
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build().to(dtype)
-        for parameter in model.parameters():  # biases and position embeddings start at zero: make every term count
+        # biases and position embeddings start at zero: make every term count
+        for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
     return model, preset

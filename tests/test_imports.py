@@ -58,7 +58,6 @@ TABLE = {
     ),
     "run_directory": Rule(("config",), TRAINING),
     "exit_status": Rule((), TRAINING),
-    "exit_status": Rule((), TRAINING),
     # what wires the parts together
     "run": Rule((ALL,)),
     "cli": Rule((ALL,)),

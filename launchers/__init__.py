@@ -1,0 +1,1 @@
+"""Starting runs on one machine or a cluster; imports no training code."""

@@ -1,0 +1,236 @@
+"""A run as one SLURM job, through submitit: every task starts one training process and answers for it.
+
+    sbatch -> srun -> Task on every rank -> `selfmask train`
+    told to stop (USR2, TERM) -> the process saves and ends with REQUEUE -> `scontrol requeue` -> once more
+
+Ranks meet on the first host of the job's node list, at a port derived from the job id: nothing is asked of
+the cluster from inside the job but the requeue itself. Knows nothing of training.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launchers.local import log_path
+from launchers.snapshot import take_snapshot
+from selfmask_dist.config import Config
+from selfmask_dist.exit_status import FAILED, REQUEUE, is_restartable
+
+_FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
+_PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
+_END_SECONDS = 300.0  # for SLURM to end a job that is done saving
+_POLL_SECONDS = 1.0
+_OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
+
+
+@dataclass
+class Task:
+    """What submitit runs in every task of the job."""
+
+    train_arguments: tuple[str, ...]
+    logs: Path
+    container: tuple[str, ...] = ()
+    master_port: int | None = None
+    threads: int | None = None
+    max_restarts: int = 0
+
+    def __call__(self) -> None:
+        place = rank_environment(os.environ, master_port=self.master_port)
+        threads = str(self.threads or os.environ.get("OMP_NUM_THREADS", 1))
+        command = [
+            *(*self.container, sys.executable, "-m", "selfmask_dist.cli", "train"),
+            *self.train_arguments,
+        ]
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with open(log_path(self.logs, int(place["RANK"])), "ab") as log:
+            log.write(
+                f"---- start {place['SELFMASK_RESTARTS']} of job {os.environ['SLURM_JOB_ID']}\n".encode()
+            )
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **place, "OMP_NUM_THREADS": threads},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        seen: set[int] = set()
+
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            seen.add(signum)
+            process.send_signal(signum)
+
+        for signum in (signal.SIGUSR2, signal.SIGTERM):  # in place of submitit's own handlers
+            signal.signal(signum, pass_on)
+        status = process.wait()
+        if status == 0:
+            return
+        print(f"rank {place['RANK']} ended with status {status}", file=sys.stderr, flush=True)
+        self._after_failure(status, int(place["RANK"]), is_announced=signal.SIGUSR2 in seen)
+        sys.exit(status if status > 0 else 128 - status)
+
+    def _after_failure(self, status: int, rank: int, *, is_announced: bool) -> None:
+        """Requeue the job where that is worth it, and then wait for SLURM to end it."""
+        if not is_restartable(status):
+            if status == FAILED:
+                time.sleep(_PEER_SECONDS)
+            return
+        if (restarts := int(os.environ.get("SLURM_RESTART_COUNT", 0))) >= self.max_restarts:
+            print(f"not requeued: {restarts} restarts were launch.max_restarts", file=sys.stderr, flush=True)
+            return
+        if status != REQUEUE or rank == 0:
+            requeue(os.environ["SLURM_JOB_ID"], is_announced=is_announced)
+        # a job that ends by itself is not requeued by a preemption that is under way
+        time.sleep(_END_SECONDS)
+
+
+def requeue(job_id: str, *, is_announced: bool) -> bool:
+    """Ask SLURM to run this job again; returns whether it will, as far as can be seen.
+
+    A job that got SIGTERM only was either cancelled by its user, who does not want it back, or preempted on a
+    cluster that does not announce preemptions: while it is being cancelled its state is no longer RUNNING.
+    Where there is no `scontrol`, a preempted job is requeued by SLURM itself at the end of its grace time.
+    """
+    if shutil.which("scontrol") is None:
+        print("no scontrol on this node: SLURM itself requeues a preempted job", file=sys.stderr, flush=True)
+        return False
+    if not is_announced and job_state(job_id) != "RUNNING":
+        print("not requeued: the job was cancelled", file=sys.stderr, flush=True)
+        return False
+    done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+    print(f"requeue of job {job_id}: {done.stderr.strip() or 'done'}", file=sys.stderr, flush=True)
+    return done.returncode == 0
+
+
+def rank_environment(environment: Mapping[str, str], *, master_port: int | None = None) -> dict[str, str]:
+    """torchrun's variables for this task, from SLURM's. Asks nobody: every rank finds the same by itself."""
+    job_id = int(environment["SLURM_JOB_ID"])
+    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    world_size = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
+    num_nodes = environment.get("SLURM_STEP_NUM_NODES") or environment["SLURM_JOB_NUM_NODES"]
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(int(world_size) // int(num_nodes)),
+        "GROUP_RANK": environment["SLURM_NODEID"],
+        "MASTER_ADDR": first_host(nodes),
+        "MASTER_PORT": str(master_port or port_of(job_id, int(restarts))),
+        "SELFMASK_RESTARTS": restarts,
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first host of SLURM's compressed list: `gpu[03-05,9],login` -> `gpu03`."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ValueError(f"SLURM's node list {nodes!r} names no host")
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group())
+
+
+def port_of(job_id: int, restart: int = 0) -> int:
+    """The rendezvous port of a job's start: the same on all its nodes, another one for the next start."""
+    return _FIRST_PORT + (31 * job_id + restart) % _NUM_PORTS
+
+
+def submit(
+    config: Config,
+    *,
+    num_nodes: int,
+    train_arguments: Sequence[str],
+    dry_run: bool = False,
+    wait: bool = False,
+) -> int:
+    """Submit the job and print where it writes; with `dry_run`, print the batch script and the configuration
+    instead. Returns the exit status: with `wait`, 0 where the job completed.
+    """
+    from selfmask_dist.config import to_yaml
+
+    run = (Path(config.run.dir) / config.run.name).resolve()
+    executor = _executor(config, run / "slurm", num_nodes)
+    task = Task(
+        tuple(train_arguments),
+        run / "logs",
+        config.launch.container,
+        config.launch.master_port,
+        config.engine.threads,
+        config.launch.max_restarts,
+    )
+    if dry_run:  # submitit has no public way to show the script
+        print(executor._make_submission_file_text("<task>", "dry-run"))
+        print(to_yaml(config))
+        return 0
+    if config.launch.snapshot:
+        take_snapshot(run)
+    (run / "slurm").mkdir(parents=True, exist_ok=True)
+    job = executor.submit(task)
+    print(f"submitted job {job.job_id}; its processes write to {run / 'logs'}", flush=True)
+    return wait_for(job.job_id) if wait else 0
+
+
+def wait_for(job_id: str) -> int:
+    """Wait until the job has ended; returns 0 where it completed, else 1."""
+    while (state := job_state(job_id)) in _OPEN_STATES:
+        time.sleep(_POLL_SECONDS)
+    print(f"job {job_id} ended: {state}", flush=True)
+    return 0 if state == "COMPLETED" else 1
+
+
+def job_state(job_id: str) -> str:
+    """The job's state as squeue names it; UNKNOWN for one that SLURM has forgotten."""
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout.split() or ["UNKNOWN"])[0]
+
+
+def _executor(config: Config, folder: Path, num_nodes: int) -> Any:
+    import submitit
+
+    launch = config.launch
+    srun = ["--kill-on-bad-exit=1"]
+    if launch.cpus_per_process:  # since Slurm 22.05 srun no longer takes it from the job
+        srun.append(f"--cpus-per-task={launch.cpus_per_process}")
+    variables = dict(launch.environment)
+    if launch.snapshot:
+        from launchers.snapshot import snapshot_environment
+
+        variables |= snapshot_environment(folder.parent)
+    exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    options: dict[str, Any] = {
+        "job_name": config.run.name,
+        "nodes": num_nodes,
+        "ntasks_per_node": launch.processes_per_node or launch.gpus_per_node or 1,
+        "time": max(round(launch.hours * 60), 1),
+        "signal_delay_s": launch.signal_seconds,
+        "partition": launch.partition,
+        "account": launch.account,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+        "gpus_per_node": launch.gpus_per_node,
+        "cpus_per_task": launch.cpus_per_process,
+        "mem": f"{launch.memory_gb}GB" if launch.memory_gb else None,
+        "exclusive": launch.exclusive or None,
+        "mail_user": launch.mail,
+        "mail_type": "END,FAIL,REQUEUE" if launch.mail else None,
+        "setup": [*launch.setup, *exports],
+        "srun_args": srun,
+        "additional_parameters": {"requeue": True, **launch.sbatch},
+    }
+    executor = submitit.SlurmExecutor(folder=folder)
+    executor.update_parameters(**{name: value for name, value in options.items() if value is not None})
+    return executor
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

@@ -1,0 +1,30 @@
+"""A copy of the code in the run's folder: what a run started with is what its restarts run.
+
+Knows nothing of training or clusters.
+"""
+
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("selfmask_dist", "launchers", "data_prep")
+
+
+def take_snapshot(run: Path, *, root: Path = ROOT) -> dict[str, str]:
+    """Copy the packages to `run/code`, anew; returns the environment that makes Python import the copy."""
+    code = run / "code"
+    partial = run / ".code.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for package in PACKAGES:
+        shutil.copytree(
+            root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+        )
+    shutil.rmtree(code, ignore_errors=True)
+    partial.rename(code)
+    return snapshot_environment(run)
+
+
+def snapshot_environment(run: Path) -> dict[str, str]:
+    """Python imports from `run/code` first, and not from the folder it is started in."""
+    return {"PYTHONPATH": str((run / "code").resolve()), "PYTHONSAFEPATH": "1"}

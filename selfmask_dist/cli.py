@@ -1,0 +1,89 @@
+"""The command line: `selfmask train | config | inspect | demo`.
+
+Imports what a command needs only when it runs, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from selfmask_dist.config import describe, load_config, to_yaml
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options) or 0)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{_who()}error: {error}", file=sys.stderr)
+        return 2
+    except ArithmeticError as error:  # training diverged: the message says it all
+        print(f"{_who()}stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from selfmask_dist.run import run
+
+    run(config)
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(to_yaml(load_config(options.config, options.overrides)), end="")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import describe_file
+
+    print(describe_file(options.path))
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from selfmask_dist.demo import run_demo
+
+    return run_demo(options.out, num_processes=options.processes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, help in (
+        ("train", _train, "train masks (or a baseline) in this process; launchers/submit.py starts several"),
+        ("config", _config, "print the resolved configuration"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=describe(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
+        )
+        command.set_defaults(command=function)
+    inspect = commands.add_parser("inspect", help="show what a mask file holds")
+    inspect.add_argument("path", metavar="FILE")
+    inspect.set_defaults(command=_inspect)
+    demo = commands.add_parser(
+        "demo", help="learn a mask on real scanned digits, with two processes, in minutes"
+    )
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (runs/demo)")
+    demo.add_argument("--processes", type=int, default=2, metavar="N", help="training processes (2)")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _who() -> str:
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

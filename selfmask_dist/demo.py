@@ -1,0 +1,172 @@
+"""The whole method in minutes on a laptop: a small ViT learns digits 0-4, is frozen, and a mask adapts it to
+digits 5-9.
+
+    real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
+    picture
+
+Everything goes through the ordinary path: `data_prep`, `selfmask train`, `launchers/submit.py` with two
+processes.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfmask_dist.config import load_config, to_yaml
+
+OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
+
+# a ViT of 0.2 M weights on 16-pixel pictures, 16 patches
+_BACKBONE = {
+    "name": "timm:vit_tiny_patch16_224",
+    "pretrained": False,
+    "image_size": 16,
+    "crop_pct": 1.0,
+    "kwargs": {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
+}
+_DATA = {"crop_scale": [0.7, 1.0], "flip": False}
+_COMMON: dict[str, dict[str, Any]] = {
+    "train": {"global_batch_size": 64},
+    "eval": {"knn_k": [20], "knn_every": 10},
+    "engine": {"device": "cpu", "workers": 0, "threads": 1},
+}
+
+
+def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
+    """Run the demo into `out` (emptied first); returns the exit status of a training that failed, or 0."""
+    started = time.perf_counter()
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "digits").is_dir():
+        raise ValueError(f"{out} holds something else than an earlier demo; give another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    for name, digits in (("old", OLD_DIGITS), ("new", NEW_DIGITS)):
+        write_digits(out / "digits" / name, out / "shards" / name, list(digits))
+
+    print("1. A small ViT is trained on digits 0-4, from scratch.", flush=True)
+    pretrain = _config(out, "old", method="finetune", backbone=_BACKBONE, name="pretrain", epochs=50)
+    if status := _train(pretrain, num_processes):
+        return status
+    print("\n2. It is frozen. A mask, one bit per weight, is learned for digits 5-9.", flush=True)
+    frozen = {**_BACKBONE, "weights": str(out / "pretrain" / "encoder.safetensors")}
+    adapt = _config(out, "new", method="mask", backbone=frozen, name="mask", epochs=80)
+    if status := _train(adapt, num_processes):
+        return status
+
+    result = json.loads((out / "mask" / "result.json").read_text())
+    picture = draw(result, _metrics(out / "mask"), out / "demo.png")
+    print(f"\n{table(result)}\n\nPicture: {picture}\n{time.perf_counter() - started:.0f} seconds in all.")
+    return 0
+
+
+def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
+    """Write scikit-learn's 8x8 scans as an image folder, every fifth one for testing, and shard it."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from data_prep.image_folder import convert_image_folder
+
+    bunch = load_digits()
+    for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        if label in digits:
+            path = folder / ("test" if index % 5 == 0 else "train") / str(label) / f"{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.uint8(pixels * (255 / 16))).save(path)
+    convert_image_folder(folder, shards)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Frozen against masked, and bytes against bytes."""
+    frozen, adapted, mask = result["frozen"], result["adapted"], result["mask"]
+    lines = [f"{'digits 5-9, test accuracy':28s}{'frozen':>10s}{'masked':>10s}"]
+    for key, name in (("knn20", "k-NN (20)"), ("probe", "linear probe"), ("head", "its own linear head")):
+        before = f"{frozen[key]:.3f}" if key in frozen else "-"
+        lines.append(f"{name:28s}{before:>10s}{adapted[key]:>10.3f}")
+    lines.append(
+        f"\nThe mask takes {mask['bytes']:,} bytes ({mask['bits_per_weight']:.2f} bits per weight, "
+        f"{mask['active']:.1%} kept), "
+        f"the weights under it {mask['weight_bytes']:,}: {mask['weight_bytes'] / mask['bytes']:.0f} times as "
+        f"much."
+    )
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> Path:
+    """One picture: accuracy, its course, what is kept per layer, and bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ((bars, course), (layers, size)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure.suptitle("A ViT trained on digits 0-4 and frozen, adapted to digits 5-9 by one bit per weight")
+    frozen, adapted, mask = result["frozen"], result["adapted"], result["mask"]
+
+    keys = {"knn20": "k-NN", "probe": "linear probe"}
+    positions = np.arange(len(keys))
+    for offset, values, label in ((-0.2, frozen, "frozen"), (0.2, adapted, "masked")):
+        drawn = bars.bar(positions + offset, [values[key] for key in keys], 0.38, label=label)
+        bars.bar_label(drawn, fmt="%.3f")
+    bars.set(
+        xticks=positions,
+        xticklabels=list(keys.values()),
+        ylim=(0, 1.12),
+        ylabel="test accuracy",
+        title="Accuracy on 5-9",
+    )
+    bars.legend(loc="lower right")
+
+    monitor = [(line["step"], line["monitor/knn20"]) for line in metrics if "monitor/knn20" in line]
+    course.plot(*zip((0, frozen["knn20"]), *monitor, strict=True), marker="o")
+    course.set(xlabel="step", ylabel="test accuracy", title="k-NN while the mask is learned")
+
+    active = [line for line in metrics if "mask/active_by_parameter" in line][-1]["mask/active_by_parameter"]
+    names = [name for name in active if name.endswith("weight")]
+    layers.barh([name.removesuffix(".weight") for name in names], [1 - active[name] for name in names])
+    layers.invert_yaxis()
+    layers.set(xlabel="share of weights pruned", title="What the mask prunes, per layer")
+
+    drawn = size.bar(["weights", "mask"], [mask["weight_bytes"], mask["bytes"]])
+    size.bar_label(drawn, labels=[f"{mask['weight_bytes']:,} B", f"{mask['bytes']:,} B"])
+    size.set(
+        yscale="log",
+        ylabel="bytes",
+        title="Stored for the new task",
+        ylim=(mask["bytes"] / 3, mask["weight_bytes"] * 3),
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], name: str, epochs: int) -> Path:
+    shards = out / "shards" / digits
+    settings: dict[str, Any] = {
+        **_COMMON,
+        "method": method,
+        "backbone": backbone,
+        "data": {**_DATA, "train": str(shards / "train"), "test": str(shards / "test")},
+        "train": {**_COMMON["train"], "epochs": epochs},
+        "optim": {"score_lr": 100.0, "weight_lr": 0.05, "head_lr": 0.05, "warmup_epochs": 2},
+        "run": {"dir": str(out), "name": name, "log_every": 40},
+    }
+    import yaml
+
+    path = out / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path.write_text(to_yaml(load_config(path)))  # checked, and complete
+    return path
+
+
+def _train(config: Path, num_processes: int) -> int:
+    command = [sys.executable, "-m", "launchers.submit", "--cluster", "local", "--nodes", str(num_processes)]
+    return subprocess.run([*command, "--config", str(config)], check=False).returncode
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,98 @@
+"""Every number of an encoder on the test split: k-NN, linear probe, head accuracy, and the live monitor.
+
+Glue between `embed` (models) and `evals` (numbers), so that those two need not know each other.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from selfmask_dist import data, evals
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.config import Config
+from selfmask_dist.embed import Embeddings, embed, eval_mode
+from selfmask_dist.objectives import Objective
+from selfmask_dist.parallel import World
+
+
+class Evaluation:
+    """Evaluates the encoder as it stands. Every method is a collective: every rank must call."""
+
+    def __init__(
+        self, config: Config, backbone: Backbone, train: data.Source, test: data.Source, world: World
+    ) -> None:
+        self._config = config
+        self._backbone = backbone
+        self._train, self._test = train, test
+        self._world = world
+        self._num_classes = len(train.classes)
+
+    def train_transform(self) -> data.Transform:
+        """The augmentation of training, or the evaluation transform where `data.augment` is off."""
+        section = self._config.data
+        if not section.augment:
+            return data.eval_transform(self._backbone.spec.preprocessing)
+        return data.train_transform(
+            self._backbone.spec.preprocessing, crop_scale=section.crop_scale, flip=section.flip
+        )
+
+    def full(self, *, probe: bool) -> dict[str, float]:
+        """k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
+        bank, queries = self._embed(self._train), self._embed(self._test)
+        values = self._knn(bank, queries, self._config.eval.knn_k)
+        if probe:
+            values["probe"] = evals.linear_probe(
+                bank.features, bank.labels, queries.features, queries.labels, seed=self._config.seed
+            ).accuracy
+        return values
+
+    def monitor(self, _step: int) -> dict[str, Any]:
+        """k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
+        limit = self._config.eval.monitor_samples
+        bank = self._embed(data.evenly_spaced(self._train, limit))
+        queries = self._embed(data.evenly_spaced(self._test, limit))
+        return {
+            f"monitor/{name}": value
+            for name, value in self._knn(bank, queries, self._config.eval.knn_k[:1]).items()
+        }
+
+    def head(self, objective: Objective) -> dict[str, float]:
+        """Accuracy of the objective's own head on the test split."""
+        counts = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad(), eval_mode(self._backbone.encoder), eval_mode(objective):
+            for batch in self._loader(self._test):
+                rows = batch.weights > 0
+                logits = objective.predict(
+                    self._backbone.encoder, batch.views[0].to(self._world.device)
+                ).cpu()
+                counts += torch.tensor([(logits.argmax(1) == batch.labels)[rows].sum(), rows.sum()])
+        correct, total = self._world.sum(counts.to(self._world.device)).tolist()
+        return {"head": correct / total}
+
+    def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
+        ks = tuple(sorted({min(k, len(bank.labels)) for k in ks}))  # a small bank has no 200 neighbours
+        accuracies = evals.knn_accuracy(
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
+            ks=ks,
+            temperatures=(self._config.eval.knn_temperature,),
+            num_classes=self._num_classes,
+        )
+        return {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
+
+    def _embed(self, source: data.Source) -> Embeddings:
+        encoder: nn.Module = self._backbone.encoder
+        return embed(encoder, self._loader(source), num_samples=len(source), world=self._world)
+
+    def _loader(self, source: data.Source) -> Any:
+        return data.eval_loader(
+            source,
+            data.eval_transform(self._backbone.spec.preprocessing),
+            batch_size=self._config.eval.batch_size,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            num_workers=self._config.engine.workers,
+        )

@@ -1,0 +1,104 @@
+"""What a run writes while it trains: `metrics.jsonl`, `events.jsonl`, a progress bar, and wandb where asked
+for.
+
+Only the main rank writes; the others call the same methods and nothing happens. Files are line-buffered, so
+that a killed run has every line up to its end.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
+
+from tqdm import tqdm
+
+
+class MetricsWriter:
+    """Open with `with`; the main rank gets a directory, the others None.
+
+    Args:
+        directory: the run's directory.
+        progress: show a progress bar where standard error is a terminal, else a line per log.
+        wandb_mode: `off`, `offline` or `online`.
+        config: the resolved configuration, for wandb.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        progress: bool = True,
+        wandb_mode: Literal["off", "offline", "online"] = "off",
+        wandb_project: str = "selfmask",
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self._metrics: TextIO | None = None
+        self._events: TextIO | None = None
+        self._wandb: Any = None
+        self._bar: tqdm[Any] | None = None
+        self._progress = progress and directory is not None
+        if directory is None:
+            return
+        self._metrics = open(directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._events = open(directory / "events.jsonl", "a", buffering=1)  # noqa: SIM115
+        if wandb_mode != "off":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=wandb_project, mode=wandb_mode, dir=str(directory), name=directory.name, config=config
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_progress()
+        if error is not None:
+            self.event("failed", error=f"{type(error).__name__}: {error}")
+        for stream in (self._metrics, self._events):
+            if stream is not None:
+                stream.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Record values at a step: numbers, or {name: number} for per-parameter ones."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def event(self, name: str, **values: Any) -> None:
+        """Record something that happened: start, evaluation, warning, failure, end."""
+        if self._events is not None:
+            self._events.write(json.dumps({"event": name, "time": time.time(), **values}) + "\n")
+
+    def message(self, text: str) -> None:
+        """Print a line for the user, above the progress bar."""
+        if self._metrics is not None:
+            tqdm.write(text, file=sys.stderr)
+
+    def start_progress(self, total_steps: int, first_step: int = 0) -> None:
+        if self._progress and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def advance(self, steps: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def status(self, text: str) -> None:
+        """The newest numbers: beside the bar, or as a line of their own where there is no terminal."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self._progress:
+            print(text, file=sys.stderr, flush=True)
+
+    def end_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,87 @@
+"""Who am I among the processes of this run, and on which device.
+
+Ranks come from the environment that torchrun sets; without it the run is one process and no group is made.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, and the device it computes on."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = _CPU
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over all ranks, in place. Collective: every rank must call."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Collective: every rank must call."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(
+    device: str = "auto", *, threads: int | None = None, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[World]:
+    """Join the process group that the environment names (gloo on CPUs, nccl on GPUs) and leave it at the end.
+
+    Args:
+        device: auto, cpu or cuda; auto is cuda where there is one.
+        threads: CPU threads of this process; None leaves torch's choice.
+
+    Raises:
+        ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this node.
+    """
+    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = _pick_device(device, local_rank)
+    if size == 1:
+        yield World(device=place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=place if place.type == "cuda" else None)
+    try:
+        yield World(rank=rank, size=size, device=place)
+    finally:
+        dist.destroy_process_group()
+
+
+_ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+
+
+def _pick_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ValueError("engine.device is cuda and this machine has no usable GPU; set engine.device=cpu")
+    if local_rank >= available:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own ({available} here); set "
+            f"launch.processes_per_node={available} or less"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
