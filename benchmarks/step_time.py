@@ -10,6 +10,7 @@ views per step, random weights, 128-pixel images.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +20,10 @@ from torch.nn.utils import parametrize
 from benchmarks.harness import Benchmark, interleave, peak_memory, ratio_to_first
 from selfmask_dist import attach
 
-MODELS = {"vit": ("vit_small_patch16_224", {"img_size": 128}, "vit"), "resnet": ("resnet50", {}, "resnet")}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vit": ("vit_small_patch16_224", {"img_size": 128}, "vit"),
+    "resnet": ("resnet50", {}, "resnet"),
+}
 VARIANTS = ("full", "masked", "parametrized")
 IMAGE_SIZE = 128
 
@@ -39,6 +43,7 @@ class ScaledMask(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        self.weight: Tensor
         self.register_buffer("weight", weight.detach().clone())
 
     def forward(self, scores: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def make_step(kind: str, variant: str, *, views: int, batch_size: int) -> Callab
         masks.detach()
     parameters = dict(model.named_parameters())
     if variant == "masked":
-        trained = list(masks.parameters())
+        trained = list[Tensor](masks.parameters())
     elif variant == "full":
         trained = [parameters[n].requires_grad_(True) for n in names]
     else:
@@ -78,13 +83,15 @@ def make_step(kind: str, variant: str, *, views: int, batch_size: int) -> Callab
     return step
 
 
-def _parametrize(model: nn.Module, name: str) -> nn.Parameter:
+def _parametrize(model: nn.Module, name: str) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     weight = getattr(module, attribute).detach().clone()
     setattr(module, attribute, nn.Parameter(torch.ones_like(weight)))
     parametrize.register_parametrization(module, attribute, ScaledMask(weight), unsafe=True)
-    return module.parametrizations[attribute].original
+    scores = module.get_parameter(f"parametrizations.{attribute}.original")
+    assert scores.requires_grad
+    return scores
 
 
 def main() -> int:

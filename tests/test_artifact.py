@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist import apply_masks, attach, codec
+from selfmask_dist import Masks, apply_masks, attach, codec
 from selfmask_dist.artifact import MaskFile, MaskFileError, from_masks, read_mask_file, write_mask_file
 from tests.models import FAMILIES, make
 
 
-def trained(family: str, **options) -> tuple[nn.Module, nn.Module, object]:
+def trained(family: str, **options) -> tuple[nn.Module, nn.Module, Masks]:
     """(the untouched backbone, the masked model, its masks) with about a third pruned."""
     model, preset = make(family, dtype=torch.float32)
     backbone = copy.deepcopy(model)
