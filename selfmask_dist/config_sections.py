@@ -84,7 +84,6 @@ class BackboneConfig(Section):
         "Share of the resized image that the evaluation view's centre crop keeps; null: as in pretraining.",
         unit="fraction of the short side",
         gt=0,
-        le=1,
     )
     batchnorm: Literal["train", "frozen"] = science(
         "train",

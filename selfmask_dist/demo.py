@@ -155,6 +155,8 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
         "optim": {"score_lr": 100.0, "weight_lr": 0.05, "head_lr": 0.05, "warmup_epochs": 2},
         "run": {"dir": str(out), "name": name, "log_every": 40},
     }
+    if method == "finetune":  # from random weights: their frozen numbers say nothing
+        settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
     import yaml
 
     path = out / f"{name}.yaml"
