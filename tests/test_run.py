@@ -171,6 +171,22 @@ def test_a_masked_head_trains_by_its_mask_alone(shards: Path, tmp_path: Path) ->
     assert min(losses[-3:]) < losses[0]
 
 
+def test_clip_is_masked_through_its_text_head(shards: Path, tmp_path: Path) -> None:
+    """No head is trained: the masked image tower moves towards the frozen text embeddings of the classes."""
+    tower = "vision_cfg: {image_size: 16, layers: 2, width: 32, head_width: 16, patch_size: 8}"
+    text = "text_cfg: {context_length: 16, width: 16, heads: 2, layers: 1}"
+    kwargs = f"{{embed_dim: 16, {tower}, {text}}}"
+    clip = settings(shards, tmp_path, "backbone.name=open_clip:ViT-B-32", f"backbone.kwargs={kwargs}")
+    masked = run_here([*clip, "objective.head=clip_text", "mask.split_qkv=true", "train.epochs=4"])
+    losses = losses_of(masked)
+    assert min(losses[-3:]) < losses[0]
+    assert not (masked / "head.safetensors").exists()
+    mask = read_mask_file(masked / "final.mask").masks["default"]
+    assert mask.num_segments["transformer.resblocks.0.attn.in_proj_weight"] == 3
+    backbone = build_backbone(load_config(masked / "config.yaml"))
+    apply_masks(backbone.encoder, masked / "final.mask")
+
+
 def test_weights_and_biases_offline(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
