@@ -97,7 +97,7 @@ def _parametrize(model: nn.Module, name: str) -> Tensor:
 def main() -> int:
     bench = Benchmark("step_time", __doc__)
     options = bench.parse()
-    batch_size, rounds = (2, 3) if options.quick else (16, 9)
+    batch_size, rounds = (2, 3) if options.quick else (16, 7)
     limits = {("vit", 1): 1.03, ("resnet", 1): 1.05, ("vit", 4): 1.05, ("resnet", 4): 1.05}
     for (kind, views), limit in limits.items():
         key = f"{kind}_{views}_views"

@@ -425,6 +425,8 @@ class TestSelection:
             attach(model)
         with pytest.raises(ValueError, match="holds none of these"):
             masks.bind(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0))
+        with pytest.raises(ValueError, match=r"weight_decay=0\.1 on the scores"):
+            masks.bind(torch.optim.SGD(masks.parameters(), lr=1.0, weight_decay=0.1))
         with pytest.raises(ValueError, match="holds theta itself"):
             masks.bind(torch.optim.SGD([*masks.parameters(), *model.parameters()], lr=1.0))
         bad = {**masks.state_dict(), "blocks.0.attn.qkv.bias": torch.ones(3)}

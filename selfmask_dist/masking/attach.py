@@ -169,6 +169,13 @@ class Masks:
                 f"would overwrite; "
                 f"give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
             )
+        scores = {id(entry.scores) for entry in self.entries}
+        for group in optimizer.param_groups:
+            if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
+                raise ValueError(
+                    f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
+                    f"give them a parameter group with weight_decay=0"
+                )
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
         zero_grad = optimizer.zero_grad
 
