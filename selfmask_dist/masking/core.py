@@ -105,9 +105,15 @@ def pullback(
         num_kept: sum M over the whole tensor, 0-d.
         out: float32 (float64 for float64 weights), the shape of `grad`.
     """
-    torch.mul(grad.to(out.dtype), weight, out=out)
+    grad = grad.to(out.dtype)
+    if grad_dot_theta is None:
+        shift = out.new_zeros(())
+    else:
+        shift = (grad_dot_theta / (-2 * num_kept.clamp(min=1))).to(out.dtype)
+    if out.device.type == "cpu":  # one pass instead of three; reading a scalar stops nothing there
+        factor = 1.0 if scale is None else scale.item()
+        return torch.addcmul(shift, grad, weight.to(out.dtype), value=factor, out=out)
+    torch.mul(grad, weight, out=out)
     if scale is not None:
         out.mul_(scale)
-    if grad_dot_theta is not None:
-        out.sub_((grad_dot_theta / (2 * num_kept.clamp(min=1))).to(out.dtype))
-    return out
+    return out.add_(shift) if grad_dot_theta is not None else out
