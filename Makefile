@@ -9,10 +9,10 @@ PYTHON ?= python3
 CODE := selfmask_dist launchers data_prep benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check format slurm-up slurm-down clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/.installed  ## learn a mask on real scanned digits with two processes; ends with a picture
 	.venv/bin/selfmask demo
@@ -29,6 +29,12 @@ check: .venv/.installed  ## formatter, linter and types
 format: .venv/.installed  ## rewrite the code as `make check` wants it
 	.venv/bin/ruff format $(CODE)
 	.venv/bin/ruff check --fix $(CODE)
+
+slurm-up: .venv/.installed  ## a SLURM of four virtual nodes on this machine (root; needs slurm-wlm and munge)
+	.venv/bin/python -m tests.slurm up
+
+slurm-down: .venv/.installed  ## stop it
+	.venv/bin/python -m tests.slurm down
 
 clean:  ## remove the environment, caches and builds (runs are kept)
 	rm -rf .venv .uv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -25,11 +25,12 @@ from pathlib import Path
 from types import FrameType
 
 from selfmask_dist.config import Config
-from selfmask_dist.exit_status import FAILED, is_restartable
+from selfmask_dist.exit_status import FAILED, HUNG, REQUEUE, is_restartable
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
 _STOP_SECONDS = 60.0  # from asking to stop to killing
+_DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
 
 
@@ -201,6 +202,8 @@ class _Group:
                 wait = _GRACE_SECONDS if not _wants_restart(statuses) else _STOP_SECONDS
                 deadline = min(deadline, now + wait)
             if now >= deadline:
+                if HUNG in statuses:
+                    self._dump_stacks()
                 break
             time.sleep(_POLL_SECONDS)
         return self._status(statuses)
@@ -248,6 +251,12 @@ class _Group:
             self._reader.start()
         return child
 
+    def _dump_stacks(self) -> None:
+        """Make the processes that are left, stopped ones too, write where they are, to their logs."""
+        self._send(signal.SIGABRT)
+        self._send(signal.SIGCONT)
+        time.sleep(_DUMP_SECONDS)
+
     def _status(self, statuses: Sequence[int | None]) -> int:
         """The status that says why the run ended, not FAILED of those whose connections it broke."""
         failed = [(s, p) for s, p in zip(statuses, self._processes, strict=True) if s]
@@ -284,8 +293,8 @@ def free_port() -> int:
 
 
 def _wants_restart(statuses: Sequence[int | None]) -> bool:
-    """Whether some process ended after saving, so that the others are about to."""
-    return any(status is not None and status > 0 and is_restartable(status) for status in statuses)
+    """Whether some process ended after all had agreed to save, so that the others are about to."""
+    return REQUEUE in statuses
 
 
 def _copy(child: subprocess.Popen[bytes], path: Path) -> None:

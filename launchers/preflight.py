@@ -1,27 +1,168 @@
 """What would fail minutes or hours later, said before anything starts.
 
-Every check looks at the configuration, the file system or the cluster and returns complaints. Knows nothing
-of training and reads no image.
+Every check looks at the configuration, the file system or the cluster, and yields complaints that end with
+the way out. Knows nothing of training and reads no image.
 """
 
 import os
+import re
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from selfmask_dist.config import Config
+from selfmask_dist.config import Config, load_config
+from selfmask_dist.run_directory import flat_science
+
+_FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
 
 def preflight(config: Config, *, cluster: str, num_nodes: int) -> None:
-    """Raises ValueError with every complaint, each with its way out."""
-    complaints = [*_run_complaints(config)]
+    """Raises ValueError with every complaint, one to a line."""
+    complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    complaints += [*_times(config, cluster)]
+    complaints += [*(_slurm(config, num_nodes) if cluster == "slurm" else _here(config))]
     if complaints:
         raise ValueError("\n       ".join(complaints))
 
 
-def _run_complaints(config: Config) -> Iterator[str]:
-    run = Path(config.run.dir) / config.run.name
-    if (run / "config.yaml").exists() and not config.run.overwrite:
-        yield f"{run} holds a run already; set run.name to another name, or run.overwrite=true"
-    parent = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
+def _run_folder(config: Config) -> Iterator[str]:
+    run = (Path(config.run.dir) / config.run.name).absolute()
+    parent = next(folder for folder in (run, *run.parents) if folder.exists())
+    if not parent.is_dir():
+        yield f"{parent} is a file; set run.dir to a folder"
+        return
+    if not os.access(parent, os.W_OK | os.X_OK):
         yield f"{parent} is not writable; set run.dir to a folder that is"
+    if shutil.disk_usage(parent).free < _FREE_BYTES:
+        yield f"less than 1 GiB is free at {parent}; make room, or set run.dir to another disk"
+    if not (run / "config.yaml").exists() or config.run.overwrite:
+        return
+    if not config.run.resume:
+        yield (
+            f"{run} holds a run already; set run.name to another name, run.resume=true to go on with it, or "
+            f"run.overwrite=true"
+        )
+        return
+    before, now = flat_science(load_config(run / "config.yaml")), flat_science(config)
+    for key in now:
+        if before[key] != now[key]:
+            yield f"{run} was started with {key}={before[key]!r} and not {now[key]!r}; put it back to resume"
+
+
+def _data(config: Config) -> Iterator[str]:
+    for key, text in (("data.train", config.data.train), ("data.test", config.data.test)):
+        if text is None:
+            yield f"{key} is not set; give a folder of tars, as data_prep writes them"
+        elif any(sign in text for sign in "*?["):
+            continue  # a pattern, which the reader resolves
+        elif not Path(text).exists():
+            yield f"{key}: there is no {text} on this machine"
+        elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):
+            yield f"{key}: {text} has no tars in it; write them with data_prep"
+
+
+def _files(config: Config) -> Iterator[str]:
+    weights, container = config.backbone.weights, config.launch.container
+    if weights is not None and not Path(weights).is_file():
+        yield f"backbone.weights: there is no file {weights}"
+    if container and shutil.which(container[0]) is None:
+        yield f"launch.container: there is no program {container[0]} on this machine"
+    for name in config.launch.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield f"launch.environment: {name!r} is not the name of a variable"
+    if config.run.wandb == "online" and not _has_wandb_key():
+        yield "run.wandb=online and no key is found; run `wandb login`, or set run.wandb=offline"
+
+
+def _has_wandb_key() -> bool:
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text(errors="replace"))
+
+
+def _batch(config: Config, cluster: str, num_nodes: int) -> Iterator[str]:
+    per_node = config.launch.processes_per_node or config.launch.gpus_per_node
+    if not per_node:
+        if cluster == "slurm":
+            yield (
+                "launch.processes_per_node=0 means one for each GPU and launch.gpus_per_node is not set; "
+                "set it"
+            )
+        return
+    batch, world_size = config.train.global_batch_size, num_nodes * per_node
+    if batch % world_size:
+        near = max(round(batch / world_size), 1) * world_size
+        yield (
+            f"global batch {batch} is not divisible by {world_size} processes; set train.global_batch_size="
+            f"{near}"
+        )
+    elif batch // world_size < config.train.accumulate:
+        yield (
+            f"train.accumulate={config.train.accumulate} leaves micro-steps without an image: each of "
+            f"{world_size} processes has {batch // world_size} in a batch"
+        )
+
+
+def _times(config: Config, cluster: str) -> Iterator[str]:
+    launch, section = config.launch, config.checkpoint
+    if cluster != "slurm":
+        return
+    if not section.every_steps and 0 < launch.hours * 60 <= section.every_minutes:
+        yield (
+            f"launch.hours={launch.hours:g} ends a start before the first checkpoint "
+            f"(checkpoint.every_minutes={section.every_minutes:g}); save more often"
+        )
+    if launch.signal_seconds <= section.stop_seconds:
+        yield (
+            f"launch.signal_seconds={launch.signal_seconds} leaves less than checkpoint.stop_seconds="
+            f"{section.stop_seconds:g} for saving; set it higher"
+        )
+    if launch.signal_seconds >= launch.hours * 3600:
+        yield (
+            f"launch.signal_seconds={launch.signal_seconds} is longer than launch.hours={launch.hours:g}: "
+            f"the job would be told to stop at once"
+        )
+
+
+def _here(config: Config) -> Iterator[str]:
+    port = config.launch.master_port
+    if port is None:
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            yield f"launch.master_port={port} cannot be used ({error.strerror}); unset, a free one is taken"
+
+
+def _slurm(config: Config, num_nodes: int) -> Iterator[str]:
+    launch = config.launch
+    if shutil.which("sbatch") is None:
+        yield "there is no sbatch on this machine; start from a login node of the cluster, or --cluster local"
+        return
+    if config.engine.device == "cuda" and launch.gpus_per_node is None:
+        yield "engine.device=cuda and no GPU is asked for; set launch.gpus_per_node"
+    partitions = _partitions()
+    if not partitions:
+        return  # the cluster does not say; sbatch will
+    name = launch.partition or next((name for name in partitions if name.endswith("*")), None)
+    sizes = {known.rstrip("*"): size for known, size in partitions.items()}
+    if launch.partition is not None and launch.partition not in sizes:
+        yield f"launch.partition={launch.partition} does not exist; there are {', '.join(sorted(sizes))}"
+    elif name is not None and num_nodes > sizes[name.rstrip("*")]:
+        yield f"--nodes {num_nodes}: partition {name.rstrip('*')} has {sizes[name.rstrip('*')]}"
+
+
+def _partitions() -> dict[str, int]:
+    """Partition names, the default one with a star, and how many nodes each has; empty where none answers."""
+    command = ["sinfo", "--noheader", "--format=%P %D"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    sizes: dict[str, int] = {}
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        name, _, number = line.partition(" ")
+        sizes[name] = sizes.get(name, 0) + int(number)
+    return sizes

@@ -79,9 +79,15 @@ class Task:
 
     def _after_failure(self, status: int, rank: int, *, is_announced: bool) -> None:
         """Requeue the job where that is worth it, and then wait for SLURM to end it."""
+        verdict = (
+            self.logs / f".failed-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        )
         if not is_restartable(status):
             if status == FAILED:
                 time.sleep(_PEER_SECONDS)
+            verdict.touch()  # srun now ends the other tasks: they are not to take that for a preemption
+            return
+        if verdict.exists():
             return
         if (restarts := int(os.environ.get("SLURM_RESTART_COUNT", 0))) >= self.max_restarts:
             print(f"not requeued: {restarts} restarts were launch.max_restarts", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ training.
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def submit(config: Config, options: argparse.Namespace) -> int:
     """
     cluster = options.cluster
     if cluster == "auto":
-        cluster = "slurm" if shutil.which("sbatch") else "local"
+        cluster = "slurm" if shutil.which("sbatch") and _has_slurm_configuration() else "local"
     config_path = [f"--config={Path(options.config).resolve()}"] if options.config else []
     train_arguments = [*config_path, *options.overrides]
     preflight(config, cluster=cluster, num_nodes=options.nodes)
@@ -56,6 +57,17 @@ def submit(config: Config, options: argparse.Namespace) -> int:
             wait=options.wait,
         )
     return _run_here(config, options, train_arguments)
+
+
+def _has_slurm_configuration() -> bool:
+    """Whether sbatch would find its cluster; packages alone, as on a laptop, make none."""
+    places = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
+    if "SLURM_CONF" in os.environ or any(Path(place).exists() for place in places):
+        return True
+    done = subprocess.run(["sbatch", "--version"], capture_output=True, check=False)
+    return (
+        done.returncode == 0 and subprocess.run(["sinfo"], capture_output=True, check=False).returncode == 0
+    )
 
 
 def _run_here(config: Config, options: argparse.Namespace, train_arguments: list[str]) -> int:
@@ -97,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster",
         choices=("auto", "slurm", "local"),
         default="auto",
-        help="auto: slurm where sbatch is found (auto)",
+        help="auto: slurm where sbatch and its configuration are found (auto)",
     )
     parser.add_argument(
         "--dry-run",

@@ -21,23 +21,50 @@ class Masks(masking.Masks):
         preprocessing: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> int:
-        """Write these masks to a mask file (`artifact`); returns the number of bytes.
-
-        Args:
-            backbone, backbone_fingerprint, preprocessing, metrics: kept in the file's header for its readers.
-                The weights under the mask are fingerprinted in any case.
-        """
-        file = artifact.MaskFile(
-            masks={"default": artifact.from_masks(self)},
+        """Write these masks to a mask file; see `save_masks`."""
+        return save_masks(
+            self,
+            path,
             backbone=backbone,
             backbone_fingerprint=backbone_fingerprint,
-            preprocessing=dict(preprocessing or {}),
-            metrics=dict(metrics or {}),
+            preprocessing=preprocessing,
+            metrics=metrics,
         )
-        return artifact.write_mask_file(path, file)
 
 
 attach = Masks.attach
+
+
+def save_masks(
+    masks: masking.Masks,
+    path: str | Path,
+    *,
+    backbone: str = "",
+    backbone_fingerprint: str = "",
+    preprocessing: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    is_writer: bool = True,
+) -> int:
+    """Write masks to a mask file (`artifact`); returns the number of bytes.
+
+    Collective where the masks are sharded: every rank must call, one of them as writer.
+
+    Args:
+        backbone, backbone_fingerprint, preprocessing, metrics: kept in the file's header for its readers. The
+            weights under the mask are fingerprinted in any case.
+        is_writer: False only takes part in gathering the masks, and returns 0.
+    """
+    mask = artifact.from_masks(masks)
+    if not is_writer:
+        return 0
+    file = artifact.MaskFile(
+        masks={"default": mask},
+        backbone=backbone,
+        backbone_fingerprint=backbone_fingerprint,
+        preprocessing=dict(preprocessing or {}),
+        metrics=dict(metrics or {}),
+    )
+    return artifact.write_mask_file(path, file)
 
 
 def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> artifact.MaskFile:

@@ -74,7 +74,7 @@ def from_masks(masks: Masks) -> Mask:
     """The file's view of masks in training."""
     return Mask(
         bits={name: bits.cpu() for name, bits in masks.masks().items()},
-        weights_fingerprint=fingerprint((entry.name, entry.weight) for entry in masks.entries),
+        weights_fingerprint=fingerprint(masks.weights().items()),
         scaled=masks.scale != "none",
         num_segments={entry.name: entry.num_segments for entry in masks.entries if entry.num_segments > 1},
         statistics={name: statistic.cpu() for name, statistic in masks.moved_statistics().items()},

@@ -1,4 +1,4 @@
-"""The command line: `selfmask train | config | inspect | demo`.
+"""The command line: `selfmask train | config | inspect | status | logs | checkpoints | demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from selfmask_dist import exit_status, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
@@ -17,22 +18,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options) or 0)
     except (ValueError, FileNotFoundError) as error:
         print(f"{_who()}error: {error}", file=sys.stderr)
-        return 2
+        return exit_status.BAD_INPUT
     except ArithmeticError as error:  # training diverged: the message says it all
         print(f"{_who()}stopped: {error}", file=sys.stderr)
-        return 3
+        return exit_status.DIVERGED
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    from selfmask_dist.preempt import Preempted
     from selfmask_dist.run import run
 
-    run(config)
+    try:
+        run(config)
+    except Preempted:
+        print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
+        return exit_status.REQUEUE
+    return exit_status.OK
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -43,6 +47,14 @@ def _inspect(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact import describe_file
 
     print(describe_file(options.path))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from selfmask_dist.planner import Hardware, describe
+
+    given = ("nodes", "gpus_per_node", "memory_gib", "tflops", "within_node_gbs", "between_nodes_gbs")
+    hardware = Hardware(**{name: getattr(options, name) for name in given})
+    print(describe(load_config(options.config, options.overrides), hardware))
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -75,6 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a mask file holds")
     inspect.add_argument("path", metavar="FILE")
     inspect.set_defaults(command=_inspect)
+    status.add_commands(commands)
+    plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
+    plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
+    for name, kind, default, meaning in (
+        ("nodes", int, 1, "machines"),
+        ("gpus-per-node", int, 1, "GPUs in each"),
+        ("memory-gib", float, 80.0, "memory of a GPU"),
+        ("tflops", float, 300.0, "TFLOP/s that training reaches on one"),
+        ("within-node-gbs", float, 300.0, "GB/s that one sends inside a node"),
+        ("between-nodes-gbs", float, 25.0, "GB/s that one sends to other nodes"),
+    ):
+        help = f"{meaning} ({default:g})"
+        plan.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help)
+    plan.set_defaults(command=_plan)
     demo = commands.add_parser(
         "demo", help="learn a mask on real scanned digits, with two processes, in minutes"
     )

@@ -37,6 +37,7 @@ class Config(Section):
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
     engine: config_sections.EngineConfig = Field(default_factory=config_sections.EngineConfig)
+    checkpoint: config_sections.CheckpointConfig = Field(default_factory=config_sections.CheckpointConfig)
     run: config_sections.RunConfig = Field(default_factory=config_sections.RunConfig)
     launch: config_sections.LaunchConfig = Field(default_factory=config_sections.LaunchConfig)
 

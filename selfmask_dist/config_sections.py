@@ -85,10 +85,12 @@ class BackboneConfig(Section):
         unit="fraction of the short side",
         gt=0,
     )
-    batchnorm: Literal["train", "frozen"] = science(
+    batchnorm: Literal["train", "sync", "frozen"] = science(
         "train",
         "Batch normalisation while training. train: statistics of the batch, and the running ones move "
-        "(Paper; they are saved with the mask). frozen: the pretrained running statistics. Without effect "
+        "(Paper; they are saved with the mask); each process has its own rows' statistics, and the first "
+        "one's are kept. sync: statistics of the whole global batch. frozen: the pretrained running "
+        "statistics. Without effect "
         "on networks that have none.",
     )
 
@@ -265,15 +267,50 @@ class EvalConfig(Section):
 class EngineConfig(Section):
     """How the work is computed."""
 
-    name: Literal["ddp"] = efficiency(
-        "ddp", "ddp: each process holds the whole backbone, gradients are summed."
+    name: Literal["ddp", "fsdp", "bits", "deepspeed"] = efficiency(
+        "ddp",
+        "ddp: each process holds everything, gradients are summed. fsdp: weights, scores and momentum are "
+        "cut over the processes (FSDP2). bits: weights are held by all, scores and momentum are cut, and mask "
+        "bits travel instead of weights. deepspeed: ZeRO, see zero_stage. `selfmask plan` compares them.",
     )
     precision: Literal["float32", "bf16"] = science(
         "float32",
         "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs, and "
         "about 0.2 % of the mask's bits come out different.",
     )
-    compile: bool = efficiency(False, "torch.compile: slow first steps, then faster ones.")
+    reduce_dtype: Literal["float32", "bf16"] = science(
+        "float32", "Of gradients while they are summed over processes (fsdp, bits). bf16: half the bytes."
+    )
+    compile: bool = efficiency(
+        False, "torch.compile on each of the backbone's blocks: slow first steps, then faster ones."
+    )
+    checkpoint_activations: bool = efficiency(
+        False,
+        "Keep only each block's input and compute the rest again in backward: less memory, a third slower.",
+    )
+    reshard_after_forward: bool = efficiency(
+        True, "fsdp: give gathered weights back after each block's forward; false: keep them until backward."
+    )
+    shard_size: int | None = efficiency(
+        None,
+        "fsdp: cut over groups of so many processes, which hold the same pieces as the other groups (as: one "
+        "node); null: over all.",
+        unit="processes",
+        ge=1,
+    )
+    cpu_offload: bool = efficiency(
+        False,
+        "fsdp: weights, scores and momentum wait in the CPU's memory: slow, for models that do not fit.",
+    )
+    bucket_mb: float = efficiency(
+        25.0, "bits: gradients are sent in pieces of this size while backward goes on.", unit="MiB", gt=0
+    )
+    zero_stage: Literal[1, 2, 3] = efficiency(
+        2, "deepspeed: 1 cuts the optimizer's state over the processes, 2 gradients too, 3 weights too."
+    )
+    deepspeed: dict[str, JsonValue] = efficiency(
+        {}, "deepspeed: keys of its own JSON configuration, over those made from this one."
+    )
     device: Literal["auto", "cpu", "cuda"] = efficiency("auto", "auto: cuda where there is one, else cpu.")
     workers: int = efficiency(
         2,
@@ -286,6 +323,41 @@ class EngineConfig(Section):
     )
 
 
+class CheckpointConfig(Section):
+    """What a preempted or killed run goes on from. Trained tensors only; frozen weights are never saved."""
+
+    every_minutes: float = orchestration(
+        10.0, "Time from one checkpoint to the next; 0: not by time.", unit="minutes", ge=0
+    )
+    every_steps: int = orchestration(
+        0, "Steps from one checkpoint to the next, besides; 0: not by steps.", unit="steps", ge=0
+    )
+    keep_last: int = orchestration(2, "Newest checkpoints that stay.", unit="checkpoints", ge=1)
+    keep_every: int = orchestration(
+        0, "Checkpoints at multiples of so many steps stay too; 0: none.", unit="steps", ge=0
+    )
+    keep_best: NonEmpty | None = orchestration(
+        None, "The checkpoint with the highest value of this metric stays too, as monitor/knn20; null: none."
+    )
+    asynchronous: bool = orchestration(
+        True, "Write in the background; training waits only while its tensors are copied."
+    )
+    stop_seconds: float = orchestration(
+        60.0,
+        "Longest time from SIGUSR2 or SIGTERM to the end of a process; one that has not saved by then ends "
+        "without, to be requeued. Less than launch.signal_seconds.",
+        unit="seconds",
+        gt=0,
+    )
+    hang_minutes: float = orchestration(
+        30.0,
+        "A process in which nothing moves for so long after its first step writes its stacks and ends, to be "
+        "requeued; ten times as long before; 0: never.",
+        unit="minutes",
+        ge=0,
+    )
+
+
 class RunConfig(Section):
     """Where results go, and what is shown."""
 
@@ -294,6 +366,11 @@ class RunConfig(Section):
         "run", "Folder of this run in run.dir: config.yaml, metrics.jsonl, masks, ..."
     )
     overwrite: bool = orchestration(False, "Replace an earlier run of that name; false: refuse to start.")
+    resume: bool = orchestration(
+        False,
+        "Go on with an unfinished run of that name from its newest checkpoint. The launcher's restarts do so "
+        "by themselves.",
+    )
     wandb: Literal["off", "offline", "online"] = orchestration(
         "off", "Weights & Biases. offline: logs stay in the run's folder until wandb sync."
     )

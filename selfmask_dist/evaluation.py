@@ -3,6 +3,7 @@
 Glue between `embed` (models) and `evals` (numbers), so that those two need not know each other.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +18,23 @@ from selfmask_dist.parallel import World
 
 
 class Evaluation:
-    """Evaluates the encoder as it stands. Every method is a collective: every rank must call."""
+    """Evaluates the encoder as it stands. Every method is a collective: every rank must call.
+
+    Args:
+        on_batch: called after each batch, on all ranks equally often: the place to stop at.
+    """
 
     def __init__(
-        self, config: Config, backbone: Backbone, train: data.Source, test: data.Source, world: World
+        self,
+        config: Config,
+        backbone: Backbone,
+        train: data.Source,
+        test: data.Source,
+        world: World,
+        *,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_batch = on_batch
         self._config = config
         self._backbone = backbone
         self._train, self._test = train, test
@@ -87,8 +100,8 @@ class Evaluation:
         encoder: nn.Module = self._backbone.encoder
         return embed(encoder, self._loader(source), num_samples=len(source), world=self._world)
 
-    def _loader(self, source: data.Source) -> Any:
-        return data.eval_loader(
+    def _loader(self, source: data.Source) -> Iterator[data.Batch]:
+        loader = data.eval_loader(
             source,
             data.eval_transform(self._backbone.spec.preprocessing),
             batch_size=self._config.eval.batch_size,
@@ -96,3 +109,6 @@ class Evaluation:
             world_size=self._world.size,
             num_workers=self._config.engine.workers,
         )
+        for batch in loader:
+            yield batch
+            self._on_batch()

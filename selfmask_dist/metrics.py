@@ -34,6 +34,7 @@ class MetricsWriter:
         wandb_project: str = "selfmask",
         config: dict[str, Any] | None = None,
     ) -> None:
+        self.newest: dict[str, Any] = {}  # the last step and its numbers, for the heartbeat
         self._metrics: TextIO | None = None
         self._events: TextIO | None = None
         self._wandb: Any = None
@@ -69,6 +70,8 @@ class MetricsWriter:
         """Record values at a step: numbers, or {name: number} for per-parameter ones."""
         if self._metrics is None:
             return
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self.newest = {**self.newest, "step": step, **numbers}
         self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         if self._wandb is not None:
             self._wandb.log(values, step=step)

@@ -11,27 +11,36 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.config import Config, to_yaml
+from selfmask_dist.config import Config, load_config, to_yaml
 
 # what a run directory may hold; anything else in it is not ours to delete
 _OWN_FILES = (
     *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "result.json"),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
+    *("status.json", "frozen.json", "checkpoints", "stacks"),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")
 
 
-def create_run_directory(config: Config) -> Path:
-    """Make the run's directory and write what started it.
+def create_run_directory(config: Config, *, is_restart: bool = False) -> Path:
+    """Make the run's directory and write what started it, or go on in the one there is.
+
+    Args:
+        is_restart: the launcher starts the same run again.
 
     Raises:
-        ValueError: there is a run already and `run.overwrite` is false, or the directory holds foreign files.
+        ValueError: there is a run already and neither `run.overwrite` nor `run.resume` is set, or the run to
+            resume was another one.
     """
     directory = run_path(config)
     if (directory / "config.yaml").exists():
+        if is_restart or config.run.resume:
+            _check_same_run(config, load_config(directory / "config.yaml"))
+            return directory
         if not config.run.overwrite:
             raise ValueError(
-                f"{directory} holds a run already; set run.name to another name, or run.overwrite=true"
+                f"{directory} holds a run already; set run.name to another name, run.resume=true to go on "
+                f"with it, or run.overwrite=true"
             )
         for pattern in _OWN_FILES:
             for path in directory.glob(pattern):
@@ -40,6 +49,38 @@ def create_run_directory(config: Config) -> Path:
     (directory / "config.yaml").write_text(to_yaml(config))
     write_json(directory / "environment.json", environment())
     return directory
+
+
+def drop_metrics_after(directory: Path, step: int) -> None:
+    """Forget the lines of `metrics.jsonl` beyond a step: training goes on there and writes them again."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        partial = path.with_name(".metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)
+
+
+def _check_same_run(config: Config, before: Config) -> None:
+    for key, now in flat_science(config).items():
+        if flat_science(before)[key] != now:
+            raise ValueError(
+                f"{run_path(config)} was started with {key}={flat_science(before)[key]!r} and not {now!r}; "
+                f"results would be of neither. Put it back, or set run.name to another name"
+            )
+
+
+def flat_science(config: Config) -> dict[str, Any]:
+    """The keys that change results, dotted, with their values."""
+    flat: dict[str, Any] = {"seed": config.seed, "method": config.method}
+    for section, values in config:
+        for name, info in getattr(type(values), "model_fields", {}).items():
+            if (info.json_schema_extra or {}).get("group") == "science":
+                flat[f"{section}.{name}"] = getattr(values, name)
+    return flat
 
 
 def run_path(config: Config) -> Path:

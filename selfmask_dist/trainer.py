@@ -1,15 +1,15 @@
 """The training loop: batches in, masks (or weights) trained, numbers out.
 
-    for each batch:  set the learning rate -> gradients -> is the loss finite? -> step -> log
+    for each batch:  set the learning rate -> gradients -> is the loss finite, is it time to save or to stop?
+                     -> step -> log -> monitor -> save
 
 Knows nothing of objectives, k-NN, SLURM or how masks are laid out: the engine makes the step, `telemetry` and
 `monitor` are callables that return numbers.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
+from selfmask_dist.meter import Meter
 from selfmask_dist.metrics import MetricsWriter
 from selfmask_dist.parallel import Engine
+from selfmask_dist.preempt import Preempted
 from selfmask_dist.schedule import Schedule
+from selfmask_dist.state import Keeper, Position
 
 
 class NonFiniteError(ArithmeticError):
@@ -43,10 +46,11 @@ class Telemetry(Protocol):
 
 @dataclass
 class Trainer:
-    """One training run of `num_steps` steps over `epoch_batches(0), epoch_batches(1), ...`.
+    """One training run of `num_steps` steps over `epoch_batches(0, 0), epoch_batches(1, 0), ...`.
 
     Args:
-        epoch_batches: the batches of an epoch.
+        epoch_batches: (epoch, first) -> the batches of an epoch from number `first` on.
+        keeper: saves checkpoints and stops the run; None for neither.
         monitor: (step) -> numbers, called every `monitor_every` steps (0: never). Collective: every rank
             calls it.
         directory: where a failure leaves what is needed to look at it.
@@ -57,7 +61,7 @@ class Trainer:
     optimizer: Optimizer
     schedule: Schedule
     num_steps: int
-    epoch_batches: Callable[[int], Batches]
+    epoch_batches: Callable[[int, int], Batches]
     writer: MetricsWriter
     directory: Path
     telemetry: Telemetry | None = None
@@ -65,39 +69,61 @@ class Trainer:
     monitor_every: int = 0
     log_every: int = 10
     sample_key: Callable[[int], str] = str
+    keeper: Keeper | None = None
+    on_step: Callable[[], None] = lambda: None
 
-    def run(self) -> int:
+    def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
         """Train to the end; returns the number of steps. Collective: every rank must call.
+
+        Args:
+            start: where a restored run stands; `meter` is restored with it.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
+            Preempted: a rank was asked to stop; the keeper has saved.
         """
-        step, epoch = 0, 0
-        meter = Meter(self.engine)
-        self.writer.start_progress(self.num_steps)
+        start, meter = start or Position(), meter or Meter(self.engine.world)
+        step, epoch, done = start.step, start.epoch, start.batch
+        self.writer.start_progress(self.num_steps, step)
+        if not start.is_measured:
+            self._run_monitor(step, meter)
         while step < self.num_steps:
-            for batch in meter.time_waiting(self.epoch_batches(epoch)):
+            for batch in meter.time_waiting(self.epoch_batches(epoch, done)):
                 self.schedule.apply(self.optimizer, step)
                 is_logged = (step + 1) % self.log_every == 0 or step + 1 == self.num_steps
                 metrics = self.engine.forward_backward(batch)
-                self._check_finite(metrics["loss"], step, epoch, batch)
+                stop, save = self._agree(metrics["loss"], step, epoch, batch)
                 if is_logged and self.telemetry is not None:
                     self.telemetry.before_step()
                 self.engine.step()
-                step += 1
+                step, done = step + 1, done + 1
                 meter.add(metrics, batch)
+                self.on_step()
                 self.writer.advance()
                 if is_logged:
                     self._log(step, epoch, meter)
-                if self.monitor is not None and self.monitor_every and step % self.monitor_every == 0:
-                    self._run_monitor(step, meter)
+                self._after_step(Position(step, epoch, done), meter, stop=stop, save=save)
                 if step == self.num_steps:
                     break
-            epoch += 1
+            epoch, done = epoch + 1, 0
         self.writer.end_progress()
         return step
 
-    def _log(self, step: int, epoch: int, meter: "Meter") -> None:
+    def _after_step(self, position: Position, meter: Meter, *, stop: bool, save: bool) -> None:
+        """Monitor and save where it is time to; a stop in between leaves the monitor for later."""
+        step = position.step
+        if self.monitor is not None and self.monitor_every and step % self.monitor_every == 0:
+            position = replace(position, is_measured=False)
+            if not stop:
+                try:
+                    self._run_monitor(step, meter)
+                    position = replace(position, is_measured=True)
+                except Preempted:
+                    stop = True
+        if self.keeper is not None:
+            self.keeper.after_step(position, meter, stop=stop, due=save, is_last=step == self.num_steps)
+
+    def _log(self, step: int, epoch: int, meter: Meter) -> None:
         values: dict[str, Any] = {"epoch": epoch, **meter.read()}
         for group in self.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
@@ -111,20 +137,32 @@ class Trainer:
             f"ETA {_duration(remaining)}"
         )
 
-    def _run_monitor(self, step: int, meter: "Meter") -> None:
+    def _run_monitor(self, step: int, meter: Meter) -> None:
         assert self.monitor is not None
         values = self.monitor(step)
         self.writer.scalars(step, values)
+        if self.keeper is not None:
+            self.keeper.metrics = values
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.writer.message(f"step {step}: {numbers}")
         meter.restart_clock()  # evaluation is not training time
 
-    def _check_finite(self, loss: Tensor, step: int, epoch: int, batch: Batch) -> None:
+    def _agree(self, loss: Tensor, step: int, epoch: int, batch: Batch) -> tuple[bool, bool]:
+        """Whether some rank wants to stop, and whether it is time to save; the loss is checked on the way."""
+        votes = self.keeper.votes() if self.keeper is not None else (0.0, 0.0)
+        values = torch.tensor([0.0, *votes], dtype=torch.float64, device=loss.device)
+        values[0] = loss.detach()
         # one device sync a step on a GPU, before the optimizer moves anything: the scores stay those that
-        # gave the loss
-        if math.isfinite(value := loss.item()):
-            return
+        # gave the loss. All ranks see the same sum, so they stop together
+        total, stop, save = self.engine.world.sum(values).tolist()
+        if not math.isfinite(total):
+            self._fail(loss.item(), step, epoch, batch)
+        return stop > 0, save > 0
+
+    def _fail(self, value: float, step: int, epoch: int, batch: Batch) -> None:
         rank = self.engine.world.rank
+        if math.isfinite(value):
+            raise NonFiniteError(f"the loss is not finite on another rank at step {step} (epoch {epoch})")
         path = self.directory / f"failure-step{step}-rank{rank}.pt"
         torch.save(
             {"step": step, "epoch": epoch, "views": batch.views, "labels": batch.labels, "ids": batch.ids},
@@ -139,53 +177,6 @@ class Trainer:
             f"optim.head_lr), "
             f"objective.head_norm=none on raw ViT features, or broken images"
         )
-
-
-class Meter:
-    """Running means since the last read, images per second, and the share of time spent waiting for data."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._world = engine.world
-        self.seconds_per_step = 0.0
-        self._reset()
-
-    def time_waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on, timing how long each kept the loop waiting."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(iterator, None)
-            self._waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
-        self._images += batch.global_count
-
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last read, summed over ranks. Collective; one device sync."""
-        totals = self._world.sum(torch.stack([value.double() for value in self._sums.values()]))
-        values = {name: total / self._steps for name, total in zip(self._sums, totals.tolist(), strict=True)}
-        elapsed = max(time.perf_counter() - self._start, 1e-9)
-        values["images_per_second"] = self._images / elapsed
-        values["data_wait"] = min(self._waited / elapsed, 1.0)
-        self.seconds_per_step = elapsed / self._steps
-        self._reset()
-        return values
-
-    def restart_clock(self) -> None:
-        """Forget the time since the last read, and what was counted in it."""
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
-        self._waited = 0.0
-        self._start = time.perf_counter()
 
 
 def _duration(seconds: float) -> str:

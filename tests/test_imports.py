@@ -42,6 +42,7 @@ TABLE = {
     "masking": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "data": Rule(("preprocessing",), ("torch.distributed", "torch.optim", *MODELS)),
     "objectives": Rule(("backbones", "data"), ("torch.distributed", "torch.optim", *MODELS)),
+    "planner": Rule(("backbones", "config", "masking"), ("torch.distributed", "torch.optim")),
     "schedule": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "parallel": Rule(("data", "masking"), MODELS),
     "codec": Rule((), ("torch", *MODELS)),
@@ -49,7 +50,8 @@ TABLE = {
     "api": Rule(("artifact", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "metrics": Rule((), MODELS),
     "trainer": Rule(
-        ("config", "data", "metrics", "parallel", "schedule"), ("submitit", *OPTIMIZER_KINDS, *MODELS)
+        ("config", "data", "meter", "metrics", "parallel", "preempt", "schedule", "state"),
+        ("submitit", *OPTIMIZER_KINDS, *MODELS),
     ),
     "embed": Rule(("data", "parallel"), ("torch.optim", *MODELS)),
     "evals": Rule((), ("torch.distributed", "torchvision", *MODELS)),
@@ -57,13 +59,20 @@ TABLE = {
         ("backbones", "config", "data", "embed", "evals", "objectives", "parallel"), ("torch.optim", *MODELS)
     ),
     "run_directory": Rule(("config",), TRAINING),
+    "checkpoint": Rule((), ("torch.optim", "submitit", *MODELS)),
+    "preempt": Rule(("exit_status",), TRAINING),
+    "watchdog": Rule(("exit_status", "preempt"), TRAINING),
+    "status": Rule(("checkpoint",), TRAINING),
+    "meter": Rule(("data", "parallel"), ("submitit", "torch.optim", *MODELS)),
+    "state": Rule(("checkpoint", "parallel", "preempt"), ("submitit", *OPTIMIZER_KINDS, *MODELS)),
+    "exit_status": Rule((), TRAINING),
     "exit_status": Rule((), TRAINING),
     # what wires the parts together
     "run": Rule((ALL,)),
     "cli": Rule((ALL,)),
     "demo": Rule((ALL,)),
     # outside the package
-    "launchers": Rule(("config", "exit_status"), TRAINING),
+    "launchers": Rule(("config", "exit_status", "run_directory"), TRAINING),
     "data_prep": Rule(("data",), TRAINING),
 }
 

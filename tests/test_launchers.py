@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from tests.tiny_run import (
     result_of,
     submit,
     submit_command,
+    wait_until,
     write_config,
     write_tiny_data,
 )
@@ -34,13 +34,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def config_path(tmp_path: Path, tiny_data: dict[str, str]) -> Path:
     return write_config(tmp_path / "tiny.yaml", tiny_data)
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # ---- what is said before anything starts

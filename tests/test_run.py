@@ -99,7 +99,7 @@ def test_a_run_leaves_all_that_is_promised(shards: Path, tmp_path: Path) -> None
     assert logged[-1]["mask/active"] == pytest.approx(result["mask"]["active"])
     assert [line["step"] for line in lines if "monitor/knn5" in line] == [4, 8]
     events = [json.loads(line)["event"] for line in (directory / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "end"]
+    assert events == ["start", "checkpoint", "end"]
     environment = json.loads((directory / "environment.json").read_text())
     assert torch.__version__.startswith(environment["packages"]["torch"])
 

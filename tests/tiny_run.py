@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,36 @@ def processes_of(folder: Path) -> dict[int, str]:
         if str(folder) in command and state != "Z" and int(path.parent.name) != os.getpid():
             found[int(path.parent.name)] = command
     return found
+
+
+def rank_process(folder: Path, rank: int, name: str) -> int:
+    """The process id of a rank of run `name`."""
+    for pid, command in processes_of(folder).items():
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if (
+            "selfmask_dist.cli" in command
+            and f"run.name={name}" in command
+            and f"RANK={rank}".encode() in variables
+        ):
+            return pid
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def events_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def steps_of(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line["step"] for line in lines if "loss" in line]

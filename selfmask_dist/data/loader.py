@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ from selfmask_dist.data.order import RankBatch, epoch_order, num_steps, rank_bat
 from selfmask_dist.data.source import SampleError, Source
 from selfmask_dist.data.views import Transform, decode
 
-# what every worker needs, imported once by the server that they are forked from
+# Workers are forked from a small server process. Not "fork": by then the parent runs gloo's, CUDA's and
+# OpenMP's threads, whose locks a forked child inherits in any state (deadlocks; Python 3.12 warns of it). Not
+# "spawn": every worker would import torch again, 3 s each, and torch's workers abort when they end that way.
+_START_METHOD = "forkserver"
+# what every worker needs, imported once by the server
 _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
 
 
@@ -83,7 +88,8 @@ def train_loader(
     """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
 
     global_batch_size: samples per step over all ranks; a multiple of world_size.
-    num_workers: processes per rank that decode; 0 decodes in this process. Changes no pixel.
+    num_workers: processes per rank that decode; 0 decodes in this process. Changes no pixel. They import the
+        main script again, which so needs its `if __name__ == "__main__":`.
     Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
@@ -139,7 +145,7 @@ class BatchLoader:
         self._pin_memory = pin_memory
         self._dataloader: DataLoader[Batch | SampleError] | None = None
         if num_workers > 0:
-            _start_worker_server()  # imports torch in the background while the caller builds its model
+            _start_worker_server()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -179,7 +185,7 @@ class BatchLoader:
             collate_fn=_unchanged,
             num_workers=self._num_workers,
             persistent_workers=with_workers,
-            multiprocessing_context=_start_method() if with_workers else None,
+            multiprocessing_context=_START_METHOD if with_workers else None,
             worker_init_fn=_die_with_parent,
             pin_memory=self._pin_memory,
             # its own: the DataLoader would draw its workers' base seed from the global generator
@@ -262,18 +268,8 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             raise
 
 
-def _start_method() -> str:
-    """How workers are born: forked from a small server process that has one thread and no process group.
-
-    Not "fork": by then the parent runs gloo's, CUDA's and OpenMP's threads, whose locks a forked child would
-    inherit in any state (deadlocks; Python 3.12 warns, 3.14 no longer does it by default). Not "spawn": each
-    worker would import torch again, 2 to 3 s.
-    """
-    return "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-
-
 def _die_with_parent(worker: int) -> None:
-    """Runs in a new worker: leave when the training process is gone, however it went.
+    """Runs in a new worker: makes it leave when the training process is gone, however that went.
 
     torch's workers watch their parent process, which is the server here, and the server lives as long as one
     of its workers. Without this a rank that is killed leaves them all behind for ever.
@@ -289,9 +285,14 @@ def _die_with_parent(worker: int) -> None:
 
 
 def _start_worker_server() -> None:
-    if _start_method() == "forkserver":
-        multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
+    """Start the process that workers are forked from; it imports torch while the caller builds its model."""
+    multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
+    # blocked in it and in its workers: clusters send these to every process, and the parent is to answer
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
+    try:
         multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 @contextmanager

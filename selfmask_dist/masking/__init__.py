@@ -2,9 +2,11 @@
 model.
 """
 
-from selfmask_dist.masking.attach import MaskedParameter, Masks, attach
+from selfmask_dist.masking.attach import Masks, attach
 from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
+from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.selection import PRESETS, select
+from selfmask_dist.masking.shards import Shards
 from selfmask_dist.masking.statistics import MaskStatistics, measure
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "MaskStatistics",
     "MaskedParameter",
     "Masks",
+    "Shards",
     "attach",
     "binarize",
     "materialize",

@@ -15,7 +15,6 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -23,57 +22,39 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfmask_dist.masking import core, selection
+from selfmask_dist.masking.parameter import MaskedParameter, Segment
+from selfmask_dist.masking.shards import Shards
 
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of one parameter that has a scale of its own: views into the parameter's tensors."""
-
-    theta: Tensor
-    weight: Tensor
-    scores: Tensor
-
-
-class MaskedParameter:
-    """One parameter under a mask: theta (the module's own), the frozen weight W and the trained scores S."""
-
-    def __init__(self, name: str, theta: nn.Parameter, init: float | Tensor, num_segments: int) -> None:
-        self.name = name
-        self.theta = theta
-        self.weight = theta.detach().clone()
-        # float32: bf16 would round small updates of a score near 1 away
-        dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        scores = torch.empty_like(self.weight, dtype=dtype)
-        self.scores = nn.Parameter(scores.copy_(init) if isinstance(init, Tensor) else scores.fill_(init))
-        self.num_segments = num_segments
-        self.num_kept: list[Tensor] = []  # per segment, 0-d float64
-        self.scales: list[Tensor] = []  # per segment, 0-d, theta's dtype
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of a tensor of theta's shape, one per segment."""
-        return tensor.chunk(self.num_segments) if self.num_segments > 1 else (tensor,)
-
-    def segments(self) -> Iterator[Segment]:
-        tensors = (self.theta.detach(), self.weight, self.scores.detach())
-        return (Segment(*pieces) for pieces in zip(*map(self.split, tensors), strict=True))
+_MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
 
 
 class Masks:
     """The masks on one model. Made by `attach`."""
 
     def __init__(
-        self, model: nn.Module, entries: Sequence[MaskedParameter], *, threshold: float, scale: core.Scale
+        self,
+        model: nn.Module,
+        entries: Sequence[MaskedParameter],
+        *,
+        threshold: float,
+        scale: core.Scale,
+        shards: Shards,
+        auto: bool,
     ) -> None:
         self.threshold = threshold
         self.scale: core.Scale = scale
         self.entries = list(entries)
+        self.shards = shards
         self._model = model
-        self._statistics = {name: buffer.clone() for name, buffer in _norm_statistics(model)}
+        self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
         self._attached = True
         self._is_pull_queued = False
-        self._hooks: list[Any] = [
-            entry.theta.register_post_accumulate_grad_hook(self._after_accumulate) for entry in self.entries
-        ]
+        self._hooks: list[Any] = []
+        self._sizes: dict[int, Tensor] = {}  # N of every segment on the device, by first entry of a group
+        for entry in self.entries:
+            setattr(entry.theta, _MARK, True)
+            if auto:
+                self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
         self.rewrite()
 
     @classmethod
@@ -89,10 +70,13 @@ class Masks:
         split_qkv: bool = False,
         allow_norm: bool = False,
         freeze: bool = True,
+        shards: Shards | None = None,
+        auto: bool = True,
     ) -> Self:
         """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
 
         Move the model to its device first; wrap it in `DistributedDataParallel` or `torch.compile` after.
+        After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
             include, exclude, allow_norm: which parameters, see `selection.select`.
@@ -105,6 +89,9 @@ class Masks:
                 paper's CLIP).
             freeze: make every other parameter of the model frozen; False leaves their `requires_grad` as it
                 is.
+            shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
+                not, attaching, stepping and reading are collectives.
+            auto: False leaves it to the caller to call `pull_back` after the last backward of a step.
 
         Raises:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
@@ -113,17 +100,18 @@ class Masks:
         names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
         parameters = dict(model.named_parameters())
         if isinstance(init, Mapping):
-            _check_same_names(set(init), set(names), "init")
+            check_same_names(set(init), set(names), "init")
         elif not init > threshold:
             raise ValueError(
                 f"init {init} is not above threshold {threshold}: every weight would start pruned"
             )
         if scale not in ("through", "detached", "none"):
             raise ValueError(f"scale {scale!r} is not one of through, detached, none")
+        shards = shards or Shards()
         entries = []
         for name in names:
             theta = parameters[name]
-            if getattr(theta, "_post_accumulate_grad_hooks", None):
+            if hasattr(theta, _MARK):
                 raise ValueError(f"{name} carries a mask already; call detach() on the earlier masks first")
             if not theta.is_floating_point():
                 raise ValueError(
@@ -134,16 +122,15 @@ class Masks:
                 raise ValueError(
                     f"init of {name} has shape {tuple(start.shape)}, the parameter has {tuple(theta.shape)}"
                 )
-            entries.append(
-                MaskedParameter(name, theta, start, 3 if split_qkv and selection.is_fused_qkv(name) else 1)
-            )
+            num_segments = 3 if split_qkv and selection.is_fused_qkv(name) else 1
+            entries.append(MaskedParameter(name, theta, start, num_segments, shards))
         masked = set(names)
         for name, parameter in parameters.items():
             if name in masked:
                 parameter.requires_grad_(True)
             elif freeze:
                 parameter.requires_grad_(False)
-        return cls(model, entries, threshold=threshold, scale=scale)
+        return cls(model, entries, threshold=threshold, scale=scale, shards=shards, auto=auto)
 
     # ---- training
 
@@ -192,45 +179,94 @@ class Masks:
         Runs by itself at the end of every backward; call it where theta's gradient was written by other
         means.
         """
-        for entry in self.entries:
-            grad = entry.theta.grad
-            if grad is None:
-                continue
-            out = entry.scores.grad if entry.scores.grad is not None else torch.empty_like(entry.scores)
-            pieces = zip(
-                entry.segments(),
-                entry.split(grad),
-                entry.split(out),
-                entry.num_kept,
-                entry.scales,
-                strict=True,
-            )
-            for segment, grad_piece, out_piece, num_kept, scale in pieces:
-                core.pullback(
-                    grad_piece,
-                    segment.weight,
-                    scale=None if self.scale == "none" else scale,
-                    grad_dot_theta=core.inner_product(grad_piece, segment.theta)
-                    if self.scale == "through"
-                    else None,
-                    num_kept=num_kept,
-                    out=out_piece,
-                )
-            entry.scores.grad = out
+        for group, first_index in self._groups():
+            self._pull_back(group, first_index)
 
     @torch.no_grad()
     def rewrite(self) -> None:
         """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
         step.
         """
+        for group, first_index in self._groups():
+            self._rewrite(group, first_index)
+        self.shards.complete(self.entries, is_scaled=self.scale != "none")
+
+    def _groups(self) -> Iterator[tuple[list[MaskedParameter], int]]:
+        """Entries to work on together, and the index of the first one's first segment."""
+        # all at once: one collective, and on a GPU few small kernels. On a CPU one by one: a tensor stays in
+        # the cache from its first pass to its last
+        if not self.shards.is_whole or self.entries[0].theta.device.type != "cpu":
+            yield self.entries, 0
+            return
+        index = 0
         for entry in self.entries:
-            entry.num_kept, entry.scales = [], []
-            for segment in entry.segments():
-                num_kept = core.write_mask(segment.scores, self.threshold, out=segment.theta)
-                scale = core.scale_factor(num_kept, segment.theta.numel(), segment.theta.dtype)
-                core.finish_theta(segment.theta, segment.weight, None if self.scale == "none" else scale)
-                entry.num_kept.append(num_kept)
-                entry.scales.append(scale)
+            yield [entry], index
+            index += entry.num_segments
+
+    def _rewrite(self, entries: list[MaskedParameter], first_index: int) -> None:
+        segments: list[Segment] = []
+        num_kept = []
+        for entry in entries:
+            for segment in entry.segments(first_index + len(segments)):
+                num_kept.append(core.write_mask(segment.scores, self.threshold, out=segment.theta))
+                segment.theta.mul_(segment.weight)
+                segments.append(segment)
+        kept = self.shards.sum_kept(torch.stack(num_kept), entries, self.threshold)
+        sizes = self._segment_sizes(entries, first_index, kept.device)
+        scales = {
+            dtype: core.scale_factor(kept, sizes, dtype).unbind()
+            for dtype in {e.theta.dtype for e in entries}
+        }
+        index = 0
+        for entry in entries:
+            part = slice(index, index + entry.num_segments)
+            entry.num_kept = list(kept.unbind()[part])
+            entry.scales = list(scales[entry.theta.dtype][part])
+            if self.scale != "none":
+                for segment, scale in zip(segments[part], entry.scales, strict=True):
+                    segment.theta.mul_(scale)
+            index += entry.num_segments
+
+    def _pull_back(self, entries: list[MaskedParameter], first_index: int) -> None:
+        work = []  # (segment, gradient, where dL/dS goes, scale)
+        dots: list[Tensor] = []
+        num_kept: list[Tensor] = []
+        for entry in entries:
+            grad = self.shards.gradient(entry.name, entry.theta)
+            if grad is None and self.shards.is_whole:
+                continue
+            if entry.scores.grad is None:
+                entry.scores.grad = torch.empty_like(entry.scores)
+            out = entry.piece(entry.scores.grad)
+            grad = torch.zeros_like(out) if grad is None else entry.piece(grad)
+            segments = entry.segments(first_index + len(num_kept))
+            pieces = zip(segments, entry.split(grad), entry.split(out), entry.scales, strict=True)
+            for segment, grad_piece, out_piece, scale in pieces:
+                work.append((segment, grad_piece, out_piece, scale))
+                if self.scale == "through":
+                    dots.append(core.inner_product(grad_piece, segment.theta))
+            num_kept += entry.num_kept
+        if not work:
+            return
+        terms: Sequence[Tensor | None] = [None] * len(work)
+        if dots:
+            dot = torch.stack(dots)
+            terms = self.shards.sum(dot if self.shards.is_whole else dot.double()).unbind()
+        for (segment, grad_piece, out_piece, scale), term, kept in zip(work, terms, num_kept, strict=True):
+            core.pullback(
+                grad_piece,
+                segment.weight,
+                scale=None if self.scale == "none" else scale,
+                grad_dot_theta=term,
+                num_kept=kept,
+                out=out_piece,
+            )
+
+    def _segment_sizes(self, entries: list[MaskedParameter], key: int, device: torch.device) -> Tensor:
+        if key not in self._sizes or self._sizes[key].device != device:
+            sizes = [size for entry in entries for size in entry.segment_sizes()]
+            self._sizes[key] = torch.tensor(sizes, dtype=torch.float64, device=device)
+        return self._sizes[key]
 
     def other_parameters(self) -> Iterator[nn.Parameter]:
         """The model's trainable parameters that carry no mask, such as a head."""
@@ -241,8 +277,19 @@ class Masks:
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """The masks, {parameter name: bool tensor of its shape}."""
-        return {entry.name: core.binarize(entry.scores, self.threshold) for entry in self.entries}
+        """The masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
+        return {name: core.binarize(scores, self.threshold) for name, scores in self.state_dict().items()}
+
+    @torch.no_grad()
+    def mask_pieces(self) -> dict[str, Tensor]:
+        """What this process holds of the masks, {parameter name: bool tensor}."""
+        return {
+            entry.name: core.binarize(entry.piece(entry.scores), self.threshold) for entry in self.entries
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The frozen weights under the masks, {parameter name: tensor}. Collective under `shards`."""
+        return {entry.name: self.shards.whole_weight(entry.name, entry.weight) for entry in self.entries}
 
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
@@ -260,7 +307,7 @@ class Masks:
         """Running statistics of normalisation layers that differ from those at attach time."""
         return {
             name: buffer.detach().clone()
-            for name, buffer in _norm_statistics(self._model)
+            for name, buffer in norm_statistics(self._model)
             if not torch.equal(buffer, self._statistics[name].to(buffer.device))
         }
 
@@ -276,24 +323,28 @@ class Masks:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scores, {parameter name: tensor}: all there is to save of a mask in training."""
-        return {entry.name: entry.scores.detach() for entry in self.entries}
+        """The scores, {parameter name: tensor of its shape}: all there is to save of a mask in training.
+
+        Collective under `shards`: every rank must call.
+        """
+        return {entry.name: self.shards.whole(entry.name, entry.scores.detach()) for entry in self.entries}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy scores in and rewrite theta.
+        """Copy scores (of the parameters' shapes) in and rewrite theta. Collective under `shards`.
 
         Raises:
             ValueError: names or shapes differ from the masked parameters'.
         """
-        _check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
+        check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
         for entry in self.entries:
-            if state[entry.name].shape != entry.scores.shape:
+            if state[entry.name].shape != entry.theta.shape:
                 raise ValueError(
                     f"scores of {entry.name} have shape {tuple(state[entry.name].shape)}, "
-                    f"the parameter has {tuple(entry.scores.shape)}"
+                    f"the parameter has {tuple(entry.theta.shape)}"
                 )
-            entry.scores.copy_(state[entry.name])
+        for entry in self.entries:
+            entry.fill(state[entry.name])
         self.rewrite()
 
     # ---- ending
@@ -315,6 +366,7 @@ class Masks:
                 entry.theta.copy_(entry.weight)
             entry.theta.grad = None
             entry.theta.requires_grad_(False)
+            delattr(entry.theta, _MARK)
 
     # ---- hooks
 
@@ -345,14 +397,15 @@ class Masks:
 attach = Masks.attach
 
 
-def _norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers of normalisation layers, by name."""
     for module_name, module in model.named_modules():
         if selection.is_norm(module):
             for name, buffer in module.named_buffers(recurse=False):
                 yield f"{module_name}.{name}" if module_name else name, buffer
 
 
-def _check_same_names(given: set[str], expected: set[str], what: str) -> None:
+def check_same_names(given: set[str], expected: set[str], what: str) -> None:
     if given != expected:
         missing, unknown = sorted(expected - given), sorted(given - expected)
         raise ValueError(

@@ -32,10 +32,10 @@ def binarize(scores: Tensor, threshold: float) -> Tensor:
     return scores > threshold
 
 
-def scale_factor(num_kept: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """The scale a = (N / sum M)^(1/2) as a 0-d tensor of `dtype` (paper eq. 1).
+def scale_factor(num_kept: Tensor, numel: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale a = (N / sum M)^(1/2) in `dtype` (paper eq. 1), for one scaled tensor or a vector of them.
 
-    `num_kept`: 0-d, sum M over the whole scaled tensor; `numel`: N of the whole scaled tensor.
+    `num_kept`: sum M over the whole scaled tensor; `numel`: N of the whole scaled tensor.
     """
     return (numel / num_kept.double().clamp(min=1)).sqrt().to(dtype)
 

@@ -4,7 +4,7 @@
     flips    = share of mask bits that differ between two moments
     near     = share of scores with |S - mu| <= band
 
-Knows nothing of files or loggers; every function costs one device sync.
+Knows nothing of files or loggers; every function costs one device sync, and is a collective under `shards`.
 """
 
 from dataclasses import dataclass
@@ -32,17 +32,17 @@ def measure(masks: Masks, *, before: dict[str, Tensor] | None = None, band: floa
     """Measure masks as they stand.
 
     Args:
-        before: `masks.masks()` of an earlier moment, for the flips.
+        before: `masks.mask_pieces()` of an earlier moment, for the flips.
         band: half-width around the threshold, in units of a score (which starts at 1 by default).
     """
-    now = masks.masks()
+    now = masks.mask_pieces()
     sizes = [entry.theta.numel() for entry in masks.entries]
-    near = [((entry.scores - masks.threshold).abs() <= band).sum() for entry in masks.entries]
+    scores = [entry.piece(entry.scores) for entry in masks.entries]
+    near = [((piece - masks.threshold).abs() <= band).sum() for piece in scores]
     flips = [(now[name] ^ before[name]).sum() for name in now] if before is not None else []
-    nonfinite = torch.stack([(~entry.scores.isfinite()).sum() for entry in masks.entries]).sum()
-    totals = torch.stack(
-        [nonfinite, *(mask.sum() for mask in now.values()), *near, *flips]
-    ).tolist()  # one sync
+    nonfinite = torch.stack([(~piece.isfinite()).sum() for piece in scores]).sum()
+    counts = torch.stack([nonfinite, *(mask.sum() for mask in now.values()), *near, *flips])
+    totals = masks.shards.sum(counts).tolist()  # one sync
     num, total = len(sizes), sum(sizes)
     num_nonfinite, *totals = totals
     kept = totals[:num]

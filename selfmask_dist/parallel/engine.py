@@ -1,29 +1,345 @@
-"""The engine protocol: how a training step runs on many processes. One file per engine, chosen by
-`engine.name`.
+"""What an engine is: how one training step runs on many processes. One file per engine, chosen by its name.
 
-An engine gets a module that maps a batch to (its rank's share of the global loss, metrics), and an optimizer.
-It knows neither objectives nor architectures.
+    engine = build_engine(module, encoder=..., blocks=..., world=world, options=options)   # wraps and shards
+    masks = engine.attach(encoder, attach, include="vit")            # or engine.free(encoder): train weights
+    optimizer = SGD(masks.parameters(), ...)
+    engine.start(optimizer)
+    for batch in batches:
+        engine.forward_backward(batch)
+        engine.step()
+
+The module maps a batch to (this rank's share of the global loss, metrics); gradients are summed over ranks.
+An engine knows neither objectives nor architectures. What is trained is gathered as an `EngineState`, which
+any engine at any world size can load.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
+from selfmask_dist.masking import Shards
+from selfmask_dist.parallel.batchnorm import NormStatistics
 from selfmask_dist.parallel.world import World
 
 
-class Engine(Protocol):
-    """One training step in two halves, so that the loop can look at the loss before the weights move."""
+@dataclass(frozen=True)
+class EngineOptions:
+    """The keys of the config's engine section that engines read, plus the step's own."""
 
-    world: World
+    name: str = "ddp"
+    precision: str = "float32"  # or bf16: forward under autocast; scores and weights stay float32
+    reduce_dtype: str = "float32"  # or bf16: how gradients travel (fsdp, bits)
+    compile: bool = False
+    checkpoint_activations: bool = False
+    reshard_after_forward: bool = True
+    shard_size: int | None = None
+    cpu_offload: bool = False
+    bucket_mb: float = 25.0
+    zero_stage: int = 2
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    accumulate: int = 1
+    clip_norm: float | None = None
+
+    def reduce_type(self) -> torch.dtype | None:
+        """The dtype that gradients are reduced in; None for their own."""
+        return torch.bfloat16 if self.reduce_dtype == "bf16" else None
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """All that is trained, whole and on the CPU, by parameter name; nothing frozen is in it."""
+
+    parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
+    momentum: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """One tensor that the optimizer holds, and how it relates to the whole one."""
+
+    tensor: nn.Parameter
+    name: str  # within the model that `shards` was made for
+    shape: torch.Size  # of the whole tensor
+    shards: Shards
+    first_row: int = 0
+
+    @torch.no_grad()
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The whole of this parameter, or of something shaped like it, on the CPU. Collective."""
+        return self.shards.whole(self.name, tensor.detach()).cpu().clone()
+
+    @torch.no_grad()
+    def fill(self, tensor: Tensor, whole: Tensor) -> None:
+        """Copy this process's part of a whole tensor into `tensor`."""
+        piece = self.shards.piece(self.name, tensor.detach())
+        if piece.shape != whole.shape:
+            rows = whole.reshape(-1, *piece.shape[1:])
+            whole = rows[self.first_row : self.first_row + len(piece)]
+        piece.copy_(whole)
+
+
+class Engine:
+    """The replicated part that all engines share; a subclass says how the encoder is spread over ranks.
+
+    Args:
+        module: batch -> (rank's share of the loss, metrics). It holds the encoder and the objective.
+        encoder: the part of it that masks go on, already on its device. Everything else is replicated.
+        blocks: names of the encoder's repeated blocks, each wrapped by itself.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        encoder: nn.Module,
+        blocks: Sequence[str],
+        world: World,
+        options: EngineOptions,
+    ) -> None:
+        self.module = module
+        self.encoder = encoder
+        self.world = world
+        self.options = options
+        self.masks: dict[str, Any] = {}  # by the name of the model they are on
+        self.trained: dict[str, TrainedParameter] = {}
+        self.optimizer: Optimizer
+        self._statistics = NormStatistics(module)
+        self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
+        _prepare_blocks(encoder, blocks, options)
+        self._spread(blocks)
+
+    # ---- setting up
+
+    def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
+        """Masks on the encoder or on another part of the module. Collective: every rank must call.
+
+        Args:
+            attach_fn: `masking.attach` or a subclass's; gets `options`.
+        """
+        masks = attach_fn(model, shards=self._shards_of(model, options), auto=False, **options)
+        self.masks[self._name_of(model)] = masks
+        return masks
+
+    def free(self, model: nn.Module) -> list[nn.Parameter]:
+        """Make every weight of `model` trainable (full fine-tuning); returns them."""
+        model.requires_grad_(True)
+        return list(model.parameters())
+
+    def start(self, optimizer: Optimizer) -> None:
+        """Take the optimizer over. Every parameter that will be trained is in it. Collective."""
+        self.optimizer = optimizer
+        self.trained = self._find_trained(optimizer)
+        for masks in self.masks.values():
+            masks.bind(optimizer)
+        inside = {id(parameter) for parameter in self.encoder.parameters()}
+        self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
+
+    # ---- a step
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the global loss; returns this rank's share of each metric. Collective: every rank must
-        call.
-        """
-        ...
+        """Gradients of the global loss; returns this rank's share of each metric. Collective."""
+        metrics: dict[str, Tensor] = {}
+        self._statistics.broadcast(self.world)
+        micro_batches = split_batch(batch, self.options.accumulate)
+        for index, micro_batch in enumerate(micro_batches):
+            self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
+            with self._autocast():
+                loss, values = self._forward(micro_batch.to(self.world.device))
+            self._backward(loss)
+            for name, value in values.items():
+                metrics[name] = metrics[name] + value if name in metrics else value
+        self._finish_backward()
+        return metrics
 
     def step(self) -> None:
-        """Clip, step the optimizer, clear gradients. Collective: every rank must call."""
-        ...
+        """Clip, step the optimizer, rewrite theta, clear gradients. Collective: every rank must call."""
+        if self.options.clip_norm is not None:
+            self.clip(self.options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale all gradients down to one global L2 norm; returns the norm before. Collective."""
+        squares: dict[bool, list[Tensor]] = {False: [], True: []}
+        shards, grads = Shards(), []
+        for trained in self.trained.values():
+            if trained.tensor.grad is None:
+                continue
+            piece = trained.shards.piece(trained.name, trained.tensor.grad)
+            grads.append(piece)
+            squares[trained.shards.is_whole].append(piece.double().square().sum())
+            shards = shards if trained.shards.is_whole else trained.shards
+        if not grads:
+            return torch.zeros(())
+        zero = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+        total = shards.sum(sum(squares[False], zero)) + sum(squares[True], zero)
+        factor = (max_norm / (total.sqrt() + 1e-6)).clamp(max=1)
+        for grad in grads:
+            grad.mul_(factor.to(grad.dtype))
+        return total.sqrt()
+
+    # ---- state
+
+    def state(self) -> EngineState:
+        """What is trained, whole, by parameter name. Collective: every rank must call."""
+        parameters, momentum = {}, {}
+        for name, trained in self.trained.items():
+            value, buffer = self._read(trained)
+            parameters[name] = value
+            if buffer is not None:
+                momentum[name] = buffer
+        return EngineState(parameters, momentum, self._statistics.state())
+
+    def load_state(self, state: EngineState) -> None:
+        """Go on from a state of any engine and world size. Collective: every rank must call.
+
+        Raises:
+            ValueError: names or shapes are not those of this engine's trained parameters.
+        """
+        check_fits(state, {name: trained.shape for name, trained in self.trained.items()})
+        for name, trained in self.trained.items():
+            self._write(trained, state.parameters[name], state.momentum.get(name))
+        self._statistics.load(state.statistics)
+        self._after_load()
+
+    @torch.no_grad()
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The encoder's tensors as they stand, whole, by name. Collective: every rank must call."""
+        shards = self._shards_of(self.encoder, {})
+        return {name: shards.whole_weight(name, tensor) for name, tensor in self.encoder.state_dict().items()}
+
+    # ---- what engines override
+
+    def _spread(self, blocks: Sequence[str]) -> None:
+        """Shard the encoder, before masks are attached."""
+
+    def _shards_of(self, model: nn.Module, options: Mapping[str, Any]) -> Shards:
+        return Shards()
+
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
+        """Decide whether the coming backward reduces gradients."""
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.module(batch)
+        return loss, metrics
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _finish_backward(self) -> None:
+        self._sum_replicated()
+        for masks in self.masks.values():
+            masks.pull_back()
+
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
+        buffer = self.optimizer.state.get(trained.tensor, {}).get("momentum_buffer")
+        return trained.whole(trained.tensor), None if buffer is None else trained.whole(buffer)
+
+    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+        trained.fill(trained.tensor, value)
+        self.optimizer.state.pop(trained.tensor, None)
+        if momentum is not None:
+            buffer = torch.empty_like(trained.tensor, requires_grad=False)
+            trained.fill(buffer, momentum)
+            self.optimizer.state[trained.tensor]["momentum_buffer"] = buffer
+
+    def _after_load(self) -> None:
+        for masks in self.masks.values():
+            masks.rewrite()
+
+    # ---- shared parts
+
+    def _autocast(self) -> torch.autocast:
+        is_bf16 = self.options.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16)
+
+    @torch.no_grad()
+    def _sum_replicated(self) -> None:
+        """Sum the gradients of heads and their masks' theta over ranks, in one collective."""
+        grads = [p.grad for p in self._replicated if p.grad is not None]
+        if self.world.size == 1 or not grads:
+            return
+        flat = self.world.sum(torch.cat([grad.reshape(-1) for grad in grads]))
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+    def _name_of(self, model: nn.Module) -> str:
+        return next(name for name, module in self.module.named_modules() if module is model)
+
+    def _find_trained(self, optimizer: Optimizer) -> dict[str, TrainedParameter]:
+        """What the optimizer holds, by name: scores under their parameter's name, the rest under its own."""
+        held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        found: dict[str, TrainedParameter] = {}
+        for prefix, masks in self.masks.items():
+            for entry in masks.entries:
+                if held.pop(id(entry.scores), None) is not None:
+                    first_row = masks.shards.first_row(entry.name, entry.theta)
+                    found[f"{prefix}.{entry.name}"] = TrainedParameter(
+                        entry.scores, entry.name, entry.theta.shape, masks.shards, first_row
+                    )
+        whole, inside = Shards(), {id(p) for p in self.encoder.parameters()}
+        for name, parameter in self.module.named_parameters():
+            if held.pop(id(parameter), None) is not None:
+                shards = self._shards_of(self.encoder, {}) if id(parameter) in inside else whole
+                first_row = shards.first_row(name, parameter)
+                found[name] = TrainedParameter(parameter, name, parameter.shape, shards, first_row)
+        assert not held, f"{len(held)} tensors of the optimizer belong neither to the module nor to its masks"
+        return found
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
+    if parts == 1:
+        return [batch]
+    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
+    rows = zip(
+        views, batch.labels.chunk(parts), batch.weights.chunk(parts), batch.ids.chunk(parts), strict=True
+    )
+    return [
+        replace(batch, views=views, labels=labels, weights=weights, ids=ids)
+        for views, labels, weights, ids in rows
+    ]
+
+
+def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise a ValueError where a state is not one of these parameters."""
+    missing, unknown = (
+        sorted(set(shapes) - set(state.parameters)),
+        sorted(set(state.parameters) - set(shapes)),
+    )
+    if missing or unknown:
+        raise ValueError(
+            f"the state does not fit what is trained: missing {missing[:5]}, unknown {unknown[:5]}"
+        )
+    for name, shape in shapes.items():
+        if state.parameters[name].shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
+            )
+
+
+def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], options: EngineOptions) -> None:
+    """Activation checkpointing, then compilation, block by block (the whole encoder where it has none)."""
+    for name in blocks or ("",):
+        block = encoder.get_submodule(name)
+        # on the instance's forward, not the module: names of parameters stay, hooks stay outside the graph
+        if options.checkpoint_activations:
+            block.forward = _checkpointed(block.forward)
+        if options.compile:
+            block.forward = torch.compile(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from torch.utils.checkpoint import checkpoint
+
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputing_forward

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,13 +43,18 @@ class World:
 
 @contextmanager
 def join_world(
-    device: str = "auto", *, threads: int | None = None, timeout: timedelta = timedelta(minutes=30)
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+    needs_group: bool = False,
 ) -> Iterator[World]:
     """Join the process group that the environment names (gloo on CPUs, nccl on GPUs) and leave it at the end.
 
     Args:
         device: auto, cpu or cuda; auto is cuda where there is one.
         threads: CPU threads of this process; None leaves torch's choice.
+        needs_group: make a group for a single process too, as sharded engines want one.
 
     Raises:
         ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this node.
@@ -57,11 +63,14 @@ def join_world(
     if threads is not None:
         torch.set_num_threads(threads)
     place = _pick_device(device, local_rank)
-    if size == 1:
+    if size == 1 and not needs_group:
         yield World(device=place)
         return
     backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=place if place.type == "cuda" else None)
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group(
+        backend, timeout=timeout, device_id=place if place.type == "cuda" else None, **alone
+    )
     try:
         yield World(rank=rank, size=size, device=place)
     finally:

@@ -1,0 +1,207 @@
+"""Masks as a parametrisation: scores are the module's parameters and theta is made anew in every forward.
+
+    theta = a * W * M        dL/dS = a * G * W - <G, theta> / (2 * sum M)        (see `core`)
+
+For optimizers that own their parameters and lay them out as they like (DeepSpeed ZeRO): what they train must
+be a parameter of the module. `attach` is cheaper wherever it can be used. The module must hold whole scores
+and weights while it runs. Knows nothing of files, process groups or kinds of optimizers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from selfmask_dist.masking import core, selection
+from selfmask_dist.masking.attach import check_same_names, norm_statistics
+from selfmask_dist.masking.shards import Shards
+
+
+class ScaledMask(nn.Module):
+    """Scores -> theta for one parameter; holds its frozen weight."""
+
+    def __init__(self, weight: Tensor, *, threshold: float, scale: core.Scale, num_segments: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.threshold = threshold
+        self.scale = scale
+        self.num_segments = num_segments
+
+    def forward(self, scores: Tensor) -> Tensor:
+        theta: Tensor = _Theta.apply(scores, self.weight, self.threshold, self.scale, self.num_segments)
+        return theta
+
+
+class _Theta(torch.autograd.Function):
+    """Formula (*) of `core`, with G and theta of the whole tensor at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, weight: Tensor, threshold: float, scale: core.Scale, num_segments: int
+    ) -> Tensor:
+        theta = torch.empty_like(weight)
+        num_kept, scales = [], []
+        pieces = (tensor.chunk(num_segments) for tensor in (scores, theta, weight))
+        for scores_piece, theta_piece, weight_piece in zip(*pieces, strict=True):
+            kept = core.write_mask(scores_piece, threshold, out=theta_piece)
+            factor = core.scale_factor(kept, theta_piece.numel(), theta.dtype)
+            core.finish_theta(theta_piece, weight_piece, None if scale == "none" else factor)
+            num_kept.append(kept)
+            scales.append(factor)
+        # the weight itself, not theta: under ZeRO-3 it is given back after forward and gathered for backward
+        ctx.save_for_backward(weight, theta if scale == "through" else None)
+        ctx.constants = (num_kept, scales, scale, scores.dtype)
+        return theta
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        weight, theta = ctx.saved_tensors
+        num_kept, scales, scale, dtype = ctx.constants
+        out = torch.empty_like(weight, dtype=dtype)
+        parts = len(scales)
+        thetas = theta.chunk(parts) if theta is not None else [None] * parts
+        pieces = zip(
+            grad.chunk(parts), weight.chunk(parts), out.chunk(parts), thetas, scales, num_kept, strict=True
+        )
+        for grad_piece, weight_piece, out_piece, theta_piece, factor, kept in pieces:
+            core.pullback(
+                grad_piece,
+                weight_piece,
+                scale=None if scale == "none" else factor,
+                grad_dot_theta=None if theta_piece is None else core.inner_product(grad_piece, theta_piece),
+                num_kept=kept,
+                out=out_piece,
+            )
+        return out, None, None, None, None
+
+
+@dataclass
+class ParametrizedEntry:
+    """One parameter under a mask, with the names that `MaskedParameter` gives its parts."""
+
+    name: str
+    scores: nn.Parameter
+    weight: nn.Parameter
+    shape: torch.Size
+    num_segments: int
+    read: Callable[[nn.Parameter], Tensor]
+
+    @property
+    def theta(self) -> Tensor:
+        """A stand-in of theta's shape; theta itself exists only inside a forward."""
+        return torch.empty(self.shape, device="meta")
+
+    def piece(self, tensor: nn.Parameter) -> Tensor:
+        return self.read(tensor)
+
+
+class ParametrizedMasks:
+    """The masks on one model, with the reading methods of `Masks`. Made by `parametrized_attach`.
+
+    Args:
+        read: a parameter's whole value, wherever its optimizer keeps it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Sequence[ParametrizedEntry],
+        *,
+        threshold: float,
+        scale: core.Scale,
+    ) -> None:
+        self.threshold = threshold
+        self.scale: core.Scale = scale
+        self.entries = list(entries)
+        self.shards = Shards()
+        self._model = model
+        self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (entry.scores for entry in self.entries)
+
+    def bind(self, optimizer: Optimizer) -> None:
+        """Nothing to do: theta follows from the scores in every forward."""
+
+    def pull_back(self) -> None:
+        """Nothing to do: autograd does it."""
+
+    def rewrite(self) -> None:
+        """Nothing to do: theta follows from the scores in every forward."""
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scores, whole. Collective where the optimizer partitions them."""
+        return {entry.name: entry.read(entry.scores) for entry in self.entries}
+
+    def masks(self) -> dict[str, Tensor]:
+        return {name: core.binarize(scores, self.threshold) for name, scores in self.state_dict().items()}
+
+    def mask_pieces(self) -> dict[str, Tensor]:
+        return self.masks()
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        return {entry.name: entry.read(entry.weight) for entry in self.entries}
+
+    def sparsity(self) -> dict[str, float]:
+        return {name: 1 - mask.double().mean().item() for name, mask in self.masks().items()}
+
+    def moved_statistics(self) -> dict[str, Tensor]:
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in norm_statistics(self._model)
+            if not torch.equal(buffer, self._statistics[name].to(buffer.device))
+        }
+
+    def summary(self) -> str:
+        masked = sum(entry.shape.numel() for entry in self.entries)
+        return f"masked   {len(self.entries):4d} parameters, {masked:,} weights (parametrised)"
+
+
+def parametrized_attach(
+    model: nn.Module,
+    *,
+    include: str | Sequence[str] = "auto",
+    exclude: str | Sequence[str] = (),
+    threshold: float = 0.0,
+    init: float | Mapping[str, Tensor] = 1.0,
+    scale: core.Scale = "through",
+    split_qkv: bool = False,
+    allow_norm: bool = False,
+    read: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+) -> ParametrizedMasks:
+    """Put a learned mask on chosen parameters of `model`, in place; arguments as of `Masks.attach`.
+
+    Args:
+        read: gives a parameter's whole value, for optimizers that partition parameters.
+
+    Raises:
+        ValueError: nothing matches, a normalisation layer would be masked, or the names of given scores
+            differ.
+    """
+    names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
+    if isinstance(init, Mapping):
+        check_same_names(set(init), set(names), "init")
+    elif not init > threshold:
+        raise ValueError(f"init {init} is not above threshold {threshold}: every weight would start pruned")
+    model.requires_grad_(False)
+    entries = []
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = getattr(module, attribute).detach()
+        num_segments = 3 if split_qkv and selection.is_fused_qkv(name) else 1
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        start = init[name] if isinstance(init, Mapping) else torch.full((), init)
+        scores = start.to(weight.device, dtype).expand(weight.shape).contiguous()
+        mask = ScaledMask(weight, threshold=threshold, scale=scale, num_segments=num_segments)
+        setattr(module, attribute, nn.Parameter(scores))
+        parametrize.register_parametrization(module, attribute, mask, unsafe=True)
+        trained = module.get_parameter(f"parametrizations.{attribute}.original")
+        entries.append(ParametrizedEntry(name, trained, mask.weight, weight.shape, num_segments, read))
+    return ParametrizedMasks(model, entries, threshold=threshold, scale=scale)

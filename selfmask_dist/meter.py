@@ -1,0 +1,89 @@
+"""Numbers of a training run between two log lines: running means, images per second, waiting for data.
+
+Knows nothing of what is trained. What was counted is part of a run's state.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfmask_dist.data import Batch
+from selfmask_dist.parallel import World
+
+
+class Meter:
+    """Running means since the last read, images per second, and the share of time spent waiting for data."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = {}
+        self.seconds_per_step = 0.0
+        self._reset()
+
+    def time_waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Pass batches on, timing how long each kept the loop waiting."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._images += batch.global_count
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last read, summed over ranks. Collective; one device sync."""
+        totals = self._world.sum(torch.stack([value.double() for value in self._sums.values()]))
+        values = {name: total / self._steps for name, total in zip(self._sums, totals.tolist(), strict=True)}
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        values["images_per_second"] = self._images / elapsed
+        values["data_wait"] = min(self._waited / elapsed, 1.0)
+        self.seconds_per_step = elapsed / self._steps
+        self._reset()
+        return values
+
+    def state(self) -> dict[str, Any]:
+        """What was counted since the last read, rank by rank. Collective: every rank must call."""
+        rows = torch.zeros(self._world.size, len(self._sums), dtype=torch.float64)
+        if self._sums:
+            rows[self._world.rank] = torch.stack([value.double().cpu() for value in self._sums.values()])
+        rows = self._world.sum(rows.to(self._world.device)).cpu()
+        return {
+            "names": list(self._sums),
+            "dtypes": [str(value.dtype).removeprefix("torch.") for value in self._sums.values()],
+            "ranks": rows.tolist(),
+            "steps": self._steps,
+            "images": self._images,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on counting; with another number of ranks the first one takes all."""
+        rows = torch.tensor(state["ranks"], dtype=torch.float64, device=self._world.device)
+        if len(rows) == self._world.size:
+            mine = rows[self._world.rank]
+        else:
+            mine = rows.sum(0) if self._world.is_main else torch.zeros_like(rows[0])
+        self._sums = {
+            name: value.to(getattr(torch, dtype))
+            for name, dtype, value in zip(state["names"], state["dtypes"], mine, strict=True)
+        }
+        self._steps, self._images = state["steps"], state["images"]
+
+    def restart_clock(self) -> None:
+        """Forget the time since the last read, and what was counted in it."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = {}
+        self._steps = self._images = 0
+        self._waited = 0.0
+        self._start = time.perf_counter()

@@ -1,0 +1,157 @@
+"""The sharded engine: PyTorch's FSDP2 on the plain encoder, block by block, masks on the shards.
+
+`fully_shard` cuts every parameter of the encoder along its rows; masks are attached after it, so theta, the
+frozen weight, the scores and their momentum all lie as the same piece on the same rank. Only theta is
+gathered: a rank sends what full fine-tuning sends, plus two small all-reduces a step, one of <G, theta> and
+one of sum M for all tensors at once (the second depends on the first through the step, so they cannot be
+one). Heads and objectives are replicated. Knows nothing of objectives or architectures.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from selfmask_dist.masking import Shards
+from selfmask_dist.parallel.engine import Engine
+
+
+class FSDPEngine(Engine):
+    """See `Engine`. Needs a process group, of one process too."""
+
+    def _spread(self, blocks: Sequence[str]) -> None:
+        self._mesh = _make_mesh(self.world.size, self.options.shard_size, self.world.device.type)
+        self._row_shards = RowShards(self._mesh, self.world.device)
+        is_bf16 = self.options.precision == "bf16"
+        is_cuda = self.world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=is_cuda) if self.options.cpu_offload else OffloadPolicy()
+        shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload}
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if is_bf16 else None,
+            # without one FSDP2 would reduce in param_dtype
+            reduce_dtype=self.options.reduce_type() or (torch.float32 if is_bf16 else None),
+        )
+        for name in blocks:
+            fully_shard(
+                self.encoder.get_submodule(name),
+                reshard_after_forward=self.options.reshard_after_forward,
+                mp_policy=policy,
+                **shared,
+            )
+        if is_bf16:
+            policy = replace(policy, output_dtype=torch.float32)  # embeddings, for objectives
+        self.encoder.forward = _owning(self.encoder.forward)
+        # always resharded: after an evaluation it would keep its gathered theta, and miss the next rewrite
+        fully_shard(self.encoder, reshard_after_forward=True, mp_policy=policy, **shared)
+
+    def _shards_of(self, model: nn.Module, options: Mapping[str, Any]) -> Shards:
+        return self._row_shards if model is self.encoder else Shards()
+
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
+        assert isinstance(self.encoder, FSDPModule)
+        self.encoder.set_requires_gradient_sync(is_last)
+
+    def _autocast(self) -> torch.autocast:
+        # the mixed precision policy casts: inputs and gathered theta to bf16, embeddings back to float32
+        return torch.autocast(self.world.device.type, enabled=False)
+
+    def _backward(self, loss: Tensor) -> None:
+        # FSDP2 averages over ranks and the global gradient is a sum; heads get the factor taken off again
+        (loss * self.world.size).backward()
+
+    def _finish_backward(self) -> None:
+        for parameter in self._replicated:
+            if parameter.grad is not None:
+                parameter.grad.div_(self.world.size)
+        super()._finish_backward()
+
+    def _after_load(self) -> None:
+        for module in self.encoder.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # or a block that stays gathered would keep its old theta
+        super()._after_load()
+
+
+def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward whose output is no view: an in-place operation on a view would drop FSDP2's backward hook."""
+
+    def owning_forward(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return output.clone() if isinstance(output, Tensor) and output._is_view() else output
+
+    return owning_forward
+
+
+class RowShards(Shards):
+    """Pieces as FSDP2 cuts them: torch.chunk along the rows, over the last axis of the mesh."""
+
+    is_whole = False
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
+        self._group = mesh.get_group(mesh.ndim - 1)
+        self._rank = dist.get_rank(self._group)
+        self._size = dist.get_world_size(self._group)
+        self._device = device
+        self._like: dict[str, DTensor] = {}  # each parameter's frozen weight, for its placement
+
+    def new_scores(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        # a plain tensor: the optimizer's arithmetic then costs nothing for being sharded
+        assert isinstance(weight, DTensor), f"{name} is not sharded; attach masks after fully_shard"
+        self._like[name] = weight
+        return torch.empty_like(weight.to_local(), dtype=dtype)
+
+    def piece(self, name: str, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def first_row(self, name: str, theta: Tensor) -> int:
+        return min(self._rank * -(-len(theta) // self._size), len(theta))
+
+    def sum(self, values: Tensor) -> Tensor:
+        if self._size == 1:
+            return values
+        summed = values.to(self._device)
+        dist.all_reduce(summed, group=self._group)
+        return summed.to(values.device)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            like = self._like[name]
+            tensor = DTensor.from_local(
+                tensor,
+                like.device_mesh,
+                like.placements,
+                run_check=False,
+                shape=like.shape,
+                stride=like.stride(),
+            )
+        return self.whole_weight(name, tensor)
+
+    def whole_weight(self, name: str, weight: Tensor) -> Tensor:
+        moved = weight.to(self._device)
+        return moved.full_tensor() if isinstance(moved, DTensor) else moved  # buffers are whole
+
+
+def _make_mesh(world_size: int, shard_size: int | None, device_type: str) -> DeviceMesh:
+    if not dist.is_initialized():
+        raise ValueError("engine.name=fsdp needs a process group; call join_world(..., needs_group=True)")
+    if shard_size is None or shard_size == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    if world_size % shard_size:
+        raise ValueError(
+            f"engine.shard_size {shard_size} does not divide the {world_size} processes; set it to a "
+            f"divisor, or to null to shard over all"
+        )
+    shape = (world_size // shard_size, shard_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))

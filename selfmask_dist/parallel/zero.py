@@ -1,0 +1,188 @@
+"""The DeepSpeed engine: ZeRO stage 1, 2 or 3.
+
+DeepSpeed trains parameters of the module and lays them out in flat partitions of its own, so here scores are
+parameters beside the frozen weights (`masking.parametrized`) and theta is made in every forward. Stage 1 cuts
+momentum over ranks, 2 gradients too, 3 scores and frozen weights too. Its checkpoints are not used: they do
+not change world size; `state` gathers through DeepSpeed's own accessors instead, and holds nothing frozen.
+Knows nothing of objectives or architectures.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from selfmask_dist.data import Batch
+from selfmask_dist.masking.parametrized import parametrized_attach
+from selfmask_dist.parallel.engine import Engine, TrainedParameter
+
+_MOMENTUM = "momentum_buffer"
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
+
+
+class DeepSpeedEngine(Engine):
+    """See `Engine`. Needs a process group, of one process too, and on GPUs `ninja` on PATH."""
+
+    def _spread(self, blocks: Sequence[str]) -> None:
+        self._runner: Any = None
+        self._deepspeed = _import_deepspeed(self.world.device.type)
+
+    def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
+        masks = parametrized_attach(model, read=self._whole_parameter, **options)
+        self.masks[self._name_of(model)] = masks
+        return masks
+
+    def start(self, optimizer: Optimizer) -> None:
+        self.trained = self._find_trained(optimizer)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            # DeepSpeed makes the optimizer's state by a step on zero gradients, which must move nothing
+            group["lr"] = group["weight_decay"] = 0.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own use of torch
+            self._runner, _, _, _ = self._deepspeed.initialize(
+                model=self.module, optimizer=optimizer, config=self._make_config()
+            )
+        for group, rate, decay in zip(self._runner.optimizer.param_groups, rates, decays, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+        self.optimizer = self._runner.optimizer
+        self._make_momentum()
+
+    def step(self) -> None:
+        """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
+        self._runner.step()
+
+    def _begin_micro_batch(self, *, is_last: bool) -> None:
+        self._runner.set_gradient_accumulation_boundary(is_last)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self._runner(batch)
+        return loss, metrics
+
+    def _backward(self, loss: Tensor) -> None:
+        # it averages over ranks; the global gradient is a sum
+        self._runner.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def _finish_backward(self) -> None:
+        """DeepSpeed has reduced everything."""
+
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        value = safe_get_full_fp32_param(trained.tensor)
+        momentum = safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
+        assert value is not None, trained.name
+        shape = trained.shape
+        return (
+            value.detach().cpu().clone().view(shape),
+            None if momentum is None else momentum.detach().cpu().clone().view(shape),
+        )
+
+    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        device = self.world.device
+        safe_set_full_fp32_param(trained.tensor, value.to(device))
+        buffer = torch.zeros_like(value) if momentum is None else momentum
+        safe_set_full_optimizer_state(trained.tensor, buffer.to(device), _MOMENTUM)
+
+    def _after_load(self) -> None:
+        """Theta follows from the scores."""
+
+    @torch.no_grad()
+    def whole_weights(self) -> dict[str, Tensor]:
+        """See `Engine`; parametrised ones appear as their parts."""
+        named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(
+            self.encoder.named_buffers()
+        )
+        return {
+            name: self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
+            for name, tensor in named.items()
+        }
+
+    @torch.no_grad()
+    def _whole_parameter(self, parameter: nn.Parameter) -> Tensor:
+        if self._runner is None:
+            return parameter.detach()
+        if not hasattr(parameter, "ds_id"):  # stages 1 and 2 leave parameters whole
+            return parameter.detach()
+        with self._deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _make_momentum(self) -> None:
+        """Zero momentum for every flat partition: the first step is then as with none.
+
+        DeepSpeed 0.19.8 links a parameter to its state after the first group's step, when the other groups
+        have none yet, and later cannot find theirs.
+        """
+        if self.options.zero_stage == 3:
+            partitions = self.optimizer.fp32_partitioned_groups_flat  # type: ignore[attr-defined]
+        else:
+            partitions = self.optimizer.single_partition_of_fp32_groups  # type: ignore[attr-defined]
+        inner = self.optimizer.optimizer  # type: ignore[attr-defined]
+        for partition in partitions:
+            inner.state[partition][_MOMENTUM] = torch.zeros_like(partition)
+        if self.options.zero_stage != 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
+
+    def _make_config(self) -> dict[str, Any]:
+        micro_batch, parts = 1, self.options.accumulate
+        config: dict[str, Any] = {
+            # only their product is checked: batches come from the loader
+            "train_batch_size": micro_batch * parts * self.world.size,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": parts,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": self.options.clip_norm or 0.0,  # its default is to clip at 1
+            "zero_optimization": {
+                "stage": self.options.zero_stage,
+                "stage3_param_persistence_threshold": 0,
+                "reduce_bucket_size": max(int(self.options.bucket_mb * 2**18), 1),
+            },
+        }
+        return _overlay(config, self.options.deepspeed)
+
+
+def _overlay(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in extra.items():
+        below = merged.get(key)
+        merged[key] = _overlay(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    if not dist.is_initialized():
+        raise ValueError(
+            "engine.name=deepspeed needs a process group; call join_world(..., needs_group=True)"
+        )
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about its own use of torch
+            import deepspeed
+            import deepspeed.ops
+            import deepspeed.utils
+    except ImportError as error:
+        raise ValueError(
+            f"engine.name=deepspeed cannot import deepspeed: {error}; install it, or use engine.name=fsdp"
+        ) from error
+    if device_type == "cpu":
+        # a shared-memory all-reduce that it would compile for a minute when it starts; gloo does without
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
+    elif shutil.which("ninja") is None:
+        raise ValueError(
+            "engine.name=deepspeed builds operators when it starts and finds no ninja on PATH; pip install "
+            "ninja and activate the environment (so that its bin folder is on PATH), or use engine.name=fsdp"
+        )
+    return deepspeed

@@ -1,0 +1,180 @@
+"""What a run is, as one object that is saved and restored whole, and the rule of when.
+
+    tensors: scores and heads, momentum, moved statistics, the objective's buffers that changed (a queue)
+    values:  position (step, epoch, batch), identity (backbone, data, method), means since the last log
+
+Frozen weights are not in it; the backbone is pinned by its fingerprint. Learning rates and augmentation are
+functions of the position, so there is no scheduler and no generator to save. Knows neither objectives' types
+nor how masks are laid out: the engine gathers and loads what it trains, by name.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from selfmask_dist.checkpoint import Checkpoint, Saver
+from selfmask_dist.parallel import Engine
+from selfmask_dist.parallel.engine import EngineState
+from selfmask_dist.preempt import Preempted, StopRequest
+
+_PARTS = ("parameters", "momentum", "statistics")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands: `step` steps are done, the next batch is number `batch` of `epoch`.
+
+    `is_measured`: the monitor that was due after this step has run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    is_measured: bool = True
+
+
+class Telemetry(Protocol):
+    """Running means that are part of the state: the first log line after a resume is then the same."""
+
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class RunState:
+    """Gathers and restores a run.
+
+    Args:
+        identity: what must be the same for a resume to make sense, each with a readable name.
+    """
+
+    def __init__(self, engine: Engine, objective: nn.Module, *, identity: dict[str, Any]) -> None:
+        self._engine = engine
+        self._objective = objective
+        self._identity = identity
+        self._buffers = {name: buffer.detach().clone() for name, buffer in objective.named_buffers()}
+
+    def capture(self, position: Position, *, telemetry: Telemetry, metrics: dict[str, Any]) -> Checkpoint:
+        """The state as it stands, copied to the CPU. Collective: every rank must call."""
+        state = self._engine.state()
+        tensors = {
+            f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
+        }
+        for name, buffer in self._objective.named_buffers():
+            if not torch.equal(buffer, self._buffers[name]):
+                tensors[f"buffers/{name}"] = buffer.detach().cpu().clone()
+        values = {
+            "position": asdict(position),
+            "identity": self._identity,
+            "telemetry": telemetry.state(),
+            "metrics": metrics,
+        }
+        return Checkpoint({name: tensor.contiguous() for name, tensor in tensors.items()}, values)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError where a checkpoint is another run's, naming what differs."""
+        theirs = checkpoint.values["identity"]
+        for name, ours in self._identity.items():
+            if theirs.get(name) != ours:
+                raise ValueError(
+                    f"the checkpoint is of another run: {name} was {theirs.get(name)!r} and is {ours!r} now; "
+                    f"put it back, or start a new run with another run.name"
+                )
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint, *, telemetry: Telemetry) -> Position:
+        """Put a state back; returns where to go on. Collective: every rank must call.
+
+        Raises:
+            ValueError: it is another run's.
+        """
+        self.check(checkpoint)
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "buffers")}
+        for key, tensor in checkpoint.tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}))
+        moved = parts["buffers"]
+        for name, buffer in self._objective.named_buffers():
+            buffer.copy_(moved.get(name, self._buffers[name]))
+        telemetry.load_state(checkpoint.values["telemetry"])
+        return Position(**checkpoint.values["position"])
+
+
+class Keeper:
+    """Saves by time and by steps, and stops the run when asked to.
+
+    Args:
+        saver: on the main rank; None on the others.
+        every_steps, every_seconds: 0 for never.
+        is_asynchronous: write in the background; what is copied first stalls training.
+
+    `stalled` counts the seconds that saving kept training waiting.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        stop: StopRequest,
+        *,
+        saver: Saver | None,
+        every_steps: int = 0,
+        every_seconds: float = 0.0,
+        is_asynchronous: bool = True,
+    ) -> None:
+        self._state = state
+        self._stop = stop
+        self._saver = saver
+        self._every_steps = every_steps
+        self._every_seconds = every_seconds
+        self._is_asynchronous = is_asynchronous
+        self.stalled = 0.0
+        self._last_time = time.monotonic()
+        self._last_step = -1
+        self.metrics: dict[str, Any] = {}  # the newest of the monitor
+
+    def votes(self) -> tuple[float, float]:
+        """This rank's votes to stop and to save, which the trainer sums over ranks: only the main rank has a
+        clock, and a save waits for the one before it.
+        """
+        waited = time.monotonic() - self._last_time
+        is_due = (
+            self._saver is not None
+            and bool(self._every_seconds)
+            and waited >= self._every_seconds
+            and not self._saver.is_busy
+        )
+        return float(self._stop.requested), float(is_due)
+
+    def after_step(
+        self, position: Position, telemetry: Telemetry, *, stop: bool, due: bool, is_last: bool = False
+    ) -> None:
+        """Save where it is time to. Collective: every rank must call with equal arguments.
+
+        Raises:
+            Preempted: `stop`; what was trained so far is committed.
+        """
+        by_steps = bool(self._every_steps) and position.step % self._every_steps == 0
+        if not (stop or due or by_steps or is_last):
+            return
+        if position.step != self._last_step or stop:
+            self._save(position, telemetry)
+        if self._saver is not None and (stop or not self._is_asynchronous):
+            self._saver.finish()
+        if stop:
+            raise Preempted
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        if self._saver is not None:
+            self._saver.finish()
+
+    def _save(self, position: Position, telemetry: Telemetry) -> None:
+        start = time.perf_counter()
+        checkpoint = self._state.capture(position, telemetry=telemetry, metrics=self.metrics)
+        if self._saver is not None:
+            self._saver.save(checkpoint, step=position.step)
+        self._last_time, self._last_step = time.monotonic(), position.step
+        self.stalled += time.perf_counter() - start

@@ -1,0 +1,172 @@
+"""What runs are doing, from their files alone: `selfmask status`, `logs` and `checkpoints`.
+
+    runs/NAME/status.json (heartbeat)  result.json  checkpoints/  logs/rank-R.log
+
+Works while a run runs and after, on any machine that sees the folder. Knows nothing of training.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_SILENT_SECONDS = 60.0
+_COLUMNS = ("run", "state", "step", "loss", "images/s", "restarts", "checkpoint", "heartbeat", "job")
+
+
+# ---- writing
+
+
+class Heartbeat:
+    """Keeps `status.json`; only the main rank has one.
+
+    Args:
+        newest: returns the newest step and its numbers.
+    """
+
+    def __init__(self, run: Path, newest: Callable[[], dict[str, Any]]) -> None:
+        self._path = run / "status.json"
+        self._newest = newest
+        self._facts: dict[str, Any] = {
+            "state": "running",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restarts": int(os.environ.get("SELFMASK_RESTARTS", 0)),
+        }
+
+    def write(self, silence: float = 0.0, **facts: Any) -> None:
+        """`silence`: seconds since something moved. A full disk does not stop a run here."""
+        self._facts |= facts
+        newest = self._newest()
+        numbers = {name: newest.get(name) for name in ("step", "loss", "images_per_second")}
+        values = {**self._facts, **numbers, "time": time.time(), "silence": round(silence, 1)}
+        partial = self._path.with_name(".status.json.partial")
+        try:
+            partial.write_text(json.dumps(values) + "\n")
+            partial.replace(self._path)
+        except OSError as error:
+            print(f"status.json could not be written: {error}", file=sys.stderr)
+
+
+# ---- reading
+
+
+def read_status(run: Path) -> dict[str, str]:
+    """One line of the table, every value as text.
+
+    Raises:
+        ValueError: the folder is not a run's.
+    """
+    if not (run / "config.yaml").exists():
+        raise ValueError(f"{run} is not a run: it has no config.yaml")
+    status = _json(run / "status.json")
+    age = time.time() - status["time"] if "time" in status else None
+    state = "finished" if (run / "result.json").exists() else status.get("state", "no heartbeat")
+    if state == "running" and (age is None or age > _SILENT_SECONDS):
+        state = "silent"
+    total = status.get("num_steps")
+    newest = _newest_checkpoint(run)
+    return {
+        "run": run.name,
+        "state": state,
+        "step": "-" if status.get("step") is None else f"{status['step']}" + (f"/{total}" if total else ""),
+        "loss": "-" if status.get("loss") is None else f"{status['loss']:.4f}",
+        "images/s": "-" if status.get("images_per_second") is None else f"{status['images_per_second']:.0f}",
+        "restarts": str(status.get("restarts", "-")),
+        "checkpoint": newest,
+        "heartbeat": "-" if age is None else f"{age:.0f} s ago",
+        "job": str(status.get("job") or "-"),
+    }
+
+
+def _newest_checkpoint(run: Path) -> str:
+    try:
+        return (run / "checkpoints" / "latest").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return "-"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# ---- commands
+
+
+def add_commands(commands: Any) -> None:
+    """Add `status`, `logs` and `checkpoints` to the command line."""
+    status = commands.add_parser("status", help="what runs are doing, from their files")
+    status.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs (all in ./runs)")
+    status.set_defaults(command=_status)
+    logs = commands.add_parser("logs", help="the end of what a process of a run printed")
+    logs.add_argument("run", metavar="RUN")
+    logs.add_argument("--rank", type=int, default=0, metavar="R", help="which process (0)")
+    logs.add_argument("--lines", type=int, default=40, metavar="N", help="how many lines (40)")
+    logs.set_defaults(command=_logs)
+    checkpoints = commands.add_parser("checkpoints", help="list, verify or prune a run's checkpoints")
+    checkpoints.add_argument("action", choices=("list", "verify", "prune"))
+    checkpoints.add_argument("run", metavar="RUN")
+    checkpoints.add_argument("--keep", type=int, default=1, metavar="N", help="prune: how many stay (1)")
+    checkpoints.set_defaults(command=_checkpoints)
+
+
+def _status(options: argparse.Namespace) -> int:
+    runs = [Path(run) for run in options.runs] or sorted(
+        path.parent for path in Path("runs").glob("*/config.yaml")
+    )
+    if not runs:
+        raise ValueError("there are no runs in ./runs; name their folders")
+    rows = [read_status(run) for run in runs]
+    print(_table([list(_COLUMNS), *([row[name] for name in _COLUMNS] for row in rows)]))
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    folder = Path(options.run) / "logs"
+    path = folder / f"rank-{options.rank}.log"
+    if not path.exists():
+        known = sorted(found.name for found in folder.glob("rank-*.log"))
+        raise ValueError(f"there is no {path}; there are {', '.join(known) or 'no logs'}")
+    print("\n".join(path.read_text(errors="replace").splitlines()[-options.lines :]))
+    return 0
+
+
+def _checkpoints(options: argparse.Namespace) -> int:
+    from selfmask_dist import checkpoint  # imports torch
+
+    folder = Path(options.run) / "checkpoints"
+    if not folder.is_dir():
+        raise ValueError(f"{options.run} has no checkpoints")
+    if options.action == "prune":
+        deleted = checkpoint.prune(folder, checkpoint.Retention(last=options.keep))
+        print("\n".join(f"deleted {path.name}" for path in deleted) or "nothing to delete")
+        return 0
+    paths = checkpoint.committed(folder)
+    rows, num_bad = [["checkpoint", "step", "bytes", "saved"]], 0
+    for path in paths:
+        size = sum(file.stat().st_size for file in path.iterdir())
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+        rows.append([path.name, str(checkpoint.step_of(path)), f"{size:,}", saved])
+        if options.action == "verify":
+            problems = checkpoint.verify(path)
+            num_bad += bool(problems)
+            rows[-1].append("; ".join(problems) or "valid")
+    print(_table(rows))
+    for path in sorted(folder.glob("invalid-*")):
+        print(f"set aside: {path}")
+    return 1 if num_bad else 0
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    return "\n".join("  ".join(f"{cell:{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows)

@@ -1,0 +1,82 @@
+"""A thread that notices when nothing moves, and writes a heartbeat for `selfmask status`.
+
+    no beat for `timeout` seconds -> the stacks of all threads go to the run directory -> exit with HUNG
+
+Knows nothing of training but that it beats.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from selfmask_dist.exit_status import HUNG
+from selfmask_dist.preempt import dump_stacks
+
+_INTERVAL = 2.0
+_PATIENCE = 10  # times the timeout, until the first beat: building, compiling and meeting take their time
+
+
+class Watchdog:
+    """Watches between `with` and its end.
+
+    Args:
+        timeout: seconds without a beat until the process ends itself; 0: never.
+        stacks: where the stacks go.
+        heartbeat: called every few seconds while the process lives, with the seconds since the last beat.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float,
+        stacks: Path,
+        heartbeat: Callable[[float], None] | None = None,
+        exit_process: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._timeout = timeout
+        self._stacks = stacks
+        self._heartbeat = heartbeat
+        self._exit_process = exit_process
+        self._beaten = time.monotonic()
+        self._has_moved = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """Something moved: a step, a batch of an evaluation."""
+        self._beaten = time.monotonic()
+        self._has_moved = True
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        interval = min(_INTERVAL, self._timeout / 4) if self._timeout else _INTERVAL
+        seen = self._beaten
+        woken = time.monotonic()
+        while not self._end.wait(interval):
+            now = time.monotonic()
+            if now - woken > 4 * interval + 1 and self._beaten == seen:
+                self._beaten = now  # this process itself was stopped or starved: that proves nothing
+            woken, seen = now, self._beaten
+            silence = now - self._beaten
+            if self._heartbeat is not None:
+                self._heartbeat(max(silence, 0.0))
+            limit = self._timeout if self._has_moved else _PATIENCE * self._timeout
+            if self._timeout and silence > limit:
+                print(f"nothing moved for {silence:.0f} s: see {self._stacks}", file=sys.stderr, flush=True)
+                dump_stacks(self._stacks, f"nothing moved for {silence:.0f} s")
+                self._exit_process(HUNG)
+                return

@@ -1,0 +1,89 @@
+"""Runs on a real SLURM of four virtual nodes; see `tests.slurm`."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import slurm
+from tests.tiny_run import events_of, result_of, steps_of, submit, wait_until, write_config, write_tiny_data
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """SLURM_CONF of the running cluster: the one that `make slurm-up` started, or its own."""
+    if reason := slurm.why_not():
+        pytest.skip(reason)
+    was_up = slurm.is_up()
+    yield slurm.up()
+    if not was_up:
+        slurm.down()
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLURM_CONF", str(cluster))
+    return write_config(tmp_path / "tiny.yaml", write_tiny_data(tmp_path / "data"))
+
+
+def logs_of(run: Path) -> str:
+    texts = [path.read_text() for folder in ("logs", "slurm") for path in (run / folder).glob("*.*g")]
+    return "\n".join([*texts, *(path.read_text() for path in (run / "slurm").glob("*_log.*"))])
+
+
+def test_three_nodes_train_to_a_result(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", nodes=3, cluster="slurm")
+    run = tmp_path / "run"
+    assert done.returncode == 0, done.stderr + done.stdout + logs_of(run)
+    assert result_of(run)["steps"] == 8
+    assert "on 3 process(es)" in (run / "logs" / "rank-0.log").read_text()
+    assert (run / "logs" / "rank-2.log").exists()
+
+
+def test_a_user_error_ends_the_job_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", "backbone.name=timm:no_such_model", nodes=2, cluster="slurm")
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    assert "no_such_model" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+
+
+def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
+    config_path: Path, tmp_path: Path
+) -> None:
+    storm = ["launch.exclusive=true", "train.epochs=60", "optim.score_lr=300", "engine.workers=1"]
+    assert submit(config_path, *storm, "run.name=calm", nodes=2).returncode == 0
+    done = submit(config_path, *storm, "run.name=stormy", nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.split()[2]
+    run = tmp_path / "stormy"
+    wait_until(lambda: len(steps_of(run)) > 20)
+    slurm.preempt(job)
+    slurm.wait_for_end(job)
+    assert (run / "result.json").exists(), logs_of(run)
+    kinds = [event["event"] for event in events_of(run) if event["event"] != "checkpoint"]
+    assert kinds == ["start", "preempted", "start", "resume", "end"], logs_of(run)
+    assert (run / "final.mask").read_bytes() == (tmp_path / "calm" / "final.mask").read_bytes()
+    assert steps_of(run) == steps_of(tmp_path / "calm")
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = done.stdout.split()[2], tmp_path / "run"
+    wait_until(lambda: len(steps_of(run)) > 5)
+    slurm.cancel(job)
+    assert slurm.wait_for_end(job) == "CANCELLED"
+    last = events_of(run)[-1]
+    assert (last["event"], last["reason"]) == ("preempted", "SIGTERM"), logs_of(run)
+    assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
+
+
+def test_the_cluster_really_has_four_nodes(cluster: Path) -> None:
+    command = ["srun", "--nodes=4", "sh", "-c", "echo $SLURMD_NODENAME"]
+    environment = {**os.environ, "SLURM_CONF": str(cluster)}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(shown.stdout.split()) == list(slurm.NODES)
