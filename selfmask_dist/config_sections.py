@@ -139,6 +139,14 @@ class DataConfig(Section):
     augment: bool = science(
         True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."
     )
+    max_broken: float = science(
+        0.001,
+        "Training images that may turn out unreadable in an epoch. They get weight 0 and are listed in the "
+        "run's quarantine.jsonl; more than this stop the run.",
+        unit="fraction of the images",
+        ge=0,
+        lt=1,
+    )
 
 
 class ObjectiveConfig(Section):

@@ -90,6 +90,12 @@ def _adapt(
     objective = build_objective(config, backbone, train.classes).to(world.device)
     trained = prepare(config, backbone.encoder, objective)
     writer.message(trained.summary)
+    quarantine = data.Quarantine(
+        directory / "quarantine.jsonl",
+        num_samples=len(train),
+        budget=config.data.max_broken,
+        rank=world.rank,
+    )
     loader = data.train_loader(
         train,
         evaluation.train_transform(),
@@ -98,6 +104,7 @@ def _adapt(
         rank=world.rank,
         world_size=world.size,
         num_workers=config.engine.workers,
+        quarantine=quarantine,
     )
 
     def batches_of(epoch: int) -> data.BatchLoader:
@@ -131,6 +138,7 @@ def _adapt(
         monitor_every=max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0,
         log_every=config.run.log_every,
         sample_key=train.key,
+        quarantine=quarantine,
     )
     trainer.run()
     result: dict[str, Any] = {"steps": steps, "adapted": evaluation.full(probe=config.eval.probe)}

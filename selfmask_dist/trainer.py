@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selfmask_dist.data import Batch
+from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.metrics import MetricsWriter
 from selfmask_dist.parallel import Engine
 from selfmask_dist.schedule import Schedule
@@ -51,6 +51,7 @@ class Trainer:
             calls it.
         directory: where a failure leaves what is needed to look at it.
         sample_key: sample id -> key, for messages.
+        quarantine: counts this rank's unreadable samples, and judges the sum over ranks.
     """
 
     engine: Engine
@@ -65,12 +66,14 @@ class Trainer:
     monitor_every: int = 0
     log_every: int = 10
     sample_key: Callable[[int], str] = str
+    quarantine: Quarantine | None = None
 
     def run(self) -> int:
         """Train to the end; returns the number of steps. Collective: every rank must call.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
+            QuarantineError: more samples than the budget allows could not be read.
         """
         step, epoch = 0, 0
         meter = Meter(self.engine)
@@ -93,12 +96,15 @@ class Trainer:
                     self._run_monitor(step, meter)
                 if step == self.num_steps:
                     break
+            self._check_quarantine()
             epoch += 1
         self.writer.end_progress()
         return step
 
     def _log(self, step: int, epoch: int, meter: "Meter") -> None:
         values: dict[str, Any] = {"epoch": epoch, **meter.read()}
+        if (broken := self._check_quarantine()) > 0:
+            values["quarantined"] = broken
         for group in self.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
         if self.telemetry is not None:
@@ -110,6 +116,15 @@ class Trainer:
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
             f"ETA {_duration(remaining)}"
         )
+
+    def _check_quarantine(self) -> int:
+        """Samples that failed in this epoch on all ranks. Collective: every rank must call."""
+        if self.quarantine is None:
+            return 0
+        world = self.engine.world
+        total = int(world.sum(torch.tensor(self.quarantine.failed, device=world.device)).item())
+        self.quarantine.check(total)
+        return total
 
     def _run_monitor(self, step: int, meter: "Meter") -> None:
         assert self.monitor is not None

@@ -2,7 +2,7 @@
 
 Knows neither pictures nor paths beyond the shards' names. Row i is
 
-    (shard, offset, length, label, crc32, end of its key),  32 bytes, and the key itself,
+    (shard, offset, length, label, crc32, end of its key),  28 bytes, and the key itself,
 
 and the file is mapped, not read: opening it costs the same for a thousand samples and for millions. What a
 resume must find unchanged is its `identity`: a few digests, so that a difference can be named.
@@ -33,7 +33,7 @@ _COLUMNS: dict[str, str] = {
     "length": "<u4",
     "label": "<i4",
     "crc32": "<u4",
-    "key_end": "<i8",
+    "key_end": "<u4",
 }
 
 
@@ -60,7 +60,7 @@ class Index:
     length: npt.NDArray[np.uint32]
     label: npt.NDArray[np.int32]
     crc32: npt.NDArray[np.uint32]
-    key_end: npt.NDArray[np.int64]
+    key_end: npt.NDArray[np.uint32]
     keys: npt.NDArray[np.uint8]
     folders: tuple[str, ...] | None
     classes: tuple[str, ...] | None
@@ -88,12 +88,13 @@ class Index:
 
     def keep(self, rows: npt.NDArray[np.bool_], *, num_rejected: int) -> Index:
         """The index of the rows where `rows`, shape (len,), is true."""
-        lengths = np.diff(self.key_end, prepend=0)
+        ends = self.key_end.astype(np.int64)
+        lengths = ends - np.append(0, ends)[:-1]
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS if name != "key_end"}
         return replace(
             self,
             **columns,
-            key_end=np.cumsum(lengths[rows]),
+            key_end=np.cumsum(lengths[rows], dtype=np.uint32),
             keys=self.keys[np.repeat(rows, lengths)],
             num_rejected=num_rejected,
             path=None,
@@ -103,12 +104,15 @@ class Index:
     def identity(self) -> dict[str, Any]:
         """What a resume must find unchanged: counts, and digests of names, places, labels and contents."""
         names = json.dumps([asdict(shard) for shard in self.shards]).encode()
+        # of the same number types, whether these were walked or mapped
+        columns = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        places = [columns[name] for name in ("shard", "offset", "length", "key_end")]
         return {
             "samples": len(self),
             "shards": _digest(names),
-            "places": _digest(self.shard, self.offset, self.length, self.key_end, self.keys),
-            "labels": _digest(self.label, json.dumps(self.folders).encode()),
-            "contents": _digest(self.crc32) if self.has_crc32 else None,
+            "places": _digest(*places, self.keys),
+            "labels": _digest(columns["label"], json.dumps(self.folders).encode()),
+            "contents": _digest(columns["crc32"]) if self.has_crc32 else None,
         }
 
     def save(self, path: Path) -> None:
@@ -166,7 +170,7 @@ def index_of_table(
         length=np.array(table.length, dtype=np.uint32),
         label=numbers,
         crc32=np.array(table.crc32, dtype=np.uint32),
-        key_end=np.array(table.key_end, dtype=np.int64),
+        key_end=np.array(table.key_end, dtype=np.uint32),
         keys=np.frombuffer(bytes(table.keys), dtype=np.uint8),
         folders=folders,
         classes=classes,

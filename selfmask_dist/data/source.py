@@ -11,7 +11,9 @@ there are no checksums. A `dataset.json` beside the tars, as data_prep writes it
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import numpy.typing as npt
 from selfmask_dist.data.index import INDEX_NAME, Index, index_of_table, load_index
 from selfmask_dist.data.labels import resolve_labels
 from selfmask_dist.data.manifest import MANIFEST_NAME, find_shards, read_manifest, some
+from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
 from selfmask_dist.data.table import IMAGE_EXTENSIONS, SampleTable
 
@@ -64,9 +67,18 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str | Path, *, classes: Sequence[str] | None = None, require_labels: bool = True
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    require_labels: bool = True,
+    cache: str | Path | None = None,
+    cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
     """A source over a folder of `*.tar` files, one tar, or a glob pattern; shards in order of their names.
+
+    path: may be the address of a remote folder (s3://..., https://...) that holds its index.
+    cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
+        read in ranges.
 
     classes: the class list to number by, for a split that may lack classes: pass the training source's
         `classes`.
@@ -74,6 +86,8 @@ def open_source(
     Raises ValueError naming shard, key and the way out: nothing found, a damaged shard, a sample without
     picture or label, a label that the class list does not have, an index that does not fit its tars.
     """
+    if is_remote(str(path)):
+        return _open_remote(str(path).rstrip("/"), classes, require_labels, cache, cache_bytes)
     path = os.path.expanduser(path)
     shards = find_shards(path)
     saved = index_path(path)
@@ -85,6 +99,32 @@ def open_source(
     folder = common_folder(shards)
     names, labels = resolve_labels(index, str(folder), classes=classes, require_labels=require_labels)
     return TarSource(index, folder, LocalStorage(shards), labels, names)
+
+
+def _open_remote(
+    url: str,
+    classes: Sequence[str] | None,
+    require_labels: bool,
+    cache: str | Path | None,
+    cache_bytes: int,
+) -> TarSource:
+    """The index is small: it is copied to this node, and mapped there."""
+    content = fetch_bytes(f"{url}/{INDEX_NAME}")
+    folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    local = folder / f".{hashlib.sha256(content).hexdigest()[:16]}.index"
+    if not local.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".index-", delete=False) as file:
+            file.write(content)
+        os.replace(file.name, local)
+    index = load_index(local)
+    urls = [f"{url}/{shard.name}" for shard in index.shards]
+    storage: Storage = RangeStorage(urls)
+    if cache is not None:
+        sizes = [shard.size for shard in index.shards]
+        storage = CachedStorage(urls, sizes, folder=cache, max_bytes=cache_bytes)
+    names, labels = resolve_labels(index, url, classes=classes, require_labels=require_labels)
+    return TarSource(index, url, storage, labels, names)
 
 
 def index_path(path: str) -> Path | None:
@@ -136,7 +176,7 @@ def check_same_classes(train: Source, test: Source) -> None:
 
 
 class TarSource:
-    """Random access to the pictures of tars; see `open_source`. 40 bytes and the key per sample, of which
+    """Random access to the pictures of tars; see `open_source`. 36 bytes and the key per sample, of which
     the labels (8) are memory of this process and the rest is the mapped file.
 
     verify: hold each picture against the index's crc32, where it has one (1 us for each KB).
