@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.command import add_options, run_converter
 from data_prep.shards import Conversion, Options, Picture, Reject, check_target, some, write_split
 
 SPLITS = ("train", "val", "valid", "validation", "test")
@@ -32,6 +33,7 @@ def convert_image_folder(
     skip_broken: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    num_workers: int = 1,
 ) -> list[Conversion]:
     """Convert `src` into tars under `out`, one `Conversion` per split.
 
@@ -53,7 +55,10 @@ def convert_image_folder(
     for target in targets.values():
         check_target(target, overwrite)
     listed = {name: _list_pictures(src, root, options) for name, root in folders.items()}
-    return [write_split(targets[name], classes, *listed[name], options, progress) for name in folders]
+    return [
+        write_split(targets[name], classes, *listed[name], options, progress, num_workers=num_workers)
+        for name in folders
+    ]
 
 
 def _find_splits(src: Path) -> dict[str, Path]:
@@ -152,29 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split", help="convert only this split; for a SRC without splits, the name of OUT's subfolder"
     )
-    parser.add_argument(
-        "--max-samples-per-shard", type=int, default=Options.max_samples_per_shard, metavar="N"
-    )
-    parser.add_argument(
-        "--short-side", type=int, metavar="PX", help="shrink larger pictures to this short side"
-    )
-    parser.add_argument(
-        "--quality", type=int, default=Options.quality, metavar="Q", help="JPEG quality of shrunk ones"
-    )
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="list unreadable files in rejects.jsonl, go on"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
-    try:
-        done = convert_image_folder(**vars(parser.parse_args(argv)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for conversion in done:
-        rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
-        counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
-        print(f"{conversion.folder}: {counts}{rejected}")
-    return 0
+    add_options(parser)
+    return run_converter(convert_image_folder, parser, argv)
 
 
 if __name__ == "__main__":

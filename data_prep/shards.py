@@ -2,8 +2,9 @@
 
 A sample is `key.jpg` (the original bytes, unless shrunk), `key.cls` (class number) and `key.json` (class
 name, original path). Knows no source's folder layout and no torch. The same pictures give the same bytes
-(mtime 0, no owner, fixed order), and a conversion that fails or is killed leaves no half-filled folder
-behind: everything is written under a temporary name, and renamed when all is there.
+(mtime 0, no owner, fixed order). Everything is written under hidden names, shard by shard, in parallel, and
+renamed when all is there: a conversion that fails leaves nothing behind, and one that was killed goes on
+where it was when it is started again with the same pictures and options.
 """
 
 from __future__ import annotations
@@ -12,19 +13,28 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 # by content, not by name; MPO is the JPEG of cameras that append a second picture
 _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-_OWN_FILES = re.compile(r"shard-\d{6}\.tar|dataset\.json|rejects\.jsonl|\..*\.partial")
+_OWN_FILES = re.compile(
+    r"shard-\d{6}\.tar|dataset\.json|rejects\.jsonl|samples\.index|index_rejects\.jsonl"
+    r"|\..*\.(partial|writing|report)"
+)
+_PLAN = ".plan.report"
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to convert. name: its path inside the source, as recorded in key.json."""
+    """A file to convert. name: its path inside the source, as recorded in key.json. path: None where it is a
+    member of an archive.
+    """
 
-    path: Path
+    path: Path | None
     name: str
     key: str
     class_name: str
@@ -81,6 +93,9 @@ class _Shard:
     sha256: str
 
 
+_Job = tuple[Path, int, Iterable[tuple[Picture, bytes | None]], dict[str, int], Options]
+
+
 def check_target(target: Path, overwrite: bool) -> None:
     """Raises ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
     if target.exists() and not target.is_dir():
@@ -89,7 +104,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     foreign = [name for name in present if not _OWN_FILES.fullmatch(name)]
     if foreign:
         raise ValueError(f"{target} holds files that no conversion wrote ({some(foreign)}); write elsewhere")
-    if not overwrite and any(not name.endswith(".partial") for name in present):
+    if not overwrite and any(not name.startswith(".") for name in present):
         raise ValueError(f"{target} is not empty; write elsewhere, or replace what it holds with --overwrite")
 
 
@@ -100,67 +115,197 @@ def write_split(
     rejects: list[Reject],
     options: Options,
     progress: bool,
+    *,
+    num_workers: int = 1,
+    archive: Path | None = None,
+    read: Callable[[Picture], bytes] | None = None,
 ) -> Conversion:
     """Convert one split's pictures into the tars and the `dataset.json` of the folder `target`.
 
     classes: of all splits, in the order of their numbers. rejects: files left out so far.
-    The tars' order is pseudo-random and fixed, for readers that shuffle no further than their buffer.
+    num_workers: processes; changes no byte.
+    archive: a tar (compressed or not) that holds the pictures, by their names; read once, as a stream.
+    read: gives a picture's bytes, for pictures that are neither files nor members; in this process.
+    The tars' order is pseudo-random and fixed, for readers that shuffle no further than their buffer; from an
+    archive it is the archive's.
     Raises ValueError naming a file that is no readable picture, unless `options.skip_broken`.
     """
+    if not pictures:
+        raise ValueError(f"{target}: there are no pictures to convert")
     pictures = sorted(pictures, key=lambda picture: hashlib.blake2b(os.fsencode(picture.key)).digest())
     target.mkdir(parents=True, exist_ok=True)
-    _remove_partials(target)
-    counts = dict.fromkeys(classes, 0)
-    shards: list[_Shard] = []
+    _keep_only_plan(target, _digest_of_plan(classes, pictures, options, archive))
     try:
-        with tqdm(pictures, desc=str(target), unit="img", disable=not progress) as bar:
-            samples = _encode_all(bar, options, rejects)
-            while first := next(samples, None):
-                part = itertools.chain([first], itertools.islice(samples, options.max_samples_per_shard - 1))
-                shards.append(_write_shard(target, f"shard-{len(shards):06d}.tar", part, counts))
-        if not shards:
+        with tqdm(total=len(pictures), desc=str(target), unit="img", disable=not progress) as bar:
+            reports = []
+            for report in _write_shards(target, classes, pictures, options, num_workers, archive, read):
+                reports.append(report)
+                bar.update(report["pictures"])
+        found = sum(report["pictures"] for report in reports)
+        if found < len(pictures):
             raise ValueError(
-                f"{target}: none of the {len(pictures)} pictures can be read; {rejects[-1].reason}"
+                f"{archive}: only {found} of the {len(pictures)} pictures are in it; is it the right archive,"
+                " and whole?"
             )
-        description = {
-            "classes": classes,
-            "num_samples": sum(counts.values()),
-            "samples_per_class": counts,
-            "shards": [asdict(shard) for shard in shards],
-            "options": asdict(options),
-        }
-        _partial(target, "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
-        if rejects:
-            lines = [json.dumps(asdict(reject)) + "\n" for reject in sorted(rejects, key=lambda r: r.path)]
-            _partial(target, "rejects.jsonl").write_text("".join(lines))
-    except BaseException:
-        _remove_partials(target)
+        rejects = rejects + [Reject(**reject) for report in reports for reject in report["rejects"]]
+        conversion = _describe(target, classes, reports, rejects, options)
+    except Exception:  # a mistake to mend; after a kill, what is done is still there
+        _remove_hidden(target)
         raise
     _publish(target)
+    return conversion
+
+
+def _describe(
+    target: Path,
+    classes: tuple[str, ...],
+    reports: list[dict[str, Any]],
+    rejects: list[Reject],
+    options: Options,
+) -> Conversion:
+    """Write `dataset.json` and `rejects.jsonl`."""
+    counts = dict.fromkeys(classes, 0)
+    for report in reports:
+        for name, count in report["counts"].items():
+            counts[name] += count
+    shards = [report["shard"] for report in reports if report["shard"] is not None]
+    if not shards:
+        raise ValueError(f"{target}: none of the {len(rejects)} pictures can be read; {rejects[-1].reason}")
+    description = {
+        "classes": classes,
+        "num_samples": sum(counts.values()),
+        "samples_per_class": counts,
+        "shards": shards,
+        "options": asdict(options),
+    }
+    _partial(target, "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+    if rejects:
+        lines = [json.dumps(asdict(reject)) + "\n" for reject in sorted(rejects, key=lambda r: r.path)]
+        _partial(target, "rejects.jsonl").write_text("".join(lines))
     return Conversion(target, classes, sum(counts.values()), len(rejects))
 
 
+def _write_shards(
+    target: Path,
+    classes: tuple[str, ...],
+    pictures: list[Picture],
+    options: Options,
+    num_workers: int,
+    archive: Path | None,
+    read: Callable[[Picture], bytes] | None,
+) -> Iterator[dict[str, Any]]:
+    """A report for each shard, in order; those of finished shards are read back."""
+    size = options.max_samples_per_shard
+    label = {name: number for number, name in enumerate(classes)}
+    if archive is not None:
+        members = _members_of(archive, {picture.name: picture for picture in pictures})
+        number = 0
+        while part := list(itertools.islice(members, size)):
+            yield _write_shard((target, number, part, label, options))
+            number += 1
+        return
+    if read is not None:
+        for number, start in enumerate(range(0, len(pictures), size)):
+            loaded = ((picture, read(picture)) for picture in pictures[start : start + size])
+            yield _write_shard((target, number, loaded, label, options))
+        return
+    parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    jobs = [(target, number, [(p, None) for p in part], label, options) for number, part in enumerate(parts)]
+    if num_workers <= 1 or len(jobs) == 1:
+        yield from map(_write_shard, jobs)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(min(num_workers, len(jobs)), mp_context=context) as pool:
+        yield from pool.map(_write_shard, jobs)
+
+
+def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Picture, bytes]]:
+    """The wanted pictures of a tar in its own order, with their bytes."""
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for info in tar:
+                picture = wanted.get(info.name.removeprefix("./"))
+                if picture is not None and (file := tar.extractfile(info)) is not None:
+                    yield picture, file.read()
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive}: damaged or cut short ({error}); fetch it again") from error
+
+
+def _write_shard(
+    job: tuple[Path, int, Iterable[tuple[Picture, bytes | None]], dict[str, int], Options],
+) -> Any:
+    """One shard under its hidden name, and then its report, which says that it is whole."""
+    from webdataset import TarWriter  # takes 0.2 s, which --help need not wait for
+
+    target, number, pictures, label, options = job
+    name = f"shard-{number:06d}.tar"
+    report_path = target / f".{name}.report"
+    if report_path.exists():
+        return json.loads(report_path.read_text())
+    rejects: list[Reject] = []
+    counts: Counter[str] = Counter()
+    writing = target / f".{name}.writing"
+    with open(writing, "wb") as file:
+        hashing = _HashingFile(file)
+        with TarWriter(hashing, encoder=False, mtime=0, user="", group="", format="PAX_FORMAT") as writer:
+            for picture, extension, data in _encode_all(pictures, options, rejects):
+                about = {
+                    "class": picture.class_name,
+                    "path": picture.name,
+                    "crc32": zlib.crc32(data),
+                }
+                writer.write(
+                    {
+                        "__key__": picture.key,
+                        extension: data,
+                        "cls": str(label[picture.class_name]).encode(),
+                        "json": json.dumps(about).encode(),
+                    }
+                )
+                counts[picture.class_name] += 1
+        file.flush()
+        os.fsync(file.fileno())
+    shard = _Shard(name, counts.total(), hashing.size, hashing.sha256.hexdigest())
+    report = {
+        "pictures": counts.total() + len(rejects),
+        "shard": asdict(shard) if shard.samples else None,
+        "counts": counts,
+        "rejects": [asdict(reject) for reject in rejects],
+    }
+    if shard.samples:
+        writing.rename(_partial(target, name))
+    else:
+        writing.unlink()
+    temporary = target / f".{name}.report.writing"
+    temporary.write_text(json.dumps(report))
+    temporary.rename(report_path)
+    return report
+
+
 def _encode_all(
-    pictures: Iterable[Picture], options: Options, rejects: list[Reject]
+    pictures: Iterable[tuple[Picture, bytes | None]], options: Options, rejects: list[Reject]
 ) -> Iterator[tuple[Picture, str, bytes]]:
     """(picture, extension, bytes) of the readable ones; the others go to `rejects`, or raise."""
-    for picture in pictures:
+    for picture, data in pictures:
         try:
-            extension, data = _encode(picture.path, options)
+            extension, encoded = _encode(picture.path, data, options)
         except ValueError as error:
             if not options.skip_broken:
                 raise ValueError(
-                    f"{picture.path}: {error}; remove it, or list and leave out such files with --skip-broken"
+                    f"{picture.path or picture.name}: {error}; remove it, or list and leave out such files"
+                    " with --skip-broken"
                 ) from error
             rejects.append(Reject(picture.name, str(error)))
             continue
-        yield picture, extension, data
+        yield picture, extension, encoded
 
 
-def _encode(path: Path, options: Options) -> tuple[str, bytes]:
-    """The file's extension by content, and its bytes, after decoding it as a check. Raises ValueError."""
+def _encode(path: Path | None, data: bytes | None, options: Options) -> tuple[str, bytes]:
+    """The picture's extension by content, and its bytes, after decoding it as a check. Raises ValueError."""
     try:
-        data = path.read_bytes()
+        if data is None:
+            assert path is not None
+            data = path.read_bytes()
         image = Image.open(io.BytesIO(data))
         image.load()
     except UnidentifiedImageError:
@@ -183,34 +328,6 @@ def _encode(path: Path, options: Options) -> tuple[str, bytes]:
     return "jpg", buffer.getvalue()
 
 
-def _write_shard(
-    target: Path, name: str, samples: Iterable[tuple[Picture, str, bytes]], counts: dict[str, int]
-) -> _Shard:
-    # here and not above: webdataset imports torch, seconds that `--help` and a wrong path need not wait
-    from webdataset import TarWriter
-
-    label = {class_name: number for number, class_name in enumerate(counts)}
-    written = 0
-    with open(_partial(target, name), "wb") as file:
-        hashing = _HashingFile(file)
-        with TarWriter(hashing, encoder=False, mtime=0, user="", group="", format="PAX_FORMAT") as writer:
-            for picture, extension, data in samples:
-                about = {"class": picture.class_name, "path": picture.name}
-                writer.write(
-                    {
-                        "__key__": picture.key,
-                        extension: data,
-                        "cls": str(label[picture.class_name]).encode(),
-                        "json": json.dumps(about).encode(),
-                    }
-                )
-                counts[picture.class_name] += 1
-                written += 1
-        file.flush()
-        os.fsync(file.fileno())
-    return _Shard(name, written, hashing.size, hashing.sha256.hexdigest())
-
-
 class _HashingFile:
     """Hashes what is written through it, which saves reading the shard again."""
 
@@ -229,19 +346,46 @@ def _partial(target: Path, name: str) -> Path:
     return target / f".{name}.partial"
 
 
-def _remove_partials(target: Path) -> None:
-    for path in target.glob(".*.partial"):
+def _digest_of_plan(
+    classes: tuple[str, ...], pictures: list[Picture], options: Options, archive: Path | None
+) -> str:
+    """What a resumed conversion must have in common with the one that was killed."""
+    digest = hashlib.sha256(json.dumps([classes, asdict(options), str(archive)]).encode())
+    for picture in pictures:
+        stat = picture.path.stat() if picture.path is not None else None
+        stamp = (stat.st_size, stat.st_mtime_ns) if stat is not None else None
+        digest.update(repr((picture.name, picture.key, picture.class_name, stamp)).encode())
+    return digest.hexdigest()
+
+
+def _keep_only_plan(target: Path, digest: str) -> None:
+    """Keep the finished shards of a killed conversion, if it was this one; remove everything else hidden."""
+    plan = target / _PLAN
+    is_same = plan.exists() and plan.read_text() == digest
+    for path in _hidden(target):
+        if not is_same or path.name.endswith(".writing"):
+            path.unlink()
+    plan.write_text(digest)
+
+
+def _hidden(target: Path) -> list[Path]:
+    return [path for path in target.glob(".*") if _OWN_FILES.fullmatch(path.name)]
+
+
+def _remove_hidden(target: Path) -> None:
+    for path in _hidden(target):
         path.unlink()
 
 
 def _publish(target: Path) -> None:
     """Swap an earlier conversion for the new one; the description comes last, and says that all is there."""
     for path in target.iterdir():
-        if _OWN_FILES.fullmatch(path.name) and not path.name.endswith(".partial"):
+        if _OWN_FILES.fullmatch(path.name) and not path.name.startswith("."):
             path.unlink()
     names = [path.name.removeprefix(".").removesuffix(".partial") for path in target.glob(".*.partial")]
     for name in sorted(names, key="dataset.json".__eq__):
         _partial(target, name).rename(target / name)
+    _remove_hidden(target)
 
 
 def some(names: Sequence[str]) -> str:

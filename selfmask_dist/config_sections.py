@@ -141,6 +141,14 @@ class DataConfig(Section):
     augment: bool = science(
         True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."
     )
+    max_broken: float = science(
+        0.001,
+        "Training images that may turn out unreadable in an epoch. They get weight 0 and are listed in the "
+        "run's quarantine.jsonl; more than this stop the run.",
+        unit="fraction of the images",
+        ge=0,
+        lt=1,
+    )
 
 
 class ObjectiveConfig(Section):
@@ -270,7 +278,8 @@ class EngineConfig(Section):
     name: Literal["ddp", "fsdp", "bits", "deepspeed"] = efficiency(
         "ddp",
         "ddp: each process holds everything, gradients are summed. fsdp: weights, scores and momentum are "
-        "cut over the processes (FSDP2). bits: weights are held by all, scores and momentum are cut, and mask "
+        "cut over the processes (FSDP2). bits: weights are held by all, scores and momentum are cut, and "
+        "mask "
         "bits travel instead of weights. deepspeed: ZeRO, see zero_stage. `selfmask plan` compares them.",
     )
     precision: Literal["float32", "bf16"] = science(

@@ -100,9 +100,8 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
 
             if name.split(".")[0] not in timm.list_models():
                 raise ValueError(f"timm has no model {name!r}; see timm.list_models()")
-            size = (
-                section.image_size or timm.create_model(name, num_classes=0).pretrained_cfg["input_size"][-1]
-            )
+            cfg: dict[str, Any] = vars(timm.create_model(name, num_classes=0))["pretrained_cfg"]
+            size = section.image_size or int(cfg["input_size"][-1])
             if section.image_size and "vit" in name:
                 kwargs["img_size"] = section.image_size
             return timm.create_model(name, num_classes=0, **kwargs), size

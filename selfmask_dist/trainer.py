@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from selfmask_dist.data import Batch
+from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.meter import Meter
 from selfmask_dist.metrics import MetricsWriter
 from selfmask_dist.parallel import Engine
@@ -55,6 +55,7 @@ class Trainer:
             calls it.
         directory: where a failure leaves what is needed to look at it.
         sample_key: sample id -> key, for messages.
+        quarantine: counts this rank's unreadable samples, and judges the sum over ranks.
     """
 
     engine: Engine
@@ -71,6 +72,7 @@ class Trainer:
     sample_key: Callable[[int], str] = str
     keeper: Keeper | None = None
     on_step: Callable[[], None] = lambda: None
+    quarantine: Quarantine | None = None
 
     def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
         """Train to the end; returns the number of steps. Collective: every rank must call.
@@ -81,6 +83,7 @@ class Trainer:
         Raises:
             NonFiniteError: the loss is NaN or infinite.
             Preempted: a rank was asked to stop; the keeper has saved.
+            QuarantineError: more samples than the budget allows could not be read.
         """
         start, meter = start or Position(), meter or Meter(self.engine.world)
         step, epoch, done = start.step, start.epoch, start.batch
@@ -105,6 +108,7 @@ class Trainer:
                 self._after_step(Position(step, epoch, done), meter, stop=stop, save=save)
                 if step == self.num_steps:
                     break
+            self._check_quarantine()
             epoch, done = epoch + 1, 0
         self.writer.end_progress()
         return step
@@ -125,6 +129,8 @@ class Trainer:
 
     def _log(self, step: int, epoch: int, meter: Meter) -> None:
         values: dict[str, Any] = {"epoch": epoch, **meter.read()}
+        if (broken := self._check_quarantine()) > 0:
+            values["quarantined"] = broken
         for group in self.optimizer.param_groups:
             values[f"lr/{group['name']}"] = group["lr"]
         if self.telemetry is not None:
@@ -136,6 +142,15 @@ class Trainer:
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
             f"ETA {_duration(remaining)}"
         )
+
+    def _check_quarantine(self) -> int:
+        """Samples that failed in this epoch on all ranks. Collective: every rank must call."""
+        if self.quarantine is None:
+            return 0
+        world = self.engine.world
+        total = int(world.sum(torch.tensor(self.quarantine.failed, device=world.device)).item())
+        self.quarantine.check(total)
+        return total
 
     def _run_monitor(self, step: int, meter: Meter) -> None:
         assert self.monitor is not None

@@ -105,7 +105,8 @@ def make_model(case: Case) -> tuple[nn.Module, str]:
         return make(case.family, dtype=case.dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        options = {"embed_dim": 26, "depth": 2, "num_heads": 2}  # 26 and 78 rows do not divide by 4
+        # 26 and 78 rows do not divide by 4
+        options: dict[str, Any] = {"embed_dim": 26, "depth": 2, "num_heads": 2}
         model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0, **options)
     return model.to(case.dtype), "vit"
 

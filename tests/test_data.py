@@ -1,5 +1,6 @@
 """Order and loader: nothing lost, nothing repeated, the same pixels with any number of ranks and workers."""
 
+import json
 import math
 import multiprocessing
 import pickle
@@ -19,6 +20,8 @@ from scipy import stats  # type: ignore[import-untyped]
 from selfmask_dist.data import (
     Batch,
     BatchLoader,
+    Quarantine,
+    QuarantineError,
     SampleError,
     Source,
     decode,
@@ -28,12 +31,13 @@ from selfmask_dist.data import (
     train_loader,
     train_transform,
 )
-from selfmask_dist.data.order import epoch_order, num_steps, rank_batch, sample_generator
+from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
 from selfmask_dist.preprocessing import Preprocessing
 from tests.tars import labelled, numbered_tars, picture, write_tar
 
 PRE = Preprocessing(24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-SHAPES = [(1, 1), (7, 2), (64, 4), (65, 4), (66, 4), (23, 3), (5, 8)]  # samples, world size
+# (2700, ...) has several samples in a block
+SHAPES = [(2700, 4), (1, 1), (7, 2), (64, 4), (65, 4), (66, 4), (23, 3), (5, 8)]  # samples, world size
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("num_samples", "world_size"), SHAPES)
 def test_each_sample_once_per_epoch_over_all_ranks(num_samples: int, world_size: int) -> None:
     size = 2 * world_size
-    order = epoch_order(num_samples, seed=3, epoch=5)
+    order = epoch_order(num_samples, seed=3, epoch=5, global_batch_size=size)
     seen = []
     for step in range(num_steps(num_samples, global_batch_size=size)):
         batches = [
@@ -77,16 +81,39 @@ def test_global_batch_does_not_depend_on_the_world_size(world_size: int) -> None
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
     # written down: another order would break the resume of every run that exists
-    assert epoch_order(10, seed=0, epoch=0).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    assert epoch_order(10, seed=1, epoch=3).tolist() == [3, 2, 5, 4, 6, 1, 0, 9, 7, 8]
+    assert epoch_order(10, seed=0, epoch=0, global_batch_size=2).tolist() == [2, 3, 1, 4, 9, 7, 0, 5, 8, 6]
+    assert epoch_order(10, seed=1, epoch=3, global_batch_size=3).tolist() == [5, 4, 9, 2, 1, 0, 3, 6, 7, 8]
     orders = {tuple(epoch_order(50, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
-def test_order_is_uniform() -> None:
-    places = np.array([epoch_order(8, seed=0, epoch=epoch) for epoch in range(2000)])
+@pytest.mark.parametrize("global_batch_size", [1, 4, 8])
+def test_order_is_uniform(global_batch_size: int) -> None:
+    orders = [epoch_order(8, seed=0, epoch=e, global_batch_size=global_batch_size) for e in range(2000)]
+    places = np.array(orders)
     counts = np.array([np.bincount(places[:, place], minlength=8) for place in range(8)])
     assert stats.chisquare(counts.ravel()).pvalue > 1e-3
+
+
+def test_a_batch_takes_equally_of_each_stream_and_a_rank_its_streams() -> None:
+    num_samples, size, world_size = 4096 * 300, 256, 4
+    streams = num_streams(size)
+    order = epoch_order(num_samples, seed=0, epoch=0, global_batch_size=size)
+    assert (np.sort(order) == np.arange(num_samples)).all()
+    dealt = order.reshape(-1, streams)
+    # a stream reads few blocks at a time: within one window, those of 4096 samples
+    assert len(np.unique(dealt[:4096, 3] // 256)) <= 17
+    # ... and what it reads comes from everywhere
+    assert np.ptp(dealt[:4096].ravel()) > 0.95 * num_samples
+    for rank in range(world_size):
+        ids = rank_batch(order, 7, epoch=0, global_batch_size=size, rank=rank, world_size=world_size).ids
+        own = np.arange(rank, streams, world_size)
+        step = dealt[7 * size // streams : 8 * size // streams]
+        assert sorted(ids.tolist()) == sorted(step[:, own].ravel().tolist())
+
+
+def test_streams_divide_the_batch() -> None:
+    assert [num_streams(size) for size in (1, 6, 64, 67, 96, 256, 1000)] == [1, 6, 64, 1, 48, 64, 50]
 
 
 def test_augmentation_streams_are_distinct_and_repeat() -> None:
@@ -230,6 +257,94 @@ def test_a_broken_picture_is_named_with_and_without_workers(tmp_path: Path) -> N
             next(batches)
         messages.add(str(caught.value))
     assert len(messages) == 1
+
+
+def broken_tars(path: Path) -> Source:
+    members = labelled(f"{number:02d}" for number in range(12))
+    members[7] = ("03.jpg", b"no picture")
+    return open_source(write_tar(path / "x.tar", members))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_broken_sample_keeps_its_slot_with_weight_0(tmp_path: Path, world_size: int) -> None:
+    data = broken_tars(tmp_path)
+    log = tmp_path / "run" / "quarantine.jsonl"
+    seen, failed = [], 0
+    for rank in range(world_size):
+        quarantine = Quarantine(log, num_samples=12, budget=0.1, rank=rank)
+        loader = training(data, global_batch_size=4, rank=rank, world_size=world_size, quarantine=quarantine)
+        for batch in loader:
+            assert torch.isfinite(batch.views[0]).all()
+            assert (batch.labels >= 0).all()
+            bad = batch.ids == 3
+            assert (batch.weights[bad] == 0).all()
+            seen += batch.ids[batch.weights > 0].tolist()
+        failed += quarantine.failed
+    assert sorted(seen) == [i for i in range(12) if i != 3]
+    assert failed == 1
+    (line,) = map(json.loads, log.read_text().splitlines())
+    assert (line["id"], line["key"], line["epoch"]) == (3, "03", 2)
+    assert "x.tar: sample '03': not a picture" in line["reason"]
+
+
+def test_a_run_stops_above_the_budget_naming_the_keys(tmp_path: Path) -> None:
+    data = broken_tars(tmp_path)
+    quarantine = Quarantine(tmp_path / "q.jsonl", num_samples=12, budget=0.0)
+    with pytest.raises(QuarantineError, match=r"1 samples failed .*x\.tar: sample '03'.*q\.jsonl"):
+        list(training(data, quarantine=quarantine))
+    # other ranks' failures count too: each rank alone is within the budget, their sum is not
+    quarantine = Quarantine(tmp_path / "q.jsonl", num_samples=12, budget=0.1)
+    list(training(data, quarantine=quarantine))
+    quarantine.check(1)
+    with pytest.raises(QuarantineError, match="2 samples failed"):
+        quarantine.check(2)
+    quarantine.start_epoch(3)
+    assert quarantine.failed == 0
+
+
+def test_a_batch_of_broken_samples_only_has_the_shapes_of_others(tmp_path: Path) -> None:
+    data = open_source(write_tar(tmp_path / "x.tar", [("1.cls", b"0"), ("1.jpg", b"x"), *labelled(["2"])]))
+    quarantine = Quarantine(tmp_path / "q.jsonl", num_samples=2, budget=0.5)
+    batches = list(training(data, global_batch_size=1, quarantine=quarantine))
+    assert [batch.views[0].shape for batch in batches] == [(1, 3, 24, 24)] * 2
+    assert sorted(float(batch.weights.sum()) for batch in batches) == [0, 1]
+
+
+def test_state_resumes_anywhere_and_refuses_changed_data(folder: Path, tmp_path: Path) -> None:
+    data = open_source(folder)
+    loader = training(data)
+    expected = list(loader)
+    batches = iter(loader)
+    next(batches), next(batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert (state["epoch"], state["step"]) == (2, 2)
+    for world_size in (1, 2, 3):
+        ranks = [training(data, epoch=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for rank in ranks:
+            rank.load_state_dict(state)
+        for whole, *parts in zip(expected[2:], *ranks, strict=True):
+            ids = [i for part in parts for i in part.ids[part.weights > 0].tolist()]
+            assert sorted(ids) == sorted(whole.ids.tolist())
+    list(loader)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (3, 0)
+
+    for change, message in (
+        ({"seed": 9}, "seed was 9"),
+        ({"global_batch_size": 8}, "global_batch_size was 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training(data).load_state_dict(state | change)
+    members = labelled(f"{number:03d}" for number in range(23))
+    for name, changed, message in (
+        ("fewer", members[:-2], "it had 23 samples and has 22"),
+        ("label", [("000.cls", b"1"), *members[1:]], "its labels changed"),
+        ("key", [("x.cls", b"0"), ("x.jpg", picture(0)), *members[2:]], "other keys or places"),
+    ):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "a.tar", changed[:30])
+        write_tar(tmp_path / name / "b.tar", changed[30:])
+        with pytest.raises(ValueError, match=f"training data is not what it was.*{message}"):
+            training(open_source(tmp_path / name)).load_state_dict(state)
 
 
 KILLED_IN_AN_EPOCH = """

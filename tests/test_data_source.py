@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfmask_dist.data import SampleError, check_same_classes, decode, open_source, source
+from selfmask_dist.data import SampleError, check_same_classes, decode, open_source, storage
 from tests.tars import labelled, numbered_tars, picture, write_tar
 
 
@@ -88,13 +88,13 @@ def test_unlabelled_samples_are_accepted_only_on_request(tmp_path: Path) -> None
 def test_a_source_travels_by_pickle_and_keeps_few_files_open(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "_MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(storage, "_MAX_OPEN_SHARDS", 1)
     data = open_source(folder)
     for index in (0, 22, 1, 21):
         assert data.read(index).data == picture(index)
-    assert len(data._descriptors) == 1
+    assert len(vars(data._storage)["_descriptors"]) == 1
     copy = pickle.loads(pickle.dumps(data))
-    assert copy._descriptors == {}
+    assert vars(copy._storage)["_descriptors"] == {}
     data.close()
     assert copy.read(22).data == data.read(22).data == picture(22)
 

@@ -10,19 +10,15 @@ from tests.test_run import _run_rank, losses_of, run_here, settings, shards
 __all__ = ["shards"]  # the fixture
 
 
-def run_all(overrides: list[list[str]]) -> None:
-    for one in overrides:
-        _run_rank(one)
-
-
 @pytest.mark.distributed
 def test_fsdp_and_bits_runs_equal_one_process(shards: Path, tmp_path: Path) -> None:
     common = settings(shards, tmp_path, "train.epochs=1", "eval.knn_every=0.5", "optim.score_lr=50")
     whole = run_here([*common, "run.name=whole"])
     names = ("fsdp", "bits")
-    jobs = [[*common, f"run.name={name}", f"engine.name={name}"] for name in names]
-    run_distributed(run_all, 2, jobs, backend="", timeout=240)
-    for name in names:
+    for name in names:  # new processes for each: one store serves one process group
+        run_distributed(
+            _run_rank, 2, [*common, f"run.name={name}", f"engine.name={name}"], backend="", timeout=240
+        )
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(whole), rel=1e-4)
         assert (tmp_path / name / "final.mask").stat().st_size > 0
         assert (tmp_path / name / "result.json").exists()
@@ -32,7 +28,7 @@ def test_fsdp_and_bits_runs_equal_one_process(shards: Path, tmp_path: Path) -> N
 def test_finetuning_on_shards_equals_one_process(shards: Path, tmp_path: Path) -> None:
     common = settings(shards, tmp_path, "train.epochs=1", "method=finetune")
     whole = run_here([*common, "run.name=whole"])
-    run_distributed(run_all, 2, [[*common, "run.name=fsdp", "engine.name=fsdp"]], backend="", timeout=240)
+    run_distributed(_run_rank, 2, [*common, "run.name=fsdp", "engine.name=fsdp"], backend="", timeout=240)
     assert losses_of(tmp_path / "fsdp") == pytest.approx(losses_of(whole), rel=1e-4)
     sizes = [(folder / "encoder.safetensors").stat().st_size for folder in (tmp_path / "fsdp", whole)]
     assert sizes[0] == sizes[1]

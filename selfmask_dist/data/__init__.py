@@ -3,14 +3,21 @@
 Knows neither models, masks nor process groups.
 """
 
-from selfmask_dist.data.loader import Batch, BatchLoader, eval_loader, train_loader
+from selfmask_dist.data.batch import Batch
+from selfmask_dist.data.decode import decode
+from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
+from selfmask_dist.data.multicrop import multicrop_transform
+from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
 from selfmask_dist.data.subset import Subset, evenly_spaced
-from selfmask_dist.data.views import Transform, decode, eval_transform, train_transform
+from selfmask_dist.data.views import Transform, eval_transform, train_transform
 
 __all__ = [
     "Batch",
     "BatchLoader",
+    "Failure",
+    "Quarantine",
+    "QuarantineError",
     "Sample",
     "SampleError",
     "Source",
@@ -21,6 +28,7 @@ __all__ = [
     "eval_loader",
     "eval_transform",
     "evenly_spaced",
+    "multicrop_transform",
     "open_source",
     "train_loader",
     "train_transform",

@@ -5,7 +5,7 @@ Knows neither models nor process groups: rank and world size are integers. A bat
     batch(seed, epoch, step, rank, world_size)
 
 of its plan (`order.rank_batch`), which the parent makes and a worker carries out, so the number of workers
-changes no pixel, and nothing is to be saved for a resume but (epoch, step).
+changes no pixel, and nothing is to be saved for a resume but (epoch, step) and what data it was.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from selfmask_dist.data.batch import Batch
+from selfmask_dist.data.decode import decode
+from selfmask_dist.data.index import difference
 from selfmask_dist.data.order import RankBatch, epoch_order, num_steps, rank_batch, sample_generator
+from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import SampleError, Source
-from selfmask_dist.data.views import Transform, decode
+from selfmask_dist.data.views import Transform
 
 # Workers are forked from a small server process. Not "fork": by then the parent runs gloo's, CUDA's and
 # OpenMP's threads, whose locks a forked child inherits in any state (deadlocks; Python 3.12 warns of it). Not
@@ -37,40 +41,6 @@ from selfmask_dist.data.views import Transform, decode
 _START_METHOD = "forkserver"
 # what every worker needs, imported once by the server
 _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
-
-
-@dataclass
-class Batch:
-    """One rank's part of a global batch.
-
-    views: one tensor per view, each (rows, 3, height, width) float32, normalised.
-    labels: (rows,) int64, -1 = none. weights: (rows,) float32, 1 for a sample and 0 for padding.
-    ids: (rows,) int64, sample indices in the source; a padding row repeats a sample of the same global batch.
-    global_count: samples in the global batch over all ranks, padding not counted.
-    """
-
-    views: tuple[Tensor, ...]
-    labels: Tensor
-    weights: Tensor
-    ids: Tensor
-    global_count: int
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on `device`; `non_blocking` overlaps the copy where the batch is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory. The DataLoader's pinning thread calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, fn: Any) -> Batch:
-        return Batch(
-            tuple(fn(view) for view in self.views),
-            fn(self.labels),
-            fn(self.weights),
-            fn(self.ids),
-            self.global_count,
-        )
 
 
 def train_loader(
@@ -84,12 +54,14 @@ def train_loader(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    quarantine: Quarantine | None = None,
 ) -> BatchLoader:
     """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
 
     global_batch_size: samples per step over all ranks; a multiple of world_size.
     num_workers: processes per rank that decode; 0 decodes in this process. Changes no pixel. They import the
         main script again, which so needs its `if __name__ == "__main__":`.
+    quarantine: takes samples that cannot be read, whose rows get weight 0; without it they raise.
     Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
@@ -101,7 +73,9 @@ def train_loader(
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or above")
     plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
-    loader = BatchLoader(source, transform, plans, num_workers=num_workers, pin_memory=pin_memory)
+    loader = BatchLoader(
+        source, transform, plans, num_workers=num_workers, pin_memory=pin_memory, quarantine=quarantine
+    )
     loader.set_epoch(epoch)
     return loader
 
@@ -135,12 +109,22 @@ class BatchLoader:
     """
 
     def __init__(
-        self, source: Source, transform: Transform, plans: _Plans, *, num_workers: int, pin_memory: bool
+        self,
+        source: Source,
+        transform: Transform,
+        plans: _Plans,
+        *,
+        num_workers: int,
+        pin_memory: bool,
+        quarantine: Quarantine | None = None,
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be 0 or above")
-        self._dataset = _PlannedBatches(source, transform, plans.seed)
+        self._dataset = _PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
+        self._identity = source.identity
+        self._quarantine = quarantine
         self._plans = plans
+        self._step = 0  # of the next batch
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._dataloader: DataLoader[Batch | SampleError] | None = None
@@ -154,9 +138,47 @@ class BatchLoader:
         """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
         assert epoch >= 0, epoch
         assert 0 <= first_step <= len(self), (first_step, len(self))
-        self._plans.epoch, self._plans.first_step = epoch, first_step
+        if self._quarantine is not None and (epoch != self._plans.epoch or first_step == 0):
+            self._quarantine.start_epoch(epoch)
+        self._plans.epoch, self._plans.first_step, self._step = epoch, first_step, first_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is, in a few integers, and what data it was. The same on every rank.
+
+        Batches count when they are handed out, whatever the workers prepared beyond them.
+        """
+        epoch, step = self._plans.epoch, self._step
+        if step == len(self):
+            epoch, step = epoch + 1, 0
+        return {
+            "epoch": epoch,
+            "step": step,
+            "seed": self._plans.seed,
+            "global_batch_size": self._plans.global_batch_size,
+            "data": dict(self._identity),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, with any number of ranks and workers.
+
+        Raises ValueError where data, seed or batch size are not what they were, naming the difference.
+        """
+        changed = difference(state["data"], self._identity)
+        if changed is not None:
+            raise ValueError(
+                f"the training data is not what it was when this state was saved: {changed}; bring the old"
+                " data back, or start a new run"
+            )
+        for name in ("seed", "global_batch_size"):
+            if state[name] != getattr(self._plans, name):
+                raise ValueError(
+                    f"{name} was {state[name]} when this state was saved and is {getattr(self._plans, name)};"
+                    " set it back, or start a new run"
+                )
+        self.set_epoch(state["epoch"], first_step=state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
+        self._step = self._plans.first_step
         with _without_worker_advice():
             if self._dataloader is None:
                 self._dataloader = self._make_dataloader()
@@ -165,6 +187,9 @@ class BatchLoader:
             if isinstance(batch, SampleError):
                 self.close()
                 raise batch
+            if self._quarantine is not None:
+                self._quarantine.record(batch.failures, step=self._step)
+            self._step += 1
             yield batch
 
     def close(self) -> None:
@@ -218,7 +243,9 @@ class _Plans(Sampler[RankBatch]):
     def __iter__(self) -> Iterator[RankBatch]:
         epoch = self.epoch
         if self.shuffle:
-            order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch)
+            order = epoch_order(
+                self.num_samples, seed=self.seed, epoch=epoch, global_batch_size=self.global_batch_size
+            )
         else:
             order = np.arange(self.num_samples, dtype=np.int64)
         for step in range(self.first_step, len(self)):
@@ -236,25 +263,45 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
     """Carries out plans; lives in the workers.
 
     A broken sample is returned and not raised: the DataLoader would bury its message under a traceback.
+    is_tolerant: broken samples become rows of weight 0 instead.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.is_tolerant = is_tolerant
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
-        try:
-            rows = [self._load(int(sample), plan.epoch) for sample in plan.ids]
-        except SampleError as error:
-            return error
+        rows: list[tuple[Tensor, ...] | None] = []
+        failures: dict[int, Failure] = {}
+        for sample in plan.ids.tolist():
+            try:
+                rows.append(self._load(sample, plan.epoch))
+            except SampleError as error:
+                if not self.is_tolerant:
+                    return error
+                failures[sample] = Failure(sample, self.source.key(sample), str(error))
+                rows.append(None)
+        weights = plan.weights * np.array([row is not None for row in rows], dtype=np.float32)
+        stand_in = next((row for row in rows if row is not None), None) or self._blank(plan.epoch)
+        # a padding row repeats a sample that is another row's, or another rank's, to report
+        reported = {i for i, w in zip(plan.ids.tolist(), plan.weights, strict=True) if w}
+        views = zip(*(row or stand_in for row in rows), strict=True)
         return Batch(
-            views=tuple(torch.stack(view) for view in zip(*(views for views, _ in rows), strict=True)),
-            labels=torch.tensor([label for _, label in rows], dtype=torch.int64),
-            weights=torch.from_numpy(plan.weights),
+            views=tuple(torch.stack(view) for view in views),
+            labels=torch.from_numpy(self.source.labels[plan.ids]),
+            weights=torch.from_numpy(weights),
             ids=torch.from_numpy(plan.ids),
             global_count=plan.global_count,
+            failures=tuple(failure for i, failure in failures.items() if i in reported),
+            finish=getattr(self.transform, "finish", None),
         )
 
-    def _load(self, index: int, epoch: int) -> tuple[tuple[Tensor, ...], int]:
+    def _blank(self, epoch: int) -> tuple[Tensor, ...]:
+        """Views of the right shapes, where no sample of a batch can be read."""
+        rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
+        return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
+
+    def _load(self, index: int, epoch: int) -> tuple[Tensor, ...]:
         sample = self.source.read(index)
         try:
             image = decode(sample.data)
@@ -262,7 +309,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
         try:
-            return self.transform(image, rng), sample.label
+            return self.transform(image, rng)
         except Exception as error:
             error.add_note(f"in the transform of {self.source.where(index)}")
             raise

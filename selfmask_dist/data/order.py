@@ -4,8 +4,11 @@ Knows neither files nor tensors. Philox is a counter-based generator, so every s
 
     key = (seed, epoch), counter = (0, 0, purpose, sample),
 
-and no stream depends on the number of ranks or workers. With the epoch's order pi, the global batch of step t
-is pi[tG : (t+1)G], the same at any world size; rank r of W takes its rows r, r+W, r+2W, ...
+and no stream depends on the number of ranks or workers. An epoch's order pi: blocks of neighbouring samples
+are permuted, the result is cut into C canonical streams, each stream is shuffled within windows, and the
+streams are dealt out in turn. The global batch of step t is pi[tG : (t+1)G], with G/C samples of each stream,
+the same at any world size; rank r of W takes its rows r, r+W, r+2W, ..., which are C/W streams. Reads so stay
+within few blocks at a time, and a resume is one slice.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ Ids = npt.NDArray[np.int64]
 
 # the third counter word: streams of different purposes never meet
 _ORDER, _AUGMENTATION = 0, 1
+_BLOCK, _MIN_BLOCKS = 256, 1024  # samples in a block of a large data set; blocks in a small one
+_WINDOW = 4096  # samples of a stream that are shuffled together; a power of two
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,47 @@ class RankBatch:
     epoch: int  # addresses the augmentations
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Ids:
-    """A permutation of 0..num_samples-1 for this epoch. Shape (num_samples,); 0.4 s for 2.7 million samples.
+def epoch_order(num_samples: int, *, seed: int, epoch: int, global_batch_size: int = 1) -> Ids:
+    """A permutation of 0..num_samples-1 for this epoch. Shape (num_samples,); 0.3 s for 2.7 million samples.
 
+    Small data sets have small blocks, down to single samples, and are shuffled as a whole; a million samples
+    have blocks of 256. What G leaves over at the end of the epoch comes last.
     Sorts Philox's raw words, whose stream numpy guarantees for ever; `Generator.permutation` may change.
     """
-    words = _philox(seed, epoch, _ORDER, 0).random_raw(num_samples)
-    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    words = _philox(seed, epoch, _ORDER, 0)
+    blocks = _permuted_blocks(num_samples, words)
+    streams = num_streams(global_batch_size)
+    per_stream = num_samples // global_batch_size * (global_batch_size // streams)
+    dealt = blocks[: streams * per_stream].reshape(streams, per_stream)
+    window = -(-per_stream // _WINDOW) if per_stream else 0
+    order = np.empty(num_samples, dtype=np.int64)
+    if per_stream:
+        # one sort for all windows: a key is (window, 30 random bits, place in the window), unique by its end
+        place = np.arange(per_stream, dtype=np.uint64)
+        bits = np.uint64(_WINDOW.bit_length() - 1)
+        number = np.arange(streams, dtype=np.uint64)[:, None] * np.uint64(window) + (place >> bits)
+        noise = words.random_raw(streams * per_stream).reshape(streams, per_stream) >> np.uint64(34)
+        keys = number << np.uint64(42) | noise << bits | (place & np.uint64(_WINDOW - 1))
+        keys.sort(axis=1)
+        within = (keys & np.uint64(_WINDOW - 1)) | ((place >> bits) << bits)
+        shuffled = np.take_along_axis(dealt, within.astype(np.int64), axis=1)
+        order[: dealt.size] = shuffled.T.ravel()
+    order[dealt.size :] = blocks[dealt.size :]
+    return order
+
+
+def num_streams(global_batch_size: int) -> int:
+    """C: the largest divisor of the global batch up to 64. A function of the batch alone, not of ranks."""
+    return max(c for c in range(1, min(64, global_batch_size) + 1) if global_batch_size % c == 0)
+
+
+def _permuted_blocks(num_samples: int, words: np.random.Philox) -> Ids:
+    """All samples, neighbours within a block still together, blocks in random order."""
+    length = min(_BLOCK, max(1, num_samples // _MIN_BLOCKS))
+    count = -(-num_samples // length)
+    starts = np.argsort(words.random_raw(count), kind="stable") * length
+    ids = (starts[:, None] + np.arange(length)).ravel()
+    return ids[ids < num_samples].astype(np.int64, copy=False)
 
 
 def sample_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generator:

@@ -1,19 +1,20 @@
-"""Samples by number from WebDataset tars: an offset table made by one header walk, and `pread`.
+"""Samples by number from WebDataset tars: an index of offsets, and a read of just those bytes.
 
 Knows neither order, epochs, ranks nor pixels. `Source` is what the rest of the package sees; `TarSource` is
 the reader behind it, with
 
-    read(i) = pread(shard[i], length[i], offset[i]).
+    read(i) = pread(shard[i], length[i], offset[i]),  of which the crc32 must be the index's.
 
-Labels are `table`'s matter. A `dataset.json` beside the tars, as data_prep writes it, names the classes and
-the shards.
+A saved index (`selfmask data index`) is mapped; without one the tars' headers are walked at each start, and
+there are no checksums. A `dataset.json` beside the tars, as data_prep writes it, names the classes.
 """
 
 from __future__ import annotations
 
-import glob
-import json
+import hashlib
 import os
+import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.data.table import IMAGE_EXTENSIONS, SampleTable, resolve_labels
-
-MANIFEST_NAME = "dataset.json"
-_MAX_OPEN_SHARDS = 64  # per process; far below the usual limit of 1024 descriptors
+from selfmask_dist.data.index import INDEX_NAME, Index, index_of_table, load_index
+from selfmask_dist.data.labels import resolve_labels
+from selfmask_dist.data.manifest import MANIFEST_NAME, find_shards, read_manifest, some
+from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
+from selfmask_dist.data.storage import LocalStorage, Storage
+from selfmask_dist.data.table import IMAGE_EXTENSIONS, SampleTable
 
 
 class SampleError(ValueError):
@@ -53,30 +56,97 @@ class Source(Protocol):
         """Shard and key, for messages."""
         ...
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find unchanged; see `index.difference`."""
+        ...
+
     def read(self, index: int) -> Sample:
         """Raises SampleError where the bytes cannot be had."""
         ...
 
 
 def open_source(
-    path: str | Path, *, classes: Sequence[str] | None = None, require_labels: bool = True
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    require_labels: bool = True,
+    cache: str | Path | None = None,
+    cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
     """A source over a folder of `*.tar` files, one tar, or a glob pattern; shards in order of their names.
+
+    path: may be the address of a remote folder (s3://..., https://...) that holds its index.
+    cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
+        read in ranges.
 
     classes: the class list to number by, for a split that may lack classes: pass the training source's
         `classes`.
     require_labels: False accepts samples without a label (-1), for training that reads none.
     Raises ValueError naming shard, key and the way out: nothing found, a damaged shard, a sample without
-    picture or label, a label that the class list does not have.
+    picture or label, a label that the class list does not have, an index that does not fit its tars.
     """
+    if is_remote(str(path)):
+        return _open_remote(str(path).rstrip("/"), classes, require_labels, cache, cache_bytes)
     path = os.path.expanduser(path)
-    shards = _find_shards(path)
-    manifest = _read_manifest(shards, whole_folder=os.path.isdir(path))
+    shards = find_shards(path)
+    saved = index_path(path)
+    if saved is not None and saved.is_file():
+        index = load_index(saved)
+        _check_fits(index, shards, saved)
+    else:
+        index = walk_shards(path, shards)
+    folder = common_folder(shards)
+    names, labels = resolve_labels(index, str(folder), classes=classes, require_labels=require_labels)
+    return TarSource(index, folder, LocalStorage(shards), labels, names)
+
+
+def _open_remote(
+    url: str,
+    classes: Sequence[str] | None,
+    require_labels: bool,
+    cache: str | Path | None,
+    cache_bytes: int,
+) -> TarSource:
+    """The index is small: it is copied to this node, and mapped there."""
+    content = fetch_bytes(f"{url}/{INDEX_NAME}")
+    folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    local = folder / f".{hashlib.sha256(content).hexdigest()[:16]}.index"
+    if not local.exists():
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".index-", delete=False) as file:
+            file.write(content)
+        os.replace(file.name, local)
+    index = load_index(local)
+    urls = [f"{url}/{shard.name}" for shard in index.shards]
+    storage: Storage = RangeStorage(urls)
+    if cache is not None:
+        sizes = [shard.size for shard in index.shards]
+        storage = CachedStorage(urls, sizes, folder=cache, max_bytes=cache_bytes)
+    names, labels = resolve_labels(index, url, classes=classes, require_labels=require_labels)
+    return TarSource(index, url, storage, labels, names)
+
+
+def index_path(path: str) -> Path | None:
+    """Where the saved index of `path` lies: in the folder, or beside one tar; a pattern has none."""
+    if os.path.isdir(path):
+        return Path(path) / INDEX_NAME
+    return Path(f"{path}.index") if os.path.isfile(path) else None
+
+
+def common_folder(shards: Sequence[Path]) -> Path:
+    """The folder that shards are named from."""
+    return Path(os.path.commonpath([shard.parent for shard in shards]))
+
+
+def walk_shards(path: str, shards: list[Path]) -> Index:
+    """The index that the headers alone give, without checksums. Raises ValueError at the first damage."""
+    manifest = read_manifest(shards, whole_folder=os.path.isdir(path))
     table = SampleTable()
     for number, shard in enumerate(shards):
-        before = len(table.offset)
+        before = len(table)
         table.add_shard(number, shard)
-        found, promised = len(table.offset) - before, manifest.samples.get(shard)
+        found, promised = len(table) - before, manifest.samples.get(shard)
         if found == 0:
             raise ValueError(
                 f"{shard}: no pictures in it (looked for {', '.join(IMAGE_EXTENSIONS)}); move it away"
@@ -85,10 +155,9 @@ def open_source(
             raise ValueError(
                 f"{shard}: holds {found} samples, {MANIFEST_NAME} promises {promised}; convert again"
             )
-    names, labels = resolve_labels(
-        table, shards, classes=classes, manifest_classes=manifest.classes, require_labels=require_labels
+    return index_of_table(
+        table, shards, folder=common_folder(shards), classes=manifest.classes, has_crc32=False
     )
-    return TarSource(shards, table, labels, names)
 
 
 def check_same_classes(train: Source, test: Source) -> None:
@@ -98,7 +167,7 @@ def check_same_classes(train: Source, test: Source) -> None:
     lacking = [name for name in train.classes if name not in set(test.classes)]
     extra = [name for name in test.classes if name not in set(train.classes)]
     detail = "; ".join(
-        f"{what} has no {_some(names)}" for what, names in (("test", lacking), ("train", extra)) if names
+        f"{what} has no {some(names)}" for what, names in (("test", lacking), ("train", extra)) if names
     )
     raise ValueError(
         f"train has {len(train.classes)} classes and test {len(test.classes)}, numbered differently"
@@ -107,37 +176,47 @@ def check_same_classes(train: Source, test: Source) -> None:
 
 
 class TarSource:
-    """Random access to the pictures of local tars; see `open_source`. 36 bytes and the key per sample."""
+    """Random access to the pictures of tars; see `open_source`. 36 bytes and the key per sample, of which
+    the labels (8) are memory of this process and the rest is the mapped file.
+
+    verify: hold each picture against the index's crc32, where it has one (1 us for each KB).
+    """
+
+    verify = True
 
     def __init__(
-        self, shards: list[Path], table: SampleTable, labels: npt.NDArray[np.int64], classes: tuple[str, ...]
+        self,
+        index: Index,
+        folder: Path | str,
+        storage: Storage,
+        labels: npt.NDArray[np.int64],
+        classes: tuple[str, ...],
     ) -> None:
         self.classes = classes
         self.labels = labels
-        self._shards = shards
-        self._stamps = [_stamp(os.stat(shard)) for shard in shards]
-        self._shard = np.array(table.shard, dtype=np.int32)
-        self._offset = np.array(table.offset, dtype=np.int64)
-        self._length = np.array(table.length, dtype=np.int64)
-        self._keys = bytes(table.keys)
-        self._key_end = np.array(table.key_end, dtype=np.int64)
-        self._descriptors: dict[int, int] = {}
+        self.index = index
+        self.folder = folder
+        self._storage = storage
 
     def __len__(self) -> int:
-        return len(self._offset)
+        return len(self.index)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.index.identity
 
     def key(self, index: int) -> str:
-        start = self._key_end[index - 1] if index > 0 else 0
-        return self._keys[start : self._key_end[index]].decode(errors="surrogateescape")
+        return self.index.key(index)
 
     def where(self, index: int) -> str:
-        return f"{self._shards[self._shard[index]]}: sample {self.key(index)!r}"
+        return f"{self.folder}/{self.index.where(index)}"
 
     def read(self, index: int) -> Sample:
         assert 0 <= index < len(self), (index, len(self))
-        length, offset = int(self._length[index]), int(self._offset[index])
+        rows = self.index
+        length = int(rows.length[index])
         try:
-            data = os.pread(self._descriptor(int(self._shard[index])), length, offset)
+            data = self._storage.read(int(rows.shard[index]), int(rows.offset[index]), length)
         except OSError as error:
             raise SampleError(f"{self.where(index)}: {error}") from error
         if len(data) != length:
@@ -145,108 +224,35 @@ class TarSource:
                 f"{self.where(index)}: {len(data)} of {length} bytes read; the shard was cut short,"
                 " copy it again"
             )
+        if self.verify and rows.has_crc32 and zlib.crc32(data) != rows.crc32[index]:
+            raise SampleError(
+                f"{self.where(index)}: its bytes are not those that were indexed (crc32 differs); copy the"
+                " shard again, or index it again if it was changed on purpose"
+            )
         return Sample(data, int(self.labels[index]), self.key(index))
 
     def close(self) -> None:
-        """Close this process's file descriptors; a later `read` opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": {}}  # a descriptor means nothing in another process
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            if len(self._descriptors) >= _MAX_OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = os.open(self._shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-            if _stamp(os.fstat(descriptor)) != self._stamps[shard]:
-                os.close(descriptor)
-                raise OSError("the shard changed after it was opened; start again to read its new headers")
-            self._descriptors[shard] = descriptor
-        return descriptor
+        """Close this process's files; a later `read` opens them again."""
+        self._storage.close()
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    classes: tuple[str, ...] | None
-    samples: dict[Path, int]  # how many samples each shard should hold
-
-
-def _read_manifest(shards: list[Path], *, whole_folder: bool) -> _Manifest:
-    """What the `dataset.json` files beside the shards say; nothing where there are none.
-
-    Raises ValueError where a folder's manifest names a shard that is absent or of another size.
-    """
-    classes: set[tuple[str, ...]] = set()
-    samples: dict[Path, int] = {}
-    for folder in sorted({shard.parent for shard in shards}):
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            names = tuple(str(name) for name in values["classes"])
-            sizes = {
-                entry["name"]: (int(entry["samples"]), int(entry["bytes"])) for entry in values["shards"]
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: not a data set's description ({error!r}); convert again or remove it"
-            ) from None
-        if len(set(names)) != len(names):
-            raise ValueError(f"{path}: a class name appears twice; convert again")
-        classes.add(names)
-        present = {shard.name: shard for shard in shards if shard.parent == folder}
-        if whole_folder and present.keys() != sizes.keys():
-            lacking, extra = sorted(sizes.keys() - present.keys()), sorted(present.keys() - sizes.keys())
-            detail = f"lacks {_some(lacking)}" if lacking else f"has {_some(extra)}, which it does not name"
-            raise ValueError(f"{path} and its folder differ: the folder {detail}; copy or convert again")
-        for name in present.keys() & sizes.keys():
-            if present[name].stat().st_size != sizes[name][1]:
-                raise ValueError(
-                    f"{present[name]}: {present[name].stat().st_size} bytes, {MANIFEST_NAME} promises"
-                    f" {sizes[name][1]}; copy or convert again"
-                )
-            samples[present[name]] = sizes[name][0]
-    if len(classes) > 1:
+def _check_fits(index: Index, shards: list[Path], saved: Path) -> None:
+    """Raises ValueError unless the tars are those that were indexed, by name and size."""
+    sizes = {shard.name: shard.size for shard in index.shards}
+    found = {shard.name: shard.stat().st_size for shard in shards}
+    lacking, extra = sorted(sizes.keys() - found.keys()), sorted(found.keys() - sizes.keys())
+    changed = [
+        f"{name} has {found[name]} bytes and had {sizes[name]}"
+        for name in sorted(sizes.keys() & found.keys())
+        if sizes[name] != found[name]
+    ]
+    told = [
+        *([f"it lacks {some(lacking)}"] if lacking else []),
+        *([f"it has {some(extra)}, not indexed"] if extra else []),
+        *([some(changed)] if changed else []),
+    ]
+    if told:
         raise ValueError(
-            f"the folders of these {len(shards)} shards name different classes; open them one by one"
+            f"{saved.parent} is not as it was indexed: {'; '.join(told)}; copy it again, or index it again"
+            f" with: selfmask data index {saved.parent}"
         )
-    return _Manifest(next(iter(classes), None), samples)
-
-
-def _find_shards(path: str) -> list[Path]:
-    if os.path.isdir(path):
-        shards = sorted(Path(path).glob("*.tar"))
-        if not shards:
-            below = sorted(tar.parent.name for tar in Path(path).glob("*/*.tar"))
-            hint = (
-                f"there are some in {_some(sorted(set(below)))}: name one of these" if below else _HOW_TO_MAKE
-            )
-            raise ValueError(f"{path}: no *.tar in this folder; {hint}")
-        return shards
-    if os.path.isfile(path):
-        return [Path(path)]
-    shards = sorted(Path(name) for name in glob.glob(path) if os.path.isfile(name))
-    if not shards:
-        raise ValueError(
-            f"{path}: no such file or folder, and nothing matches it as a pattern; {_HOW_TO_MAKE}"
-        )
-    return shards
-
-
-_HOW_TO_MAKE = "make tars from a folder of pictures with: python data_prep/image_folder.py PICTURES OUT"
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

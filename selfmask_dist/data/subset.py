@@ -1,5 +1,8 @@
 """A part of a source that is a source itself. Knows nothing of files."""
 
+import hashlib
+from typing import Any
+
 import numpy as np
 
 from selfmask_dist.data.source import Sample, Source
@@ -16,6 +19,11 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        chosen = hashlib.sha256(np.ascontiguousarray(self._indices, dtype=np.int64).data).hexdigest()[:16]
+        return self._source.identity | {"samples": len(self), "places": chosen}
 
     def key(self, index: int) -> str:
         return self._source.key(int(self._indices[index]))

@@ -8,20 +8,33 @@ member, else `"label"` in its `.json` member, else its folder's place among the 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
+import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from selfmask_dist.data.tar import Problem, TarSample, walk_samples
 
-from selfmask_dist.data.tar import TarSample, walk_samples
+# by name; what is inside is found out when it is decoded
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp"),
+    *("bmp", "gif", "tif", "tiff", "ppm", "pgm"),
+)
+_JSON_LABELS = ("label", "cls", "class_id", "category_id")
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+Check = Callable[[str, bytes], str | None]
+
+
+class UnusableSampleError(ValueError):
+    """One sample cannot be used; the message names shard and key. `reason` is the message without them."""
+
+    def __init__(self, path: Path, key: str, reason: str, advice: str) -> None:
+        super().__init__(f"{path}: sample {key!r} {reason}; {advice}")
+        self.key, self.reason = key, reason
 
 
 class SampleTable:
@@ -32,147 +45,152 @@ class SampleTable:
         self.keys, self.key_end = bytearray(), array("q")
         self.number = array("q")  # the label as an integer, -1 = none given
         self.folder = array("i")  # index into `folders`, -1 = sample at the top of its tar
+        self.crc32 = array("I")  # of the picture, 0 where `check` was not asked for
         self.folders: dict[str, int] = {}
 
-    def add_shard(self, number: int, path: Path) -> None:
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def add_shard(
+        self,
+        number: int,
+        path: Path,
+        *,
+        problems: list[Problem] | None = None,
+        check: Check | None = None,
+    ) -> None:
+        """Append one tar's samples.
+
+        problems: where given, samples that cannot be used are noted in it and left out; else they raise.
+        check: called with each picture's extension and bytes, of which the crc32 is then kept; raises
+            ValueError for a picture that cannot be used, returns a remark about one that can.
+        """
         seen: set[str] = set()
         with open(path, "rb") as file:
-            for sample in walk_samples(path):
-                image = _image_member(path, sample)
-                if image is None:
-                    continue
-                if sample.key in seen:
-                    raise ValueError(
-                        f"{path}: key {sample.key!r} appears twice, apart; keys must be unique and a sample's"
-                        " members neighbours, pack this shard again (tar --sort=name)"
-                    )
-                seen.add(sample.key)
-                self.shard.append(number)
-                self.offset.append(image[0])
-                self.length.append(image[1])
-                self.keys += sample.key.encode(errors="surrogateescape")
-                self.key_end.append(len(self.keys))
-                self.number.append(_given_label(path, sample, file.fileno()))
-                folder = sample.key.rpartition("/")[0]
-                self.folder.append(self.folders.setdefault(folder, len(self.folders)) if folder else -1)
+            for sample in walk_samples(path, problems):
+                try:
+                    self._add(number, path, sample, file.fileno(), seen, problems, check)
+                except UnusableSampleError as problem:
+                    if problems is None:
+                        raise
+                    problems.append(Problem(problem.key, problem.reason))
 
-    def where(self, index: int, shards: list[Path]) -> str:
-        start = self.key_end[index - 1] if index > 0 else 0
-        key = self.keys[start : self.key_end[index]].decode(errors="surrogateescape")
-        return f"{shards[self.shard[index]]}: sample {key!r}"
+    def _add(
+        self,
+        number: int,
+        path: Path,
+        sample: TarSample,
+        descriptor: int,
+        seen: set[str],
+        problems: list[Problem] | None,
+        check: Check | None,
+    ) -> None:
+        image = _image_member(path, sample, seen)
+        if image is None:
+            return
+        if sample.key in seen:
+            raise UnusableSampleError(
+                path,
+                sample.key,
+                f"cannot be used: key {sample.key!r} appears twice, apart",
+                "keys must be unique and a sample's members neighbours, pack this shard again"
+                " (tar --sort=name)",
+            )
+        seen.add(sample.key)
+        extension, offset, length = image
+        label, stated_crc32 = _given_label(path, sample, descriptor)
+        crc32 = 0
+        if check is not None:
+            data = os.pread(descriptor, length, offset)
+            crc32 = zlib.crc32(data)
+            try:
+                if stated_crc32 not in (None, crc32):
+                    raise ValueError("has other bytes than were packed: its crc32 differs from .json's")
+                remark = check(extension, data)
+            except ValueError as error:
+                raise UnusableSampleError(
+                    path, sample.key, str(error), "remove it or pack it again"
+                ) from error
+            if remark is not None and problems is not None:
+                problems.append(Problem(sample.key, remark, is_lost=False))
+        self.shard.append(number)
+        self.offset.append(offset)
+        self.length.append(length)
+        self.keys += sample.key.encode(errors="surrogateescape")
+        self.key_end.append(len(self.keys))
+        self.number.append(label)
+        self.crc32.append(crc32)
+        folder = sample.key.rpartition("/")[0]
+        self.folder.append(self.folders.setdefault(folder, len(self.folders)) if folder else -1)
+
+    def extend(self, other: SampleTable) -> None:
+        """Append another walk's samples."""
+        for name in ("shard", "offset", "length", "number", "crc32"):
+            getattr(self, name).extend(getattr(other, name))
+        self.key_end.extend(end + len(self.keys) for end in other.key_end)
+        self.keys += other.keys
+        places = [self.folders.setdefault(name, len(self.folders)) for name in other.folders]
+        self.folder.extend(places[folder] if folder >= 0 else -1 for folder in other.folder)
 
 
-def _image_member(path: Path, sample: TarSample) -> tuple[int, int] | None:
-    """Offset and length of the picture; None for a file that is no sample, such as a read-me."""
+def _image_member(path: Path, sample: TarSample, seen: set[str]) -> tuple[str, int, int] | None:
+    """Extension, offset and length of the picture; None for a file that is no sample, such as a read-me."""
     found = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
     if len(found) > 1:
-        raise ValueError(f"{path}: sample {sample.key!r} has several pictures ({', '.join(found)}); keep one")
+        raise UnusableSampleError(path, sample.key, f"has several pictures ({', '.join(found)})", "keep one")
     if found:
         offset, length = sample.members[found[0]]
         if length == 0:
-            raise ValueError(
-                f"{path}: sample {sample.key!r} has an empty picture; remove it or pack it again"
-            )
-        return offset, length
+            raise UnusableSampleError(path, sample.key, "has an empty picture", "remove it or pack it again")
+        return found[0], offset, length
     dotted = [name for name in sample.members if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
     if dotted:
-        raise ValueError(
-            f"{path}: {sample.key}.{dotted[0]} has a dot inside its name, and a WebDataset key ends at the"
-            " first dot; rename the file"
+        raise UnusableSampleError(
+            path,
+            sample.key,
+            f"cannot be used: {sample.key}.{dotted[0]} has a dot inside its name",
+            "a WebDataset key ends at the first dot; rename the file",
         )
     if "cls" in sample.members or "json" in sample.members:
-        raise ValueError(
-            f"{path}: sample {sample.key!r} has a label and no picture; a sample's members must be"
-            " neighbours, pack this shard again"
+        apart = ": its members are apart" if sample.key in seen else ""
+        raise UnusableSampleError(
+            path,
+            sample.key,
+            f"has a label and no picture{apart}",
+            "a sample's members must be neighbours, pack this shard again",
         )
     return None
 
 
-def _given_label(path: Path, sample: TarSample, descriptor: int) -> int:
-    """The integer in `.cls` or under "label" in `.json`, or -1. Reads those few bytes and no others."""
+def _given_label(path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
+    """The integer in `.cls` or under "label" in `.json`, or -1; and the picture's crc32, where `.json` has
+    it. Reads those few bytes and no others.
+    """
+    values: dict[str, Any] = {}
+    if "json" in sample.members:
+        offset, length = sample.members["json"]
+        try:
+            content = json.loads(os.pread(descriptor, length, offset))
+        except ValueError as error:
+            raise UnusableSampleError(
+                path, sample.key, f"has a broken .json ({error})", "pack it again"
+            ) from error
+        values = content if isinstance(content, dict) else {}
+    crc32 = values.get("crc32")
+    label: Any = next((values[name] for name in _JSON_LABELS if values.get(name) is not None), None)
+    member = ".json"
     if "cls" in sample.members:
         offset, length = sample.members["cls"]
         text = os.pread(descriptor, length, offset).strip()
-        label: Any = int(text) if text.isdigit() and len(text) < 10 else text[:40]
+        label = int(text) if text.isdigit() and len(text) < 10 else text[:40]
         member = ".cls"
-    elif "json" in sample.members:
-        offset, length = sample.members["json"]
-        try:
-            values = json.loads(os.pread(descriptor, length, offset))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: sample {sample.key!r} has a broken .json ({error}); pack it again"
-            ) from error
-        label = values.get("label") if isinstance(values, dict) else None
-        if label is None:
-            return -1
-        member = ".json"
-    else:
-        return -1
+    elif label is None:
+        return -1, crc32
     if type(label) is not int or not 0 <= label < 2**31:
-        raise ValueError(
-            f"{path}: sample {sample.key!r} has label {label!r} in {member};"
-            " it must be a class number, 0 or above"
+        raise UnusableSampleError(
+            path,
+            sample.key,
+            f"has label {label!r} in {member}",
+            "it must be a class number, 0 or above",
         )
-    return label
-
-
-def resolve_labels(
-    table: SampleTable,
-    shards: list[Path],
-    *,
-    classes: Sequence[str] | None,
-    manifest_classes: tuple[str, ...] | None,
-    require_labels: bool,
-) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Class names, and one label per sample: by number where any sample has one, else by folder.
-
-    classes: the list that the caller asked for. manifest_classes: the list in `dataset.json`.
-    labels: (samples,) int64, -1 = none. Raises ValueError naming shard, key and the way out.
-    """
-    numbers = np.array(table.number, dtype=np.int64)
-    folders = np.array(table.folder, dtype=np.int64)
-    by_number = bool((numbers >= 0).any())
-    missing = np.flatnonzero((numbers if by_number else folders) < 0)
-    if len(missing) and require_labels:
-        ways = (
-            "a .cls member or a label in .json"
-            if by_number
-            else "a .cls member, a label in .json, or a folder"
-        )
-        raise ValueError(
-            f"{table.where(int(missing[0]), shards)} has no label"
-            f" ({len(missing)} of {len(numbers)} samples lack one); give each {ways}"
-        )
-    if not by_number:
-        names = tuple(classes or manifest_classes or sorted(table.folders))
-        return names, _labels_of_folders(table, shards, folders, names)
-    if classes is not None and manifest_classes is not None and tuple(classes) != manifest_classes:
-        raise ValueError(
-            f"{shards[0].parent}: dataset.json numbers its {len(manifest_classes)} classes differently from"
-            f" the {len(classes)} asked for; convert all splits together, so that they share one class list"
-        )
-    names = tuple(classes or manifest_classes or map(str, range(int(numbers.max()) + 1)))
-    outside = np.flatnonzero(numbers >= len(names))
-    if len(outside):
-        raise ValueError(
-            f"{table.where(int(outside[0]), shards)} has label {numbers[outside[0]]}, and there are only"
-            f" {len(names)} classes (0 to {len(names) - 1}); correct the label or the class list"
-        )
-    return names, numbers
-
-
-def _labels_of_folders(
-    table: SampleTable, shards: list[Path], folders: npt.NDArray[np.int64], names: tuple[str, ...]
-) -> npt.NDArray[np.int64]:
-    place = {name: number for number, name in enumerate(names)}
-    for folder, position in table.folders.items():
-        if folder not in place:
-            near = difflib.get_close_matches(folder, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "remove its samples or extend the class list"
-            first = table.where(int(np.flatnonzero(folders == position)[0]), shards)
-            raise ValueError(
-                f"{first} is of class {folder!r}, which is not among the {len(names)} classes; {hint}"
-            )
-    # a sample without a folder has -1, which takes the last place
-    return np.array([place[folder] for folder in table.folders] + [-1], dtype=np.int64)[folders]
+    return label, crc32

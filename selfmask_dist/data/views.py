@@ -1,4 +1,4 @@
-"""Bytes to pictures to views: decoding, the evaluation view and the training view of one sample.
+"""Pictures to views: the evaluation view and the training view of one sample.
 
 Knows neither sources nor loaders nor any global random state: a transform is a picklable function
 (PIL image, generator) -> views, each view float32 of shape (3, image_size, image_size),
@@ -11,36 +11,19 @@ worker that need not import torchvision starts in less than half the time.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from selfmask_dist.preprocessing import Preprocessing
 
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
-
-
-def decode(data: bytes) -> Image.Image:
-    """An encoded picture as RGB. Raises ValueError for bytes that are not a whole, readable picture.
-
-    Grey, palette, CMYK and transparent pictures are converted (transparency is dropped), 16-bit grey is
-    scaled to 8 bits. EXIF orientation is not applied, as in torchvision's and timm's own readers.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return _to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"not a picture that PIL can read ({len(data)} bytes)") from None
-    except Exception as error:
-        # broken files make PIL's plug-ins raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
@@ -118,15 +101,38 @@ def random_crop_box(
     log-uniform, ten attempts, then the largest central crop inside the ratio range. Draws only uniform
     doubles, whose stream is the least likely of numpy's to change.
     """
+    return _crop_box(size, scale, ratio, rng.random, rng.random)
+
+
+def crop_box(
+    size: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    u: npt.NDArray[np.float64],
+) -> tuple[int, int, int, int]:
+    """`random_crop_box` from a row of at least 22 uniforms: ten attempts of two, and the place."""
+    draws = iter(u[:20].tolist())
+    place = iter(u[20:22].tolist())
+    return _crop_box(size, scale, ratio, lambda: next(draws), lambda: next(place))
+
+
+def _crop_box(
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: Callable[[], float],
+    place: Callable[[], float],
+) -> tuple[int, int, int, int]:
     width, height = size
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        aspect = math.exp(log_low + (log_high - log_low) * rng.random())
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draw())
+        aspect = math.exp(log_low + (log_high - log_low) * draw())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            top = int(rng.random() * (height - h + 1))
-            left = int(rng.random() * (width - w + 1))
+            top = int(place() * (height - h + 1))
+            left = int(place() * (width - w + 1))
             return left, top, left + w, top + h
     w, h = width, height
     if width / height < ratio[0]:
@@ -135,17 +141,6 @@ def random_crop_box(
         w = round(height * ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        # PIL would clip 16-bit values at 255: an all-white picture
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the way round that PIL asks for; from P straight to RGB it warns
-    return image.convert("RGB")
 
 
 def _resample(pre: Preprocessing) -> Image.Resampling:

@@ -1,0 +1,284 @@
+"""How fast samples arrive, against webdataset and torchvision, on the same shards in the same run.
+
+Without decoding, hot (in the page cache) and cold (dropped from it before each round); with decoding, per
+CPU-second; SwAV's views per CPU-second; the time to the first batch at the start and at 90 % of an epoch of a
+million samples; and what an index of 2.7 million samples costs. Ratios are medians of interleaved rounds.
+"""
+
+import io
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image, ImageFilter
+from torchvision import transforms as tv  # type: ignore[import-untyped]
+
+from benchmarks.data_corruption import write_tar
+from benchmarks.harness import Benchmark
+from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader, train_transform
+from selfmask_dist.data.build import build_index
+from selfmask_dist.data.decode import counts
+from selfmask_dist.data.index import INDEX_NAME, Index, Shard, load_index
+from selfmask_dist.data.labels import resolve_labels
+from selfmask_dist.data.multicrop import SWAV_CROPS
+from selfmask_dist.data.order import epoch_order, sample_generator
+from selfmask_dist.data.source import TarSource
+from selfmask_dist.data.storage import LocalStorage
+from selfmask_dist.preprocessing import Preprocessing
+
+PRE = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NUM_DISTINCT = 40
+
+
+def photographs() -> list[bytes]:
+    """JPEGs of about 28 KB and 375 x 300 pixels, with detail at every scale as in photographs."""
+    found = []
+    for number in range(NUM_DISTINCT):
+        rng = np.random.default_rng(number)
+        pixels = np.zeros((300, 375, 3), dtype=np.float32)
+        for size in (3, 9, 30, 100, 300):
+            noise = Image.fromarray(rng.integers(0, 256, (size, size * 5 // 4, 3), dtype=np.uint8))
+            pixels += np.asarray(noise.resize((375, 300), Image.Resampling.BICUBIC)) * (
+                0.3 if size < 300 else 0.12
+            )
+        buffer = io.BytesIO()
+        Image.fromarray((pixels * 0.8).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+        found.append(buffer.getvalue())
+    return found
+
+
+def make_shards(folder: Path, num_samples: int, shards: int = 4) -> list[str]:
+    pictures = photographs()
+    for shard in range(shards):
+        members = []
+        for n in range(shard, num_samples, shards):
+            members += [(f"{n:07d}.jpg", pictures[n % NUM_DISTINCT]), (f"{n:07d}.cls", b"%d" % (n % 100))]
+        write_tar(folder / f"shard-{shard:06d}.tar", members)
+    build_index(folder, decode_check=False)
+    return sorted(str(path) for path in folder.glob("*.tar"))
+
+
+def drop_from_cache(paths: list[str]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_webdataset(urls: list[str]) -> Iterator[dict[str, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing to the collector
+        yield from webdataset.WebDataset(urls, shardshuffle=False)
+
+
+def rates(
+    fns: dict[str, Callable[[], int]],
+    *,
+    rounds: int,
+    clock: Callable[[], float],
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Samples per second of `clock`, in turns."""
+    found: dict[str, list[float]] = {name: [] for name in fns}
+    for turn in range(rounds + 1):
+        for name, fn in fns.items():
+            before()
+            start = clock()
+            number = fn()
+            if turn:
+                found[name].append(number / (clock() - start))
+    return found
+
+
+def median_ratio(found: dict[str, list[float]], mine: str, base: str) -> float:
+    return float(np.median([a / b for a, b in zip(found[mine], found[base], strict=True)]))
+
+
+def reading(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) -> None:
+    source = open_source(folder)
+    unchecked = open_source(folder)
+    unchecked.verify = False
+    order = epoch_order(len(source), seed=0, epoch=0, global_batch_size=256).tolist()
+
+    def read(which: TarSource, rows: Any) -> int:
+        return sum(len(which.read(row).data) > 0 for row in rows)
+
+    fns = {
+        "webdataset": lambda: sum(1 for _ in read_webdataset(urls)),
+        "sequential": lambda: read(unchecked, range(len(source))),
+        "shuffled": lambda: read(unchecked, order),
+        "shuffled, checksums": lambda: read(source, order),
+    }
+    for state, before in (("hot", lambda: None), ("cold", lambda: drop_from_cache(urls))):
+        found = rates(fns, rounds=rounds, clock=time.perf_counter, before=before)
+        benchmark.figure(f"webdataset {state}, samples/s", float(np.median(found["webdataset"])))
+        for name in list(fns)[1:]:
+            target = 20.0 if (state, name) in {("hot", "sequential"), ("hot", "shuffled")} else None
+            benchmark.figure(
+                f"{name} / webdataset, {state}", median_ratio(found, name, "webdataset"), min=target
+            )
+
+
+def decoding(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) -> None:
+    source = open_source(folder)
+    order = epoch_order(len(source), seed=0, epoch=0, global_batch_size=256)[:400].tolist()
+
+    def theirs() -> int:
+        stream = webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            return sum(
+                np.asarray(sample["jpg"]).ndim == 3 for _, sample in zip(range(400), stream, strict=False)
+            )
+
+    def ours() -> int:
+        return sum(np.asarray(decode(source.read(row).data)).ndim == 3 for row in order)
+
+    counts.clear()
+    found = rates({"webdataset": theirs, "ours": ours}, rounds=rounds, clock=time.process_time)
+    benchmark.figure("decoders used", dict(counts))
+    benchmark.figure("webdataset decoded, images/CPU-s", float(np.median(found["webdataset"])))
+    benchmark.figure("decoded / webdataset, per CPU-s", median_ratio(found, "ours", "webdataset"), min=1.4)
+
+
+class PILBlur:
+    """SwAV's own blur."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if np.random.default_rng().random() > 0.5:
+            return image
+        return image.filter(ImageFilter.GaussianBlur(float(torch.rand(()) * 1.9 + 0.1)))
+
+
+def torchvision_views() -> Callable[[Image.Image], list[torch.Tensor]]:
+    """SwAV's pipeline as published, on PIL images."""
+    color = [
+        tv.RandomApply([tv.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+        tv.RandomGrayscale(0.2),
+        PILBlur(),
+    ]
+    end = [tv.ToTensor(), tv.Normalize(PRE.mean, PRE.std)]
+    pipelines = [
+        tv.Compose([tv.RandomResizedCrop(c.size, scale=c.scale), tv.RandomHorizontalFlip(), *color, *end])
+        for c in SWAV_CROPS
+        for _ in range(c.count)
+    ]
+    return lambda image: [pipeline(image) for pipeline in pipelines]
+
+
+def swav_views(benchmark: Benchmark, folder: Path, rounds: int, number: int) -> None:
+    source = open_source(folder)
+    pipeline = torchvision_views()
+    transforms = {flag: multicrop_transform(PRE, on_device=flag) for flag in (False, True)}
+
+    def run(fn: Callable[[Image.Image, int], Any]) -> int:
+        for row in range(number):
+            fn(decode(source.read(row).data), row)
+        return number
+
+    def torchvision_decoded() -> int:
+        for row in range(number):
+            pipeline(Image.open(io.BytesIO(source.read(row).data)).convert("RGB"))
+        return number
+
+    def transform(flag: bool) -> Callable[[], int]:
+        return lambda: run(lambda im, i: transforms[flag](im, sample_generator(seed=0, epoch=0, sample=i)))
+
+    fns = {
+        "torchvision": torchvision_decoded,
+        "all on the CPU": transform(False),
+        "crops on the CPU": transform(True),
+    }
+    found = rates(fns, rounds=rounds, clock=time.process_time)
+    for name in fns:
+        benchmark.figure(f"SwAV images/CPU-s, {name}", float(np.median(found[name])))
+    benchmark.figure(
+        "SwAV crops on the CPU / torchvision", median_ratio(found, "crops on the CPU", "torchvision"), min=4.0
+    )
+    benchmark.figure(
+        "SwAV all on the CPU / torchvision", median_ratio(found, "all on the CPU", "torchvision")
+    )
+
+
+def large_index(count: int, shard: Path) -> Index:
+    """An index of `count` samples, all of them the pictures that one shard really has."""
+    real = open_source(shard.parent).index
+    rows = np.flatnonzero(real.shard == 0)
+    rows = np.resize(rows, count)
+    keys = "".join(f"{n:012d}/{n:012d}" for n in range(count)).encode()
+    return Index(
+        shards=(Shard(shard.name, shard.stat().st_size),),
+        shard=np.zeros(count, dtype=np.int32),
+        offset=real.offset[rows],
+        length=real.length[rows],
+        label=real.label[rows],
+        crc32=real.crc32[rows],
+        key_end=np.arange(1, count + 1, dtype=np.uint32) * 25,
+        keys=np.frombuffer(keys, dtype=np.uint8),
+        folders=None,
+        classes=None,
+        has_crc32=True,
+    )
+
+
+def first_batch(benchmark: Benchmark, folder: Path, count: int) -> None:
+    shard = sorted(folder.glob("*.tar"))[0]
+    index = large_index(count, shard)
+    labels = np.asarray(index.label, dtype=np.int64)
+    source = TarSource(index, folder, LocalStorage([shard]), labels, tuple(map(str, range(100))))
+    seconds = {}
+    for share in (0.0, 0.9, 0.0, 0.9):  # the first two warm up
+        loader = train_loader(
+            source, train_transform(PRE), global_batch_size=256, seed=0, rank=1, world_size=8
+        )
+        state = loader.state_dict() | {"step": int(share * len(loader))}
+        start = time.perf_counter()
+        loader.load_state_dict(state)
+        next(iter(loader))
+        seconds[share] = time.perf_counter() - start
+    for share, value in seconds.items():
+        benchmark.figure(f"first batch at {share:.0%} of {count:,}, s", value, max=10.0)
+    benchmark.figure("first batch, 90 % / 0 %", seconds[0.9] / seconds[0.0], max=2.0)
+
+
+def index_costs(benchmark: Benchmark, folder: Path, count: int) -> None:
+    path = folder / "large" / INDEX_NAME
+    path.parent.mkdir()
+    large_index(count, sorted(folder.glob("*.tar"))[0]).save(path)
+    start = time.perf_counter()
+    index = load_index(path)
+    _, labels = resolve_labels(index, "", classes=None, require_labels=True)
+    benchmark.figure(f"index of {count:,}: open, s", time.perf_counter() - start, max=2.0)
+    benchmark.figure("index: bytes per sample", (path.stat().st_size + labels.nbytes) / count, max=64)
+    start = time.perf_counter()
+    epoch_order(count, seed=0, epoch=0, global_batch_size=256)
+    benchmark.figure(f"order of {count:,}, s", time.perf_counter() - start, max=0.5, quick=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    benchmark = Benchmark("data_throughput", __doc__)
+    args = benchmark.parse(argv)
+    torch.set_num_threads(1)
+    rounds = 2 if args.quick else 3
+    with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
+        folder = Path(scratch)
+        urls = make_shards(folder, 1000 if args.quick else 4000)
+        reading(benchmark, folder, urls, rounds)
+        decoding(benchmark, folder, urls, rounds)
+        swav_views(benchmark, folder, rounds, 10 if args.quick else 40)
+        first_batch(benchmark, folder, 100_000 if args.quick else 1_000_000)
+        index_costs(benchmark, folder, 200_000 if args.quick else 2_700_000)
+    return benchmark.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

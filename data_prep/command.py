@@ -1,0 +1,44 @@
+"""What the converters' command lines share: options, errors, the summary and the index. Knows no layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from data_prep.shards import Conversion, Options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that shape the output."""
+    parser.add_argument(
+        "--max-samples-per-shard", type=int, default=Options.max_samples_per_shard, metavar="N"
+    )
+    parser.add_argument(
+        "--short-side", type=int, metavar="PX", help="shrink larger pictures to this short side"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=Options.quality, metavar="Q", help="JPEG quality of shrunk ones"
+    )
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="list unreadable files in rejects.jsonl, go on"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
+    parser.add_argument("--num-workers", type=int, default=1, metavar="N", help="processes (1)")
+
+
+def run_converter(
+    fn: Callable[..., list[Conversion]], parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> int:
+    """Convert and say what was written; returns the exit status."""
+    try:
+        done = fn(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for conversion in done:
+        rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
+        counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
+        print(f"{conversion.folder}: {counts}{rejected}")
+        print(f"  next: selfmask data index {conversion.folder}")
+    return 0

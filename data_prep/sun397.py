@@ -1,0 +1,99 @@
+"""SUN397 and its partition lists -> WebDataset tars.
+
+    python data_prep/sun397.py SUN397 OUT --partition 1 [--lists Partitions]
+
+SUN397 holds ClassName.txt (lines such as /a/apartment_building/outdoor) and a tree of that form; the lists
+Training_01.txt and Testing_01.txt name pictures by the same paths. A class is called by its path without the
+first letter: `apartment_building/outdoor`. Knows nothing of torch or training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.command import add_options, run_converter
+from data_prep.shards import Conversion
+from data_prep.tables import Listed, convert_lists
+
+
+def convert_sun397(
+    src: str | Path,
+    out: str | Path,
+    *,
+    partition: int = 1,
+    lists: str | Path | None = None,
+    max_samples_per_shard: int = 5000,
+    short_side: int | None = None,
+    quality: int = 90,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    num_workers: int = 1,
+) -> list[Conversion]:
+    """Convert one of the ten partitions into `out/train` and `out/test`.
+
+    lists: folder of the lists, default `src`. Raises ValueError naming what is absent or of no class.
+    """
+    if not 1 <= partition <= 10:
+        raise ValueError(f"partition is {partition}; there are 1 to 10")
+    src, folder = Path(src), Path(lists or src)
+    paths = [line.strip("/") for line in _lines(src / "ClassName.txt")]
+    classes = {path: _class_name(path) for path in paths}
+    splits = {
+        "train": _listed(folder / f"Training_{partition:02d}.txt", classes),
+        "test": _listed(folder / f"Testing_{partition:02d}.txt", classes),
+    }
+    return convert_lists(
+        src,
+        splits,
+        out,
+        classes=classes.values(),
+        overwrite=overwrite,
+        progress=progress,
+        num_workers=num_workers,
+        max_samples_per_shard=max_samples_per_shard,
+        short_side=short_side,
+        quality=quality,
+        skip_broken=skip_broken,
+    )
+
+
+def _class_name(path: str) -> str:
+    """a/apartment_building/outdoor -> apartment_building/outdoor."""
+    first, _, rest = path.partition("/")
+    return rest if len(first) == 1 and rest else path
+
+
+def _listed(path: Path, classes: dict[str, str]) -> Listed:
+    listed = []
+    for line in _lines(path):
+        name = line.strip("/")
+        folder = name.rpartition("/")[0]
+        if folder not in classes:
+            raise ValueError(f"{path}: {line} is of no class in ClassName.txt")
+        listed.append((name, classes[folder]))
+    return listed
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="sun397.py", description="Convert SUN397 into WebDataset tars.")
+    parser.add_argument("src", help="the folder SUN397, with ClassName.txt")
+    parser.add_argument("out", help="folder to write: train and test")
+    parser.add_argument("--partition", type=int, default=1, metavar="N", help="which of the ten lists (1)")
+    parser.add_argument("--lists", metavar="DIR", help="folder of Training_NN.txt and Testing_NN.txt")
+    add_options(parser)
+    return run_converter(convert_sun397, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

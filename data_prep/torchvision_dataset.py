@@ -1,0 +1,137 @@
+"""A torchvision data set -> WebDataset tars.
+
+    python data_prep/torchvision_dataset.py Flowers102 ROOT OUT --splits train val test
+
+Data sets that read files (Flowers102, DTD, EuroSAT, ...) keep their bytes; those that hold arrays (CIFAR10,
+...) become PNGs, which lose nothing. Labels and class names are the data set's own. Nothing is downloaded
+unless --download is given. torchvision is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.command import add_options, run_converter
+from data_prep.shards import Conversion, Options, Picture, check_target, write_split
+
+
+def convert_torchvision(
+    name: str,
+    root: str | Path,
+    out: str | Path,
+    *,
+    splits: Sequence[str] = ("train", "test"),
+    download: bool = False,
+    max_samples_per_shard: int = 5000,
+    short_side: int | None = None,
+    quality: int = 90,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    num_workers: int = 1,
+) -> list[Conversion]:
+    """Convert the named splits of `torchvision.datasets.NAME`; data sets with `train=` have train and test.
+
+    Raises ValueError for a data set or split that does not exist, or is not there.
+    """
+    options = Options(max_samples_per_shard, short_side, quality, skip_broken)
+    done = []
+    for split in splits:
+        target = Path(out) / split
+        check_target(target, overwrite)
+        dataset = _open(name, root, split, download)
+        labels = [int(label) for label in _labels(dataset)]
+        classes = _classes(dataset, labels)
+        width = len(str(len(labels)))
+        pictures = [
+            Picture(None, f"{index:0{width}d}", f"{index:0{width}d}", classes[label])
+            for index, label in enumerate(labels)
+        ]
+        done.append(
+            write_split(
+                target, classes, pictures, [], options, progress, num_workers=1, read=_Reader(dataset)
+            )
+        )
+    return done
+
+
+class _Reader:
+    """Encoded bytes of the i-th picture."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.files = next(
+            (
+                getattr(dataset, attribute)
+                for attribute in ("_image_files", "_images", "_samples", "samples")
+                if hasattr(dataset, attribute)
+            ),
+            None,
+        )
+
+    def __call__(self, picture: Picture) -> bytes:
+        index = int(picture.name)
+        if self.files is not None:
+            file = self.files[index]
+            return Path(file[0] if isinstance(file, tuple) else file).read_bytes()
+        buffer = io.BytesIO()
+        self.dataset[index][0].save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def _open(name: str, root: str | Path, split: str, download: bool) -> Any:
+    from torchvision import datasets  # type: ignore[import-untyped]
+
+    cls = getattr(datasets, name, None)
+    if cls is None:
+        raise ValueError(f"torchvision has no data set {name!r}")
+    parameters = inspect.signature(cls).parameters
+    arguments: dict[str, Any] = {"download": download} if "download" in parameters else {}
+    if "split" in parameters:
+        arguments["split"] = split
+    elif "train" in parameters and split in ("train", "test"):
+        arguments["train"] = split == "train"
+    else:
+        raise ValueError(f"{name} has no split {split!r}")
+    try:
+        return cls(str(root), **arguments)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{name}, split {split}: {error} (in {root}; --download fetches it)") from error
+
+
+def _labels(dataset: Any) -> Sequence[int]:
+    for attribute in ("targets", "labels", "_labels"):
+        if hasattr(dataset, attribute):
+            return getattr(dataset, attribute)
+    return [dataset[index][1] for index in range(len(dataset))]
+
+
+def _classes(dataset: Any, labels: Sequence[int]) -> tuple[str, ...]:
+    names = getattr(dataset, "classes", None) or [str(number) for number in range(max(labels) + 1)]
+    if len(set(names)) != len(names):
+        raise ValueError("a class name appears twice in it; convert a folder or a CSV list instead")
+    return tuple(map(str, names))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="torchvision_dataset.py", description="Convert a torchvision data set into WebDataset tars."
+    )
+    parser.add_argument("name", help="class in torchvision.datasets, such as Flowers102")
+    parser.add_argument("root", help="folder where it lies")
+    parser.add_argument("out", help="folder to write; one subfolder for each split")
+    parser.add_argument("--splits", nargs="+", default=["train", "test"], help="train test")
+    parser.add_argument("--download", action="store_true", help="fetch it where it is absent")
+    add_options(parser)
+    return run_converter(convert_torchvision, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

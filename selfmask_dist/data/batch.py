@@ -1,0 +1,58 @@
+"""What the loader hands to training: one rank's part of a global batch.
+
+Knows neither sources nor transforms. Rows of weight 0 count for nothing: padding, or samples that broke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfmask_dist.data.quarantine import Failure
+
+Finish = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch.
+
+    views: one tensor per view, each (rows, 3, height, width) float32, normalised.
+    labels: (rows,) int64, -1 = none. weights: (rows,) float32, 1 for a sample and 0 for padding.
+    ids: (rows,) int64, sample indices in the source; a padding row repeats a sample of the same global batch.
+    global_count: samples in the global batch over all ranks, padding not counted.
+    failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
+    finish: what is left to do to the views, once they are on their device; `to` does it.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor
+    weights: Tensor
+    ids: Tensor
+    global_count: int
+    failures: tuple[Failure, ...] = ()
+    finish: Finish | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on `device`, its views finished there; `non_blocking` overlaps the copy where the
+        batch is pinned.
+        """
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved if moved.finish is None else replace(moved, views=moved.finish(moved.views), finish=None)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory. The DataLoader's pinning thread calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, fn: Any) -> Batch:
+        return replace(
+            self,
+            views=tuple(fn(view) for view in self.views),
+            labels=fn(self.labels),
+            weights=fn(self.weights),
+            ids=fn(self.ids),
+        )

@@ -1,0 +1,249 @@
+"""The index of a data set: where each sample's bytes lie, its label and checksum, in one memory-mapped file.
+
+Knows neither pictures nor paths beyond the shards' names. Row i is
+
+    (shard, offset, length, label, crc32, end of its key),  28 bytes, and the key itself,
+
+and the file is mapped, not read: opening it costs the same for a thousand samples and for millions. What a
+resume must find unchanged is its `identity`: a few digests, so that a difference can be named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from selfmask_dist.data.table import SampleTable
+
+INDEX_NAME = "samples.index"
+_MAGIC = b"selfmask index 1\n"
+_ALIGN = 64
+_COLUMNS: dict[str, str] = {
+    "shard": "<i4",
+    "offset": "<i8",
+    "length": "<u4",
+    "label": "<i4",
+    "crc32": "<u4",
+    "key_end": "<u4",
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar as it was when it was indexed. name: without its folder. size: bytes."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """All samples of a data set, one per row.
+
+    label: a class number, or the place in `folders` where these are given; -1 = none.
+    crc32: of the pictures, zeros where `has_crc32` is False (headers alone were read).
+    classes: names in the order of their numbers, None where no description lists them.
+    """
+
+    shards: tuple[Shard, ...]
+    shard: npt.NDArray[np.int32]
+    offset: npt.NDArray[np.int64]
+    length: npt.NDArray[np.uint32]
+    label: npt.NDArray[np.int32]
+    crc32: npt.NDArray[np.uint32]
+    key_end: npt.NDArray[np.uint32]
+    keys: npt.NDArray[np.uint8]
+    folders: tuple[str, ...] | None
+    classes: tuple[str, ...] | None
+    has_crc32: bool
+    num_rejected: int = 0
+
+    path: Path | None = None  # the file that this one is mapped from
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def __reduce__(self) -> Any:
+        # to a worker goes the file's name: it maps the same pages, which are in memory once for all
+        if self.path is not None:
+            return load_index, (self.path,)
+        return Index, tuple(getattr(self, field.name) for field in fields(self))
+
+    def key(self, row: int) -> str:
+        start = int(self.key_end[row - 1]) if row > 0 else 0
+        return self.keys[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
+
+    def where(self, row: int) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shards[self.shard[row]].name}: sample {self.key(row)!r}"
+
+    def keep(self, rows: npt.NDArray[np.bool_], *, num_rejected: int) -> Index:
+        """The index of the rows where `rows`, shape (len,), is true."""
+        ends = self.key_end.astype(np.int64)
+        lengths = ends - np.append(0, ends)[:-1]
+        columns = {name: getattr(self, name)[rows] for name in _COLUMNS if name != "key_end"}
+        return replace(
+            self,
+            **columns,
+            key_end=np.cumsum(lengths[rows], dtype=np.uint32),
+            keys=self.keys[np.repeat(rows, lengths)],
+            num_rejected=num_rejected,
+            path=None,
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a resume must find unchanged: counts, and digests of names, places, labels and contents."""
+        names = json.dumps([asdict(shard) for shard in self.shards]).encode()
+        # of the same number types, whether these were walked or mapped
+        columns = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        places = [columns[name] for name in ("shard", "offset", "length", "key_end")]
+        return {
+            "samples": len(self),
+            "shards": _digest(names),
+            "places": _digest(*places, self.keys),
+            "labels": _digest(columns["label"], json.dumps(self.folders).encode()),
+            "contents": _digest(columns["crc32"]) if self.has_crc32 else None,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the index: a temporary name first, then renamed."""
+        columns = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        columns["keys"] = np.ascontiguousarray(self.keys)
+        header = json.dumps(
+            {
+                "shards": [[shard.name, shard.size] for shard in self.shards],
+                "samples": len(self),
+                "key_bytes": len(self.keys),
+                "folders": self.folders,
+                "classes": self.classes,
+                "has_crc32": self.has_crc32,
+                "num_rejected": self.num_rejected,
+                "identity": self.identity,
+            }
+        ).encode()
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "wb") as file:
+            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+            for column in columns.values():
+                file.write(bytes(-file.tell() % _ALIGN))
+                file.write(column.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+
+
+def index_of_table(
+    table: SampleTable,
+    shards: Sequence[Path],
+    *,
+    folder: Path,
+    classes: tuple[str, ...] | None,
+    has_crc32: bool,
+) -> Index:
+    """The index of a walk's result: labels by number where any sample has one, else by folder.
+
+    folder: where shards are named from.
+    """
+    numbers = np.array(table.number, dtype=np.int32)
+    folders: tuple[str, ...] | None = None
+    if not (numbers >= 0).any() and table.folders:
+        folders = tuple(sorted(table.folders))
+        place = {name: number for number, name in enumerate(folders)}
+        # a sample without a folder has -1, which takes the last place
+        numbers = np.array([*(place[name] for name in table.folders), -1], dtype=np.int32)[
+            np.array(table.folder, dtype=np.int64)
+        ]
+    return Index(
+        shards=tuple(Shard(os.path.relpath(path, folder), path.stat().st_size) for path in shards),
+        shard=np.array(table.shard, dtype=np.int32),
+        offset=np.array(table.offset, dtype=np.int64),
+        length=np.array(table.length, dtype=np.uint32),
+        label=numbers,
+        crc32=np.array(table.crc32, dtype=np.uint32),
+        key_end=np.array(table.key_end, dtype=np.uint32),
+        keys=np.frombuffer(bytes(table.keys), dtype=np.uint8),
+        folders=folders,
+        classes=classes,
+        has_crc32=has_crc32,
+    )
+
+
+def load_index(path: Path) -> Index:
+    """Map a saved index. Raises ValueError naming the file where it is none, or was cut short."""
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="r")
+        start = len(_MAGIC) + 8
+        if bytes(data[: len(_MAGIC)]) != _MAGIC:
+            raise ValueError("it does not start like one")
+        length = int.from_bytes(bytes(data[len(_MAGIC) : start]), "little")
+        header = json.loads(bytes(data[start : start + length]))
+        at, columns = start + length, {}
+        for name, kind in _COLUMNS.items():
+            columns[name], at = _map(data, at, np.dtype(kind), header["samples"])
+        keys, at = _map(data, at, np.dtype(np.uint8), header["key_bytes"])
+        if at != len(data):
+            raise ValueError(f"it has {len(data)} bytes and not {at}")
+        index = Index(
+            shards=tuple(Shard(name, size) for name, size in header["shards"]),
+            **columns,
+            keys=keys,
+            folders=None if header["folders"] is None else tuple(header["folders"]),
+            classes=None if header["classes"] is None else tuple(header["classes"]),
+            has_crc32=header["has_crc32"],
+            num_rejected=header["num_rejected"],
+            path=path,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a readable index ({error}); make it again with: selfmask data index {path.parent}"
+        ) from error
+    index.__dict__["identity"] = header["identity"]  # hashing 2.7 million rows again would cost a second
+    return index
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """How two identities differ, in words; None where they are the same data.
+
+    Contents are compared only where both have checksums.
+    """
+    if then["samples"] != now["samples"]:
+        return f"it had {then['samples']} samples and has {now['samples']}"
+    what = {
+        "shards": "its shards have other names or sizes",
+        "places": "its samples have other keys or places",
+        "labels": "its labels changed",
+        "contents": "the bytes of its pictures changed (their checksums differ)",
+    }
+    changed = [
+        text
+        for name, text in what.items()
+        if then.get(name) != now.get(name) and None not in (then.get(name), now.get(name))
+    ]
+    return "; ".join(changed) or None
+
+
+def _map(
+    data: npt.NDArray[np.uint8], at: int, kind: np.dtype[Any], count: int
+) -> tuple[npt.NDArray[Any], int]:
+    at += -at % _ALIGN
+    end = at + count * kind.itemsize
+    if end > len(data):
+        raise ValueError(f"it was cut short at {len(data)} bytes")
+    return data[at:end].view(kind), end
+
+
+def _digest(*parts: npt.NDArray[Any] | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()[:16]

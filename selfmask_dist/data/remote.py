@@ -1,0 +1,184 @@
+"""Shards that are elsewhere (http, s3, ... through fsspec): read in ranges, or whole through a node's cache.
+
+Knows shards by address, and nothing of samples. The cache is a folder of whole shards that all processes of a
+node share: a shard is fetched under a temporary name by one process while the others wait, then renamed; the
+ones used longest ago make room.
+
+    size of the cache <= max_bytes,  as long as one shard fits
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+_ATTEMPTS = 3
+T = TypeVar("T")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is an address such as s3://bucket/folder."""
+    return "://" in path
+
+
+class RangeStorage:
+    """Reads the bytes of one sample at a time. Good where samples are far apart or disks are small."""
+
+    def __init__(self, urls: Sequence[str], options: dict[str, Any] | None = None) -> None:
+        self._urls, self._options = list(urls), dict(options or {})
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        def fetch() -> bytes:
+            files, path = _file_system(self._urls[shard], self._options)
+            data: bytes = files.cat_file(path, start=offset, end=offset + length)
+            return data
+
+        return _with_attempts(fetch)
+
+    def close(self) -> None:
+        """fsspec keeps its own connections, one set for each process."""
+
+
+class CachedStorage:
+    """Reads from whole shards in a folder on this node's disk, fetched when they are first needed.
+
+    sizes: bytes of each shard; one that arrives with another size is refused.
+    max_bytes: of the folder. Raises ValueError where a single shard would not fit.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        sizes: Sequence[int],
+        *,
+        folder: str | Path,
+        max_bytes: int,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if sizes and max(sizes) > max_bytes:
+            raise ValueError(
+                f"the cache may hold {max_bytes} bytes and the largest shard has {max(sizes)}; allow more,"
+                " or read in ranges"
+            )
+        self._urls, self._sizes, self._options = list(urls), list(sizes), dict(options or {})
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        while True:
+            path = self.path(shard)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # another process made room between the look and the opening
+            try:
+                return os.pread(descriptor, length, offset)
+            finally:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def path(self, shard: int) -> Path:
+        """The local copy, fetched first where it is absent."""
+        path = self.folder / self._name(shard)
+        if not path.exists():
+            self._fetch(shard, path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)  # used now: the last to go
+        return path
+
+    def _name(self, shard: int) -> str:
+        url = self._urls[shard]
+        return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rpartition('/')[2]}"
+
+    def _fetch(self, shard: int, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if path.exists():
+                return  # another process was faster
+            self._make_room(self._sizes[shard])
+            partial = path.with_name(f".{path.name}.partial")
+            _with_attempts(lambda: self._copy(self._urls[shard], partial))
+            found = partial.stat().st_size
+            if found != self._sizes[shard]:
+                partial.unlink()
+                raise OSError(f"{self._urls[shard]} has {found} bytes, and {self._sizes[shard]} were indexed")
+            partial.rename(path)
+
+    def _copy(self, url: str, target: Path) -> None:
+        files, remote = _file_system(url, self._options)
+        source: BinaryIO
+        with files.open(remote, "rb") as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _make_room(self, size: int) -> None:
+        for left_over in self.folder.glob(".*.partial"):  # of a process that was killed: the lock is ours
+            left_over.unlink()
+        kept = sorted(
+            (path.stat().st_mtime_ns, path.stat().st_size, path)
+            for path in self.folder.iterdir()
+            if not path.name.startswith(".")
+        )
+        total = sum(length for _, length, _ in kept)
+        for _, length, path in kept:
+            if total + size <= self.max_bytes:
+                break
+            path.unlink()
+            total -= length
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folder / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the process ends, however it ends
+            yield
+
+
+def fetch_bytes(url: str, options: dict[str, Any] | None = None) -> bytes:
+    """A whole small file. Raises ValueError where it cannot be had."""
+
+    def fetch() -> bytes:
+        files, path = _file_system(url, options or {})
+        data: bytes = files.cat_file(path)
+        return data
+
+    try:
+        return _with_attempts(fetch)
+    except OSError as error:
+        raise ValueError(
+            f"{url} cannot be read ({error}); index the data where it lies, with selfmask data index, and"
+            " copy the index with its tars"
+        ) from error
+
+
+def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ValueError(f"{url} needs fsspec: pip install 'selfmask_dist[remote]'") from error
+    files, path = fsspec.core.url_to_fs(url, **options)
+    return files, path
+
+
+def _with_attempts(fn: Callable[[], T]) -> T:
+    """Networks fail now and then: three attempts. A file that is absent is not asked for again."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return fn()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(0.1 * 4**attempt)
+    raise AssertionError

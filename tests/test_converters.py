@@ -1,0 +1,320 @@
+"""Converters on small trees in the published layouts; killed in the middle, they go on where they were."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import csv_manifest, image_folder, inaturalist, shards, sun397, torchvision_dataset
+from data_prep.csv_manifest import convert_csv
+from data_prep.image_folder import convert_image_folder
+from data_prep.inaturalist import convert_inaturalist
+from data_prep.sun397 import convert_sun397
+from data_prep.torchvision_dataset import convert_torchvision
+from selfmask_dist.data import check_same_classes, decode, open_source
+from selfmask_dist.data.build import build_index
+from tests.tars import picture
+
+ROOT = Path(image_folder.__file__).parents[1]
+FULL_NAMES = [
+    "Animalia_Aves_Sterna hirundo",
+    "Plantae_Rosales_Rosa canina",
+    "Fungi_Agaricales_Amanita muscaria",
+]
+
+
+def save(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(seed))
+
+
+def inat(root: Path, year: int, split: str, count: int = 9) -> Path:
+    """JSON and images as published: 2021 nests by category, 2017 by kingdom and species."""
+    entries, annotations = [], []
+    for n in range(count):
+        category = n % 3
+        if year == 2021:
+            folder = f"{split}/{category:05d}_{FULL_NAMES[category].replace(' ', '_')}"
+        else:
+            folder = f"train_val_images/Aves/{FULL_NAMES[category].split('_')[-1]}"
+        name = f"{folder}/{split}{n:03d}-aa.jpg"
+        save(root / name, n + (100 if split == "val" else 0))
+        entry: dict[str, Any] = {"id": n + 7, "file_name": name, "width": 40, "height": 30, "license": 0}
+        entries.append(entry)
+        annotations.append({"id": n, "image_id": n + 7, "category_id": category})
+    categories = [
+        {"id": n, "name": name.split("_")[-1], "supercategory": name.split("_")[0]}
+        for n, name in enumerate(FULL_NAMES)
+    ]
+    path = root / f"{split}.json"
+    content = {
+        "info": {"year": year},
+        "images": entries,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("year", [2017, 2021])
+def test_inaturalist(tmp_path: Path, year: int) -> None:
+    train, val = (inat(tmp_path / "src", year, split) for split in ("train", "val"))
+    done = convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, val=val, progress=False)
+    assert [conversion.num_samples for conversion in done] == [9, 9]
+    sources = [open_source(tmp_path / "out" / split) for split in ("train", "val")]
+    check_same_classes(*sources)
+    assert sources[0].classes[1] == "00001_Rosa canina"
+    for source, offset in zip(sources, (0, 100), strict=True):
+        for i in range(9):
+            sample = source.read(i)
+            number = int(sample.key[-6:-3])
+            assert sample.data == picture(number + offset)
+            assert sample.label == number % 3
+
+
+def test_inaturalist_from_the_published_archive(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    train = inat(src, 2021, "train")
+    archive = tmp_path / "train.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(src / "train", "train")
+    convert_inaturalist(archive, tmp_path / "a", train=train, progress=False, max_samples_per_shard=4)
+    convert_inaturalist(src, tmp_path / "b", train=train, progress=False)
+    a, b = (open_source(tmp_path / name / "train") for name in "ab")
+    assert {(s.key, s.data, s.label) for s in map(a.read, range(9))} == {
+        (s.key, s.data, s.label) for s in map(b.read, range(9))
+    }
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"train\.tar\.gz: (damaged|only)"):
+        convert_inaturalist(archive, tmp_path / "c", train=train, progress=False)
+
+
+def test_a_subset_of_the_categories(tmp_path: Path) -> None:
+    train = inat(tmp_path / "src", 2021, "train")
+    out = tmp_path / "out"
+    (done,) = convert_inaturalist(tmp_path / "src", out, train=train, max_classes=2, progress=False)
+    assert (done.classes, done.num_samples) == (("00000_Sterna hirundo", "00001_Rosa canina"), 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.pop("annotations"), "lacks annotations; the published test sets"),
+        (lambda v: v["annotations"].pop(), "image 15 .* has no annotation"),
+        (lambda v: v["annotations"][0].update(category_id=99), "category 99, which is not listed"),
+        (
+            lambda v: v["images"][0].update(file_name="gone.jpg"),
+            r"1 of 9 listed .* absent .*gone\.jpg",
+        ),
+        (lambda v: v["images"][0].update(file_name="../x.jpg"), "leads out of the image folder"),
+        (lambda v: v["images"].append(v["images"][0]), "is listed twice"),
+    ],
+)
+def test_bad_json_is_told(tmp_path: Path, change: Any, message: str) -> None:
+    train = inat(tmp_path / "src", 2021, "train")
+    values = json.loads(train.read_text())
+    change(values)
+    train.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, progress=False)
+
+
+def sun(root: Path) -> None:
+    classes = ["/a/abbey", "/a/apartment_building/outdoor", "/b/bank_vault"]
+    root.mkdir()
+    (root / "ClassName.txt").write_text("\n".join(classes) + "\n")
+    lists: dict[str, list[str]] = {"Training_02.txt": [], "Testing_02.txt": []}
+    for number, folder in enumerate(classes):
+        for n in range(4):
+            name = f"{folder}/sun_{n}{number}.jpg"
+            save(root / name.strip("/"), 10 * n + number)
+            lists["Testing_02.txt" if n == 3 else "Training_02.txt"].append(name)
+    for name, lines in lists.items():
+        (root / name).write_text("\n".join(lines) + "\n")
+
+
+def test_sun397(tmp_path: Path) -> None:
+    sun(tmp_path / "src")
+    done = convert_sun397(tmp_path / "src", tmp_path / "out", partition=2, progress=False)
+    assert [conversion.num_samples for conversion in done] == [9, 3]
+    train, test = (open_source(tmp_path / "out" / split) for split in ("train", "test"))
+    assert train.classes == test.classes == ("abbey", "apartment_building/outdoor", "bank_vault")
+    keys = {train.key(i): train.read(i) for i in range(9)}
+    assert keys["a/apartment_building/outdoor/sun_11"].data == picture(11)
+    assert keys["a/apartment_building/outdoor/sun_11"].label == 1
+    with pytest.raises(ValueError, match=r"Training_03\.txt: no such file"):
+        convert_sun397(tmp_path / "src", tmp_path / "two", partition=3, progress=False)
+    with pytest.raises(ValueError, match="partition is 11"):
+        convert_sun397(tmp_path / "src", tmp_path / "two", partition=11, progress=False)
+
+
+def test_csv(tmp_path: Path) -> None:
+    for n in range(4):
+        save(tmp_path / "src" / f"{n}.jpg", n)
+    table = tmp_path / "list.csv"
+    table.write_text("path,label,split\n0.jpg,cat,train\n1.jpg,dog,train\n2.jpg,dog,val\n3.jpg,cat,val\n")
+    convert_csv(table, tmp_path / "src", tmp_path / "out", progress=False)
+    val = open_source(tmp_path / "out" / "val")
+    assert {(val.key(i), int(val.labels[i])) for i in range(2)} == {("2", 1), ("3", 0)}
+    table.write_text("file,label\n0.jpg,cat\n")
+    with pytest.raises(ValueError, match="no column path"):
+        convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
+    table.write_text("path,label\n0.jpg,\n")
+    with pytest.raises(ValueError, match=r"list\.csv, line 2: a field is empty"):
+        convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
+
+
+def test_torchvision_arrays_and_files(tmp_path: Path) -> None:
+    import pickle
+
+    folder = tmp_path / "root" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (10, 3072), dtype=np.uint8)
+    batch = pickle.dumps({"data": pixels, "labels": list(range(10))})
+    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    for name in names:
+        (folder / name).write_bytes(batch)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        convert_torchvision("CIFAR10", tmp_path / "root", tmp_path / "out", splits=["test"], progress=False)
+    data = open_source(tmp_path / "out" / "test")
+    assert data.classes == tuple("abcdefghij")
+    for i in range(10):
+        expected = pixels[int(data.key(i))].reshape(3, 32, 32).transpose(1, 2, 0)
+        assert (np.asarray(decode(data.read(i).data)) == expected).all()
+    for n in range(3):
+        save(tmp_path / "tree" / "x" / f"{n}.jpg", n)
+    with pytest.raises(ValueError, match="torchvision has no data set 'Nothing'"):
+        convert_torchvision("Nothing", tmp_path, tmp_path / "two", progress=False)
+
+
+def tree(root: Path, count: int) -> None:
+    for n in range(count):
+        save(root / f"class{n % 3}" / f"{n:03d}.jpg", n)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+KILLED = """
+import sys, time
+from data_prep import shards
+from data_prep.image_folder import convert_image_folder
+encode = shards._encode
+def slow(*arguments):
+    time.sleep(0.05)
+    return encode(*arguments)
+shards._encode = slow
+convert_image_folder(sys.argv[1], sys.argv[2], max_samples_per_shard=4, progress=False)
+"""
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "src", 30)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert_image_folder(tmp_path / "src", whole, max_samples_per_shard=4, progress=False)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "src"), str(out)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".shard-*.tar.report"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("shard-*")), "nothing is to be seen before all is there"
+    encoded: list[object] = []
+    encode = shards._encode
+
+    def counting(*arguments: Any) -> Any:
+        encoded.append(arguments)
+        return encode(*arguments)
+
+    monkeypatch.setattr(shards, "_encode", counting)
+    convert_image_folder(tmp_path / "src", out, max_samples_per_shard=4, progress=False)
+    assert 0 < len(encoded) <= 30 - 12, "finished shards are not made again"
+    assert contents(out) == contents(whole)
+
+
+def test_another_plan_does_not_go_on_with_old_shards(tmp_path: Path) -> None:
+    tree(tmp_path / "src", 8)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".plan.report").write_text("another")
+    (out / ".shard-000000.tar.report").write_text("{}")
+    (out / ".shard-000000.tar.partial").write_bytes(b"old")
+    convert_image_folder(tmp_path / "src", out, progress=False)
+    assert sorted(contents(out)) == ["dataset.json", "shard-000000.tar"]
+    assert len(open_source(out)) == 8
+
+
+@pytest.mark.slow
+def test_workers_change_no_byte(tmp_path: Path) -> None:
+    tree(tmp_path / "src", 12)
+    for workers in (1, 2):
+        convert_image_folder(
+            tmp_path / "src",
+            tmp_path / str(workers),
+            max_samples_per_shard=4,
+            progress=False,
+            num_workers=workers,
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_rot_after_packing_is_found_by_the_samples_own_checksum(tmp_path: Path) -> None:
+    tree(tmp_path / "src", 6)
+    convert_image_folder(tmp_path / "src", tmp_path / "out", progress=False)
+    tar = tmp_path / "out" / "shard-000000.tar"
+    good = picture(4)
+    rotten = good[:-40] + bytes(b ^ 1 for b in good[-40:-30]) + good[-30:]
+    tar.write_bytes(tar.read_bytes().replace(good, rotten))
+    with pytest.raises(ValueError, match=r"1 of 6 .*'class1/004' has other bytes than were packed"):
+        build_index(tmp_path / "out", decode_check=False)
+    tar.write_bytes(tar.read_bytes().replace(rotten, good))
+    build_index(tmp_path / "out")
+    convert_image_folder(tmp_path / "src", tmp_path / "out", overwrite=True, progress=False)
+    assert "samples.index" not in contents(tmp_path / "out"), "an index of the old shards is gone with them"
+
+
+@pytest.mark.parametrize("module", [inaturalist, sun397, csv_manifest, torchvision_dataset])
+def test_command_lines(module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {
+        inaturalist: ["absent", str(tmp_path / "out"), "--train", "absent.json"],
+        sun397: ["absent", str(tmp_path / "out")],
+        csv_manifest: ["absent.csv", "absent", str(tmp_path / "out")],
+        torchvision_dataset: ["Flowers102", str(tmp_path / "absent"), str(tmp_path / "out")],
+    }[module]
+    assert module.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_real_images_convert_and_read_back(shared_data: Path, tmp_path: Path) -> None:
+    with tarfile.open(shared_data / "clothing" / "val.tar") as tar:
+        tar.extractall(tmp_path / "src", filter="data")
+    (done,) = convert_image_folder(
+        tmp_path / "src", tmp_path / "out", progress=False, max_samples_per_shard=100
+    )
+    built = build_index(done.folder)
+    assert (done.num_samples, built.rejects) == (341, ())
+    data = open_source(done.folder)
+    original = open_source(shared_data / "clothing" / "val.tar")
+    assert data.classes == original.classes
+    assert {data.read(i).data for i in range(341)} == {original.read(i).data for i in range(341)}
+    assert Image.open(io.BytesIO(data.read(0).data)).mode == "RGB"

@@ -1,0 +1,80 @@
+"""Remote shards: the same samples in ranges and through a cache that keeps its bound and survives kills."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from selfmask_dist.data import SampleError, open_source
+from selfmask_dist.data.build import build_index
+from selfmask_dist.data.remote import CachedStorage
+from tests.tars import numbered_tars, picture
+
+fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    build_index(numbered_tars(folder))
+    return f"file://{folder}"
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_remote_samples_are_the_local_ones(url: str, tmp_path: Path, is_cached: bool) -> None:
+    cache = tmp_path / "cache" if is_cached else None
+    data = open_source(url, cache=cache)
+    local = open_source(url.removeprefix("file://"))
+    assert data.identity == local.identity
+    copy = pickle.loads(pickle.dumps(data))
+    for i in (0, 22, 5):
+        assert copy.read(i) == data.read(i) == local.read(i)
+    if cache is not None:
+        assert len([path for path in cache.iterdir() if path.suffix == ".tar"]) == 2
+
+
+def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(tmp_path: Path) -> None:
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    there.mkdir()
+    for number in range(4):
+        (there / f"{number}.tar").write_bytes(bytes([number]) * 1000)
+    urls = [f"file://{there}/{number}.tar" for number in range(4)]
+    storage = CachedStorage(urls, [1000] * 4, folder=cache, max_bytes=2500)
+    (cache).mkdir()
+    (cache / ".x.tar.partial").write_bytes(b"of a process that was killed")
+    held = []
+    for shard in (0, 1, 0, 2, 0, 3):
+        assert storage.read(shard, 10, 5) == bytes([shard]) * 5
+        held.append(sorted(path.name[-5] for path in cache.glob("*.tar")))
+        assert sum(path.stat().st_size for path in cache.iterdir()) <= 2500
+    assert held == [["0"], ["0", "1"], ["0", "1"], ["0", "2"], ["0", "2"], ["0", "3"]]
+    with pytest.raises(ValueError, match="largest shard has 1000"):
+        CachedStorage(urls, [1000] * 4, folder=cache, max_bytes=999)
+
+
+def test_what_arrives_otherwise_than_indexed_is_refused(url: str, tmp_path: Path) -> None:
+    data = open_source(url, cache=tmp_path / "cache")
+    tar = Path(url.removeprefix("file://")) / "a.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-512])
+    with pytest.raises(SampleError, match=r"a\.tar has \d+ bytes, and \d+ were indexed"):
+        data.read(0)
+    tar.write_bytes(whole.replace(picture(0), picture(0)[:-2] + b"xx"))
+    with pytest.raises(SampleError, match="crc32"):
+        data.read(0)
+    assert data.read(1).data == picture(1)
+
+
+def test_a_remote_folder_without_an_index_is_told(tmp_path: Path) -> None:
+    numbered_tars(tmp_path)
+    with pytest.raises(ValueError, match=r"samples\.index cannot be read.*selfmask data index"):
+        open_source(f"file://{tmp_path}")
+
+
+def test_memory_file_system_in_ranges() -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/set/a.tar", bytes(range(200)))
+    from selfmask_dist.data.remote import RangeStorage
+
+    assert RangeStorage(["memory://set/a.tar"]).read(0, 20, 3) == bytes([20, 21, 22])
