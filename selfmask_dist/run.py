@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
             to mend it.
         NonFiniteError: training diverged.
     """
-    faulthandler.enable()  # a crash shows where
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash shows where; a notebook replaces sys.stderr
     directory = run_path(config)
     stacks = directory / "stacks" / f"rank-{os.environ.get('RANK', 0)}.txt"
     with (
