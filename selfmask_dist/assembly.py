@@ -182,7 +182,6 @@ class MaskTelemetry:
     def __init__(self, masks: Masks) -> None:
         self._masks = masks
         self._before: dict[str, Tensor] | None = None
-        self._warned: set[str] = set()
 
     def before_step(self) -> None:
         self._before = self._masks.mask_pieces()
