@@ -4,11 +4,14 @@ Wiring without an order of events (that is `run`); each function is also of use 
 own.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,9 +19,12 @@ from torch import Tensor, nn
 from selfmask_dist import data, objectives
 from selfmask_dist.api import Masks, attach, save_masks
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
+from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
 from selfmask_dist.masking import measure
 from selfmask_dist.parallel import Engine, EngineOptions
+from selfmask_dist.parallel.engine import EngineState
+from selfmask_dist.preprocessing import Preprocessing
 from selfmask_dist.trainer import NonFiniteError
 
 
@@ -30,13 +36,34 @@ def open_data(config: Config) -> tuple[data.Source, data.Source]:
         raise ValueError(f"{' and '.join(missing)} is not set; give a folder of shards (see docs/data.md)")
     assert config.data.train is not None
     assert config.data.test is not None
-    train = data.open_source(config.data.train)
-    return train, data.open_source(config.data.test, classes=train.classes)
+    whole = data.open_source(config.data.train)
+    test = data.open_source(config.data.test, classes=whole.classes)
+    if config.data.subset is None:
+        return whole, test
+    return data.Subset(whole, _read_subset(config.data.subset, len(whole))), test
+
+
+def _read_subset(path: str, num_samples: int) -> npt.NDArray[np.int64]:
+    try:
+        places = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.subset {path} cannot be read as a .npy file: {error}") from error
+    if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer) or not len(places):
+        raise ValueError(
+            f"data.subset {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
+        )
+    if places.min() < 0 or places.max() >= num_samples:
+        raise ValueError(
+            f"data.subset {path} names samples {places.min()} to {places.max()}; data.train has 0 to "
+            f"{num_samples - 1}"
+        )
+    return places.astype(np.int64)
 
 
 def build_backbone(config: Config) -> Backbone:
+    """The frozen encoder; one that takes the crops' sizes where the objective is on crops."""
     section = config.backbone
-    return load_backbone(
+    backbone = load_backbone(
         section.name,
         pretrained=section.pretrained,
         weights=section.weights,
@@ -48,19 +75,87 @@ def build_backbone(config: Config) -> Backbone:
         crop_pct=section.crop_pct,
         seed=config.seed,
     )
+    if config.objective.name == "swav" and config.method in ("mask", "finetune", "cascade"):
+        from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
+
+        sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
+        accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
+    return backbone
 
 
-def build_objective(config: Config, backbone: Backbone, classes: tuple[str, ...]) -> objectives.Objective:
-    section = config.objective
+def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:
+    section = config.crops
+    large = data.Crops(
+        section.global_count, section.global_size or preprocessing.image_size, section.global_scale
+    )
+    if not section.local_count:
+        return (large,)
+    return large, data.Crops(section.local_count, section.local_size, section.local_scale)
+
+
+def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
+    """The views of training: multi-crops for SwAV, else one crop, or the evaluation's where `data.augment` is
+    off.
+    """
+    section = config.data
+    if config.objective.name == "swav":
+        return _multicrop(config, preprocessing)
+    if not section.augment:
+        return data.eval_transform(preprocessing)
+    return data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
+
+
+def _multicrop(config: Config, preprocessing: Preprocessing) -> data.Transform:
+    section, color = config.crops, config.crops.color
+    distortion = data.Distortion(
+        flip=0.5 if config.data.flip else 0.0,
+        brightness=0.8 * color,
+        contrast=0.8 * color,
+        saturation=0.8 * color,
+        hue=0.2 * color,
+        gray=section.gray,
+        blur=section.blur,
+    )
+    return data.multicrop_transform(
+        preprocessing,
+        crops=crop_sizes(config, preprocessing),
+        distortion=distortion,
+        interpolation="bicubic" if preprocessing.interpolation == "bicubic" else "bilinear",
+        on_device=section.on_device,
+    )
+
+
+def build_objective(
+    config: Config,
+    backbone: Backbone,
+    classes: tuple[str, ...],
+    context: objectives.Context,
+    *,
+    steps_per_epoch: int,
+) -> objectives.Objective:
+    options: dict[str, Any] = {"seed": config.seed}
+    if config.objective.name == "swav":
+        section = config.swav
+        options["options"] = objectives.SwavOptions(
+            num_prototypes=section.prototypes,
+            dim=section.dim,
+            temperature=section.temperature,
+            epsilon=section.epsilon,
+            iterations=section.sinkhorn_iterations,
+            queue_length=section.queue_length,
+            queue_start=round(section.queue_start_epoch * steps_per_epoch),
+            freeze_steps=section.freeze_steps,
+        )
+    else:
+        supervised = config.objective
+        options |= {
+            "head": supervised.head,
+            "head_norm": supervised.head_norm,
+            "label_smoothing": supervised.label_smoothing,
+            "prompts": supervised.prompts,
+        }
     return objectives.build_objective(
-        section.name,
-        backbone=backbone,
-        classes=classes,
-        head=section.head,
-        head_norm=section.head_norm,
-        label_smoothing=section.label_smoothing,
-        prompts=section.prompts,
-        seed=config.seed,
+        config.objective.name, backbone=backbone, classes=classes, context=context, **options
     )
 
 
@@ -143,8 +238,38 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
     for group in groups:
         group["lr"] = group["base_lr"]
-    engine.start(torch.optim.SGD(groups, momentum=optim.momentum))
+    optimizer = torch.optim.SGD(groups, momentum=optim.momentum)
+    optimizer.register_step_pre_hook(partial(_hold, objective))
+    engine.keep_unit_rows(objective.unit_rows())
+    engine.start(optimizer)
     return Trained(masks, head_masks, summary)
+
+
+def _hold(objective: objectives.Objective, *_: Any) -> None:
+    for parameter in objective.held_parameters():
+        parameter.grad = None
+
+
+def load_first_state(engine: Engine, run: Path, *, fingerprint: str) -> None:
+    """Scores, heads and running statistics of a finished run, without its momentum. Collective.
+
+    Raises:
+        ValueError: it has no checkpoint, one of another backbone, or one of other parameters.
+    """
+    found = load_newest(
+        run / "checkpoints", report=lambda text: print(text, file=sys.stderr), set_aside=False
+    )
+    if found is None:
+        raise ValueError(f"mask.init_from: {run} has no valid checkpoint")
+    checkpoint = found[0]
+    if checkpoint.values["identity"]["backbone"] != fingerprint:
+        raise ValueError(f"mask.init_from: {run} was trained on another backbone or other weights")
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "statistics": {}}
+    for key, tensor in checkpoint.tensors.items():
+        part, _, name = key.partition("/")
+        if part in parts:
+            parts[part][name] = tensor
+    engine.load_state(EngineState(parts["parameters"], {}, parts["statistics"]))
 
 
 class TrainStep(nn.Module):
@@ -242,7 +367,7 @@ def save(
             save_file(_plain(weights), directory / "encoder.safetensors")
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
-    head = _plain(objective.state_dict())
+    head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
     if head and is_main:
         save_file(head, directory / "head.safetensors")
     return sizes

@@ -12,7 +12,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfmask_dist import config_help, config_loading, config_sections, config_yaml
+from selfmask_dist import config_help, config_loading, config_sections, config_selfsupervised, config_yaml
 from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
 from selfmask_dist.config_sections import Section, science
 
@@ -23,9 +23,10 @@ class Config(Section):
     """A run, whole: the same object on every rank, and saved with the run."""
 
     seed: int = science(0, "Seed of sample order, augmentation and new heads.", ge=0, le=2**32 - 1)
-    method: Literal["mask", "finetune", "probe", "frozen"] = science(
+    method: Literal["mask", "cascade", "finetune", "probe", "frozen"] = science(
         "mask",
-        "What is trained. mask: binary masks on frozen weights. finetune: all weights (baseline). probe: a "
+        "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router and "
+        "one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
         "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features (baseline). "
         "Keys that only another method uses are ignored, so that one file serves them all.",
     )
@@ -33,6 +34,9 @@ class Config(Section):
     mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
     data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
+    crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
+    swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
+    cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
     optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
@@ -118,6 +122,11 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("objective.prompts",), f"objective.prompts: {missing[0]!r} has no {{}} where the class name goes"
         )
+    if config.method == "cascade" and objective.name != "swav":
+        yield Conflict(
+            ("method", "objective.name"),
+            f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
+        )
     if mask.init <= mask.threshold:
         yield Conflict(
             ("mask.init", "mask.threshold"),
@@ -127,7 +136,7 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _number_conflicts(config: Config) -> Iterator[Conflict]:
-    train, warmup, (smallest, largest) = config.train, config.optim.warmup_epochs, config.data.crop_scale
+    train, warmup = config.train, config.optim.warmup_epochs
     if warmup > train.epochs:
         yield Conflict(
             ("optim.warmup_epochs", "train.epochs"),
@@ -139,8 +148,10 @@ def _number_conflicts(config: Config) -> Iterator[Conflict]:
             f"train.accumulate ({train.accumulate}) leaves micro-steps without an image: "
             f"train.global_batch_size is {train.global_batch_size}",
         )
-    if smallest > largest:
-        yield Conflict(
-            ("data.crop_scale",),
-            f"data.crop_scale: the smaller area comes first: [{largest:g}, {smallest:g}]",
-        )
+    for key, (smallest, largest) in (
+        ("data.crop_scale", config.data.crop_scale),
+        ("crops.global_scale", config.crops.global_scale),
+        ("crops.local_scale", config.crops.local_scale),
+    ):
+        if smallest > largest:
+            yield Conflict((key,), f"{key}: the smaller area comes first: [{largest:g}, {smallest:g}]")

@@ -122,6 +122,11 @@ class MaskConfig(Section):
         False,
         "A scale each for q, k and v of a fused projection, as where they are three tensors (Paper's CLIP).",
     )
+    init_from: NonEmpty | None = science(
+        None,
+        "Folder of a finished run whose newest checkpoint gives the first scores, heads and running "
+        "statistics in place of mask.init; the optimizer starts afresh.",
+    )
     allow_norm: bool = science(
         False, "Let patterns mask normalisation layers, which destroys the features; false: refuse."
     )
@@ -134,6 +139,9 @@ class DataConfig(Section):
         None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
     )
     test: NonEmpty | None = science(None, "Folder of tars to measure on. Every run needs it.")
+    subset: NonEmpty | None = science(
+        None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
+    )
     crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )
@@ -154,7 +162,11 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """The loss (method=mask and method=finetune)."""
 
-    name: Literal["supervised"] = science("supervised", "supervised: cross-entropy against the labels.")
+    name: Literal["supervised", "swav"] = science(
+        "supervised",
+        "supervised: cross-entropy against the labels. swav: crops predict each other's cluster, without "
+        "labels; see crops and swav.",
+    )
     head: Literal["linear", "masked", "clip_text"] = science(
         "linear",
         "linear: a new linear layer, trained. masked: a new linear layer of fixed random weights under a "
@@ -266,6 +278,7 @@ class EvalConfig(Section):
     probe: bool = orchestration(
         True, "Measure a linear probe on unaugmented features as well (method=probe always does)."
     )
+    final: bool = orchestration(True, "Measure what was trained at the end.")
     frozen_baseline: bool = orchestration(
         True, "Measure the frozen backbone before training, to compare with."
     )

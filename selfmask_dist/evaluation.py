@@ -41,15 +41,6 @@ class Evaluation:
         self._world = world
         self._num_classes = len(train.classes)
 
-    def train_transform(self) -> data.Transform:
-        """The augmentation of training, or the evaluation transform where `data.augment` is off."""
-        section = self._config.data
-        if not section.augment:
-            return data.eval_transform(self._backbone.spec.preprocessing)
-        return data.train_transform(
-            self._backbone.spec.preprocessing, crop_scale=section.crop_scale, flip=section.flip
-        )
-
     def full(self, *, probe: bool) -> dict[str, float]:
         """k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
         bank, queries = self._embed(self._train), self._embed(self._test)

@@ -4,8 +4,8 @@
     values:  position (step, epoch, batch), identity (backbone, data, method), means since the last log
 
 Frozen weights are not in it; the backbone is pinned by its fingerprint. Learning rates and augmentation are
-functions of the position, so there is no scheduler and no generator to save. Knows neither objectives' types
-nor how masks are laid out: the engine gathers and loads what it trains, by name.
+functions of the position, so there is no scheduler and no generator to save. Knows neither what an
+objective's buffers mean nor how masks are laid out: the engine gathers and loads what it trains, by name.
 """
 
 import time
@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfmask_dist.checkpoint import Checkpoint, Saver
+from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
 from selfmask_dist.parallel.engine import EngineState
 from selfmask_dist.preempt import Preempted, StopRequest
@@ -44,17 +45,17 @@ class Telemetry(Protocol):
 
 
 class RunState:
-    """Gathers and restores a run.
+    """Gathers and restores a run. Collective: every rank must make one.
 
     Args:
         identity: what must be the same for a resume to make sense, each with a readable name.
     """
 
-    def __init__(self, engine: Engine, objective: nn.Module, *, identity: dict[str, Any]) -> None:
+    def __init__(self, engine: Engine, objective: Objective, *, identity: dict[str, Any]) -> None:
         self._engine = engine
         self._objective = objective
         self._identity = identity
-        self._buffers = {name: buffer.detach().clone() for name, buffer in objective.named_buffers()}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
 
     def capture(self, position: Position, *, telemetry: Telemetry, metrics: dict[str, Any]) -> Checkpoint:
         """The state as it stands, copied to the CPU. Collective: every rank must call."""
@@ -62,7 +63,7 @@ class RunState:
         tensors = {
             f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
         }
-        for name, buffer in self._objective.named_buffers():
+        for name, buffer in self._objective.whole_buffers().items():
             if not torch.equal(buffer, self._buffers[name]):
                 tensors[f"buffers/{name}"] = buffer.detach().cpu().clone()
         values = {
@@ -97,8 +98,7 @@ class RunState:
             parts[part][name] = tensor
         self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}))
         moved = parts["buffers"]
-        for name, buffer in self._objective.named_buffers():
-            buffer.copy_(moved.get(name, self._buffers[name]))
+        self._objective.load_buffers(self._buffers | moved)
         telemetry.load_state(checkpoint.values["telemetry"])
         return Position(**checkpoint.values["position"])
 

@@ -54,6 +54,8 @@ class Trainer:
         monitor: (step) -> numbers, called every `monitor_every` steps (0: never). Collective: every rank
             calls it.
         directory: where a failure leaves what is needed to look at it.
+        before_step: (step), called before its forward.
+        remarks: (numbers of a logged step) -> what the user should know about them.
         sample_key: sample id -> key, for messages.
         quarantine: counts this rank's unreadable samples, and judges the sum over ranks.
     """
@@ -71,7 +73,9 @@ class Trainer:
     log_every: int = 10
     sample_key: Callable[[int], str] = str
     keeper: Keeper | None = None
+    before_step: Callable[[int], None] = lambda step: None
     on_step: Callable[[], None] = lambda: None
+    remarks: Callable[[dict[str, Any]], list[str]] = lambda values: []
     quarantine: Quarantine | None = None
 
     def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
@@ -93,6 +97,7 @@ class Trainer:
         while step < self.num_steps:
             for batch in meter.time_waiting(self.epoch_batches(epoch, done)):
                 self.schedule.apply(self.optimizer, step)
+                self.before_step(step)
                 is_logged = (step + 1) % self.log_every == 0 or step + 1 == self.num_steps
                 metrics = self.engine.forward_backward(batch)
                 stop, save = self._agree(metrics["loss"], step, epoch, batch)
@@ -137,6 +142,9 @@ class Trainer:
             values |= self.telemetry.after_step()
         remaining = (self.num_steps - step) * meter.seconds_per_step
         self.writer.scalars(step, values)
+        for text in self.remarks(values):
+            self.writer.event("remark", step=step, text=text)
+            self.writer.message(f"step {step}: {text}")
         self.writer.status(
             f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "

@@ -32,10 +32,13 @@ class Rule:
 TABLE = {
     # module            may import of the project                             must not know
     "__init__": Rule(("api",), TRAINING),
-    "config": Rule(("config_help", "config_loading", "config_sections", "config_yaml"), TRAINING),
+    "config": Rule(
+        ("config_help", "config_loading", "config_sections", "config_selfsupervised", "config_yaml"), TRAINING
+    ),
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_sections": Rule((), TRAINING),
+    "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
     "preprocessing": Rule((), TRAINING),
     "backbones": Rule(("preprocessing",), ("torch.distributed", "torch.optim")),
@@ -64,9 +67,16 @@ TABLE = {
     "watchdog": Rule(("exit_status", "preempt"), TRAINING),
     "status": Rule(("checkpoint",), TRAINING),
     "meter": Rule(("data", "parallel"), ("submitit", "torch.optim", *MODELS)),
-    "state": Rule(("checkpoint", "parallel", "preempt"), ("submitit", *OPTIMIZER_KINDS, *MODELS)),
+    "state": Rule(
+        ("checkpoint", "objectives", "parallel", "preempt"), ("submitit", *OPTIMIZER_KINDS, *MODELS)
+    ),
     "exit_status": Rule((), TRAINING),
+    "life": Rule(
+        ("config", "metrics", "parallel", "preempt", "status", "watchdog"),
+        ("submitit", "torch.optim", *MODELS),
+    ),
     # what wires the parts together
+    "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),
     "cli": Rule((ALL,)),

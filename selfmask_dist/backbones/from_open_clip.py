@@ -16,6 +16,8 @@ from open_clip.convert import convert_state_dict
 from open_clip.factory import get_model_config
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transformer import VisionTransformer
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import from_timm
@@ -92,6 +94,24 @@ class TextTower:
             ) from error
         parts = [prompts[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(prompts), _PROMPTS_AT_ONCE)]
         return torch.cat([self._clip.encode_text(tokenizer(part), normalize=True).float() for part in parts])
+
+
+class AnySizeVisionTransformer(VisionTransformer):
+    """open_clip's tower, its position embedding resampled for the grid at hand; see `any_size`."""
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        patch_height, patch_width = self.patch_size
+        grid = (x.shape[-2] // patch_height, x.shape[-1] // patch_width)
+        if grid == tuple(self.grid_size):
+            return super()._embeds(x)
+        own = self.positional_embedding
+        resampled = resample_abs_pos_embed(own[None], new_size=list(grid), old_size=list(self.grid_size))[0]
+        # as a plain entry: assigning a tensor to a parameter's name is refused
+        self._parameters["positional_embedding"] = resampled
+        try:
+            return super()._embeds(x)
+        finally:
+            self._parameters["positional_embedding"] = own
 
 
 def _check_name(model_name: str, tag: str) -> None:

@@ -6,7 +6,7 @@ Knows neither models, masks nor process groups.
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.decode import decode
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
-from selfmask_dist.data.multicrop import multicrop_transform
+from selfmask_dist.data.multicrop import Crops, Distortion, multicrop_transform
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
 from selfmask_dist.data.subset import Subset, evenly_spaced
@@ -15,6 +15,8 @@ from selfmask_dist.data.views import Transform, eval_transform, train_transform
 __all__ = [
     "Batch",
     "BatchLoader",
+    "Crops",
+    "Distortion",
     "Failure",
     "Quarantine",
     "QuarantineError",

@@ -7,11 +7,26 @@ process groups.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from selfmask_dist.data import Batch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know of its run: this rank's place among the ranks that share a batch.
+
+    all_reduce: sums a tensor over ranks, in place, and returns it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    global_batch_size: int = 1
+    all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 class Objective(nn.Module):
@@ -28,6 +43,38 @@ class Objective(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that an optimizer trains as they are (no mask on them); none by default."""
         return []
+
+    def start_step(self, step: int) -> None:
+        """Called before each step, from 0; nothing by default."""
+
+    def held_parameters(self) -> list[nn.Parameter]:
+        """Head parameters that the coming optimizer step leaves as they are; none by default."""
+        return []
+
+    def unit_rows(self) -> list[nn.Parameter]:
+        """Head parameters whose rows are put back to unit length after each step; none by default."""
+        return []
+
+    def whole_buffers(self) -> dict[str, Tensor]:
+        """The buffers that are part of a run's state, the same on every rank.
+
+        Collective: every rank must call.
+        """
+        return dict(self.named_buffers())
+
+    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take back what `whole_buffers` gave, perhaps at another number of ranks."""
+        for name, buffer in self.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def remarks(self, values: Mapping[str, float]) -> list[str]:
+        """What the user should know about a logged step's metrics; usually nothing."""
+        return []
+
+    @property
+    def classifies(self) -> bool:
+        """Whether `predict` can be asked."""
+        return type(self).predict is not Objective.predict
 
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """Class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""

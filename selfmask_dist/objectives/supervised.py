@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.data import Batch
-from selfmask_dist.objectives.base import Objective, named_generator
+from selfmask_dist.objectives.base import Context, Objective, named_generator
 
 Head = Literal["linear", "masked", "clip_text"]
 HeadNorm = Literal["none", "l2", "batchnorm"]
@@ -29,6 +29,7 @@ L2_LENGTH = 8.0
 def build(
     backbone: Backbone,
     classes: tuple[str, ...],
+    context: Context,
     *,
     head: Head = "linear",
     head_norm: HeadNorm = "l2",

@@ -111,6 +111,7 @@ class Engine:
         self.optimizer: Optimizer
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
+        self._unit_rows: Sequence[nn.Parameter] = ()
         _prepare_blocks(encoder, blocks, options)
         self._spread(blocks)
 
@@ -130,6 +131,10 @@ class Engine:
         """Make every weight of `model` trainable (full fine-tuning); returns them."""
         model.requires_grad_(True)
         return list(model.parameters())
+
+    def keep_unit_rows(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replicated parameters whose rows are put back to unit length after each step (prototypes)."""
+        self._unit_rows = parameters
 
     def start(self, optimizer: Optimizer) -> None:
         """Take the optimizer over. Every parameter that will be trained is in it. Collective."""
@@ -163,6 +168,12 @@ class Engine:
             self.clip(self.options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._normalise_rows()
+
+    @torch.no_grad()
+    def _normalise_rows(self) -> None:
+        for parameter in self._unit_rows:
+            parameter.copy_(nn.functional.normalize(parameter, dim=1))
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:

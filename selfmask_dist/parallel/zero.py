@@ -58,6 +58,15 @@ class DeepSpeedEngine(Engine):
     def step(self) -> None:
         """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
         self._runner.step()
+        self._normalise_rows()
+
+    def _normalise_rows(self) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        for parameter in self._unit_rows:
+            rows = safe_get_full_fp32_param(parameter)
+            assert rows is not None
+            safe_set_full_fp32_param(parameter, nn.functional.normalize(rows, dim=1))
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         self._runner.set_gradient_accumulation_boundary(is_last)

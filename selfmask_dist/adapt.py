@@ -1,0 +1,210 @@
+"""Train masks (or weights) of one run: every part made, the trainer run, the result measured and saved.
+
+    objective + encoder -> engine -> masks -> loader -> trainer -> mask file
+
+Wiring alone; the parts come from `assembly`, the loop is `trainer`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selfmask_dist import data
+from selfmask_dist.assembly import (
+    MaskTelemetry,
+    Trained,
+    TrainStep,
+    build_objective,
+    engine_options,
+    load_first_state,
+    prepare,
+    save,
+    train_transform,
+)
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
+from selfmask_dist.config import Config
+from selfmask_dist.evaluation import Evaluation
+from selfmask_dist.life import Life
+from selfmask_dist.meter import Meter
+from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
+from selfmask_dist.schedule import Schedule
+from selfmask_dist.state import Keeper, Position, RunState
+from selfmask_dist.trainer import Trainer
+
+BatchesOf = Callable[[int, int], data.BatchLoader]
+
+
+def adapt(
+    config: Config,
+    life: Life,
+    backbone: Backbone,
+    train: data.Source,
+    evaluation: Evaluation,
+    found: Checkpoint | None,
+) -> dict[str, Any]:
+    """Train, measure and save; returns what `result.json` is to hold of it. Collective: every rank must call.
+
+    Args:
+        found: the checkpoint to go on from.
+    """
+    quarantine = data.Quarantine(
+        life.directory / "quarantine.jsonl",
+        num_samples=len(train),
+        budget=config.data.max_broken,
+        rank=life.world.rank,
+    )
+    loader = _open_loader(config, life, backbone, train, quarantine)
+    objective, engine, trained = _build(config, life, backbone, train, steps_per_epoch=len(loader))
+    schedule_steps = max(round(config.train.epochs * len(loader)), 1)
+    steps = min(schedule_steps, config.train.max_steps or schedule_steps)
+    identity = {
+        "backbone": backbone.spec.fingerprint,
+        "training images": len(train),
+        "method": config.method,
+        "steps in an epoch": len(loader),
+    }
+
+    def batches_of(epoch: int, first: int) -> data.BatchLoader:
+        loader.set_epoch(epoch, first_step=first)
+        return loader
+
+    state, meter = RunState(engine, objective, identity=identity), Meter(life.world)
+    start = _resume(state, found, engine, batches_of, meter, life)
+    keeper = build_keeper(config, state, life)
+    life.tell(num_steps=steps)
+    monitor_every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
+    trainer = Trainer(
+        engine=engine,
+        optimizer=engine.optimizer,
+        num_steps=steps,
+        schedule=Schedule(
+            schedule_steps, round(config.optim.warmup_epochs * len(loader)), config.optim.schedule
+        ),
+        epoch_batches=batches_of,
+        writer=life.writer,
+        directory=life.directory,
+        telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
+        monitor=evaluation.monitor if monitor_every else None,
+        monitor_every=monitor_every,
+        log_every=config.run.log_every,
+        before_step=objective.start_step,
+        remarks=objective.remarks,
+        sample_key=train.key,
+        keeper=keeper,
+        on_step=life.watchdog.beat,
+        quarantine=quarantine,
+    )
+    trainer.run(start, meter)
+    keeper.finish()
+    return _conclude(config, life, backbone, objective, engine, trained, evaluation) | {"steps": steps}
+
+
+def _open_loader(
+    config: Config, life: Life, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
+) -> data.BatchLoader:
+    return data.train_loader(
+        train,
+        train_transform(config, backbone.spec.preprocessing),
+        global_batch_size=config.train.global_batch_size,
+        seed=config.seed,
+        rank=life.world.rank,
+        world_size=life.world.size,
+        num_workers=config.engine.workers,
+        quarantine=quarantine,
+    )
+
+
+def _build(
+    config: Config, life: Life, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
+) -> tuple[Objective, Engine, Trained]:
+    world = life.world
+    context = Context(world.rank, world.size, config.train.global_batch_size, world.sum)
+    objective = build_objective(config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch)
+    objective.to(world.device)
+    if config.backbone.batchnorm == "sync":
+        synchronise_batchnorm(backbone.encoder)
+    engine = build_engine(
+        TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
+        encoder=backbone.encoder,
+        blocks=backbone.spec.blocks,
+        world=world,
+        options=engine_options(config),
+    )
+    trained = prepare(config, engine, objective)
+    if config.mask.init_from is not None:
+        load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
+    life.writer.message(trained.summary)
+    return objective, engine, trained
+
+
+def _conclude(
+    config: Config,
+    life: Life,
+    backbone: Backbone,
+    objective: Objective,
+    engine: Engine,
+    trained: Trained,
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    if config.eval.final:
+        result["adapted"] = evaluation.full(probe=config.eval.probe)
+        if objective.classifies:
+            result["adapted"] |= evaluation.head(objective)
+        life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
+    metrics = result.get("adapted", {})
+    return result | save(trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
+
+
+def _resume(
+    state: RunState,
+    found: Checkpoint | None,
+    engine: Engine,
+    batches_of: BatchesOf,
+    meter: Meter,
+    life: Life,
+) -> Position:
+    """Restore the checkpoint that was found; the start where there is none."""
+    if found is None:
+        return Position()
+    state.check(found)
+    if found.values["position"]["step"]:
+        # an engine's first step may differ from all later ones by rounding (DistributedDataParallel lays out
+        # its buckets anew after it), so a resumed run rehearses one; what it moved is then overwritten
+        engine.forward_backward(next(iter(batches_of(0, 0))))
+        engine.optimizer.zero_grad()
+    position = state.restore(found, telemetry=meter)
+    life.writer.event("resume", step=position.step)
+    life.writer.message(f"resumed  from the checkpoint of step {position.step}")
+    return position
+
+
+def build_keeper(config: Config, state: RunState, life: Life) -> Keeper:
+    """Saves into the run's folder, on the main rank."""
+    section = config.checkpoint
+    saver = None
+    if life.world.is_main:
+        retention = Retention(section.keep_last, section.keep_every, section.keep_best)
+        saver = Saver(
+            life.directory / "checkpoints",
+            retention,
+            on_commit=lambda path, seconds: life.writer.event(
+                "checkpoint", path=path.name, seconds=seconds, stalled=keeper.stalled
+            ),
+            on_failure=lambda text: life.writer.message(f"WARNING: {text}"),
+        )
+    keeper = Keeper(
+        state,
+        life.stop,
+        saver=saver,
+        every_steps=section.every_steps,
+        every_seconds=section.every_minutes * 60,
+        is_asynchronous=section.asynchronous,
+    )
+    return keeper
+
+
+def format_numbers(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())

@@ -1,0 +1,87 @@
+"""What a run in progress has around it: its files, the request to stop, the watchdog, the heartbeat.
+
+    with open_life(config, directory, world, stop) as life:  # the same on every rank; files on the main one
+        ... life.writer ... life.check() ...
+
+Knows nothing of what the run does.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfmask_dist.config import Config
+from selfmask_dist.metrics import MetricsWriter
+from selfmask_dist.parallel import World
+from selfmask_dist.preempt import Preempted, StopRequest
+from selfmask_dist.status import Heartbeat
+from selfmask_dist.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Life:
+    """What keeps a process honest while it works, and tells the world how it goes."""
+
+    directory: Path
+    world: World
+    writer: MetricsWriter
+    stop: StopRequest
+    watchdog: Watchdog
+    heartbeat: Heartbeat | None
+
+    def check(self) -> None:
+        """Between two batches of an evaluation, and the like. Collective: every rank must call.
+
+        Raises:
+            Preempted: some rank was asked to stop.
+        """
+        self.watchdog.beat()
+        votes = torch.tensor([float(self.stop.requested)], device=self.world.device)
+        if self.world.sum(votes).item():
+            raise Preempted
+
+    def tell(self, **facts: Any) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.write(**facts)
+
+
+@contextmanager
+def open_life(config: Config, directory: Path, world: World, stop: StopRequest) -> Iterator[Life]:
+    """Open a run's files and start its watchdog; how the block ends becomes the run's state."""
+    writer = MetricsWriter(
+        directory if world.is_main else None,
+        progress=config.run.progress,
+        wandb_mode=config.run.wandb,
+        wandb_project=config.run.wandb_project,
+        config=config.model_dump(mode="json"),
+    )
+    heartbeat = Heartbeat(directory, lambda: writer.newest) if world.is_main else None
+    watchdog = Watchdog(
+        timeout=config.checkpoint.hang_minutes * 60,
+        stacks=stacks_path(directory),
+        heartbeat=heartbeat.write if heartbeat else None,
+    )
+    is_preempted = False
+    with writer, watchdog:
+        life = Life(directory, world, writer, stop, watchdog, heartbeat)
+        try:
+            yield life
+        except Preempted:
+            reason = stop.reason or "another rank's signal"
+            writer.event("preempted", reason=reason, step=writer.newest.get("step"))
+            is_preempted = True
+        except BaseException:
+            life.tell(state="failed")
+            raise
+    life.tell(state="preempted" if is_preempted else "finished")
+    if is_preempted:
+        raise Preempted  # outside of the writer, which would call it a failure
+
+
+def stacks_path(directory: Path) -> Path:
+    return directory / "stacks" / f"rank-{os.environ.get('RANK', 0)}.txt"
