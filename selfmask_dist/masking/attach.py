@@ -15,20 +15,31 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import core, selection
+from selfmask_dist.masking import checks, core
 from selfmask_dist.masking.parameter import MaskedParameter, Segment
+from selfmask_dist.masking.reading import MaskSet
 from selfmask_dist.masking.shards import Shards
 
-_MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
+
+@dataclass(frozen=True)
+class Pull:
+    """One scaled tensor's piece on the way back: G in, dL/dS out."""
+
+    segment: Segment
+    grad: Tensor
+    out: Tensor
+    scale: Tensor
+    num_kept: Tensor
 
 
-class Masks:
+class Masks(MaskSet[MaskedParameter]):
     """The masks on one model. Made by `attach`."""
 
     def __init__(
@@ -41,18 +52,13 @@ class Masks:
         shards: Shards,
         auto: bool,
     ) -> None:
-        self.threshold = threshold
-        self.scale: core.Scale = scale
-        self.entries = list(entries)
-        self.shards = shards
-        self._model = model
-        self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
+        super().__init__(model, entries, threshold=threshold, scale=scale, shards=shards)
         self._attached = True
         self._is_pull_queued = False
         self._hooks: list[Any] = []
-        self._sizes: dict[int, Tensor] = {}  # N of every segment on the device, by first entry of a group
+        self._sizes: dict[str, Tensor] = {}  # N of every segment on the device, by a group's first entry
         for entry in self.entries:
-            setattr(entry.theta, _MARK, True)
+            setattr(entry.theta, checks.MARK, True)
             if auto:
                 self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
         self.rewrite()
@@ -97,46 +103,29 @@ class Masks:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
                 names or shapes of given scores differ, or the model is masked already.
         """
-        names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
+        names = checks.choose(
+            model,
+            include,
+            exclude=exclude,
+            allow_norm=allow_norm,
+            init=init,
+            threshold=threshold,
+            scale=scale,
+        )
+        shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
-        if isinstance(init, Mapping):
-            check_same_names(set(init), set(names), "init")
-        elif not init > threshold:
-            raise ValueError(
-                f"init {init} is not above threshold {threshold}: every weight would start pruned"
-            )
-        if scale not in ("through", "detached", "none"):
-            raise ValueError(f"scale {scale!r} is not one of through, detached, none")
-        shards = shards or Shards()
-        entries = []
         for name in names:
-            theta = parameters[name]
-            if hasattr(theta, _MARK):
-                raise ValueError(f"{name} carries a mask already; call detach() on the earlier masks first")
-            if not theta.is_floating_point():
-                raise ValueError(
-                    f"{name} has dtype {theta.dtype}; only floating-point parameters can be masked"
-                )
             start = init[name] if isinstance(init, Mapping) else init
-            if isinstance(start, Tensor) and start.shape != theta.shape:
-                raise ValueError(
-                    f"init of {name} has shape {tuple(start.shape)}, the parameter has {tuple(theta.shape)}"
-                )
-            num_segments = 3 if split_qkv and selection.is_fused_qkv(name) else 1
-            entries.append(MaskedParameter(name, theta, start, num_segments, shards))
-        masked = set(names)
-        for name, parameter in parameters.items():
-            if name in masked:
-                parameter.requires_grad_(True)
-            elif freeze:
+            num_segments = checks.num_segments(name, split_qkv=split_qkv)
+            entries.append(MaskedParameter(name, parameters.pop(name), start, num_segments, shards))
+        for entry in entries:
+            entry.theta.requires_grad_(True)
+        if freeze:
+            for parameter in parameters.values():
                 parameter.requires_grad_(False)
         return cls(model, entries, threshold=threshold, scale=scale, shards=shards, auto=auto)
 
     # ---- training
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The scores, in the model's parameter order: float32, each the shape of its theta."""
-        return (entry.scores for entry in self.entries)
 
     def bind(self, optimizer: Optimizer) -> None:
         """Make `optimizer.step()` rewrite theta after it, and `optimizer.zero_grad()` clear theta's gradient
@@ -173,46 +162,55 @@ class Masks:
         optimizer.zero_grad = zero_grad_with_theta  # type: ignore[method-assign]  # torch has no hook for it
 
     @torch.no_grad()
-    def pull_back(self) -> None:
+    def pull_back(self, dots: Tensor | None = None) -> None:
         """Set each score's gradient from theta's accumulated gradient, formula (*) of `core`.
 
         Runs by itself at the end of every backward; call it where theta's gradient was written by other
         means.
+
+        Args:
+            dots: `inner_products()` summed over all processes, where the caller has done so; None: it is done
+                here.
         """
-        for group, first_index in self._groups():
-            self._pull_back(group, first_index)
+        for group in self._groups():
+            if pulls := self._pulls(group):
+                self._pull_back(pulls, dots)
+
+    @torch.no_grad()
+    def inner_products(self) -> Tensor:
+        """<G, theta> of every scaled tensor, of what this process holds of it, where masks are sharded."""
+        assert not self.shards.is_whole, "a missing gradient would leave a gap"
+        pulls = self._pulls(self.entries)
+        return torch.stack([core.inner_product(p.grad, p.segment.theta) for p in pulls]).double()
 
     @torch.no_grad()
     def rewrite(self) -> None:
         """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
         step.
         """
-        for group, first_index in self._groups():
-            self._rewrite(group, first_index)
+        for group in self._groups():
+            self._rewrite(group)
         self.shards.complete(self.entries, is_scaled=self.scale != "none")
 
-    def _groups(self) -> Iterator[tuple[list[MaskedParameter], int]]:
-        """Entries to work on together, and the index of the first one's first segment."""
+    def _groups(self) -> Iterator[list[MaskedParameter]]:
+        """Entries to work on together."""
         # all at once: one collective, and on a GPU few small kernels. On a CPU one by one: a tensor stays in
         # the cache from its first pass to its last
         if not self.shards.is_whole or self.entries[0].theta.device.type != "cpu":
-            yield self.entries, 0
-            return
-        index = 0
-        for entry in self.entries:
-            yield [entry], index
-            index += entry.num_segments
+            yield self.entries
+        else:
+            yield from ([entry] for entry in self.entries)
 
-    def _rewrite(self, entries: list[MaskedParameter], first_index: int) -> None:
+    def _rewrite(self, entries: list[MaskedParameter]) -> None:
         segments: list[Segment] = []
         num_kept = []
         for entry in entries:
-            for segment in entry.segments(first_index + len(segments)):
+            for segment in entry.segments():
                 num_kept.append(core.write_mask(segment.scores, self.threshold, out=segment.theta))
                 segment.theta.mul_(segment.weight)
                 segments.append(segment)
         kept = self.shards.sum_kept(torch.stack(num_kept), entries, self.threshold)
-        sizes = self._segment_sizes(entries, first_index, kept.device)
+        sizes = self._segment_sizes(entries, kept.device)
         scales = {
             dtype: core.scale_factor(kept, sizes, dtype).unbind()
             for dtype in {e.theta.dtype for e in entries}
@@ -227,10 +225,9 @@ class Masks:
                     segment.theta.mul_(scale)
             index += entry.num_segments
 
-    def _pull_back(self, entries: list[MaskedParameter], first_index: int) -> None:
-        work = []  # (segment, gradient, where dL/dS goes, scale)
-        dots: list[Tensor] = []
-        num_kept: list[Tensor] = []
+    def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
+        """What is to be pulled back; a whole theta without a gradient is left out, a piece counts as zero."""
+        pulls: list[Pull] = []
         for entry in entries:
             grad = self.shards.gradient(entry.name, entry.theta)
             if grad is None and self.shards.is_whole:
@@ -239,30 +236,32 @@ class Masks:
                 entry.scores.grad = torch.empty_like(entry.scores)
             out = entry.piece(entry.scores.grad)
             grad = torch.zeros_like(out) if grad is None else entry.piece(grad)
-            segments = entry.segments(first_index + len(num_kept))
-            pieces = zip(segments, entry.split(grad), entry.split(out), entry.scales, strict=True)
-            for segment, grad_piece, out_piece, scale in pieces:
-                work.append((segment, grad_piece, out_piece, scale))
-                if self.scale == "through":
-                    dots.append(core.inner_product(grad_piece, segment.theta))
-            num_kept += entry.num_kept
-        if not work:
-            return
-        terms: Sequence[Tensor | None] = [None] * len(work)
-        if dots:
-            dot = torch.stack(dots)
-            terms = self.shards.sum(dot if self.shards.is_whole else dot.double()).unbind()
-        for (segment, grad_piece, out_piece, scale), term, kept in zip(work, terms, num_kept, strict=True):
+            segments = entry.segments()
+            pieces = zip(
+                segments, entry.split(grad), entry.split(out), entry.scales, entry.num_kept, strict=True
+            )
+            pulls += [Pull(*parts) for parts in pieces]
+        return pulls
+
+    def _pull_back(self, pulls: Sequence[Pull], dots: Tensor | None) -> None:
+        terms: Sequence[Tensor | None] = [None] * len(pulls)
+        if self.scale == "through":
+            if dots is None:
+                dots = torch.stack([core.inner_product(p.grad, p.segment.theta) for p in pulls])
+                dots = dots if self.shards.is_whole else self.shards.sum(dots.double())
+            terms = dots.unbind()
+        for pull, term in zip(pulls, terms, strict=True):
             core.pullback(
-                grad_piece,
-                segment.weight,
-                scale=None if self.scale == "none" else scale,
+                pull.grad,
+                pull.segment.weight,
+                scale=None if self.scale == "none" else pull.scale,
                 grad_dot_theta=term,
-                num_kept=kept,
-                out=out_piece,
+                num_kept=pull.num_kept,
+                out=pull.out,
             )
 
-    def _segment_sizes(self, entries: list[MaskedParameter], key: int, device: torch.device) -> Tensor:
+    def _segment_sizes(self, entries: list[MaskedParameter], device: torch.device) -> Tensor:
+        key = entries[0].name
         if key not in self._sizes or self._sizes[key].device != device:
             sizes = [size for entry in entries for size in entry.segment_sizes()]
             self._sizes[key] = torch.tensor(sizes, dtype=torch.float64, device=device)
@@ -274,22 +273,6 @@ class Masks:
         return (p for p in self._model.parameters() if p.requires_grad and id(p) not in thetas)
 
     # ---- reading
-
-    @torch.no_grad()
-    def masks(self) -> dict[str, Tensor]:
-        """The masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
-        return {name: core.binarize(scores, self.threshold) for name, scores in self.state_dict().items()}
-
-    @torch.no_grad()
-    def mask_pieces(self) -> dict[str, Tensor]:
-        """What this process holds of the masks, {parameter name: bool tensor}."""
-        return {
-            entry.name: core.binarize(entry.piece(entry.scores), self.threshold) for entry in self.entries
-        }
-
-    def weights(self) -> dict[str, Tensor]:
-        """The frozen weights under the masks, {parameter name: tensor}. Collective under `shards`."""
-        return {entry.name: self.shards.whole_weight(entry.name, entry.weight) for entry in self.entries}
 
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
@@ -303,14 +286,6 @@ class Masks:
         fewest = torch.stack([torch.stack(entry.num_kept).min() for entry in self.entries]).tolist()
         return [entry.name for entry, kept in zip(self.entries, fewest, strict=True) if kept == 0]
 
-    def moved_statistics(self) -> dict[str, Tensor]:
-        """Running statistics of normalisation layers that differ from those at attach time."""
-        return {
-            name: buffer.detach().clone()
-            for name, buffer in norm_statistics(self._model)
-            if not torch.equal(buffer, self._statistics[name].to(buffer.device))
-        }
-
     def summary(self) -> str:
         """What is masked, frozen and trained as it is, in a few lines for the start of a log."""
         masked = sum(entry.theta.numel() for entry in self.entries)
@@ -322,13 +297,6 @@ class Masks:
             f"trained  {others:,} weights"
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The scores, {parameter name: tensor of its shape}: all there is to save of a mask in training.
-
-        Collective under `shards`: every rank must call.
-        """
-        return {entry.name: self.shards.whole(entry.name, entry.scores.detach()) for entry in self.entries}
-
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy scores (of the parameters' shapes) in and rewrite theta. Collective under `shards`.
@@ -336,7 +304,7 @@ class Masks:
         Raises:
             ValueError: names or shapes differ from the masked parameters'.
         """
-        check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
+        checks.check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
         for entry in self.entries:
             if state[entry.name].shape != entry.theta.shape:
                 raise ValueError(
@@ -366,7 +334,7 @@ class Masks:
                 entry.theta.copy_(entry.weight)
             entry.theta.grad = None
             entry.theta.requires_grad_(False)
-            delattr(entry.theta, _MARK)
+            delattr(entry.theta, checks.MARK)
 
     # ---- hooks
 
@@ -395,22 +363,6 @@ class Masks:
 
 
 attach = Masks.attach
-
-
-def norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers of normalisation layers, by name."""
-    for module_name, module in model.named_modules():
-        if selection.is_norm(module):
-            for name, buffer in module.named_buffers(recurse=False):
-                yield f"{module_name}.{name}" if module_name else name, buffer
-
-
-def check_same_names(given: set[str], expected: set[str], what: str) -> None:
-    if given != expected:
-        missing, unknown = sorted(expected - given), sorted(given - expected)
-        raise ValueError(
-            f"{what} do not fit the masked parameters: missing {missing[:5]}, unknown {unknown[:5]}"
-        )
 
 
 def _at_end_of_backward(callback: Any) -> None:

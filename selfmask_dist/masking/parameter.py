@@ -18,7 +18,6 @@ from selfmask_dist.masking.shards import Shards
 class Segment:
     """The part of one parameter's piece that one scale belongs to: views of tensors of this process."""
 
-    index: int  # which of all scaled tensors of the model
     theta: Tensor
     weight: Tensor
     scores: Tensor
@@ -73,9 +72,9 @@ class MaskedParameter:
         starts = [min(i * length, self._num_rows) for i in range(self.num_segments + 1)]
         return [(stop - start) * row for start, stop in itertools.pairwise(starts)]
 
-    def segments(self, first_index: int) -> list[Segment]:
+    def segments(self) -> list[Segment]:
         pieces = [self.split(self.piece(t)) for t in (self.theta.detach(), self.weight, self.scores.detach())]
-        return [Segment(first_index + i, *views) for i, views in enumerate(zip(*pieces, strict=True))]
+        return [Segment(*views) for views in zip(*pieces, strict=True)]
 
     @torch.no_grad()
     def fill(self, values: float | Tensor) -> None:

@@ -7,7 +7,7 @@ be a parameter of the module. `attach` is cheaper wherever it can be used. The m
 and weights while it runs. Knows nothing of files, process groups or kinds of optimizers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import core, selection
-from selfmask_dist.masking.attach import check_same_names, norm_statistics
+from selfmask_dist.masking import checks, core
+from selfmask_dist.masking.reading import MaskSet
 from selfmask_dist.masking.shards import Shards
 
 
@@ -79,6 +79,22 @@ class _Theta(torch.autograd.Function):
         return out, None, None, None, None
 
 
+class ReadShards(Shards):
+    """Every tensor is wherever its optimizer keeps it; `read` gives its whole value."""
+
+    def __init__(self, read: Callable[[nn.Parameter], Tensor]) -> None:
+        self._read = read
+
+    def piece(self, name: str, tensor: Tensor) -> Tensor:
+        return self.whole(name, tensor)
+
+    def whole(self, name: str, tensor: Tensor) -> Tensor:
+        return self._read(tensor) if isinstance(tensor, nn.Parameter) else tensor
+
+    def whole_weight(self, name: str, weight: Tensor) -> Tensor:
+        return self.whole(name, weight)
+
+
 @dataclass
 class ParametrizedEntry:
     """One parameter under a mask, with the names that `MaskedParameter` gives its parts."""
@@ -88,75 +104,28 @@ class ParametrizedEntry:
     weight: nn.Parameter
     shape: torch.Size
     num_segments: int
-    read: Callable[[nn.Parameter], Tensor]
+    shards: Shards
 
     @property
     def theta(self) -> Tensor:
         """A stand-in of theta's shape; theta itself exists only inside a forward."""
         return torch.empty(self.shape, device="meta")
 
-    def piece(self, tensor: nn.Parameter) -> Tensor:
-        return self.read(tensor)
+    def piece(self, tensor: Tensor) -> Tensor:
+        return self.shards.piece(self.name, tensor)
 
 
-class ParametrizedMasks:
-    """The masks on one model, with the reading methods of `Masks`. Made by `parametrized_attach`.
-
-    Args:
-        read: a parameter's whole value, wherever its optimizer keeps it.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        entries: Sequence[ParametrizedEntry],
-        *,
-        threshold: float,
-        scale: core.Scale,
-    ) -> None:
-        self.threshold = threshold
-        self.scale: core.Scale = scale
-        self.entries = list(entries)
-        self.shards = Shards()
-        self._model = model
-        self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return (entry.scores for entry in self.entries)
+class ParametrizedMasks(MaskSet[ParametrizedEntry]):
+    """The masks on one model. Made by `parametrized_attach`."""
 
     def bind(self, optimizer: Optimizer) -> None:
         """Nothing to do: theta follows from the scores in every forward."""
 
-    def pull_back(self) -> None:
+    def pull_back(self, dots: Tensor | None = None) -> None:
         """Nothing to do: autograd does it."""
 
     def rewrite(self) -> None:
         """Nothing to do: theta follows from the scores in every forward."""
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """The scores, whole. Collective where the optimizer partitions them."""
-        return {entry.name: entry.read(entry.scores) for entry in self.entries}
-
-    def masks(self) -> dict[str, Tensor]:
-        return {name: core.binarize(scores, self.threshold) for name, scores in self.state_dict().items()}
-
-    def mask_pieces(self) -> dict[str, Tensor]:
-        return self.masks()
-
-    @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
-        return {entry.name: entry.read(entry.weight) for entry in self.entries}
-
-    def sparsity(self) -> dict[str, float]:
-        return {name: 1 - mask.double().mean().item() for name, mask in self.masks().items()}
-
-    def moved_statistics(self) -> dict[str, Tensor]:
-        return {
-            name: buffer.detach().clone()
-            for name, buffer in norm_statistics(self._model)
-            if not torch.equal(buffer, self._statistics[name].to(buffer.device))
-        }
 
     def summary(self) -> str:
         masked = sum(entry.shape.numel() for entry in self.entries)
@@ -175,27 +144,21 @@ def parametrized_attach(
     allow_norm: bool = False,
     read: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
 ) -> ParametrizedMasks:
-    """Put a learned mask on chosen parameters of `model`, in place; arguments as of `Masks.attach`.
+    """Put a learned mask on chosen parameters of `model`, in place; see `Masks.attach`.
 
     Args:
         read: gives a parameter's whole value, for optimizers that partition parameters.
-
-    Raises:
-        ValueError: nothing matches, a normalisation layer would be masked, or the names of given scores
-            differ.
     """
-    names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
-    if isinstance(init, Mapping):
-        check_same_names(set(init), set(names), "init")
-    elif not init > threshold:
-        raise ValueError(f"init {init} is not above threshold {threshold}: every weight would start pruned")
+    names = checks.choose(
+        model, include, exclude=exclude, allow_norm=allow_norm, init=init, threshold=threshold, scale=scale
+    )
     model.requires_grad_(False)
-    entries = []
+    shards, entries = ReadShards(read), []
     for name in names:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         weight = getattr(module, attribute).detach()
-        num_segments = 3 if split_qkv and selection.is_fused_qkv(name) else 1
+        num_segments = checks.num_segments(name, split_qkv=split_qkv)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = init[name] if isinstance(init, Mapping) else torch.full((), init)
         scores = start.to(weight.device, dtype).expand(weight.shape).contiguous()
@@ -203,5 +166,6 @@ def parametrized_attach(
         setattr(module, attribute, nn.Parameter(scores))
         parametrize.register_parametrization(module, attribute, mask, unsafe=True)
         trained = module.get_parameter(f"parametrizations.{attribute}.original")
-        entries.append(ParametrizedEntry(name, trained, mask.weight, weight.shape, num_segments, read))
-    return ParametrizedMasks(model, entries, threshold=threshold, scale=scale)
+        setattr(trained, checks.MARK, True)
+        entries.append(ParametrizedEntry(name, trained, mask.weight, weight.shape, num_segments, shards))
+    return ParametrizedMasks(model, entries, threshold=threshold, scale=scale, shards=shards)

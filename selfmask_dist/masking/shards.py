@@ -23,6 +23,7 @@ class Shards:
     """
 
     is_whole = True
+    copies = 1  # processes that hold the same piece
 
     def new_scores(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Uninitialised scores for the part of parameter `name` that this process trains."""

@@ -244,10 +244,20 @@ class Engine:
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    @torch.no_grad()
     def _finish_backward(self) -> None:
-        self._sum_replicated()
+        """Sum over ranks what backward left on each, and pull masks' gradients back.
+
+        One collective carries the gradients of all that is replicated and <G, theta> of sharded masks.
+        """
+        grads = [p.grad for p in self._replicated if p.grad is not None]
+        sharded = [masks for masks in self.masks.values() if not masks.shards.is_whole]
+        dots = [masks.inner_products() / masks.shards.copies for masks in sharded if masks.scale == "through"]
+        if self.world.size > 1 and (grads or dots):
+            _sum_together(self.world, [*grads, *dots])
         for masks in self.masks.values():
-            masks.pull_back()
+            is_summed = not masks.shards.is_whole and masks.scale == "through"
+            masks.pull_back(dots.pop(0) if is_summed else None)
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
         buffer = self.optimizer.state.get(trained.tensor, {}).get("momentum_buffer")
@@ -270,16 +280,6 @@ class Engine:
     def _autocast(self) -> torch.autocast:
         is_bf16 = self.options.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16)
-
-    @torch.no_grad()
-    def _sum_replicated(self) -> None:
-        """Sum the gradients of heads and their masks' theta over ranks, in one collective."""
-        grads = [p.grad for p in self._replicated if p.grad is not None]
-        if self.world.size == 1 or not grads:
-            return
-        flat = self.world.sum(torch.cat([grad.reshape(-1) for grad in grads]))
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
 
     def _name_of(self, model: nn.Module) -> str:
         return next(name for name, module in self.module.named_modules() if module is model)
@@ -334,6 +334,14 @@ def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
             )
+
+
+def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over ranks, in place, in one collective of the first one's dtype."""
+    parts = [tensor.reshape(-1).to(world.device, tensors[0].dtype) for tensor in tensors]
+    flat = world.sum(torch.cat(parts))
+    for tensor, summed in zip(tensors, flat.split([len(part) for part in parts]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
 
 
 def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], options: EngineOptions) -> None:

@@ -2,9 +2,9 @@
 
 `fully_shard` cuts every parameter of the encoder along its rows; masks are attached after it, so theta, the
 frozen weight, the scores and their momentum all lie as the same piece on the same rank. Only theta is
-gathered: a rank sends what full fine-tuning sends, plus two small all-reduces a step, one of <G, theta> and
-one of sum M for all tensors at once (the second depends on the first through the step, so they cannot be
-one). Heads and objectives are replicated. Knows nothing of objectives or architectures.
+gathered: a rank sends what full fine-tuning sends, plus one small all-reduce a step, of sum M for all tensors
+at once; <G, theta> travels with the heads' gradients. (Sum M depends on <G, theta> through the step, so the
+two cannot be one.) Heads and objectives are replicated. Knows nothing of objectives or architectures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +103,7 @@ class RowShards(Shards):
         self._group = mesh.get_group(mesh.ndim - 1)
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
+        self.copies = mesh.size() // self._size
         self._device = device
         self._like: dict[str, DTensor] = {}  # each parameter's frozen weight, for its placement
 

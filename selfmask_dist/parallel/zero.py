@@ -32,6 +32,7 @@ class DeepSpeedEngine(Engine):
     def _spread(self, blocks: Sequence[str]) -> None:
         self._runner: Any = None
         self._deepspeed = _import_deepspeed(self.world.device.type)
+        self._utils = self._deepspeed.utils
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
         masks = parametrized_attach(model, read=self._whole_parameter, **options)
@@ -83,10 +84,8 @@ class DeepSpeedEngine(Engine):
         """DeepSpeed has reduced everything."""
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        value = safe_get_full_fp32_param(trained.tensor)
-        momentum = safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
+        value = self._utils.safe_get_full_fp32_param(trained.tensor)
+        momentum = self._utils.safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
         assert value is not None, trained.name
         shape = trained.shape
         return (
@@ -94,13 +93,27 @@ class DeepSpeedEngine(Engine):
             None if momentum is None else momentum.detach().cpu().clone().view(shape),
         )
 
+    @torch.no_grad()
     def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        parameter: Any = trained.tensor
         device = self.world.device
-        safe_set_full_fp32_param(trained.tensor, value.to(device))
-        buffer = torch.zeros_like(value) if momentum is None else momentum
-        safe_set_full_optimizer_state(trained.tensor, buffer.to(device), _MOMENTUM)
+        value = value.to(device)
+        buffer = torch.zeros_like(value) if momentum is None else momentum.to(device)
+        if self.options.zero_stage < 3:
+            self._utils.safe_set_full_fp32_param(parameter, value)
+            self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
+            parameter.copy_(value)  # the optimizer's copy is its own until the next step
+            return
+        # DeepSpeed 0.19.8 sets whole stage 3 tensors only where their partitions need no padding
+        self._utils.safe_set_local_fp32_param(parameter, self._partition(parameter, value))
+        self._utils.safe_set_local_optimizer_state(parameter, self._partition(parameter, buffer), _MOMENTUM)
+        parameter.ds_tensor.copy_(self._partition(parameter, value))
+
+    def _partition(self, parameter: Any, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor under stage 3: all parts are equally long, the last one padded."""
+        length: int = parameter.ds_tensor.numel()
+        padding = length * self.world.size - whole.numel()
+        return nn.functional.pad(whole.flatten(), (0, padding)).split(length)[self.world.rank]
 
     def _after_load(self) -> None:
         """Theta follows from the scores."""

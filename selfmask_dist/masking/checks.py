@@ -1,0 +1,66 @@
+"""What every way of attaching masks checks first.
+
+Knows nothing of files, process groups or optimizers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from torch import Tensor, nn
+
+from selfmask_dist.masking import core, selection
+
+MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
+
+
+def choose(
+    model: nn.Module,
+    include: str | Sequence[str],
+    *,
+    exclude: str | Sequence[str],
+    allow_norm: bool,
+    init: float | Mapping[str, Tensor],
+    threshold: float,
+    scale: core.Scale,
+) -> list[str]:
+    """Names of the parameters to mask; the arguments are those of `attach`.
+
+    Raises:
+        ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
+            names, shapes or dtypes do not fit, or a parameter is masked already.
+    """
+    names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
+    if scale not in get_args(core.Scale):
+        raise ValueError(f"scale {scale!r} is not one of {', '.join(get_args(core.Scale))}")
+    if isinstance(init, Mapping):
+        check_same_names(set(init), set(names), "init")
+    elif not init > threshold:
+        raise ValueError(f"init {init} is not above threshold {threshold}: every weight would start pruned")
+    parameters = dict(model.named_parameters())
+    for name in names:
+        parameter = parameters[name]
+        if hasattr(parameter, MARK):
+            raise ValueError(f"{name} carries a mask already; call detach() on the earlier masks first")
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {parameter.dtype}; only floating-point parameters can be masked"
+            )
+        if isinstance(init, Mapping) and init[name].shape != parameter.shape:
+            raise ValueError(
+                f"init of {name} has shape {tuple(init[name].shape)}, the parameter has "
+                f"{tuple(parameter.shape)}"
+            )
+    return names
+
+
+def num_segments(name: str, *, split_qkv: bool) -> int:
+    """How many scales a parameter has."""
+    return 3 if split_qkv and selection.is_fused_qkv(name) else 1
+
+
+def check_same_names(given: set[str], expected: set[str], what: str) -> None:
+    if given != expected:
+        missing, unknown = sorted(expected - given), sorted(given - expected)
+        raise ValueError(
+            f"{what} do not fit the masked parameters: missing {missing[:5]}, unknown {unknown[:5]}"
+        )
