@@ -57,6 +57,7 @@ TABLE = {
         ("submitit", *OPTIMIZER_KINDS, *MODELS),
     ),
     "embed": Rule(("data", "parallel"), ("torch.optim", *MODELS)),
+    "store": Rule(("data",), ("torch.distributed", "torch.optim", *MODELS)),
     "cascade": Rule((), ("torch.distributed", "torch.optim", "torchvision", "submitit", *MODELS)),
     "evals": Rule((), ("torch.distributed", "torchvision", *MODELS)),
     "evaluation": Rule(
