@@ -35,7 +35,7 @@ def preempt_on_slurm(config: Path, run: Path, args: list[str], nodes: int, momen
     done = submit(config, *args, "launch.exclusive=true", nodes=nodes, cluster="slurm")
     if done.returncode:
         raise RuntimeError(done.stderr)
-    job = done.stdout.split()[2]
+    job = slurm.submitted_job(done.stdout)
     for number, moment in enumerate(moments):
         wait_until(partial(_is_at, run, number + 1, moment), 300)
         slurm.preempt(job)

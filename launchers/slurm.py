@@ -27,8 +27,8 @@ from selfmask_dist.exit_status import FAILED, REQUEUE, is_restartable
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
-_END_SECONDS = 300.0  # for SLURM to end a job that is done saving
-_POLL_SECONDS = 1.0
+_END_SECONDS = 300.0  # for SLURM to end a job that is done saving, or its rank 0 to requeue it
+_POLL_SECONDS = 0.5
 _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 
 
@@ -78,10 +78,13 @@ class Task:
         sys.exit(status if status > 0 else 128 - status)
 
     def _after_failure(self, status: int, rank: int, *, is_announced: bool) -> None:
-        """Requeue the job where that is worth it, and then wait for SLURM to end it."""
-        verdict = (
-            self.logs / f".failed-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        )
+        """Requeue the job where that is worth it; on the other ranks, wait until that is done: srun ends all
+        tasks as soon as one has ended, and a job that ends by itself is not requeued by a preemption that is
+        under way.
+        """
+        job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        verdict = self.logs / f".failed-{job_id}-{restarts}"
+        requeued = self.logs / f".requeued-{job_id}-{restarts}"
         if not is_restartable(status):
             if status == FAILED:
                 time.sleep(_PEER_SECONDS)
@@ -89,25 +92,30 @@ class Task:
             return
         if verdict.exists():
             return
-        if (restarts := int(os.environ.get("SLURM_RESTART_COUNT", 0))) >= self.max_restarts:
+        if restarts >= self.max_restarts:
             print(f"not requeued: {restarts} restarts were launch.max_restarts", file=sys.stderr, flush=True)
             return
-        if status != REQUEUE or rank == 0:
-            requeue(os.environ["SLURM_JOB_ID"], is_announced=is_announced)
-        # a job that ends by itself is not requeued by a preemption that is under way
-        time.sleep(_END_SECONDS)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: SLURM may have the node
+        if shutil.which("scontrol") is None:
+            print(
+                "no scontrol on this node: SLURM itself requeues a preempted job", file=sys.stderr, flush=True
+            )
+            time.sleep(_END_SECONDS)
+        elif status != REQUEUE or rank == 0:
+            requeue(job_id, is_announced=is_announced)
+            requeued.touch()
+        else:
+            deadline = time.monotonic() + _END_SECONDS
+            while not requeued.exists() and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
 
 
 def requeue(job_id: str, *, is_announced: bool) -> bool:
-    """Ask SLURM to run this job again; returns whether it will, as far as can be seen.
+    """Ask SLURM to run this job again; returns whether it will.
 
     A job that got SIGTERM only was either cancelled by its user, who does not want it back, or preempted on a
     cluster that does not announce preemptions: while it is being cancelled its state is no longer RUNNING.
-    Where there is no `scontrol`, a preempted job is requeued by SLURM itself at the end of its grace time.
     """
-    if shutil.which("scontrol") is None:
-        print("no scontrol on this node: SLURM itself requeues a preempted job", file=sys.stderr, flush=True)
-        return False
     if not is_announced and job_state(job_id) != "RUNNING":
         print("not requeued: the job was cancelled", file=sys.stderr, flush=True)
         return False

@@ -51,7 +51,6 @@ def test_a_user_error_ends_the_job_and_is_not_requeued(config_path: Path, tmp_pa
     assert "no_such_model" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
 
 
-@pytest.mark.slow  # minutes of SLURM's own waiting; does not pass reliably yet
 def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     config_path: Path, tmp_path: Path
 ) -> None:
@@ -59,7 +58,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert submit(config_path, *storm, "run.name=calm", nodes=2).returncode == 0
     done = submit(config_path, *storm, "run.name=stormy", nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr
-    job = done.stdout.split()[2]
+    job = slurm.submitted_job(done.stdout)
     run = tmp_path / "stormy"
     wait_until(lambda: len(steps_of(run)) > 20)
     slurm.preempt(job)
@@ -71,11 +70,10 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert steps_of(run) == steps_of(tmp_path / "calm")
 
 
-@pytest.mark.slow  # minutes of SLURM's own waiting; does not pass reliably yet
 def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
     done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr
-    job, run = done.stdout.split()[2], tmp_path / "run"
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "run"
     wait_until(lambda: len(steps_of(run)) > 5)
     slurm.cancel(job)
     assert slurm.wait_for_end(job) == "CANCELLED"
@@ -84,7 +82,6 @@ def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: 
     assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
 
 
-@pytest.mark.slow  # minutes of SLURM's own waiting; does not pass reliably yet
 def test_the_cluster_really_has_four_nodes(cluster: Path) -> None:
     command = ["srun", "--nodes=4", "sh", "-c", "echo $SLURMD_NODENAME"]
     environment = {**os.environ, "SLURM_CONF": str(cluster)}
