@@ -34,7 +34,7 @@ _PREFIX = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 64 * 2**20
 _STATISTICS_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64")
+    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64", "uint8", "bool")
 }
 
 
@@ -54,6 +54,7 @@ class Mask:
         default_factory=dict
     )  # moved running statistics of normalisation layers
     threshold: float = 0.0
+    against: str | None = None  # an earlier mask of the file whose bits are flipped where that is smaller
 
     def num_weights(self) -> int:
         return sum(bits.numel() for bits in self.bits.values())
@@ -68,6 +69,7 @@ class MaskFile:
     backbone_fingerprint: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # of a cascade: its router and combinations
 
 
 def from_masks(masks: Masks) -> Mask:
@@ -93,7 +95,9 @@ def write_mask_file(path: str | Path, file: MaskFile) -> int:
         "backbone": {"name": file.backbone, "fingerprint": file.backbone_fingerprint},
         "preprocessing": file.preprocessing,
         "metrics": file.metrics,
-        "masks": {name: _describe_mask(mask, sections) for name, mask in file.masks.items()},
+        "masks": {name: _describe_mask(mask, sections, file.masks) for name, mask in file.masks.items()},
+        "order": list(file.masks),
+        "tensors": [_describe_array(name, tensor, sections) for name, tensor in file.tensors.items()],
     }
     header_bytes = json.dumps(header, sort_keys=True, allow_nan=False).encode()
     body = b"".join([_PREFIX.pack(MAGIC, VERSION, len(header_bytes)), header_bytes, *sections])
@@ -137,8 +141,12 @@ def read_mask_file(path: str | Path) -> MaskFile:
     try:
         header = json.loads(bytes(body[:header_length]))
         sections = body[header_length:]
+        masks: dict[str, Mask] = {}
+        for name in header.get("order", header["masks"]):
+            masks[name] = _parse_mask(header["masks"][name], sections, masks)
         return MaskFile(
-            masks={name: _parse_mask(described, sections) for name, described in header["masks"].items()},
+            masks=masks,
+            tensors={entry["name"]: _parse_array(entry, sections) for entry in header.get("tensors", ())},
             backbone=header["backbone"]["name"],
             backbone_fingerprint=header["backbone"]["fingerprint"],
             preprocessing=header["preprocessing"],
@@ -159,6 +167,23 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
         MaskFileError: a masked parameter is missing or has another shape, or the weights are not those of the
             mask.
     """
+    tensors = check_fits(model, mask)
+    for name in mask.bits:
+        weight = tensors[name]
+        weight.copy_(materialize(mask, name, weight))
+    for name, statistic in mask.statistics.items():
+        tensors[name].copy_(statistic)
+
+
+def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
+    """Theta = a * W * M of one parameter, in a new tensor."""
+    num_segments, bits = mask.num_segments.get(name, 1), mask.bits[name].to(weight.device)
+    pieces = zip(weight.chunk(num_segments), bits.chunk(num_segments), strict=True)
+    return torch.cat([core.materialize(piece, bits, scaled=mask.scaled) for piece, bits in pieces])
+
+
+def check_fits(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """The tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     prefix = _find_prefix(mask.bits, tensors)
     for name, bits in mask.bits.items():
@@ -178,15 +203,7 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
     missing = [name for name in mask.statistics if prefix + name not in tensors]
     if missing:
         raise MaskFileError(f"the mask brings running statistics the model does not have: {missing[:5]}")
-    for name, bits in mask.bits.items():
-        weight = tensors[prefix + name]
-        num_segments = mask.num_segments.get(name, 1)
-        for piece, bits_piece in zip(
-            weight.chunk(num_segments), bits.to(weight.device).chunk(num_segments), strict=True
-        ):
-            piece.copy_(core.materialize(piece, bits_piece, scaled=mask.scaled))
-    for name, statistic in mask.statistics.items():
-        tensors[prefix + name].copy_(statistic)
+    return {name: tensors[prefix + name] for name in (*mask.bits, *mask.statistics)}
 
 
 def describe_file(path: str | Path) -> str:
@@ -212,10 +229,15 @@ def describe_file(path: str | Path) -> str:
 # ---- header and sections
 
 
-def _describe_mask(mask: Mask, sections: list[bytes]) -> dict[str, Any]:
+def _describe_mask(mask: Mask, sections: list[bytes], masks: Mapping[str, Mask]) -> dict[str, Any]:
     parameters = []
+    base = {} if mask.against is None else masks[mask.against].bits
     for name, bits in mask.bits.items():
         array = bits.numpy()
+        coded, is_flipped = codec.encode(array), False
+        if name in base:
+            flips = codec.encode((bits ^ base[name]).numpy())
+            coded, is_flipped = min((coded, False), (flips, True), key=lambda pair: len(pair[0]))
         kept = [int(piece.sum()) for piece in bits.chunk(mask.num_segments.get(name, 1))]
         parameters.append(
             {
@@ -223,10 +245,12 @@ def _describe_mask(mask: Mask, sections: list[bytes]) -> dict[str, Any]:
                 "shape": list(array.shape),
                 "kept": kept,  # per scaled segment: a = sqrt(N / kept)
                 "codec": codec.DEFAULT,
-                "section": _append(sections, codec.encode(array)),
+                "section": _append(sections, coded),
+                **({"flips": True} if is_flipped else {}),
             }
         )
     return {
+        **({"against": mask.against} if mask.against is not None else {}),
         "kind": "threshold",
         "threshold": mask.threshold,
         "scale": "sqrt" if mask.scaled else "none",
@@ -236,7 +260,7 @@ def _describe_mask(mask: Mask, sections: list[bytes]) -> dict[str, Any]:
     }
 
 
-def _parse_mask(described: Mapping[str, Any], sections: memoryview) -> Mask:
+def _parse_mask(described: Mapping[str, Any], sections: memoryview, masks: Mapping[str, Mask]) -> Mask:
     if described["kind"] != "threshold" or described["scale"] not in ("sqrt", "none"):
         raise ValueError(f"unknown mask kind {described['kind']!r} with scale {described['scale']!r}")
     bits, num_segments = {}, {}
@@ -245,6 +269,8 @@ def _parse_mask(described: Mapping[str, Any], sections: memoryview) -> Mask:
         data = _slice(sections, parameter["section"])
         array = codec.decode(data, int(np.prod(shape, dtype=np.int64)), parameter["codec"]).reshape(shape)
         bits[name] = torch.from_numpy(array)
+        if parameter.get("flips", False):
+            bits[name] = bits[name] ^ masks[described["against"]].bits[name]
         if [int(piece.sum()) for piece in bits[name].chunk(len(kept))] != kept:
             raise ValueError(f"{name}: the count of kept weights differs from the header's")
         if len(kept) > 1:
@@ -256,6 +282,7 @@ def _parse_mask(described: Mapping[str, Any], sections: memoryview) -> Mask:
         num_segments=num_segments,
         statistics={entry["name"]: _parse_array(entry, sections) for entry in described["statistics"]},
         threshold=described["threshold"],
+        against=described.get("against"),
     )
 
 

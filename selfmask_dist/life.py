@@ -51,8 +51,21 @@ class Life:
 
 
 @contextmanager
-def open_life(config: Config, directory: Path, world: World, stop: StopRequest) -> Iterator[Life]:
-    """Open a run's files and start its watchdog; how the block ends becomes the run's state."""
+def open_life(
+    config: Config,
+    directory: Path,
+    world: World,
+    stop: StopRequest,
+    *,
+    parent: Path | None = None,
+    ends_as: str = "finished",
+) -> Iterator[Life]:
+    """Open a run's files and start its watchdog; how the block ends becomes the run's state.
+
+    Args:
+        parent: the folder of the run that this one is a stage of.
+        ends_as: the state after a block that ended well.
+    """
     writer = MetricsWriter(
         directory if world.is_main else None,
         progress=config.run.progress,
@@ -60,7 +73,10 @@ def open_life(config: Config, directory: Path, world: World, stop: StopRequest) 
         wandb_project=config.run.wandb_project,
         config=config.model_dump(mode="json"),
     )
-    heartbeat = Heartbeat(directory, lambda: writer.newest) if world.is_main else None
+    heartbeat = None
+    if world.is_main:
+        stage = {"stage": directory.name} if parent else {}
+        heartbeat = Heartbeat(directory, lambda: writer.newest, parent=parent, **stage)
     watchdog = Watchdog(
         timeout=config.checkpoint.hang_minutes * 60,
         stacks=stacks_path(directory),
@@ -78,7 +94,7 @@ def open_life(config: Config, directory: Path, world: World, stop: StopRequest) 
         except BaseException:
             life.tell(state="failed")
             raise
-    life.tell(state="preempted" if is_preempted else "finished")
+    life.tell(state="preempted" if is_preempted else ends_as)
     if is_preempted:
         raise Preempted  # outside of the writer, which would call it a failure
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,7 @@ from typing import Any, Self
 
 from selfmask_dist.exit_status import REQUEUE
 
+_LOOK_SECONDS = 1.0  # between two looks at the watched file
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -42,6 +44,8 @@ class StopRequest:
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self.reason = ""
+        self._watched: Path | None = None
+        self._looked = 0.0
         self._force_after = force_after
         self._stacks = stacks
         self._exit_process = exit_process
@@ -51,7 +55,17 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this rank was asked. The others may not know: agree before acting on it."""
+        if not self.reason and self._watched is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            if self._watched.exists():
+                self.reason = "the stop of another group of processes"
+                self._start_timer()
         return bool(self.reason)
+
+    def watch(self, path: Path | None) -> None:
+        """Take the file `path`, once it exists, for a signal: how groups that share no step tell each
+        other."""
+        self._watched = path
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()

@@ -54,11 +54,14 @@ def run(config: Config) -> dict[str, Any]:
             return run_in(config, world, stop, is_restart=is_restart)
 
 
-def run_in(config: Config, world: World, stop: StopRequest, *, is_restart: bool) -> dict[str, Any]:
+def run_in(
+    config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
+) -> dict[str, Any]:
     """`run` within a world that is there. Collective: every rank must call.
 
     Args:
         is_restart: go on in the run's folder where there is one.
+        parent: the folder of the run that this one is a stage of.
     """
     directory = run_path(config)
     if world.is_main:
@@ -70,7 +73,7 @@ def run_in(config: Config, world: World, stop: StopRequest, *, is_restart: bool)
     found = find_checkpoint(directory, world)
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
-    with open_life(config, directory, world, stop) as life:
+    with open_life(config, directory, world, stop, parent=parent) as life:
         return _run(config, life, found)
 
 
@@ -112,6 +115,7 @@ def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]
         result |= adapt(config, life, backbone, train, evaluation, found)
     if life.world.is_main:
         write_json(life.directory / "result.json", result)
+    life.world.barrier()  # nobody looks for a file that is not there yet
     writer.event("end", **result)
     return result
 

@@ -27,10 +27,14 @@ class Heartbeat:
 
     Args:
         newest: returns the newest step and its numbers.
+        parent: the run that this one is a stage of; its status is then this one's.
+        facts: more to state, as the stage's name.
     """
 
-    def __init__(self, run: Path, newest: Callable[[], dict[str, Any]]) -> None:
-        self._path = run / "status.json"
+    def __init__(
+        self, run: Path, newest: Callable[[], dict[str, Any]], *, parent: Path | None = None, **facts: Any
+    ) -> None:
+        self._runs = [run] if parent is None else [run, parent]
         self._newest = newest
         self._facts: dict[str, Any] = {
             "state": "running",
@@ -38,6 +42,7 @@ class Heartbeat:
             "host": socket.gethostname(),
             "job": os.environ.get("SLURM_JOB_ID"),
             "restarts": int(os.environ.get("SELFMASK_RESTARTS", 0)),
+            **facts,
         }
 
     def write(self, silence: float = 0.0, **facts: Any) -> None:
@@ -46,10 +51,11 @@ class Heartbeat:
         newest = self._newest()
         numbers = {name: newest.get(name) for name in ("step", "loss", "images_per_second")}
         values = {**self._facts, **numbers, "time": time.time(), "silence": round(silence, 1)}
-        partial = self._path.with_name(".status.json.partial")
         try:
-            partial.write_text(json.dumps(values) + "\n")
-            partial.replace(self._path)
+            for run in self._runs:
+                partial = run / ".status.json.partial"
+                partial.write_text(json.dumps(values) + "\n")
+                partial.replace(run / "status.json")
         except OSError as error:
             print(f"status.json could not be written: {error}", file=sys.stderr)
 

@@ -77,7 +77,11 @@ TABLE = {
         ("config", "metrics", "parallel", "preempt", "status", "watchdog"),
         ("submitit", "torch.optim", *MODELS),
     ),
+    "cascade_model": Rule(("artifact", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
+    "cascade_plot": Rule(("artifact",), ("torch.distributed", "torch.optim", *MODELS)),
     # what wires the parts together
+    "cascade_run": Rule((ALL,)),
+    "cascade_stages": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),

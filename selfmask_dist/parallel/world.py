@@ -1,14 +1,16 @@
 """Who am I among the processes of this run, and on which device.
 
 Ranks come from the environment that torchrun sets; without it the run is one process and no group is made.
+The processes of a run may leave their group and form smaller ones of equal size, each a world of its own, and
+come together again (`num_groups`): everything below then runs unchanged on a part of the processes.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,7 @@ def join_world(
     threads: int | None = None,
     timeout: timedelta = timedelta(minutes=30),
     needs_group: bool = False,
+    num_groups: int = 1,
 ) -> Iterator[World]:
     """Join the process group that the environment names (gloo on CPUs, nccl on GPUs) and leave it at the end.
 
@@ -55,26 +58,58 @@ def join_world(
         device: auto, cpu or cuda; auto is cuda where there is one.
         threads: CPU threads of this process; None leaves torch's choice.
         needs_group: make a group for a single process too, as sharded engines want one.
+        num_groups: neighbouring ranks form this many groups; see `group_of`. Every process joins equally
+            often.
 
     Raises:
-        ValueError: cuda is asked for and there is none, or fewer GPUs than processes on this node.
+        ValueError: the processes do not divide into groups; cuda is asked for and there is none, or fewer
+            GPUs than processes on this node.
     """
     size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
     if threads is not None:
         torch.set_num_threads(threads)
+    if size % num_groups:
+        raise ValueError(f"{size} processes do not divide into {num_groups} groups")
     place = _pick_device(device, local_rank)
-    if size == 1 and not needs_group:
+    store = dist.HashStore() if size == 1 else _meeting_place(timeout)
+    group, group_size = rank // (size // num_groups), size // num_groups
+    _num_joins[0] += 1
+    if group_size == 1 and not needs_group:
         yield World(device=place)
         return
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     dist.init_process_group(
-        backend, timeout=timeout, device_id=place if place.type == "cuda" else None, **alone
+        "nccl" if place.type == "cuda" else "gloo",
+        timeout=timeout,
+        store=dist.PrefixStore(f"join-{_num_joins[0]}/group-{group}", store),
+        rank=rank % group_size,
+        world_size=group_size,
+        device_id=place if place.type == "cuda" else None,
     )
     try:
-        yield World(rank=rank, size=size, device=place)
+        yield World(rank=rank % group_size, size=group_size, device=place)
     finally:
         dist.destroy_process_group()
+
+
+def group_of(num_groups: int) -> int:
+    """Which of `num_groups` groups this process belongs to."""
+    size, rank, _ = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
+    return rank * num_groups // size
+
+
+def num_processes() -> int:
+    """Of the whole run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@functools.cache
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """The store that all processes of the run reach, for as long as they live."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store
+
+
+_num_joins = [0]  # the same on every process, so that one join cannot be taken for another
 
 
 _ENVIRONMENT = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

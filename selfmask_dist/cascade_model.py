@@ -1,0 +1,178 @@
+"""A cascade on one backbone: dispatcher, router, experts and combinations, in one file and in use.
+
+    cascade = load_cascade("cascade.mask", encoder)
+    cascade.embed(images, mode="conditional")       # two forwards for each image, grouped by expert
+
+The frozen weights are kept beside the encoder's parameters, and a mask is put on by rewriting those in place.
+Knows nothing of training, files' layout or process groups.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfmask_dist import artifact
+from selfmask_dist.artifact import Mask, MaskFile, MaskFileError
+from selfmask_dist.cascade import Combination, Router
+
+DISPATCHER = "dispatcher"
+
+
+def expert_name(k: int) -> str:
+    return f"expert-{k}"
+
+
+class MaskSwitch:
+    """An encoder under one mask at a time.
+
+    Args:
+        encoder: holds the frozen weights; it is put in eval mode, and its parameters are rewritten in place.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder.eval()
+        self._frozen: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._checked: set[int] = set()
+        self._current: Mask | None = None
+
+    @torch.no_grad()
+    def use(self, mask: Mask | None) -> None:
+        """Put a mask on in place of the one before; None: the frozen weights.
+
+        Raises:
+            MaskFileError: it does not fit this encoder.
+        """
+        if mask is self._current:
+            return
+        if mask is not None:
+            self._check(mask)
+        written = {} if mask is None else {**mask.bits, **mask.statistics}
+        for name in self._frozen.keys() - written.keys():
+            self._tensors[name].copy_(self._frozen[name])
+        if mask is not None:
+            for name in mask.bits:
+                self._tensors[name].copy_(artifact.materialize(mask, name, self._frozen[name]))
+            for name, statistic in mask.statistics.items():
+                self._tensors[name].copy_(statistic)
+        self._current = mask
+
+    def _check(self, mask: Mask) -> None:
+        """Once for each mask: fingerprint its weights, and keep what it will overwrite."""
+        if id(mask) in self._checked:
+            return
+        for name, weight in self._frozen.items():
+            self._tensors[name].copy_(weight)
+        for name, tensor in artifact.check_fits(self.encoder, mask).items():
+            if name not in self._frozen:
+                self._tensors[name], self._frozen[name] = tensor, tensor.detach().clone()
+        self._checked.add(id(mask))
+
+
+class Cascade:
+    """See the module's docstring. Made by `load_cascade`.
+
+    Attributes:
+        masks: the dispatcher's and the experts', by name.
+        router: dispatcher's embeddings -> cluster.
+        combinations: by mode, `conditional` and `unconditional`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        masks: Mapping[str, Mask],
+        router: Router,
+        combinations: Mapping[str, Combination],
+    ) -> None:
+        self.masks = dict(masks)
+        self.router = router
+        self.combinations = dict(combinations)
+        self._switch = MaskSwitch(encoder)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, *, mode: str = "conditional") -> Tensor:
+        """Embeddings (n, dim) of images (n, 3, H, W), on their device.
+
+        Args:
+            mode: `conditional`: dispatcher and the expert that the router chose, two forwards an image.
+                `unconditional`: all experts. `dispatcher`: its embedding alone.
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in (*self.combinations, DISPATCHER):
+            known = ", ".join((*self.combinations, DISPATCHER))
+            raise ValueError(f"this cascade has no mode {mode!r}; it has {known}")
+        features = self._encode(DISPATCHER, images)
+        if mode == DISPATCHER:
+            return features
+        combination = self.combinations[mode].to(images.device)
+        clusters = self.router.to(images.device).assign(features)
+        if combination.needs_all_experts:
+            experts = [self._encode(expert_name(k), images) for k in range(self.router.num_clusters)]
+            return combination.transform(features, experts, clusters)
+        chosen = torch.empty_like(features)
+        for k in clusters.unique().tolist():
+            rows = (clusters == k).nonzero().flatten()
+            chosen[rows] = self._encode(expert_name(k), images[rows])
+        return combination.transform(features, chosen, clusters)
+
+    @torch.no_grad()
+    def route(self, images: Tensor) -> Tensor:
+        """The cluster (n,) int64 of each image."""
+        return self.router.to(images.device).assign(self._encode(DISPATCHER, images))
+
+    def _encode(self, name: str, images: Tensor) -> Tensor:
+        self._switch.use(self.masks[name])
+        features: Tensor = self._switch.encoder(images)
+        return features.float()
+
+
+def save_cascade(
+    path: str | Path,
+    masks: Mapping[str, Mask],
+    router: Router,
+    combinations: Mapping[str, Combination],
+    **about: Any,
+) -> int:
+    """Write a cascade to one mask file; returns its bytes.
+
+    Experts are stored as flips of the dispatcher's bits where that is smaller.
+
+    Args:
+        about: of `MaskFile`: backbone, backbone_fingerprint, preprocessing, metrics.
+    """
+    ordered = {DISPATCHER: masks[DISPATCHER]} | {
+        name: replace(mask, against=DISPATCHER) for name, mask in masks.items() if name != DISPATCHER
+    }
+    tensors = {f"router.{name}": tensor for name, tensor in router.tensors().items()}
+    for mode, combination in combinations.items():
+        tensors |= {f"{mode}.{name}": tensor for name, tensor in combination.tensors().items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
+
+
+def load_cascade(path: str | Path, backbone: nn.Module) -> Cascade:
+    """A cascade from its file, on a backbone that holds the frozen weights (a timm or open_clip encoder).
+
+    Raises:
+        MaskFileError: the file is damaged or holds no cascade; once used, that it does not fit the backbone.
+    """
+    file = artifact.read_mask_file(path)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in file.tensors.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    if "router" not in parts or DISPATCHER not in file.masks:
+        raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
+    router = Router.from_tensors(parts.pop("router"))
+    missing = [k for k in range(router.num_clusters) if expert_name(k) not in file.masks]
+    if missing:
+        raise MaskFileError(f"{path} lacks the masks of experts {missing}")
+    combinations = {mode: Combination.from_tensors(tensors) for mode, tensors in parts.items()}
+    return Cascade(backbone, file.masks, router, combinations)

@@ -1,0 +1,345 @@
+"""The stages of a cascade between its trainings: embed, route, combine, evaluate, bundle, draw.
+
+Each leaves files in the run's folder and does nothing where they are there already:
+
+    embeddings/<view>/<split>/   stores of frozen, dispatcher, expert-k, conditional, unconditional
+    router/                      router.safetensors, sizes.json, train.npy, test.npy (clusters), expert-k.npy
+    combination/                 conditional.safetensors, unconditional.safetensors
+    cascade.mask  cascade.png  result.json
+
+No process holds the embeddings of all images, but for the evaluation.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from selfmask_dist import artifact, data, evals
+from selfmask_dist.assembly import build_backbone, open_data
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.cascade import Combination, Router
+from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
+from selfmask_dist.cascade_plot import draw_cascade
+from selfmask_dist.config import Config
+from selfmask_dist.life import Life
+from selfmask_dist.run_directory import write_json
+from selfmask_dist.store import EmbeddingStore, embed_to_store
+
+SPLITS = ("train", "test")
+MODES = ("conditional", "unconditional")
+TITLES = {"frozen": "frozen", DISPATCHER: "self-masked", **{mode: mode for mode in MODES}}
+_BUNDLE = "cascade.mask"
+
+
+class Stages:
+    """The stages of one cascade, in one world. Every method is a collective: every rank must call."""
+
+    def __init__(self, config: Config, life: Life) -> None:
+        self._config = config
+        self._life = life
+        self._world = life.world
+        self._directory = life.directory
+        self._sources = dict(zip(SPLITS, open_data(config), strict=True))
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        backbone = build_backbone(self._config)
+        backbone.encoder.to(self._world.device)
+        return backbone
+
+    @cached_property
+    def _switch(self) -> MaskSwitch:
+        return MaskSwitch(self._backbone.encoder)
+
+    def check(self) -> None:
+        """What would fail only after the dispatcher has been trained.
+
+        Raises:
+            ValueError: naming it.
+        """
+        config, count = self._config, len(self._sources["train"])
+        if config.cascade.components > self._backbone.spec.dim:
+            raise ValueError(
+                f"cascade.components is {config.cascade.components}; {self._backbone.spec.name} has "
+                f"embeddings of {self._backbone.spec.dim} dimensions"
+            )
+        if config.cascade.router == "kmeans" and len(config.cascade.clusters) > 1:
+            raise ValueError(
+                "cascade.clusters has several numbers, among which only cascade.router=gmm can choose"
+            )
+        if count < max(config.cascade.clusters) * 2 or count <= config.cascade.components:
+            raise ValueError(
+                f"data.train has {count} images: too few for {max(config.cascade.clusters)} clusters in "
+                f"{config.cascade.components} components; lower cascade.clusters and cascade.components"
+            )
+
+    # ---- embeddings
+
+    def embed(self, view: str) -> None:
+        """Embeddings of both splits: `frozen`, or under the mask of the run `view`."""
+        mask_path = None if view == "frozen" else self._directory / view / "final.mask"
+        for split in SPLITS:
+            store = self._create(view, split, mask_path)
+
+            def encode(images: Tensor, mask_path: Path | None = mask_path) -> Tensor:
+                self._switch.use(None if mask_path is None else self._mask(mask_path))
+                features: Tensor = self._switch.encoder(images)
+                return features
+
+            embed_to_store(
+                encode,
+                self._sources[split],
+                data.eval_transform(self._backbone.spec.preprocessing),
+                store,
+                batch_size=self._config.eval.batch_size,
+                rank=self._world.rank,
+                world_size=self._world.size,
+                num_workers=self._config.engine.workers,
+                device=self._world.device,
+                all_reduce=self._sum,
+                on_batch=self._life.check,
+                report=self._life.writer.message,
+            )
+        self._world.barrier()
+        self._say("embedded", view)
+
+    def _create(
+        self, view: str, split: str, made_with: Path | None, *, dim: int | None = None
+    ) -> EmbeddingStore:
+        source, batch = self._sources[split], self._config.eval.batch_size
+        provenance = {
+            "backbone": self._backbone.spec.fingerprint,
+            "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),
+            "data": json.dumps(source.identity, sort_keys=True),
+            "made with": "" if made_with is None else _sha256(made_with),
+        }
+        return EmbeddingStore.create(
+            self._store_path(view, split),
+            num_samples=len(source),
+            dim=dim or self._backbone.spec.dim,
+            provenance=provenance,
+            dtype=self._config.cascade.store_dtype,
+            # a function of the data alone: so are the bytes
+            chunk_size=batch * min(max(len(source) // (64 * batch), 1), 16),
+        )
+
+    def _store_path(self, view: str, split: str) -> Path:
+        return self._directory / "embeddings" / view / split
+
+    def _open(self, view: str, split: str) -> EmbeddingStore:
+        return EmbeddingStore.open(self._store_path(view, split))
+
+    def _mask(self, path: Path) -> artifact.Mask:
+        known = self.__dict__.setdefault("_masks", {})
+        if path not in known:
+            known[path] = next(iter(artifact.read_mask_file(path).masks.values()))
+        mask: artifact.Mask = known[path]
+        return mask
+
+    # ---- router
+
+    def route(self) -> None:
+        """Fit the router on the dispatcher's embeddings, and list each expert's images."""
+        folder, section = self._directory / "router", self._config.cascade
+        if (folder / "sizes.json").exists():
+            return
+        rows = self._open(DISPATCHER, "train").read_slice(self._world.rank, self._world.size)
+        clusters = section.clusters if len(section.clusters) > 1 else section.clusters[0]
+        router = Router.fit(
+            rows.features.to(self._world.device),
+            rows.ids.to(self._world.device),
+            num_clusters=clusters,
+            num_components=section.components,
+            method=section.router,
+            seed=self._config.seed,
+            restarts=section.restarts,
+            min_cluster_size=2,
+            all_reduce=self._sum,
+        )
+        self._life.check()
+        places = {split: self._assign(router, split) for split in SPLITS}
+        if self._world.is_main:
+            folder.mkdir(exist_ok=True)
+            save_file(_plain(router.tensors()), folder / "router.safetensors")
+            for split, assigned in places.items():
+                np.save(folder / f"{split}.npy", assigned)
+            for k in range(router.num_clusters):
+                np.save(folder / f"{expert_name(k)}.npy", np.flatnonzero(places["train"] == k))
+            write_json(folder / "sizes.json", router.sizes.tolist())  # last: the stage is done
+        self._world.barrier()
+        self._say("router", f"{router.num_clusters} clusters of {', '.join(map(str, router.sizes.tolist()))}")
+
+    def _assign(self, router: Router, split: str) -> np.ndarray:
+        """The cluster of every image of a split, on every rank."""
+        store = self._open(DISPATCHER, split)
+        found = torch.zeros(len(store), dtype=torch.int64, device=self._world.device)
+        for rows in store.chunks(self._world.rank, self._world.size):
+            if len(rows.ids):
+                assigned = router.assign(rows.features.to(self._world.device))
+                found[rows.ids.to(self._world.device)] = assigned
+        return self._world.sum(found).cpu().numpy()
+
+    # ---- combination
+
+    def combine(self) -> None:
+        """One embedding out of dispatcher and experts, for each mode; stores like any other view's."""
+        folder, num_experts = self._directory / "combination", len(read_sizes(self._directory))
+        folder.mkdir(exist_ok=True)
+        for mode in MODES:
+            path = folder / f"{mode}.safetensors"
+            if not path.exists():
+                chunks = self._chunks("train", lambda store: store.chunks(self._world.rank, self._world.size))
+                fitted = Combination.fit(chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum)
+                self._life.check()
+                if self._world.is_main:
+                    partial = path.with_name(f".{path.name}.partial")
+                    save_file(_plain(fitted.tensors()), partial)
+                    partial.rename(path)
+                self._world.barrier()
+            combination = Combination.from_tensors(load_file(path))
+            for split in SPLITS:
+                self._write_combined(combination, split, path)
+        self._world.barrier()
+        self._say("combined", ", ".join(MODES))
+
+    def _write_combined(self, combination: Combination, split: str, path: Path) -> None:
+        store = self._create(combination.mode, split, path, dim=combination.output_dim)
+        for chunk in store.missing(self._world.rank, self._world.size, report=self._life.writer.message):
+            one = self._chunks(split, lambda part, chunk=chunk: iter([part.read_chunk(chunk)]))  # type: ignore[misc]
+            dispatcher, experts, clusters = next(one)
+            combined = combination.transform(dispatcher, experts, clusters)
+            store.write_chunk(chunk, combined, self._open(DISPATCHER, split).read_chunk(chunk).labels)
+            self._life.watchdog.beat()
+        self._life.check()
+
+    def _chunks(
+        self, split: str, read_fn: Callable[[EmbeddingStore], Iterator[Any]]
+    ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+        """Dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
+        num_experts = len(read_sizes(self._directory))
+        views = [DISPATCHER, *map(expert_name, range(num_experts))]
+        clusters = torch.from_numpy(np.load(self._directory / "router" / f"{split}.npy"))
+        device = self._world.device
+        for parts in zip(*(read_fn(self._open(view, split)) for view in views), strict=True):
+            first, *others = [part.features.to(device) for part in parts]
+            yield first, others, clusters[parts[0].ids].to(device)
+
+    # ---- results
+
+    def evaluate(self) -> dict[str, Any]:
+        """k-NN and probe of every view, from the stores alone, on the main rank; the same numbers on all."""
+        path = self._directory / "views.json"
+        if self._world.is_main and not path.exists():
+            views = ["frozen"] if self._config.eval.frozen_baseline else []
+            values = {TITLES[view]: self._measure(view) for view in (*views, DISPATCHER, *MODES)}
+            write_json(path, values)
+        self._world.barrier()
+        values = json.loads(path.read_text())
+        self._life.writer.message(f"\n{table(values)}\n")
+        return {"views": values}
+
+    def _measure(self, view: str) -> dict[str, float]:
+        bank, queries = (self._open(view, split).read_slice() for split in SPLITS)
+        self._life.watchdog.beat()
+        section = self._config.eval
+        ks = sorted({min(k, len(bank.labels)) for k in section.knn_k})
+        accuracies = evals.knn_accuracy(
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
+            ks=ks,
+            temperatures=(section.knn_temperature,),
+            num_classes=len(self._sources["train"].classes),
+        )
+        values = {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
+        if section.probe:
+            self._life.watchdog.beat()
+            values["probe"] = evals.linear_probe(
+                bank.features, bank.labels, queries.features, queries.labels, seed=self._config.seed
+            ).accuracy
+        return values
+
+    def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Write `cascade.mask`; returns its sizes."""
+        names = [DISPATCHER, *map(expert_name, range(len(read_sizes(self._directory))))]
+        masks = {name: self._mask(self._directory / name / "final.mask") for name in names}
+        if self._world.is_main:
+            spec = self._backbone.spec
+            save_cascade(
+                self._directory / _BUNDLE,
+                masks,
+                Router.from_tensors(load_file(self._directory / "router" / "router.safetensors")),
+                {mode: self._combination(mode) for mode in MODES},
+                backbone=spec.name,
+                backbone_fingerprint=spec.fingerprint,
+                preprocessing=spec.preprocessing.to_dict(),
+                metrics={
+                    f"{view} {name}": value for view, row in views.items() for name, value in row.items()
+                },
+            )
+        self._world.barrier()
+        size = (self._directory / _BUNDLE).stat().st_size
+        alone = sum((self._directory / name / "final.mask").stat().st_size for name in names)
+        return {"bytes": size, "bytes_of_masks_apart": alone, "masks": len(masks)}
+
+    def _combination(self, mode: str) -> Combination:
+        return Combination.from_tensors(load_file(self._directory / "combination" / f"{mode}.safetensors"))
+
+    def draw(self) -> None:
+        """The map of the test images by cluster, and what the masks prune."""
+        if self._world.is_main:
+            rows = self._open(DISPATCHER, "test").read_slice()
+            masks = artifact.read_mask_file(self._directory / _BUNDLE).masks
+            clusters = np.load(self._directory / "router" / "test.npy")
+            draw_cascade(
+                rows.features.float().numpy(),
+                clusters,
+                masks,
+                self._directory / "cascade.png",
+                self._config.seed,
+            )
+        self._world.barrier()
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        if self._world.is_main:
+            write_json(self._directory / "result.json", result)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self._world.sum(tensor.clone())
+
+    def _say(self, stage: str, what: str) -> None:
+        self._life.writer.event("stage", stage=stage, what=what)
+        self._life.writer.message(f"{stage:9s}{what}")
+
+
+def read_sizes(directory: Path) -> list[int]:
+    """Training images of each cluster, as the router found them."""
+    sizes: list[int] = json.loads((directory / "router" / "sizes.json").read_text())
+    return sizes
+
+
+def table(values: dict[str, dict[str, float]]) -> str:
+    """Views by measure, as text."""
+    names = list(next(iter(values.values())))
+    lines = ["".join([f"{'':15s}", *(f"{name:>9s}" for name in names)])]
+    lines += [
+        "".join([f"{view:15s}", *(f"{row[name]:9.4f}" for name in names)]) for view, row in values.items()
+    ]
+    return "\n".join(lines)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,221 @@
+"""The cascade: plan, bundle, and whole runs on one and on several processes, stopped and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from selfmask_dist.artifact import MaskFileError, read_mask_file
+from selfmask_dist.assembly import build_backbone, open_data
+from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
+from selfmask_dist.cascade_model import MaskSwitch, load_cascade
+from selfmask_dist.config import load_config
+from selfmask_dist.data import eval_loader, eval_transform
+from selfmask_dist.run import run
+from selfmask_dist.store import EmbeddingStore
+from tests.cascade_cases import settings, write_shards
+from tests.distributed import run_distributed
+from tests.tiny_run import child_environment, submit_command, wait_until
+
+# ---- the plan
+
+
+def test_experts_make_equal_steps() -> None:
+    sizes = [14254, 8508, 8731, 6983, 11524]  # the authors' clusters of CIFAR-100, and their epochs
+    found = [expert_epochs(50_000, size, 150, kind="equal_steps") for size in sizes]
+    assert found == [526, 882, 859, 1074, 651]
+    assert expert_epochs(50_000, 6983, 150, kind="equal_epochs") == 150
+    assert expert_epochs(100, 99, 0.3, kind="equal_steps") == 1, "never none"
+
+
+def test_groups_take_the_longest_expert_first_and_stay_busy() -> None:
+    skewed = [900.0, 100.0, 500.0, 400.0, 100.0]
+    groups = share_out(skewed, 2)
+    assert groups == [[0, 1], [2, 3, 4]]
+    assert utilisation(skewed, groups) == 1.0
+    assert sorted(k for group in share_out(skewed, 3) for k in group) == list(range(5))
+    equal = [100.0] * 5
+    # five equal experts keep four groups busy for 5/8 of the time, so one group of all takes them in turn
+    assert choose_num_groups(equal, 4, 64) == 1
+    assert choose_num_groups([100.0] * 4, 4, 64) == 4
+    assert choose_num_groups([100.0] * 4, 8, 64) == 4, "groups of two processes"
+    rng = np.random.default_rng(0)
+    for world_size in (1, 2, 4, 8, 16):
+        for num_experts in (2, 4, 5, 8):
+            costs = rng.pareto(1.5, num_experts) + 0.1
+            number = choose_num_groups(list(costs), world_size, 64)
+            assert utilisation(list(costs), share_out(list(costs), number)) >= 0.9
+
+
+def test_groups_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"4 processes with a global batch of 64 can form 1, 2, 4 group"):
+        choose_num_groups([1.0] * 3, 4, 64, wanted=3)
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cascade of one process, with the shards beside it."""
+    folder = tmp_path_factory.mktemp("cascade")
+    shards = write_shards(folder)
+    run(load_config(None, settings(shards, folder, "run.name=one")))
+    return folder / "one"
+
+
+def result_of(directory: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    return values
+
+
+def test_a_cascade_leaves_all_that_is_promised(cascade: Path) -> None:
+    result = result_of(cascade)
+    assert list(result["views"]) == ["frozen", "self-masked", "conditional", "unconditional"]
+    assert all(set(row) == {"knn5", "probe"} for row in result["views"].values())
+    assert sum(result["clusters"]) == 96
+    assert len(result["clusters"]) == 2
+    images = [np.load(cascade / "router" / f"expert-{k}.npy") for k in range(2)]
+    assert sorted(np.concatenate(images).tolist()) == list(range(96)), "every image has one expert"
+    file = read_mask_file(cascade / "cascade.mask")
+    assert list(file.masks) == ["dispatcher", "expert-0", "expert-1"]
+    assert result["mask"]["bytes"] == (cascade / "cascade.mask").stat().st_size
+    assert (cascade / "cascade.png").stat().st_size > 10_000
+    events = [json.loads(line)["event"] for line in (cascade / "events.jsonl").read_text().splitlines()]
+    assert events[-1] == "end"
+    for k, size in enumerate(result["clusters"]):
+        expert = load_config(cascade / f"expert-{k}" / "config.yaml")
+        assert expert.train.epochs == round(96 / size * 3)
+        assert expert.swav.queue_start_epoch == pytest.approx(expert.train.epochs / 5)
+        assert result_of(cascade / f"expert-{k}")["steps"] == expert.train.epochs * -(-size // 16)
+
+
+def test_experts_start_from_the_dispatcher(cascade: Path) -> None:
+    file = read_mask_file(cascade / "cascade.mask")
+    masks = [torch.cat([bits.flatten() for bits in mask.bits.values()]) for mask in file.masks.values()]
+    pruned = [int((~mask).sum()) for mask in masks]
+    assert all(count > 100 for count in pruned)
+    common = int((~masks[0] & ~masks[1]).sum())
+    assert common > 0.8 * pruned[0], "what the dispatcher pruned is mostly pruned by the expert"
+
+
+def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
+    config = load_config(cascade / "config.yaml")
+    backbone, (_, test) = build_backbone(config), open_data(config)
+    loaded = load_cascade(cascade / "cascade.mask", backbone.encoder)
+    transform = eval_transform(backbone.spec.preprocessing)
+    (batch,) = eval_loader(test, transform, batch_size=32)
+    clusters = torch.from_numpy(np.load(cascade / "router" / "test.npy"))
+    assert torch.equal(loaded.route(batch.views[0]), clusters)
+    assert len(clusters.unique()) == 2
+    for mode in ("conditional", "unconditional", "dispatcher"):
+        stored = EmbeddingStore.open(cascade / "embeddings" / mode / "test").read_slice()
+        found = loaded.embed(batch.views[0], mode=mode)
+        assert torch.allclose(found, stored.features, atol=1e-4), mode
+    frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
+    loaded._switch.use(None)
+    with torch.no_grad():
+        assert torch.allclose(backbone.encoder(batch.views[0]), frozen.features, atol=1e-6)
+    with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):
+        loaded.embed(batch.views[0], mode="both")
+    with pytest.raises(MaskFileError, match="no router: it is no cascade"):
+        load_cascade(cascade / "dispatcher" / "final.mask", backbone.encoder)
+
+
+def test_a_switch_leaves_no_trace_of_the_mask_before(cascade: Path) -> None:
+    config = load_config(cascade / "config.yaml")
+    encoder = build_backbone(config).encoder
+    masks = read_mask_file(cascade / "cascade.mask").masks
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    switch = MaskSwitch(encoder)
+    switch.use(masks["expert-0"])
+    direct = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    for name in ("dispatcher", "expert-1", "expert-0"):
+        switch.use(masks[name])
+    assert all(torch.equal(tensor, direct[name]) for name, tensor in encoder.state_dict().items())
+    switch.use(None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_an_expert_is_an_ordinary_run(cascade: Path, tmp_path: Path) -> None:
+    run(load_config(cascade / "expert-0" / "config.yaml", [f"run.dir={tmp_path}", "run.name=again"]))
+    again, first = (
+        read_mask_file(path / "final.mask") for path in (tmp_path / "again", cascade / "expert-0")
+    )
+    for name, bits in first.masks["default"].bits.items():
+        assert torch.equal(again.masks["default"].bits[name], bits), name
+
+
+def test_a_finished_cascade_is_not_run_again(cascade: Path) -> None:
+    before = result_of(cascade)
+    config = load_config(cascade / "config.yaml", ["run.resume=true"])
+    assert run(config) == before
+
+
+def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) -> None:
+    shards = cascade.parent / "shards"
+    for change, message in (
+        ("cascade.components=40", "cascade.components is 40; .* has embeddings of 32 dimensions"),
+        ("cascade.clusters=[60]", "too few for 60 clusters"),
+        ("objective.name=supervised", "method=cascade trains without labels; set objective.name=swav"),
+        ("crops.local_size=10", "cannot take crops of 10 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(load_config(None, settings(shards, tmp_path, change, "run.overwrite=true")))
+
+
+# ---- several processes
+
+
+def _run_rank(overrides: list[str]) -> None:
+    run(load_config(None, overrides))
+
+
+@pytest.mark.distributed
+def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_path: Path) -> None:
+    shards = cascade.parent / "shards"
+    overrides = settings(shards, tmp_path, "run.name=two", "cascade.expert_groups=2")
+    run_distributed(_run_rank, 2, overrides, backend="", timeout=120)
+    two = tmp_path / "two"
+    assert list(result_of(two)["views"]) == list(result_of(cascade)["views"])
+    for k in range(2):
+        alone = f"alone-{k}"
+        run(load_config(two / f"expert-{k}" / "config.yaml", [f"run.name={alone}"]))
+        ours, theirs = (read_mask_file(two / name / "final.mask") for name in (f"expert-{k}", alone))
+        for name, bits in ours.masks["default"].bits.items():
+            assert torch.equal(theirs.masks["default"].bits[name], bits), name
+
+
+@pytest.mark.distributed
+def test_a_cascade_stopped_in_every_stage_ends_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
+    """One signal to one of two processes in each stage; the launcher starts them again."""
+    shards = cascade.parent / "shards"
+    more = ("cascade.expert_groups=2", "checkpoint.every_steps=3", "launch.snapshot=false")
+    quiet = settings(shards, tmp_path, *more, "run.name=quiet")
+    run_distributed(_run_rank, 2, quiet, backend="", timeout=120)
+    config = tmp_path / "empty.yaml"
+    config.write_text("{}\n")
+    command = submit_command(config, *settings(shards, tmp_path, *more, "run.name=stopped"), nodes=2)
+    process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "stopped"
+    for path, number in (
+        ("embeddings/frozen/train", signal.SIGUSR2),
+        ("dispatcher/metrics.jsonl", signal.SIGKILL),
+        ("expert-1/metrics.jsonl", signal.SIGUSR2),
+        ("combination", signal.SIGTERM),
+    ):
+        place = folder / path
+        wait_until(lambda place=place: place.exists() or process.poll() is not None)  # type: ignore[misc]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if children:
+            os.kill(int(children[-1]), number)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert "restart 1 of at most" in errors
+    assert (folder / "cascade.mask").read_bytes() == (tmp_path / "quiet" / "cascade.mask").read_bytes()
