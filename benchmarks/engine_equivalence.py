@@ -5,12 +5,13 @@ do not divide by 4) and an open_clip tower. Learning rates prune 10 % of the wei
 proof; float32 is reported beside it, as a score that lands on the threshold may round either way. DeepSpeed
 keeps float32 partitions, so it appears there only. bf16 is compared with one process of the same engine.
 
-    python benchmarks/engine_equivalence.py [--quick] --json
+    python -m benchmarks.engine_equivalence [--quick] --json
 """
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ OPTIONS = {
 }
 
 
-def case_of(family: str, name: str, dtype: torch.dtype, steps: int, **options: object) -> Case:
+def case_of(family: str, name: str, *, dtype: torch.dtype, steps: int, **options: Any) -> Case:
     engine, more = OPTIONS[name]
     return Case(
         family=family,
@@ -47,36 +48,46 @@ def worst(outcomes: list[Outcome], references: list[Outcome]) -> tuple[float, fl
     return max(loss for loss, _ in pairs), max(bits for _, bits in pairs)
 
 
-def run_everywhere(cases: list[Case], world_size: int, env: dict[str, str]) -> list[Outcome]:
-    """The last rank's outcomes; a failure of one engine must not hide the others'."""
-    return run_distributed(run_cases, world_size, cases, timeout=540, env=env)[-1]
+def run_everywhere(
+    names: list[str], families: list[str], world_size: int, **options: Any
+) -> dict[str, list[Outcome]]:
+    """The last rank's outcomes for each engine, one for each family; all in one group of processes."""
+    cases = [case_of(family, name, **options) for name in names for family in families]
+    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # ninja, for deepspeed
+    outcomes = run_distributed(run_cases, world_size, cases, timeout=1500, env=env)[-1]
+    count = len(families)
+    return {name: outcomes[i * count : (i + 1) * count] for i, name in enumerate(names)}
 
 
 def main() -> int:
     bench = Benchmark("engine_equivalence", __doc__)
-    options = bench.parse()
-    steps = 6 if options.quick else 20
-    worlds = (2,) if options.quick else (1, 2, 4)
-    names = [name for name in OPTIONS if not (options.quick and name.startswith("deepspeed"))]
-    env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    is_quick = bench.parse().quick
+    steps = 6 if is_quick else 20
+    worlds = (2,) if is_quick else (1, 2, 4)
+    names = [name for name in OPTIONS if not (is_quick and name.startswith("deepspeed"))]
+    families = list(FAMILIES)
     for dtype, label in ((torch.float64, "float64"), (torch.float32, "float32")):
-        references = [run_case(case_of(family, "ddp", dtype, steps)) for family in FAMILIES]
-        if dtype == torch.float64:
-            pruned = min(1 - reference.active for reference in references)
-            bench.figure("least_pruned", pruned, min=0.1, quick=False)
-        for name in names:
-            if name.startswith("deepspeed") and dtype == torch.float64:
-                continue
-            for size in worlds:
-                cases = [case_of(family, name, dtype, steps) for family in FAMILIES]
-                loss, bits = worst(run_everywhere(cases, size, env), references)
-                is_promised = dtype == torch.float64
+        is_promised = dtype == torch.float64
+        common: dict[str, Any] = {"dtype": dtype, "steps": steps}
+        references = [run_case(case_of(family, "ddp", **common)) for family in families]
+        pruned = min(1 - reference.active for reference in references)
+        bench.figure(f"{label}_least_pruned", pruned, min=0.1, quick=False)
+        chosen = [name for name in names if not (is_promised and name.startswith("deepspeed"))]
+        for size in worlds:
+            for name, outcomes in run_everywhere(chosen, families, size, **common).items():
+                loss, bits = worst(outcomes, references)
                 key = f"{label}_{name}_world{size}"
                 bench.figure(f"{key}_loss", loss, max=1e-6 if is_promised else None)
-                bench.figure(f"{key}_mask", bits, max=1e-5 if is_promised else None)
-    for name in ("fsdp", "bits"):
-        cases = [case_of(f, name, torch.float32, steps, precision="bf16") for f in ("odd_vit", "open_clip")]
-        loss, bits = worst(run_everywhere(cases, 2, env), run_everywhere(cases, 1, env))
+                bench.figure(f"{key}_mask", bits, max=1e-5)
+                frozen = {o.frozen_before for o in outcomes} | {o.frozen_after for o in outcomes}
+                expected = {r.frozen_before for r in references}
+                bench.figure(f"{key}_frozen_changed", len(frozen - expected), max=0)
+    common = {"dtype": torch.float32, "steps": steps, "precision": "bf16"}
+    vits = [family for family in families if family != "conv"]
+    chosen = [name for name in names if name != "ddp"]
+    one = run_everywhere(chosen, vits, 1, **common)
+    for name, outcomes in run_everywhere(chosen, vits, 2, **common).items():
+        loss, bits = worst(outcomes, one[name])
         bench.figure(f"bf16_{name}_world2_loss", loss)
         bench.figure(f"bf16_{name}_world2_mask", bits)
     return bench.finish()

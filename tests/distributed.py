@@ -172,6 +172,8 @@ def _work(
     faulthandler.dump_traceback_later(max(0.01, deadline - time.monotonic()), exit=True, file=2)
     os.environ.clear()
     os.environ.update(env)
+    # what a rank imports beyond the server (deepspeed) is compiled once, not by each rank of each call
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{tempfile.gettempdir()}/selfmask-pycache"
     torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 (the global state is the one to seed)

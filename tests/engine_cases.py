@@ -177,3 +177,55 @@ def difference(a: Outcome, b: Outcome) -> tuple[float, float]:
 
 def run_cases(cases: list[Case]) -> list[Outcome]:
     return [run_case(case) for case in cases]
+
+
+def check_equal(outcome: Outcome, reference: Outcome, *, loss: float = 1e-12, bits: float = 0.0) -> None:
+    different_loss, different_bits = difference(outcome, reference)
+    assert different_loss <= loss, (outcome.losses, reference.losses)
+    assert different_bits <= bits
+    assert outcome.frozen_before == outcome.frozen_after == reference.frozen_before
+    assert abs(outcome.active - reference.active) <= bits + 1e-12
+    assert set(outcome.state.parameters) == set(reference.state.parameters), "only what is trained is saved"
+    assert set(outcome.state.momentum) == set(reference.state.momentum)
+
+
+def reference_of(case: Case) -> Outcome:
+    """The same training on one process, engine ddp, without what must not change results."""
+    options = {key: value for key, value in case.options.items() if key == "clip_norm"}
+    batchnorm = "train" if case.batchnorm == "sync" else case.batchnorm
+    return run_case(Case(**{**vars(case), "engine": "ddp", "options": options, "batchnorm": batchnorm}))
+
+
+class Tiny(nn.Module):
+    """Tensors with 5, 3, 2 and 1 rows, and a 0-row share for some rank of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.second = nn.Linear(5, 3)
+        self.third = nn.Linear(3, 2, bias=False)
+        self.last = nn.Linear(2, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = batch.views[0].mean(dim=(2, 3))
+        out = self.last(self.third(self.second(self.first(pixels).tanh()).tanh()).tanh())
+        loss = (out.squeeze(1) - batch.labels).square().sum() / batch.global_count
+        return loss, {"loss": loss.detach()}
+
+
+def train_tiny(engine_name: str, dtype: torch.dtype = torch.float64, **options: Any) -> list[float]:
+    """Losses of `Tiny`, every parameter of it masked."""
+    torch.manual_seed(3)
+    model = Tiny().to(dtype)
+    world = world_here()
+    engine = build_engine(
+        model, encoder=model, world=world, options=EngineOptions(name=engine_name, **options)
+    )
+    masks = engine.attach(model, attach, include="*")
+    engine.start(torch.optim.SGD(masks.parameters(), lr=0.5, momentum=0.9))
+    losses = []
+    for step in range(5):
+        metrics = engine.forward_backward(batch_of(step, world.rank, world.size, dtype=dtype))
+        losses.append(world.sum(metrics["loss"].clone()).item())
+        engine.step()
+    return losses

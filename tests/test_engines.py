@@ -1,9 +1,6 @@
 """Engines against one process: same losses, masks and state, whatever the engine and the world size."""
 
 import math
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,30 +8,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.parallel import EngineOptions, World, build_engine
 from selfmask_dist.parallel.bits import pack
 from tests.distributed import DistributedError, run_distributed
-from tests.engine_cases import Case, Outcome, batch_of, build, difference, frozen_hash, run_case, run_cases
+from tests.engine_cases import (
+    Case,
+    batch_of,
+    build,
+    check_equal,
+    frozen_hash,
+    reference_of,
+    run_case,
+    run_cases,
+    train_tiny,
+)
 from tests.models import make
 
 pytestmark = pytest.mark.filterwarnings(
     # torch names the type of its own storage when a state crosses processes
     "ignore:TypedStorage is deprecated:UserWarning"
 )
-# deepspeed looks there for ninja on GPUs
-DEEPSPEED = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 FAMILIES = ("timm_vit", "open_clip", "conv")
-
-
-def check_equal(outcome: Outcome, reference: Outcome, *, loss: float = 1e-12, bits: float = 0.0) -> None:
-    different_loss, different_bits = difference(outcome, reference)
-    assert different_loss <= loss, (outcome.losses, reference.losses)
-    assert different_bits <= bits
-    assert outcome.frozen_before == outcome.frozen_after == reference.frozen_before
-    assert outcome.active == pytest.approx(reference.active, abs=bits + 1e-12)
 
 
 VARIANTS = [
@@ -63,13 +59,6 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-def reference_of(case: Case) -> Outcome:
-    """The same training on one process, engine ddp, without what must not change results."""
-    options = {key: value for key, value in case.options.items() if key == "clip_norm"}
-    batchnorm = "train" if case.batchnorm == "sync" else case.batchnorm
-    return run_case(Case(**{**vars(case), "engine": "ddp", "options": options, "batchnorm": batchnorm}))
-
-
 @pytest.mark.distributed
 def test_two_processes_equal_one() -> None:
     for case, outcome in zip(VARIANTS, run_distributed(run_cases, 2, VARIANTS, timeout=240)[0], strict=True):
@@ -92,41 +81,6 @@ def test_four_processes_equal_one() -> None:
         reference = reference_of(case)
         for of_rank in outcomes:
             check_equal(of_rank[index], reference)
-
-
-class Tiny(nn.Module):
-    """Tensors with 5, 3, 2 and 1 rows, and a 0-row share for some rank of four."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 5)
-        self.second = nn.Linear(5, 3)
-        self.third = nn.Linear(3, 2, bias=False)
-        self.last = nn.Linear(2, 1)
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        pixels = batch.views[0].mean(dim=(2, 3))
-        out = self.last(self.third(self.second(self.first(pixels).tanh()).tanh()).tanh())
-        loss = (out.squeeze(1) - batch.labels).square().sum() / batch.global_count
-        return loss, {"loss": loss.detach()}
-
-
-def train_tiny(engine_name: str) -> list[float]:
-    torch.manual_seed(3)
-    model = Tiny().double()
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    engine = build_engine(
-        model, encoder=model, world=World(rank, size), options=EngineOptions(name=engine_name)
-    )
-    masks = engine.attach(model, attach, include="*")
-    engine.start(torch.optim.SGD(masks.parameters(), lr=0.5, momentum=0.9))
-    losses = []
-    for step in range(5):
-        metrics = engine.forward_backward(batch_of(step, rank, size, dtype=torch.float64))
-        losses.append(engine.world.sum(metrics["loss"].clone()).item())
-        engine.step()
-    return losses
 
 
 def train_tiny_all() -> dict[str, list[float]]:
@@ -155,40 +109,6 @@ def test_bf16_two_processes_train_as_one_does() -> None:
 
 
 # ---- state
-
-
-def resume(case: Case, state: EngineState) -> Outcome:
-    return run_case(Case(**{**vars(case), "state": state, "start": 2, "steps": 2}))
-
-
-def save_all(engines: list[str]) -> dict[str, EngineState]:
-    return {
-        name: run_case(Case(engine=name, steps=2, family="conv", batchnorm="sync")).state for name in engines
-    }
-
-
-def resume_all(engines: list[str], states: dict[str, EngineState]) -> dict[tuple[str, str], list[float]]:
-    case = Case(family="conv", batchnorm="sync")
-    return {
-        (saved, name): resume(Case(**{**vars(case), "engine": name}), state).losses
-        for saved, state in states.items()
-        for name in engines
-    }
-
-
-@pytest.mark.distributed
-def test_a_state_moves_between_engines_and_world_sizes() -> None:
-    engines = ["ddp", "fsdp", "bits"]
-    whole = reference_of(Case(family="conv", batchnorm="sync"))
-    states: dict[str, EngineState] = {}
-    for size in (2, 4):
-        for name, state in run_distributed(save_all, size, engines)[0].items():
-            states[f"{name} on {size}"] = state
-    states["ddp on 1"] = reference_of(Case(steps=2, family="conv", batchnorm="sync")).state
-    for size in (1, 2, 4):
-        for pair, losses in run_distributed(resume_all, size, engines, states)[-1].items():
-            assert losses == pytest.approx(whole.losses[2:], rel=1e-12), (pair, size)
-    assert whole.losses[2] != whole.losses[0]
 
 
 def test_a_state_holds_what_is_trained_and_nothing_frozen() -> None:
@@ -233,14 +153,14 @@ def count_collectives(name: str) -> dict[str, int]:
 
 @pytest.mark.distributed
 def test_masks_add_no_collective_for_each_tensor() -> None:
-    """FSDP: a gather per block and pass, a scatter per block; <G, theta>, sum M and the heads once each."""
+    """FSDP: a gather per block and pass, a scatter per block; heads with <G, theta>, and sum M."""
     calls = run_distributed(count_collectives, 2, "fsdp")[0]
     gathers = sum(n for kind, n in calls.items() if "allgather" in kind)
     scatters = sum(n for kind, n in calls.items() if "reduce_scatter" in kind)
     reductions = sum(n for kind, n in calls.items() if "allreduce" in kind)
     assert gathers == 2 * 3 - 1 or gathers == 2 * 3, calls  # two blocks and the root, forward and backward
     assert scatters == 2, calls  # the root's own parameters are frozen
-    assert reductions == 3, calls
+    assert reductions == 2, calls
 
 
 @pytest.mark.distributed
@@ -248,7 +168,7 @@ def test_bits_gathers_once_and_reduces_in_buckets() -> None:
     calls = run_distributed(count_collectives, 2, "bits")[0]
     assert sum(n for kind, n in calls.items() if "allgather" in kind) == 1, calls
     assert sum(n for kind, n in calls.items() if "reduce_scatter" in kind) == 1, calls  # one bucket
-    assert sum(n for kind, n in calls.items() if "allreduce" in kind) == 2, calls  # <G, theta>, heads
+    assert sum(n for kind, n in calls.items() if "allreduce" in kind) == 1, calls  # <G, theta>, heads
 
 
 def memory_of(name: str) -> int:
@@ -267,49 +187,6 @@ def test_what_a_rank_keeps_falls_with_the_world() -> None:
     for size in (1, 2, 4):
         for name in ("fsdp", "bits"):
             assert run_distributed(memory_of, size, name) == pytest.approx([total / size] * size, rel=0.05)
-
-
-# ---- DeepSpeed
-
-
-def run_deepspeed() -> list[Outcome]:
-    return [
-        run_case(Case(engine="deepspeed", dtype=torch.float32, options={"zero_stage": stage}))
-        for stage in (1, 2, 3)
-    ]
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_deepspeed_stages_equal_one_process() -> None:
-    reference = run_case(Case(dtype=torch.float32))
-    for outcomes in run_distributed(run_deepspeed, 2, timeout=400, env=DEEPSPEED):
-        for outcome in outcomes:
-            check_equal(outcome, reference, loss=1e-5, bits=1e-4)
-            for name, momentum in reference.state.momentum.items():
-                torch.testing.assert_close(outcome.state.momentum[name], momentum, rtol=1e-3, atol=1e-5)
-
-
-def resume_deepspeed(states: dict[str, EngineState]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for stage in (2, 3):
-        case = Case(engine="deepspeed", dtype=torch.float32, options={"zero_stage": stage})
-        found[f"state {stage}"] = run_case(Case(**{**vars(case), "steps": 2})).state
-        for name, state in states.items():
-            found[f"{name} -> {stage}"] = resume(case, state).losses
-    return found
-
-
-@pytest.mark.distributed
-@pytest.mark.slow
-def test_deepspeed_exchanges_states_with_other_engines() -> None:
-    case = Case(dtype=torch.float32)
-    whole = run_case(case).losses
-    state = run_case(Case(dtype=torch.float32, steps=2)).state
-    for rank in run_distributed(resume_deepspeed, 2, {"ddp": state}, timeout=400, env=DEEPSPEED):
-        for key, value in rank.items():
-            losses = resume(case, value).losses if isinstance(value, EngineState) else value
-            assert losses == pytest.approx(whole[2:], rel=1e-5), key
 
 
 @pytest.mark.parametrize("scale", ["through", "detached", "none"])

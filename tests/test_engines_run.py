@@ -11,14 +11,13 @@ __all__ = ["shards"]  # the fixture
 
 
 @pytest.mark.distributed
-def test_fsdp_and_bits_runs_equal_one_process(shards: Path, tmp_path: Path) -> None:
+def test_sharded_runs_equal_one_process(shards: Path, tmp_path: Path) -> None:
     common = settings(shards, tmp_path, "train.epochs=1", "eval.knn_every=0.5", "optim.score_lr=50")
     whole = run_here([*common, "run.name=whole"])
-    names = ("fsdp", "bits")
+    names = ("fsdp", "bits", "deepspeed")
     for name in names:  # new processes for each: one store serves one process group
-        run_distributed(
-            _run_rank, 2, [*common, f"run.name={name}", f"engine.name={name}"], backend="", timeout=240
-        )
+        keys = [f"run.name={name}", f"engine.name={name}", "engine.zero_stage=3"]
+        run_distributed(_run_rank, 2, [*common, *keys], backend="", timeout=240)
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(whole), rel=1e-4)
         assert (tmp_path / name / "final.mask").stat().st_size > 0
         assert (tmp_path / name / "result.json").exists()

@@ -161,7 +161,7 @@ def parametrized_attach(
         num_segments = checks.num_segments(name, split_qkv=split_qkv)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         start = init[name] if isinstance(init, Mapping) else torch.full((), init)
-        scores = start.to(weight.device, dtype).expand(weight.shape).contiguous()
+        scores = torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(start)
         mask = ScaledMask(weight, threshold=threshold, scale=scale, num_segments=num_segments)
         setattr(module, attribute, nn.Parameter(scores))
         parametrize.register_parametrization(module, attribute, mask, unsafe=True)

@@ -52,7 +52,7 @@ class MaskSet(Generic[E]):
 
         Collective under `shards`: every rank must call.
         """
-        return {entry.name: self.shards.whole(entry.name, entry.scores.detach()) for entry in self.entries}
+        return {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class RowShards(Shards):
         if not isinstance(tensor, DTensor):
             like = self._like[name]
             tensor = DTensor.from_local(
-                tensor,
+                tensor.detach(),
                 like.device_mesh,
                 like.placements,
                 run_check=False,
