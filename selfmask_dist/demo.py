@@ -23,7 +23,7 @@ from selfmask_dist.config import load_config, to_yaml
 OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
 
 # a ViT of 0.2 M weights on 16-pixel pictures, 16 patches
-_BACKBONE = {
+BACKBONE = {
     "name": "timm:vit_tiny_patch16_224",
     "pretrained": False,
     "image_size": 16,
@@ -49,11 +49,11 @@ def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
         write_digits(out / "digits" / name, out / "shards" / name, list(digits))
 
     print("1. A small ViT is trained on digits 0-4, from scratch.", flush=True)
-    pretrain = _config(out, "old", method="finetune", backbone=_BACKBONE, name="pretrain", epochs=50)
+    pretrain = _config(out, "old", method="finetune", backbone=BACKBONE, name="pretrain", epochs=50)
     if status := _train(pretrain, num_processes):
         return status
     print("\n2. It is frozen. A mask, one bit per weight, is learned for digits 5-9.", flush=True)
-    frozen = {**_BACKBONE, "weights": str(out / "pretrain" / "encoder.safetensors")}
+    frozen = {**BACKBONE, "weights": str(out / "pretrain" / "encoder.safetensors")}
     adapt = _config(out, "new", method="mask", backbone=frozen, name="mask", epochs=80)
     if status := _train(adapt, num_processes):
         return status

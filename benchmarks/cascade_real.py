@@ -1,0 +1,182 @@
+"""A whole cascade on real images: frozen, self-masked, conditional and unconditional, by k-NN and linear probe.
+
+`digits`: a small ViT is trained on scanned digits 0-4 from scratch, frozen, and adapted to digits 5-9 without
+labels (scikit-learn ships the pictures). `grocery`, `clothing`: an ImageNet ViT-tiny or ResNet-18 trunk and real
+photographs (`--data`). The paper trains 117,188 steps at 224 pixels on GPUs; the sizes here are a CPU's.
+
+    python benchmarks/cascade_real.py [--dataset digits] [--seeds 3] [--epochs N] [--quick] --json [key=value ...]
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Benchmark
+from selfmask_dist.config import load_config
+from selfmask_dist.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
+from selfmask_dist.run import run
+
+DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+VIEWS = ("frozen", "self-masked", "conditional", "unconditional")
+COMMON = [
+    "objective.name=swav",
+    "optim.head_lr=0.15",
+    "optim.head_weight_decay=1e-6",
+    "eval.knn_k=[20]",
+    "eval.knn_every=0",
+    "engine.workers=0",
+    "engine.threads=2",
+    "run.log_every=50",
+]
+DIGITS = [
+    "data.flip=false",
+    "crops.global_scale=[0.6, 1.0]",
+    "crops.local_count=4",
+    "crops.local_size=8",
+    "crops.local_scale=[0.25, 0.6]",
+    "crops.color=0.4",
+    "crops.gray=0",
+    "crops.blur=0",
+    "swav.prototypes=30",
+    "swav.dim=32",
+    "cascade.clusters=[3]",
+    "cascade.components=10",
+    "train.global_batch_size=64",
+    "optim.score_lr=20",
+    "eval.batch_size=64",
+]
+PHOTOS = [
+    "crops.local_count=4",
+    "crops.local_size=32",
+    "crops.global_scale=[0.25, 1.0]",
+    "crops.local_scale=[0.08, 0.25]",
+    "swav.prototypes=100",
+    "cascade.clusters=[3]",
+    "train.global_batch_size=64",
+    "optim.score_lr=10",
+]
+BACKBONES = {
+    "vit": [
+        "backbone.name=timm:vit_tiny_patch16_224",
+        "backbone.mean=[0.5, 0.5, 0.5]",
+        "backbone.std=[0.5, 0.5, 0.5]",
+    ],
+    "resnet": ["backbone.name=timm:resnet18", "backbone.remove=[layer4]"],
+}
+WEIGHTS = {
+    "vit": "weights/vit_tiny_patch16_224.in1k.fp16.safetensors",
+    "resnet": "weights/resnet18_layer1to3.in1k.fp16.safetensors",
+}
+
+
+def digits_settings(folder: Path) -> list[str]:
+    """Train and freeze the small ViT on digits 0-4; settings of the cascade on 5-9."""
+    for name, digits in (("old", OLD_DIGITS), ("new", NEW_DIGITS)):
+        write_digits(folder / "digits" / name, folder / "shards" / name, list(digits))
+    backbone = [f"backbone.{key}={_yaml(value)}" for key, value in BACKBONE.items()]
+    pretrain = [
+        *backbone,
+        *_data(folder / "shards" / "old" / "train", folder / "shards" / "old" / "test"),
+        *("method=finetune", "data.crop_scale=[0.7, 1.0]", "data.flip=false", "train.epochs=50"),
+        *("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=2", "eval.knn_every=0"),
+        *("eval.frozen_baseline=false", "eval.probe=false", "engine.workers=0", "engine.threads=2"),
+        *(f"run.dir={folder}", "run.name=pretrain", "run.progress=false"),
+    ]
+    run(load_config(None, pretrain))
+    new = _data(folder / "shards" / "new" / "train", folder / "shards" / "new" / "test")
+    return [*backbone, f"backbone.weights={folder / 'pretrain' / 'encoder.safetensors'}", *new, *DIGITS]
+
+
+def photo_settings(data: Path, dataset: str, kind: str, image_size: int) -> list[str]:
+    return [
+        *BACKBONES[kind],
+        f"backbone.weights={data / WEIGHTS[kind]}",
+        f"backbone.image_size={image_size}",
+        "backbone.crop_pct=1.0",
+        *_data(data / dataset / "train.tar", data / dataset / "test.tar"),
+        *PHOTOS,
+    ]
+
+
+def _data(train: Path, test: Path) -> list[str]:
+    return [f"data.train={train}", f"data.test={test}"]
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
+
+
+def main() -> int:
+    bench = Benchmark("cascade_real", __doc__)
+    bench.parser.add_argument("--dataset", choices=("digits", "grocery", "clothing"), default="digits")
+    bench.parser.add_argument(
+        "--data", type=Path, default=os.environ.get("SELFMASK_SHARED_DATA", DEFAULT_DATA)
+    )
+    bench.parser.add_argument(
+        "--backbone", choices=tuple(BACKBONES), default="vit", help="of the photographs"
+    )
+    bench.parser.add_argument("--image-size", type=int, default=64, help="pixels, of the photographs")
+    bench.parser.add_argument("--epochs", type=float, default=100)
+    bench.parser.add_argument("--seeds", type=int, default=3)
+    bench.parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over this benchmark's"
+    )
+    options = bench.parse()
+    if options.dataset != "digits" and not (options.data / WEIGHTS[options.backbone]).is_file():
+        bench.skip(f"no weights and images at {options.data}; give their folder with --data")
+        return bench.finish()
+    epochs, seeds = (2.0, 1) if options.quick else (options.epochs, options.seeds)
+    results, seconds = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        if options.dataset == "digits":
+            base = digits_settings(Path(folder))
+        else:
+            base = photo_settings(options.data, options.dataset, options.backbone, options.image_size)
+        for seed in range(seeds):
+            start = time.perf_counter()
+            own = ["method=cascade", f"seed={seed}", f"train.epochs={epochs}", f"run.dir={folder}"]
+            queue = [f"swav.queue_start_epoch={epochs / 5}", "run.progress=false", f"run.name=seed-{seed}"]
+            overrides = [*base, *COMMON, *own, *queue, *options.overrides]
+            results.append(run(load_config(None, overrides)))
+            seconds.append(time.perf_counter() - start)
+    bench.figure("dataset", options.dataset)
+    bench.figure("epochs", epochs)
+    bench.figure("seeds", seeds)
+    bench.figure("seconds_per_seed", statistics.mean(seconds))
+    bench.figure(
+        "settings", [entry for entry in overrides if folder not in entry and str(options.data) not in entry]
+    )
+    _report(bench, results)
+    return bench.finish()
+
+
+def _report(bench: Benchmark, results: list[dict[str, Any]]) -> None:
+    means: dict[tuple[str, str], float] = {}
+    for view in VIEWS:
+        for measure in ("knn20", "probe"):
+            values = [result["views"][view][measure] for result in results]
+            means[view, measure] = statistics.mean(values)
+            bench.figure(f"{view} {measure}", means[view, measure])
+            bench.figure(f"{view} {measure} spread", max(values) - min(values))
+    for earlier, later in zip(VIEWS, VIEWS[1:], strict=False):
+        for measure in ("knn20", "probe"):
+            gain = means[later, measure] - means[earlier, measure]
+            bench.figure(f"{later} minus {earlier}, {measure}", gain, min=0.0, quick=False)
+    bench.figure("bundle bytes", statistics.mean(result["mask"]["bytes"] for result in results))
+    bench.figure(
+        "bundle over masks apart",
+        statistics.mean(
+            result["mask"]["bytes"] / result["mask"]["bytes_of_masks_apart"] for result in results
+        ),
+    )
+    bench.figure("clusters", [result["clusters"] for result in results])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
