@@ -1,5 +1,6 @@
 """k-NN equals brute force, ties included; the probe solves the same problem as scikit-learn."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from selfmask_dist import evals
-from selfmask_dist.evals import knn as knn_module
 from selfmask_dist.evals import probe as probe_module
 
 
@@ -34,8 +34,9 @@ def brute_force_vote(sims, labels, temperature, num_classes):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that every search crosses several of them, with a remainder."""
-    monkeypatch.setattr(knn_module, "_BANK_BLOCK", 64)
-    monkeypatch.setattr(knn_module, "_QUERY_BLOCK", 13)
+    make = evals.Plan.make
+    small = lambda *args, **kwargs: replace(make(*args, **kwargs), queries=13, block=64)  # noqa: E731
+    monkeypatch.setattr(evals.Plan, "make", staticmethod(small))
 
 
 @pytest.mark.parametrize("k", [1, 20, 63, 64, 65, 200])
@@ -43,7 +44,7 @@ def test_search_and_vote_equal_brute_force(small_blocks, generator, k):
     bank = torch.randn(300, 16, generator=generator)
     queries = torch.randn(50, 16, generator=generator)
     labels = torch.randint(0, 7, (300,), generator=generator)
-    sims, ids = evals.knn_search(bank, queries, k=k)
+    sims, ids = evals.search(bank, queries, k=k)
     expected_sims, expected_ids = brute_force(bank.double().numpy(), queries.double().numpy(), k)
     np.testing.assert_array_equal(ids.numpy(), expected_ids)
     np.testing.assert_allclose(sims.numpy(), expected_sims, atol=1e-6)
@@ -57,14 +58,14 @@ def test_equal_similarities_are_ordered_by_bank_id(small_blocks, generator, k):
     # corners of a cube in 4 dimensions: all norms are 2, so similarities are exact and most of them tie
     bank = torch.randint(0, 2, (200, 4), generator=generator).float() * 2 - 1
     queries = torch.randint(0, 2, (40, 4), generator=generator).float() * 2 - 1
-    sims, ids = evals.knn_search(bank, queries, k=k)
+    sims, ids = evals.search(bank, queries, k=k)
     expected_sims, expected_ids = brute_force(bank.numpy(), queries.numpy(), k)
     np.testing.assert_array_equal(ids.numpy(), expected_ids)
     np.testing.assert_array_equal(sims.numpy(), expected_sims)
 
 
 def test_a_collapsed_bank_gives_the_first_ids():
-    _, ids = evals.knn_search(torch.ones(500, 3), torch.ones(2, 3), k=4)
+    _, ids = evals.search(torch.ones(500, 3), torch.ones(2, 3), k=4)
     assert ids.tolist() == [[0, 1, 2, 3]] * 2
 
 
@@ -102,16 +103,16 @@ def test_many_k_and_temperatures_agree_with_one_at_a_time(generator):
 
 def test_search_does_not_depend_on_scale_or_float_type(generator):
     bank, queries = torch.randn(90, 8, generator=generator), torch.randn(9, 8, generator=generator)
-    _, ids = evals.knn_search(bank, queries, k=5)
-    _, scaled = evals.knn_search(bank.double() * 100, queries.double() * 0.01, k=5)
+    _, ids = evals.search(bank, queries, k=5)
+    _, scaled = evals.search(bank.double() * 100, queries.double() * 0.01, k=5)
     assert torch.equal(ids, scaled)
-    assert evals.knn_search(bank.bfloat16(), queries.bfloat16(), k=5)[0].dtype == torch.float32
+    assert evals.search(bank.bfloat16(), queries.bfloat16(), k=5)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("k", [0, 11, -1])
 def test_k_outside_of_the_bank_is_refused(k):
     with pytest.raises(ValueError, match=f"k is {k}, but the bank holds 10 samples; choose k from 1 to 10"):
-        evals.knn_search(torch.ones(10, 2), torch.ones(1, 2), k=k)
+        evals.search(torch.ones(10, 2), torch.ones(1, 2), k=k)
 
 
 def test_knn_names_bad_input():

@@ -2,74 +2,18 @@
 
     s_i = cos(query, bank_i)        vote(c) = sum over the k largest s_i with label c of exp(s_i / T)
 
-Nothing is left to chance: of equal similarities the smaller bank id is the nearer neighbour, of equal votes
-the smaller class wins. Similarities are float32 and computed in blocks, so memory does not grow with bank x
-queries. The search is separate from the vote: one search with the largest k serves every smaller k and every
-temperature.
+The neighbours come from `search`, whose ties are decided; of equal votes the smaller class wins. One search
+with the largest k serves every smaller k and every temperature. An infinite temperature is the plain vote.
+For a bank that is shared out over ranks see `global_knn`.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from selfmask_dist.evals.checks import check_features, check_labels
-
-_BANK_BLOCK = 16384  # with the query block below: 64 MiB of float32 similarities at a time
-_QUERY_BLOCK = 1024
-
-
-def knn_search(bank: Tensor, queries: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbours of each query by cosine similarity, nearest first.
-
-    Args:
-        bank: (n, dim), any float type; a row of zeros has similarity 0 to everything.
-        queries: (m, dim), on the same device.
-
-    Returns:
-        Similarities (m, k) float32 and bank ids (m, k) int64.
-
-    Raises:
-        ValueError: k is not in [1, n], or features are not finite or do not fit together.
-    """
-    check_features("bank", bank)
-    check_features("queries", queries)
-    if bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank has {bank.shape[1]} dimensions and queries have {queries.shape[1]}")
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k is {k}, but the bank holds {len(bank)} samples; choose k from 1 to {len(bank)}")
-    bank, queries = F.normalize(bank.float()), F.normalize(queries.float())
-    found = [_search_block(bank, block, k) for block in queries.split(_QUERY_BLOCK)]
-    return torch.cat([sims for sims, _ in found]), torch.cat([ids for _, ids in found])
-
-
-def _search_block(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Go over the bank in blocks and keep the k best so far."""
-    sims = queries.new_empty(len(queries), 0)
-    ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(bank), _BANK_BLOCK):
-        block_sims, block_ids = _top(queries @ bank[start : start + _BANK_BLOCK].T, k)
-        # both parts are in order and the ids so far are smaller: a stable sort keeps the smaller id first
-        sims, order = torch.cat([sims, block_sims], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([ids, block_ids + start], dim=1).gather(1, order)
-        sims, ids = sims[:, :k], ids[:, :k]
-    return sims, ids
-
-
-def _top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in order, equal ones by column: a stable sort at the price of topk."""
-    if sims.shape[1] <= k:
-        return sims.sort(dim=1, descending=True, stable=True)
-    values, columns = sims.topk(k + 1, dim=1)
-    is_cut_tied = values[:, k - 1] == values[:, k]  # which of the equal ones topk kept is then undefined
-    columns = columns[:, :k].sort(dim=1).values
-    values, order = sims.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
-    if is_cut_tied.any():  # device sync, once for each block
-        values_tied, columns_tied = sims[is_cut_tied].sort(dim=1, descending=True, stable=True)
-        values[is_cut_tied], columns[is_cut_tied] = values_tied[:, :k], columns_tied[:, :k]
-    return values, columns
+from selfmask_dist.evals.checks import check_labels
+from selfmask_dist.evals.search import search
 
 
 def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_classes: int) -> Tensor:
@@ -78,7 +22,7 @@ def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_
     Args:
         sims: (m, k), nearest first.
         neighbour_labels: (m, k) int64, labels of those neighbours: `bank_labels[ids]`.
-        temperature: of the weights exp(sim / temperature); above 0.
+        temperature: of the weights exp(sim / temperature); above 0, and infinity makes them equal.
 
     Returns:
         Classes (m,) int64.
@@ -114,7 +58,7 @@ def knn_predict(
 ) -> Tensor:
     """Classes (m,) int64 of queries (m, dim) by their k nearest neighbours in the bank (n, dim)."""
     check_labels("bank_labels", bank_labels, len(bank), num_classes)
-    sims, ids = knn_search(bank, queries, k=k)
+    sims, ids = search(bank, queries, k=k)
     return knn_vote(sims, bank_labels[ids], temperature=temperature, num_classes=num_classes)
 
 
@@ -131,7 +75,7 @@ def knn_accuracy(
     """Accuracy in [0, 1] for every (k, temperature), from one search. The defaults are the paper's."""
     check_labels("bank_labels", bank_labels, len(bank), num_classes)
     check_labels("query_labels", query_labels, len(queries), num_classes)
-    sims, ids = knn_search(bank, queries, k=max(ks))
+    sims, ids = search(bank, queries, k=max(ks))
     accuracies = {}
     for k in ks:
         for temperature in temperatures:

@@ -37,6 +37,16 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r.
+        Collective: every rank must call.
+        """
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, tensor.contiguous())
+        return received
+
     def barrier(self) -> None:
         """Collective: every rank must call."""
         if self.size > 1:

@@ -1,0 +1,285 @@
+"""Exact nearest neighbours by cosine similarity, the bank being shared out over ranks.
+
+    each round:  a block of every rank's queries goes to all ranks; each rank finds the k nearest in its part
+                 of the bank; these go by all_to_all to the query's owner, who keeps the k nearest of all
+
+Nothing is left to chance: of equal similarities the smaller id is the nearer neighbour. Similarities are
+float32. No rank holds more of the bank than its part, and what is computed at a time keeps to a bound in MiB.
+One process alone is the case of one rank. Knows no process groups: `Ranks` is what it needs of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfmask_dist.evals.checks import check_features
+
+MEMORY_MIB = 256
+_MAX_QUERIES = 1024  # at once; more does not make the product faster
+_MIN_BLOCK = 256
+
+
+class Ranks(Protocol):
+    """This process among those that share the bank; `parallel.World` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks."""
+        ...
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r."""
+        ...
+
+
+class Alone:
+    """A process without others."""
+
+    rank, size = 0, 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a search is cut up, and what it costs each rank.
+
+    queries: of each rank in a round. block: rows of the bank multiplied at a time. work_bytes: an upper bound
+    on memory beyond the rank's bank and queries. sent_bytes: over all rounds, to other ranks.
+    """
+
+    queries: int
+    block: int
+    rounds: int
+    bank_bytes: int
+    work_bytes: int
+    sent_bytes: int
+
+    @staticmethod
+    def make(
+        num_bank: int,
+        num_queries: int,
+        dim: int,
+        *,
+        k: int,
+        num_ranks: int = 1,
+        memory_mib: float = MEMORY_MIB,
+        element_size: int = 4,
+    ) -> Plan:
+        """The plan for `num_bank` samples in the bank and `num_queries` queries over all ranks.
+
+        Raises:
+            ValueError: the memory is too small for one query of each rank.
+        """
+        half = memory_mib * 2**20 / 2
+        # of a query: itself as sent, received and normalised in float32; its candidates while they are merged
+        per_query = dim * (2 * element_size + 8) + 120 * k
+        at_once = min(_MAX_QUERIES, int(half / per_query))
+        queries = min(at_once // num_ranks, max(1, math.ceil(num_queries / num_ranks)))
+        # of a row of the bank: itself as float32, twice; a similarity to each query
+        block = int(half / (8 * dim + 4 * max(1, queries) * num_ranks))
+        if queries < 1 or block < _MIN_BLOCK:
+            least = 2 * max(num_ranks * per_query, _MIN_BLOCK * (8 * dim + 4 * num_ranks)) / 2**20
+            raise ValueError(
+                f"memory_mib is {memory_mib:g}; {dim} dimensions, k = {k} and {num_ranks} ranks need at "
+                f"least {math.ceil(least)}"
+            )
+        part = math.ceil(num_bank / num_ranks)
+        rounds = math.ceil(num_queries / num_ranks / queries)
+        away = rounds * queries * (num_ranks - 1)
+        block = min(block, max(1, part))
+        return Plan(
+            queries,
+            block,
+            rounds,
+            bank_bytes=part * dim * element_size,
+            work_bytes=queries * num_ranks * (per_query + 4 * block) + block * 8 * dim,
+            sent_bytes=away * (dim * element_size + k * 8),
+        )
+
+
+def search(
+    bank: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    bank_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    ranks: Ranks | None = None,
+    memory_mib: float = MEMORY_MIB,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest neighbours of this rank's queries in the whole bank; see `search_rounds`.
+
+    Returns:
+        Similarities (m, k) float32, nearest first, and ids (m, k) int64.
+    """
+    rounds = list(
+        search_rounds(
+            bank,
+            queries,
+            k=k,
+            bank_ids=bank_ids,
+            query_ids=query_ids,
+            ranks=ranks,
+            memory_mib=memory_mib,
+        )
+    )
+    return torch.cat([sims for sims, _ in rounds]), torch.cat([ids for _, ids in rounds])
+
+
+def search_rounds(
+    bank: Tensor,
+    queries: Tensor,
+    *,
+    k: int,
+    bank_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    ranks: Ranks | None = None,
+    memory_mib: float = MEMORY_MIB,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The k nearest neighbours of a block of this rank's queries at a time, in their order; on every rank
+    equally often, with blocks of no rows where a rank has fewer queries. Collective: every rank must call,
+    and go through to the end.
+
+    Args:
+        bank: (n, dim), this rank's part, of any float type; a row of zeros has similarity 0 to everything.
+        queries: (m, dim), this rank's, of the same type and device.
+        bank_ids: (n,) int64, ascending, below 2^31, each on one rank; 0 ... n - 1 where there is one rank.
+        query_ids: (m,), to leave out of each query's neighbours the sample with its own id.
+        memory_mib: bound on what is needed beyond bank and queries.
+
+    Raises:
+        ValueError: on every rank alike: k is more than the bank holds, features that are not finite or do not
+            fit together, wrong ids, or too little memory.
+    """
+    ranks = ranks or Alone()
+    if bank_ids is None:
+        assert ranks.size == 1, "the parts of a shared bank have ids"
+        bank_ids = torch.arange(len(bank), device=bank.device)
+    raise_together(_complaint(bank, bank_ids, queries, ranks), ranks, bank.device)
+    sizes = bank.new_zeros(2, ranks.size, dtype=torch.int64)
+    sizes[:, ranks.rank] = sizes.new_tensor([len(bank), len(queries)])
+    sizes = ranks.sum(sizes)
+    num_bank, most_queries = int(sizes[0].sum()), int(sizes[1].max())
+    if not most_queries:
+        raise ValueError("no rank has any queries")
+    found = k if query_ids is None else k + 1  # one of them may be the query itself
+    most = num_bank - (found - k)
+    if not 1 <= k <= most:
+        rest = "" if query_ids is None else " beside the query itself"
+        raise ValueError(f"k is {k}, but the bank holds {most} samples{rest}; choose k from 1 to {most}")
+    plan = Plan.make(
+        num_bank,
+        most_queries * ranks.size,
+        bank.shape[1],
+        k=found,
+        num_ranks=ranks.size,
+        memory_mib=memory_mib,
+        element_size=bank.element_size(),
+    )
+    for start in range(0, most_queries, plan.queries):
+        mine = queries[start : start + plan.queries]
+        sims, ids = _round(bank, bank_ids, mine, found, plan, ranks)
+        if query_ids is not None:
+            sims, ids = _without(query_ids[start : start + plan.queries], sims, ids)
+        yield sims, ids
+
+
+def _complaint(bank: Tensor, bank_ids: Tensor, queries: Tensor, ranks: Ranks) -> str | None:
+    """What is wrong with this rank's part, if anything; a rank may have no bank or no queries."""
+    try:
+        for name, features in (("bank", bank), ("queries", queries)):
+            if features.ndim != 2 or len(features) or ranks.size == 1:
+                check_features(name, features)
+    except ValueError as error:
+        return str(error)
+    if bank.shape[1] != queries.shape[1]:
+        return f"bank has {bank.shape[1]} dimensions and queries have {queries.shape[1]}"
+    if bank_ids.shape != (len(bank),) or (bank_ids.diff() <= 0).any():
+        return f"bank_ids must be {len(bank)} ids in ascending order, got shape {tuple(bank_ids.shape)}"
+    if len(bank) and not 0 <= int(bank_ids[0]) <= int(bank_ids[-1]) < 2**31:
+        return f"bank_ids must be from 0 to 2^31 - 1, got {int(bank_ids[0])} to {int(bank_ids[-1])}"
+    return None
+
+
+def raise_together(complaint: str | None, ranks: Ranks, device: torch.device) -> None:
+    """No rank is left waiting for one that raised."""
+    complaints = torch.zeros(ranks.size, dtype=torch.int64, device=device)
+    complaints[ranks.rank] = complaint is not None
+    complaints = ranks.sum(complaints)
+    if complaint is not None:
+        raise ValueError(complaint)
+    if complaints.any():
+        raise ValueError(f"rank {int(complaints.argmax())} cannot search; its own error says why")
+
+
+def _round(
+    bank: Tensor, bank_ids: Tensor, mine: Tensor, k: int, plan: Plan, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The neighbours of one block of queries of this rank, while it helps with everybody's."""
+    sent = mine.new_zeros(plan.queries, mine.shape[1])  # ranks that have no more queries send zeros
+    sent[: len(mine)] = mine
+    everyone = ranks.all_to_all(sent.expand(ranks.size, *sent.shape)).flatten(0, 1)
+    sims, ids = _search_part(bank, bank_ids, F.normalize(everyone.float()), k, plan.block)
+    del sent, everyone
+    shape = (ranks.size, plan.queries, k)
+    sims = ranks.all_to_all(sims.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
+    ids = ranks.all_to_all(ids.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
+    if ranks.size > 1:
+        ids, order = ids.sort(dim=1)
+        sims, order = sims.gather(1, order).sort(dim=1, descending=True, stable=True)
+        ids = ids.gather(1, order)
+    return sims[:, :k].contiguous(), ids[:, :k].long()
+
+
+def _search_part(
+    bank: Tensor, bank_ids: Tensor, queries: Tensor, k: int, block: int
+) -> tuple[Tensor, Tensor]:
+    """The k best of this part, (m, k) float32 and int32; where it has fewer, the rest is -infinity."""
+    sims = queries.new_full((len(queries), k), -torch.inf)
+    ids = torch.full((len(queries), k), 2**31 - 1, dtype=torch.int32, device=queries.device)
+    for start in range(0, len(bank), block):
+        rows = slice(start, start + block)
+        block_sims, columns = _top(queries @ F.normalize(bank[rows].float()).T, k)
+        block_ids = bank_ids[rows].int()[columns]
+        # both parts are in order and the ids so far are smaller: a stable sort keeps the smaller id first
+        sims, order = torch.cat([sims, block_sims], dim=1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([ids, block_ids], dim=1).gather(1, order)
+        sims, ids = sims[:, :k], ids[:, :k]
+    return sims.contiguous(), ids.contiguous()
+
+
+def _top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row in order, equal ones by column: a stable sort at the price of topk."""
+    if sims.shape[1] <= k:
+        return sims.sort(dim=1, descending=True, stable=True)
+    values, columns = sims.topk(k + 1, dim=1)
+    is_cut_tied = values[:, k - 1] == values[:, k]  # which of the equal ones topk kept is then undefined
+    columns = columns[:, :k].sort(dim=1).values
+    values, order = sims.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    if is_cut_tied.any():  # device sync, once for each block
+        values_tied, columns_tied = sims[is_cut_tied].sort(dim=1, descending=True, stable=True)
+        values[is_cut_tied], columns[is_cut_tied] = values_tied[:, :k], columns_tied[:, :k]
+    return values, columns
+
+
+def _without(query_ids: Tensor, sims: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """One neighbour less of each query: itself, or the last one where it is not among them."""
+    is_self = ids == query_ids[:, None]
+    order = is_self.sort(dim=1, stable=True).indices[:, :-1]  # itself goes last
+    return sims.gather(1, order), ids.gather(1, order)
