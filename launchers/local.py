@@ -107,7 +107,6 @@ def run_processes(
     *,
     logs: Path,
     max_restarts: int = 0,
-    is_stuck: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run all processes to their end; returns 0, or the exit status of the first that failed.
 
@@ -118,7 +117,6 @@ def run_processes(
         plan: restart number, from 0 -> the processes.
         logs: folder of what each process prints, `rank-<r>.log`; rank 0's is shown here too.
         max_restarts: after a preemption, and after a process was killed or hung. An error is not restarted.
-        is_stuck: called before a restart that nobody announced; True gives up.
     """
     with _Signals() as signals:
         restart = 0
@@ -133,7 +131,7 @@ def run_processes(
             if signals.stop:
                 return 128 + signals.stop
             group.report(status)
-            if not is_restartable(status) or restart >= max_restarts or is_stuck():
+            if not is_restartable(status) or restart >= max_restarts:
                 return status if status > 0 else 128 - status
             restart += 1
             print(f"restart {restart} of at most {max_restarts}", file=sys.stderr, flush=True)
