@@ -2,13 +2,19 @@
 
 Every collective of torch.distributed passes the dispatcher, where it is counted: what is gathered by its
 result, what is scattered by its input, what is reduced twice (a ring sends it twice). Full fine-tuning of the
-same parameters under FSDP is the yardstick. A ViT with 4 blocks of width 192 on CPU processes.
+same parameters under FSDP is the yardstick. A ViT with 4 blocks of width 192 on CPU processes; for peak
+memory against the planner's number, 6 blocks of width 512 (19 million weights).
 
     python -m benchmarks.engine_bytes [--quick] --json
 """
 
+import ctypes
+import os
+import statistics
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,14 +24,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.harness import Benchmark
+from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import find_blocks
+from selfmask_dist.config import load_config
 from selfmask_dist.masking import attach, select
 from selfmask_dist.parallel import Engine, EngineOptions, build_engine
+from selfmask_dist.planner import Hardware, estimate, measure_shape
 from tests.distributed import run_distributed
-from tests.engine_cases import Step, batch_of, world_here
+from tests.engine_cases import ROWS, Step, batch_of, world_here
 
-WIDTH = 192
+SMALL, LARGE = (192, 4), (512, 6)  # width, blocks
+ENV = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # ninja, for deepspeed
 
 
 class Traffic(TorchDispatchMode):
@@ -47,15 +56,21 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_engine(name: str, *, is_full: bool, precision: str, reduce_dtype: str) -> tuple[Engine, Any]:
+def make_encoder(size: tuple[int, int]) -> torch.nn.Module:
     torch.manual_seed(0)
-    encoder = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, depth=4, embed_dim=WIDTH, num_classes=0
-    )
+    width, depth = size
+    options: dict[str, Any] = {"img_size": 16, "patch_size": 4, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", embed_dim=width, depth=depth, num_heads=8, **options)
+
+
+def make_engine(
+    name: str, *, is_full: bool = False, size: tuple[int, int] = SMALL, **keys: Any
+) -> tuple[Engine, Any]:
+    encoder = make_encoder(size)
     names = set(select(encoder, "vit"))
     encoder.requires_grad_(False)
-    step = Step(encoder, WIDTH, torch.float32, "frozen")
-    options = EngineOptions(name=name, precision=precision, reduce_dtype=reduce_dtype)
+    step = Step(encoder, size[0], torch.float32, "frozen")
+    options = EngineOptions(name=name, **keys)
     engine = build_engine(
         step, encoder=encoder, blocks=find_blocks(encoder), world=world_here(), options=options
     )
@@ -69,9 +84,9 @@ def make_engine(name: str, *, is_full: bool, precision: str, reduce_dtype: str) 
     return engine, masks
 
 
-def count(name: str, is_full: bool, precision: str, reduce_dtype: str) -> dict[str, Any]:
+def count(name: str, is_full: bool, keys: dict[str, Any]) -> dict[str, Any]:
     """What one step sends, by kind, and the bytes of state this rank keeps."""
-    engine, masks = make_engine(name, is_full=is_full, precision=precision, reduce_dtype=reduce_dtype)
+    engine, masks = make_engine(name, is_full=is_full, **keys)
     rank, size = dist.get_rank(), dist.get_world_size()
     for step in range(2):  # the first one also sets things up
         traffic = Traffic()
@@ -90,23 +105,98 @@ def count(name: str, is_full: bool, precision: str, reduce_dtype: str) -> dict[s
 
 
 def _kept(engine: Engine, masks: Any) -> dict[str, int]:
-    momentum = [engine.optimizer.state[e.scores]["momentum_buffer"] for e in masks.entries]
-    pieces = {
-        "weights": [e.piece(e.weight) for e in masks.entries],
-        "scores": [e.scores for e in masks.entries],
-        "momentum": momentum,
-    }
+    """Bytes of masked parameters' tensors on this rank."""
+    if engine.options.name == "deepspeed":  # stage 3: all of them are partitions
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        pieces = {
+            "weights": [e.weight.ds_tensor for e in masks.entries],
+            "scores": [e.scores.ds_tensor for e in masks.entries],
+            "momentum": [safe_get_local_optimizer_state(e.scores, "momentum_buffer") for e in masks.entries],
+        }
+    else:
+        pieces = {
+            "weights": [e.piece(e.weight) for e in masks.entries],
+            "scores": [e.scores for e in masks.entries],
+            "momentum": [engine.optimizer.state[e.scores]["momentum_buffer"] for e in masks.entries],
+        }
     return {name: sum(t.numel() * t.element_size() for t in tensors) for name, tensors in pieces.items()}
+
+
+def peak(name: str, keys: dict[str, Any]) -> int:
+    """Bytes by which this rank's resident memory grows in three steps, over what it was without a model."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    rank, size = dist.get_rank(), dist.get_world_size()
+    engine, _ = make_engine(name, size=SMALL, **keys)  # what libraries take once
+    engine.forward_backward(batch_of(0, rank, size, dtype=torch.float32))
+    engine.step()
+    del engine, _
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _high_water()
+    engine, _ = make_engine(name, size=LARGE, **keys)
+    Path("/proc/self/clear_refs").write_text("5")  # building it whole is not the step's need
+    for step in range(3):
+        engine.forward_backward(batch_of(step, rank, size, dtype=torch.float32))
+        engine.step()
+    return _high_water() - before
+
+
+def vote_share(rounds: int) -> float:
+    """The trainer's all-reduce of three numbers, as a share of a ddp step."""
+    engine, _ = make_engine("ddp")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shares = []
+    for step in range(rounds + 2):
+        start = time.perf_counter()
+        metrics = engine.forward_backward(batch_of(step, rank, size, dtype=torch.float32))
+        dist.barrier()  # or the wait for a slower rank would count as the vote's
+        middle = time.perf_counter()
+        values = torch.zeros(3, dtype=torch.float64)
+        values[0] = metrics["loss"]
+        engine.world.sum(values).tolist()
+        end = time.perf_counter()
+        engine.step()
+        if step >= 2:
+            shares.append((end - middle) / (time.perf_counter() - start))
+    return statistics.median(shares)
+
+
+def check_memory(bench: Benchmark) -> None:
+    """Peak memory of a rank of two against the planner's number."""
+    with torch.device("meta"):
+        shape = measure_shape(make_encoder(LARGE), 16, "vit")
+    config = load_config(None, [f"train.global_batch_size={ROWS}"])
+    planned = {e.engine: e.memory for e in estimate(shape, config, Hardware(gpus_per_node=2))}
+    for name in ("ddp", "fsdp", "bits"):
+        measured = max(run_distributed(peak, 2, name, {}, timeout=120))
+        bench.figure(f"{name}_peak_bytes", {"measured": measured, "planned": round(planned[name])})
+        bench.figure(f"{name}_peak_over_plan", measured / planned[name], min=0.85, max=1.15)
+
+
+def check_kept(bench: Benchmark, worlds: tuple[int, ...]) -> None:
+    """Scores, momentum and frozen weights of a rank fall as one over the world."""
+    for label, name, keys in (
+        ("fsdp", "fsdp", {}),
+        ("bits", "bits", {}),
+        ("deepspeed3", "deepspeed", {"zero_stage": 3}),
+    ):
+        kept = {
+            w: run_distributed(count, w, name, False, keys, timeout=120, env=ENV)[0]["kept"] for w in worlds
+        }
+        bench.figure(f"{label}_kept_bytes", kept)
+        parts = ("scores", "momentum") if label == "bits" else ("weights", "scores", "momentum")
+        times_world = [w * sum(kept[w][part] for part in parts) for w in worlds]
+        bench.figure(f"{label}_kept_times_world", max(times_world) / times_world[0], max=1.05)
 
 
 def main() -> int:
     bench = Benchmark("engine_bytes", __doc__)
     options = bench.parse()
-    modes = {"float32": ("float32", "float32"), "bf16": ("bf16", "bf16")}
-    for label, (precision, reduce_dtype) in modes.items():
-        full = run_distributed(count, 2, "fsdp", True, precision, reduce_dtype)[0]
-        fsdp = run_distributed(count, 2, "fsdp", False, precision, reduce_dtype)[0]
-        bits = run_distributed(count, 2, "bits", False, precision, reduce_dtype)[0]
+    modes: dict[str, dict[str, Any]] = {"float32": {}, "bf16": {"precision": "bf16", "reduce_dtype": "bf16"}}
+    for label, keys in modes.items():
+        full = run_distributed(count, 2, "fsdp", True, keys)[0]
+        fsdp = run_distributed(count, 2, "fsdp", False, keys)[0]
+        bits = run_distributed(count, 2, "bits", False, keys)[0]
         bench.figure(
             f"{label}_calls", {"full_fsdp": full["calls"], "fsdp": fsdp["calls"], "bits": bits["calls"]}
         )
@@ -117,25 +207,17 @@ def main() -> int:
         bench.figure(f"{label}_fsdp_over_full", ratio, max=1.01)
         per_weight = sum(bits["sent"].values()) / bits["masked"]
         bench.figure(f"{label}_bits_bytes_per_weight", per_weight, max=2.2 if label == "bf16" else None)
-        # <G, theta> is one call; sum M another under fsdp, and part of the one gather under bits
-        bench.figure(
-            f"{label}_fsdp_more_reductions", fsdp["calls"]["reduce"] - full["calls"].get("reduce", 0)
-        )
-        bench.figure(f"{label}_bits_reductions", bits["calls"]["reduce"] - 1)  # without the heads'
+        # <G, theta> travels with the heads; sum M is a call under fsdp, part of the gather under bits
+        more = {
+            n: c["calls"]["reduce"] - full["calls"].get("reduce", 0)
+            for n, c in (("fsdp", fsdp), ("bits", bits))
+        }
+        bench.figure(f"{label}_fsdp_more_reductions", more["fsdp"], max=1)
+        bench.figure(f"{label}_bits_more_reductions", more["bits"], max=0)
         bench.figure(f"{label}_bits_gathers", bits["calls"]["gather"], max=1)
-    worlds = (2,) if options.quick else (1, 2, 4)
-    kept: dict[str, dict[int, dict[str, int]]] = {}
-    for name in ("fsdp", "bits"):
-        kept[name] = {}
-        for size in worlds:
-            kept[name][size] = run_distributed(count, size, name, False, "float32", "float32")[0]["kept"]
-        parts = ("weights", "scores", "momentum") if name == "fsdp" else ("scores", "momentum")
-        first = worlds[0]
-        ratios = [
-            sum(kept[name][w][p] for p in parts) * w / (first * sum(kept[name][first][p] for p in parts))
-            for w in worlds
-        ]
-        bench.figure(f"{name}_kept_times_world", max(ratios), max=1.05)
+    check_kept(bench, (1, 2) if options.quick else (1, 2, 4))
+    check_memory(bench)
+    bench.figure("vote_share_of_step", run_distributed(vote_share, 2, 5 if options.quick else 30)[0])
     return bench.finish()
 
 

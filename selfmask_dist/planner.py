@@ -205,6 +205,11 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
     gathers = 2 if engine.reshard_after_forward else 1
     held = 2 * shape.largest_block if engine.reshard_after_forward else n + f
     block = min(2 * shape.largest_block, n)
+    gathered = gathered_bytes * held + (gathered_bytes + reduced) * min(shape.largest_block, n)
+
+    def second(scores_gradients: float, gone: float) -> float:
+        """Scores get their gradients when backward is over: they may lie where `gone` bytes were."""
+        return max(scores_gradients - gone, 0.0)
 
     def one(name: str, *, weights: float, scores: float, momentum: float, gradients: float, sent: float,
             gathered: float = 0.0) -> Estimate:  # fmt: skip
@@ -224,12 +229,13 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
     buckets = full * n if w > 1 else 0.0  # DistributedDataParallel's copies of gradients
     return [
         one("ddp", weights=full * (2 * n + f), scores=full * n, momentum=full * n,
-            gradients=2 * full * n + buckets, sent=2 * x * full * n),
+            gradients=full * n + buckets + second(full * n, activations), sent=2 * x * full * n),
         one("fsdp", weights=full * (2 * n + f) / w, scores=full * n / w, momentum=full * n / w,
-            gradients=2 * full * n / w, gathered=gathered_bytes * held + (gathered_bytes + reduced) * block,
+            gradients=full * n / w + second(full * n / w, gathered + activations), gathered=gathered,
             sent=x * (gathers * gathered_bytes * (n + f) + reduced * n)),
         one("bits", weights=full * (2 * n + f), scores=full * n / w, momentum=full * n / w,
-            gradients=reduced * n * (1 + 1 / w) + full * n / w, sent=x * (reduced * n + n / 8)),
+            gradients=reduced * n * (1 + 1 / w) + second(full * n / w, activations),
+            sent=x * (reduced * n + n / 8)),
         # theta is made in the forward and kept for backward; partitions have float32 copies of the scores
         one("deepspeed-1", weights=full * (2 * n + f), scores=full * n * (1 + 1 / w), momentum=full * n / w,
             gradients=full * n, sent=2 * x * full * n),
