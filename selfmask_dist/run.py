@@ -223,6 +223,7 @@ def _adapt(
         rank=world.rank,
         world_size=world.size,
         num_workers=config.engine.workers,
+        worker_kind=config.engine.worker_kind,
         quarantine=quarantine,
     )
 
@@ -234,11 +235,10 @@ def _adapt(
     steps = min(schedule_steps, config.train.max_steps or schedule_steps)
     identity = {
         "backbone": backbone.spec.fingerprint,
-        "training images": len(train),
         "method": config.method,
         "steps in an epoch": len(loader),
     }
-    state, meter = RunState(engine, objective, identity=identity), Meter(world)
+    state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(world)
     start = _resume(state, found, engine, batches_of, meter, writer)
     keeper = build_keeper(config, state, life, writer, directory if world.is_main else None)
     life.tell(num_steps=steps)
