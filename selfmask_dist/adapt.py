@@ -61,7 +61,6 @@ def adapt(
     steps = min(schedule_steps, config.train.max_steps or schedule_steps)
     identity = {
         "backbone": backbone.spec.fingerprint,
-        "training images": len(train),
         "method": config.method,
         "steps in an epoch": len(loader),
     }
@@ -70,7 +69,7 @@ def adapt(
         loader.set_epoch(epoch, first_step=first)
         return loader
 
-    state, meter = RunState(engine, objective, identity=identity), Meter(life.world)
+    state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(life.world)
     start = _resume(state, found, engine, batches_of, meter, life)
     keeper = build_keeper(config, state, life)
     life.tell(num_steps=steps)
@@ -112,6 +111,7 @@ def _open_loader(
         rank=life.world.rank,
         world_size=life.world.size,
         num_workers=config.engine.workers,
+        worker_kind=config.engine.worker_kind,
         quarantine=quarantine,
     )
 

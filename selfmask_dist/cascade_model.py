@@ -152,7 +152,9 @@ def save_cascade(
     }
     tensors = {f"router.{name}": tensor for name, tensor in router.tensors().items()}
     for mode, combination in combinations.items():
-        tensors |= {f"{mode}.{name}": tensor for name, tensor in combination.tensors().items()}
+        for name, tensor in combination.tensors().items():
+            # its matrix is the largest part of the file, and embeddings are float32 anyway
+            tensors[f"{mode}.{name}"] = tensor.float() if tensor.dtype == torch.float64 else tensor
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
 
@@ -167,7 +169,7 @@ def load_cascade(path: str | Path, backbone: nn.Module) -> Cascade:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
+        parts.setdefault(part, {})[rest] = tensor.double() if tensor.dtype == torch.float32 else tensor
     if "router" not in parts or DISPATCHER not in file.masks:
         raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
     router = Router.from_tensors(parts.pop("router"))

@@ -13,6 +13,7 @@ No process holds the embeddings of all images, but for the evaluation.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from selfmask_dist import artifact, data, evals
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.cascade import Combination, Router
+from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config
@@ -240,14 +241,21 @@ class Stages:
         if self._world.is_main and not path.exists():
             views = ["frozen"] if self._config.eval.frozen_baseline else []
             values = {TITLES[view]: self._measure(view) for view in (*views, DISPATCHER, *MODES)}
+            # the combinations end in a whitened PCA: the same without experts, to compare them with
+            values |= {f"{TITLES[v]}, whitened": self._measure(v, whiten=True) for v in (*views, DISPATCHER)}
             write_json(path, values)
         self._world.barrier()
         values = json.loads(path.read_text())
         self._life.writer.message(f"\n{table(values)}\n")
         return {"views": values}
 
-    def _measure(self, view: str) -> dict[str, float]:
+    def _measure(self, view: str, *, whiten: bool = False) -> dict[str, float]:
         bank, queries = (self._open(view, split).read_slice() for split in SPLITS)
+        if whiten:
+            pca = fit_pca([bank.features], num_components=bank.features.shape[1], at_most=True)
+            bank, queries = (
+                replace(rows, features=pca.transform(rows.features, whiten=True)) for rows in (bank, queries)
+            )
         self._life.watchdog.beat()
         section = self._config.eval
         ks = sorted({min(k, len(bank.labels)) for k in section.knn_k})
@@ -330,9 +338,9 @@ def read_sizes(directory: Path) -> list[int]:
 def table(values: dict[str, dict[str, float]]) -> str:
     """Views by measure, as text."""
     names = list(next(iter(values.values())))
-    lines = ["".join([f"{'':15s}", *(f"{name:>9s}" for name in names)])]
+    lines = ["".join([f"{'':24s}", *(f"{name:>9s}" for name in names)])]
     lines += [
-        "".join([f"{view:15s}", *(f"{row[name]:9.4f}" for name in names)]) for view, row in values.items()
+        "".join([f"{view:24s}", *(f"{row[name]:9.4f}" for name in names)]) for view, row in values.items()
     ]
     return "\n".join(lines)
 

@@ -336,9 +336,14 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = efficiency("auto", "auto: cuda where there is one, else cpu.")
     workers: int = efficiency(
         2,
-        "Processes that decode images for one training process; 0: it does so itself.",
-        unit="processes",
+        "Workers that decode images for one training process; 0: it does so itself.",
+        unit="workers",
         ge=0,
+    )
+    worker_kind: Literal["process", "thread"] = efficiency(
+        "process",
+        "process: start in seconds and share nothing; thread: start at once and share memory, good where "
+        "reading waits for a network or processes are few.",
     )
     threads: int | None = efficiency(
         None, "CPU threads of a training process; null: torch's choice.", unit="threads", ge=1

@@ -99,6 +99,7 @@ class Evaluation:
             rank=self._world.rank,
             world_size=self._world.size,
             num_workers=self._config.engine.workers,
+            worker_kind=self._config.engine.worker_kind,
         )
         for batch in loader:
             yield batch

@@ -1,7 +1,7 @@
 """What a run is, as one object that is saved and restored whole, and the rule of when.
 
     tensors: scores and heads, momentum, moved statistics, the objective's buffers that changed (a queue)
-    values:  position (step, epoch, batch), identity (backbone, data, method), means since the last log
+    values:  position (step, epoch, batch), identity (backbone, method), data, means since the last log
 
 Frozen weights are not in it; the backbone is pinned by its fingerprint. Learning rates and augmentation are
 functions of the position, so there is no scheduler and no generator to save. Knows neither what an
@@ -44,15 +44,26 @@ class Telemetry(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
 
+class DataState(Protocol):
+    """Where the data stands and what data it is; `check_state` raises ValueError, naming what differs."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def check_state(self, state: dict[str, Any]) -> None: ...
+
+
 class RunState:
     """Gathers and restores a run. Collective: every rank must make one.
 
     Args:
         identity: what must be the same for a resume to make sense, each with a readable name.
+        data: what is trained on; None where nothing is read.
     """
 
-    def __init__(self, engine: Engine, objective: Objective, *, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: Engine, objective: Objective, *, identity: dict[str, Any], data: DataState | None = None
+    ) -> None:
         self._engine = engine
+        self._data = data
         self._objective = objective
         self._identity = identity
         self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
@@ -71,6 +82,7 @@ class RunState:
             "identity": self._identity,
             "telemetry": telemetry.state(),
             "metrics": metrics,
+            "data": self._data.state_dict() if self._data is not None else None,
         }
         return Checkpoint({name: tensor.contiguous() for name, tensor in tensors.items()}, values)
 
@@ -83,6 +95,8 @@ class RunState:
                     f"the checkpoint is of another run: {name} was {theirs.get(name)!r} and is {ours!r} now; "
                     f"put it back, or start a new run with another run.name"
                 )
+        if self._data is not None:
+            self._data.check_state(checkpoint.values["data"])
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, *, telemetry: Telemetry) -> Position:

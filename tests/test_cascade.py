@@ -77,7 +77,8 @@ def result_of(directory: Path) -> dict[str, Any]:
 
 def test_a_cascade_leaves_all_that_is_promised(cascade: Path) -> None:
     result = result_of(cascade)
-    assert list(result["views"]) == ["frozen", "self-masked", "conditional", "unconditional"]
+    views = ["frozen", "self-masked", "conditional", "unconditional"]
+    assert list(result["views"]) == [*views, "frozen, whitened", "self-masked, whitened"]
     assert all(set(row) == {"knn5", "probe"} for row in result["views"].values())
     assert sum(result["clusters"]) == 96
     assert len(result["clusters"]) == 2

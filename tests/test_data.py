@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import random
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,7 @@ from selfmask_dist.data import (
     train_transform,
 )
 from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
+from selfmask_dist.data.threads import ahead
 from selfmask_dist.preprocessing import Preprocessing
 from tests.tars import labelled, numbered_tars, picture, write_tar
 
@@ -175,10 +177,11 @@ def test_a_batch_is_what_it_says(folder: Path) -> None:
         assert first.labels[row] == index % 3
 
 
-def test_pixels_and_order_do_not_depend_on_workers(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_pixels_and_order_do_not_depend_on_workers(folder: Path, kind: str) -> None:
     data = open_source(folder)
     here = training(data)
-    with_workers = training(data, num_workers=2)
+    with_workers = training(data, num_workers=2, worker_kind=kind)
     for epoch in (2, 3):
         here.set_epoch(epoch)
         with_workers.set_epoch(epoch)
@@ -236,6 +239,22 @@ def test_loading_leaves_the_global_generators_alone(folder: Path) -> None:
     assert states() == before
 
 
+def test_threads_make_few_batches_ahead_and_end_with_the_iteration() -> None:
+    made: list[int] = []
+
+    def make(plan: int) -> int:
+        made.append(plan)
+        return plan * plan
+
+    found = ahead(make, iter(range(1000)), num_threads=3)
+    assert [next(found) for _ in range(10)] == [n * n for n in range(10)]
+    time.sleep(0.05)
+    assert len(made) <= 10 + 2 * 3, "a slow consumer holds the threads up"
+    found.close()  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name.startswith("selfmask-data")]
+    assert list(ahead(make, [], num_threads=2)) == []
+
+
 @pytest.mark.gpu
 def test_pinned_batches_arrive_unchanged(folder: Path) -> None:
     data = open_source(folder)
@@ -249,8 +268,9 @@ def test_a_broken_picture_is_named_with_and_without_workers(tmp_path: Path) -> N
     members[3] = ("2.jpg", b"no picture")
     data = open_source(write_tar(tmp_path / "x.tar", members))
     messages = set()
-    for workers in (0, 2):
-        loader = eval_loader(data, eval_transform(PRE), batch_size=1, num_workers=workers)
+    kinds: list[tuple[int, Any]] = [(0, "process"), (2, "process"), (2, "thread")]
+    for workers, kind in kinds:
+        loader = eval_loader(data, eval_transform(PRE), batch_size=1, num_workers=workers, worker_kind=kind)
         batches = iter(loader)
         assert next(batches).ids.tolist() == [0]
         with pytest.raises(SampleError, match=r"x\.tar: sample '2': not a picture") as caught:
@@ -300,6 +320,28 @@ def test_a_run_stops_above_the_budget_naming_the_keys(tmp_path: Path) -> None:
         quarantine.check(2)
     quarantine.start_epoch(3)
     assert quarantine.failed == 0
+
+
+def test_a_resume_in_an_epoch_goes_on_counting_what_broke(tmp_path: Path) -> None:
+    data, log = broken_tars(tmp_path), tmp_path / "q.jsonl"
+
+    def life(first_step: int, rank: int = 0) -> Quarantine:
+        quarantine = Quarantine(log, num_samples=12, budget=0.1, rank=rank)
+        loader = training(data, global_batch_size=4, quarantine=quarantine)
+        loader.set_epoch(2, first_step=first_step)
+        list(loader)
+        return quarantine
+
+    assert life(0).failed == 1
+    (line,) = map(json.loads, log.read_text().splitlines())
+    # killed, and gone on before or after the step of the broken sample: it counts once
+    for _ in range(2):
+        assert life(line["step"]).failed == 1
+    assert life(line["step"] + 1).failed == 1
+    assert life(line["step"] + 1, rank=1).failed == 0, "rank 0 alone counts what was before"
+    with log.open("a") as file:
+        file.write(json.dumps(line | {"id": 5, "epoch": 1}) + '\n{"id": 7, "epo')
+    assert life(line["step"] + 1).failed == 1, "another epoch's, and a line cut short"
 
 
 def test_a_batch_of_broken_samples_only_has_the_shapes_of_others(tmp_path: Path) -> None:

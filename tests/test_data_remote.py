@@ -1,8 +1,13 @@
 """Remote shards: the same samples in ranges and through a cache that keeps its bound and survives kills."""
 
+import functools
+import http.server
 import pickle
+import threading
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from selfmask_dist.data import SampleError, open_source
@@ -45,7 +50,7 @@ def test_the_cache_keeps_its_bound_and_drops_what_was_used_longest_ago(tmp_path:
     (cache / ".x.tar.partial").write_bytes(b"of a process that was killed")
     held = []
     for shard in (0, 1, 0, 2, 0, 3):
-        assert storage.read(shard, 10, 5) == bytes([shard]) * 5
+        assert storage.read_many([shard], [10], [5]) == [bytes([shard]) * 5]
         held.append(sorted(path.name[-5] for path in cache.glob("*.tar")))
         assert sum(path.stat().st_size for path in cache.iterdir()) <= 2500
     assert held == [["0"], ["0", "1"], ["0", "1"], ["0", "2"], ["0", "2"], ["0", "3"]]
@@ -72,9 +77,55 @@ def test_a_remote_folder_without_an_index_is_told(tmp_path: Path) -> None:
         open_source(f"file://{tmp_path}")
 
 
+class _Ranges(http.server.SimpleHTTPRequestHandler):
+    """A web server that serves ranges, as object stores do; each first request for a tar fails."""
+
+    serves_ranges = True
+    asked: ClassVar[set[str]] = set()
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        if asked is None or not self.serves_ranges:
+            return super().do_GET()
+        if self.path not in self.asked:
+            self.asked.add(self.path)
+            return self.send_error(503)
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        data = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def test_a_real_web_server_in_ranges_and_through_the_cache(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="fsspec's http needs aiohttp")
+    there = url.removeprefix("file://")
+    local = open_source(there)
+    handler = functools.partial(_Ranges, directory=there)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        everything = np.arange(23)
+        assert open_source(address).read_many(everything) == local.read_many(everything)
+        assert len(_Ranges.asked) == 2, "both tars failed once and were asked for again"
+        cached = open_source(address, cache=tmp_path / "cache")
+        assert cached.read_many(everything) == local.read_many(everything)
+        monkeypatch.setattr(_Ranges, "serves_ranges", False)
+        with pytest.raises(SampleError, match="does not serve ranges"):
+            open_source(address).read(0)
+        server.shutdown()
+
+
 def test_memory_file_system_in_ranges() -> None:
     files = fsspec.filesystem("memory")
     files.pipe("/set/a.tar", bytes(range(200)))
     from selfmask_dist.data.remote import RangeStorage
 
-    assert RangeStorage(["memory://set/a.tar"]).read(0, 20, 3) == bytes([20, 21, 22])
+    assert RangeStorage(["memory://set/a.tar"]).read_many([0], [20], [3]) == [bytes([20, 21, 22])]

@@ -24,7 +24,9 @@ class Batch:
     views: one tensor per view, each (rows, 3, height, width) float32, normalised.
     labels: (rows,) int64, -1 = none. weights: (rows,) float32, 1 for a sample and 0 for padding.
     ids: (rows,) int64, sample indices in the source; a padding row repeats a sample of the same global batch.
-    global_count: samples in the global batch over all ranks, padding not counted.
+    global_count: samples in the global batch over all ranks, padding not counted. One that broke counts: its
+        part of the loss is 0, and each other sample weighs what it always does. Not counting it would need a
+        sum over ranks at each step, and would make a gradient depend on a reading error elsewhere.
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
     finish: what is left to do to the views, once they are on their device; `to` does it.
     """

@@ -23,7 +23,14 @@ import numpy as np
 from selfmask_dist.data.decode import decode, kind_of
 from selfmask_dist.data.index import INDEX_NAME, Index, index_of_table
 from selfmask_dist.data.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest, some
-from selfmask_dist.data.source import SampleError, TarSource, common_folder, index_path, open_source
+from selfmask_dist.data.source import (
+    READ_TOGETHER,
+    SampleError,
+    TarSource,
+    common_folder,
+    index_path,
+    open_source,
+)
 from selfmask_dist.data.table import SampleTable
 from selfmask_dist.data.tar import Problem
 
@@ -250,13 +257,12 @@ def _map(fn: Any, jobs: Sequence[Any], num_workers: int) -> Iterator[Any]:
 
 def _verify_rows(job: tuple[TarSource, np.ndarray]) -> list[str]:
     source, rows = job
-    found = []
-    for row in rows.tolist():
-        try:
-            source.read(row)
-        except SampleError as error:
-            found.append(str(error))
-    return found
+    return [
+        str(data)
+        for start in range(0, len(rows), READ_TOGETHER)
+        for data in source.read_many(rows[start : start + READ_TOGETHER])
+        if isinstance(data, SampleError)
+    ]
 
 
 def _write_rejects(target: Path, rejects: list[Reject]) -> None:

@@ -1,4 +1,4 @@
-"""Source, order and views joined into batches by a torch DataLoader, with or without worker processes.
+"""Source, order and views joined into batches: made in this process, in DataLoader workers or in threads.
 
 Knows neither models nor process groups: rank and world size are integers. A batch is a pure function
 
@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,15 +30,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.decode import decode
 from selfmask_dist.data.index import difference
-from selfmask_dist.data.order import RankBatch, epoch_order, num_steps, rank_batch, sample_generator
+from selfmask_dist.data.order import Ids, RankBatch, epoch_order, num_steps, rank_batch, sample_generator
 from selfmask_dist.data.quarantine import Failure, Quarantine
-from selfmask_dist.data.source import SampleError, Source
+from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
+from selfmask_dist.data.threads import ahead
 from selfmask_dist.data.views import Transform
 
 # Workers are forked from a small server process. Not "fork": by then the parent runs gloo's, CUDA's and
 # OpenMP's threads, whose locks a forked child inherits in any state (deadlocks; Python 3.12 warns of it). Not
 # "spawn": every worker would import torch again, 3 s each, and torch's workers abort when they end that way.
 _START_METHOD = "forkserver"
+WorkerKind = Literal["process", "thread"]
 # what every worker needs, imported once by the server
 _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
 
@@ -53,14 +55,16 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    worker_kind: WorkerKind = "process",
     pin_memory: bool = False,
     quarantine: Quarantine | None = None,
 ) -> BatchLoader:
     """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
 
     global_batch_size: samples per step over all ranks; a multiple of world_size.
-    num_workers: processes per rank that decode; 0 decodes in this process. Changes no pixel. They import the
-        main script again, which so needs its `if __name__ == "__main__":`.
+    num_workers: processes or threads per rank that decode; 0 decodes when a batch is asked for. Changes no
+        pixel. At most two batches each wait to be taken. Processes import the main script again, which so
+        needs its `if __name__ == "__main__":`.
     quarantine: takes samples that cannot be read, whose rows get weight 0; without it they raise.
     Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
     """
@@ -74,7 +78,13 @@ def train_loader(
         raise ValueError(f"seed is {seed}; it must be 0 or above")
     plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
     loader = BatchLoader(
-        source, transform, plans, num_workers=num_workers, pin_memory=pin_memory, quarantine=quarantine
+        source,
+        transform,
+        plans,
+        num_workers=num_workers,
+        worker_kind=worker_kind,
+        pin_memory=pin_memory,
+        quarantine=quarantine,
     )
     loader.set_epoch(epoch)
     return loader
@@ -88,6 +98,7 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    worker_kind: WorkerKind = "process",
     pin_memory: bool = False,
 ) -> BatchLoader:
     """Each sample exactly once over all ranks, in the source's order; rank r gets samples r, r+W, r+2W, ...
@@ -97,7 +108,9 @@ def eval_loader(
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=0, shuffle=False)
-    return BatchLoader(source, transform, plans, num_workers=num_workers, pin_memory=pin_memory)
+    return BatchLoader(
+        source, transform, plans, num_workers=num_workers, worker_kind=worker_kind, pin_memory=pin_memory
+    )
 
 
 class BatchLoader:
@@ -115,6 +128,7 @@ class BatchLoader:
         plans: _Plans,
         *,
         num_workers: int,
+        worker_kind: WorkerKind = "process",
         pin_memory: bool,
         quarantine: Quarantine | None = None,
     ) -> None:
@@ -126,9 +140,10 @@ class BatchLoader:
         self._plans = plans
         self._step = 0  # of the next batch
         self._num_workers = num_workers
+        self._num_threads = num_workers if worker_kind == "thread" else 0
         self._pin_memory = pin_memory
         self._dataloader: DataLoader[Batch | SampleError] | None = None
-        if num_workers > 0:
+        if num_workers > self._num_threads:
             _start_worker_server()
 
     def __len__(self) -> int:
@@ -138,8 +153,8 @@ class BatchLoader:
         """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
         assert epoch >= 0, epoch
         assert 0 <= first_step <= len(self), (first_step, len(self))
-        if self._quarantine is not None and (epoch != self._plans.epoch or first_step == 0):
-            self._quarantine.start_epoch(epoch)
+        if self._quarantine is not None:
+            self._quarantine.start_epoch(epoch, first_step=first_step)
         self._plans.epoch, self._plans.first_step, self._step = epoch, first_step, first_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,10 +173,9 @@ class BatchLoader:
             "data": dict(self._identity),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called, with any number of ranks and workers.
-
-        Raises ValueError where data, seed or batch size are not what they were, naming the difference.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError where data, seed or batch size are not what they were when `state` was saved,
+        naming the difference.
         """
         changed = difference(state["data"], self._identity)
         if changed is not None:
@@ -175,15 +189,17 @@ class BatchLoader:
                     f"{name} was {state[name]} when this state was saved and is {getattr(self._plans, name)};"
                     " set it back, or start a new run"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, with any number of ranks and workers; raises as `check_state`
+        does.
+        """
+        self.check_state(state)
         self.set_epoch(state["epoch"], first_step=state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
         self._step = self._plans.first_step
-        with _without_worker_advice():
-            if self._dataloader is None:
-                self._dataloader = self._make_dataloader()
-            batches = iter(self._dataloader)
-        for batch in batches:
+        for batch in self._batches():
             if isinstance(batch, SampleError):
                 self.close()
                 raise batch
@@ -191,6 +207,19 @@ class BatchLoader:
                 self._quarantine.record(batch.failures, step=self._step)
             self._step += 1
             yield batch
+
+    def _batches(self) -> Iterator[Batch | SampleError]:
+        if self._num_threads:
+            return ahead(self._load, self._plans, num_threads=self._num_threads)
+        with _without_worker_advice():
+            if self._dataloader is None:
+                self._dataloader = self._make_dataloader()
+            return iter(self._dataloader)
+
+    def _load(self, plan: RankBatch) -> Batch | SampleError:
+        """In a thread, which pins too where the DataLoader has a thread of its own for it."""
+        batch = self._dataset[plan]
+        return batch.pin_memory() if self._pin_memory and isinstance(batch, Batch) else batch
 
     def close(self) -> None:
         """Stop the workers; a later iteration starts new ones."""
@@ -273,9 +302,9 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []
         failures: dict[int, Failure] = {}
-        for sample in plan.ids.tolist():
+        for sample, data in self._read(plan.ids):
             try:
-                rows.append(self._load(sample, plan.epoch))
+                rows.append(self._load(sample, data, plan.epoch))
             except SampleError as error:
                 if not self.is_tolerant:
                     return error
@@ -301,10 +330,17 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
         return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
 
-    def _load(self, index: int, epoch: int) -> tuple[Tensor, ...]:
-        sample = self.source.read(index)
+    def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:
+        """Few pictures at a time: their encoded bytes are then never all in memory."""
+        for start in range(0, len(ids), READ_TOGETHER):
+            part = ids[start : start + READ_TOGETHER]
+            yield from zip(part.tolist(), self.source.read_many(part), strict=True)
+
+    def _load(self, index: int, data: bytes | SampleError, epoch: int) -> tuple[Tensor, ...]:
+        if isinstance(data, SampleError):
+            raise data
         try:
-            image = decode(sample.data)
+            image = decode(data)
         except ValueError as error:
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)

@@ -8,6 +8,7 @@ ranks and hands the sum to `check`. A sample appears once in an epoch over all r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -45,16 +46,28 @@ class Quarantine:
         self.budget = budget
         self.allowed = math.floor(budget * num_samples)
         self._epoch = 0
+        self._before = 0  # failures of this epoch in earlier lives of the run, which rank 0 counts
         self._failures: list[Failure] = []
 
     @property
     def failed(self) -> int:
-        """Failures of this rank in the current epoch."""
-        return len(self._failures)
+        """Failures of this rank in the current epoch; on rank 0 those of all ranks before a resume too."""
+        return self._before + len(self._failures)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Count from zero. A resume in the middle of an epoch counts what follows it."""
+    def start_epoch(self, epoch: int, *, first_step: int = 0) -> None:
+        """Count from zero, or on from what the file says of this epoch's steps before `first_step`."""
         self._epoch, self._failures = epoch, []
+        self._before = self._count_before(first_step) if self.rank == 0 and first_step > 0 else 0
+
+    def _count_before(self, first_step: int) -> int:
+        """Each once: what followed a checkpoint is read again after a resume, and listed again."""
+        found: set[int] = set()
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):  # a line that a kill or a full disk cut short
+                entry = json.loads(line)
+                if entry["epoch"] == self._epoch and entry["step"] < first_step:
+                    found.add(entry["id"])
+        return len(found)
 
     def record(self, failures: Sequence[Failure], *, step: int) -> None:
         """Note a batch's failures. Raises QuarantineError where this rank alone exceeds the budget."""
@@ -80,7 +93,7 @@ class Quarantine:
         """Raises QuarantineError where `total`, the sum of all ranks' `failed`, exceeds the budget."""
         if total <= self.allowed:
             return
-        named = some([failure.reason for failure in self._failures]) or "they are other ranks'"
+        named = some([failure.reason for failure in self._failures]) or "they are other ranks', or of before"
         raise QuarantineError(
             f"{total} samples failed in epoch {self._epoch}, more than the {self.allowed} that the budget of"
             f" {self.budget:g} allows: {named}. All are listed in {self.path}; mend them, or run"

@@ -35,13 +35,36 @@ class RangeStorage:
     def __init__(self, urls: Sequence[str], options: dict[str, Any] | None = None) -> None:
         self._urls, self._options = list(urls), dict(options or {})
 
-    def read(self, shard: int, offset: int, length: int) -> bytes:
-        def fetch() -> bytes:
-            files, path = _file_system(self._urls[shard], self._options)
-            data: bytes = files.cat_file(path, start=offset, end=offset + length)
-            return data
+    def read_many(
+        self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
+    ) -> list[bytes | OSError]:
+        """All at once: a network's latency is then waited for once, where its file system allows it."""
+        found: list[bytes | OSError] = [OSError("not read")] * len(shards)
+        waiting = list(range(len(shards)))
+        for attempt in range(_ATTEMPTS):
+            answers = self._fetch(
+                [self._urls[shards[i]] for i in waiting],
+                [offsets[i] for i in waiting],
+                [lengths[i] for i in waiting],
+            )
+            for i, answer in zip(waiting, answers, strict=True):
+                found[i] = answer
+            waiting = [i for i in waiting if _is_worth_another_attempt(found[i])]
+            if not waiting:
+                break
+            if attempt < _ATTEMPTS - 1:
+                _pause(attempt)
+        return found
 
-        return _with_attempts(fetch)
+    def _fetch(
+        self, urls: Sequence[str], offsets: Sequence[int], lengths: Sequence[int]
+    ) -> list[bytes | OSError]:
+        files, _ = _file_system(urls[0], self._options)
+        ends = [offset + length for offset, length in zip(offsets, lengths, strict=True)]
+        answers = files.cat_ranges(list(urls), list(offsets), ends, on_error="return")
+        return [
+            _checked(url, answer, length) for url, answer, length in zip(urls, answers, lengths, strict=True)
+        ]
 
     def close(self) -> None:
         """fsspec keeps its own connections, one set for each process."""
@@ -71,7 +94,18 @@ class CachedStorage:
         self._urls, self._sizes, self._options = list(urls), list(sizes), dict(options or {})
         self.folder, self.max_bytes = Path(folder), max_bytes
 
-    def read(self, shard: int, offset: int, length: int) -> bytes:
+    def read_many(
+        self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
+    ) -> list[bytes | OSError]:
+        found: list[bytes | OSError] = []
+        for place in zip(shards, offsets, lengths, strict=True):
+            try:
+                found.append(self._read(*place))
+            except OSError as error:
+                found.append(error)
+        return found
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
         while True:
             path = self.path(shard)
             try:
@@ -170,15 +204,32 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     return files, path
 
 
+def _checked(url: str, answer: Any, length: int) -> bytes | OSError:
+    """What a file system answered, in the two ways that a storage may."""
+    if isinstance(answer, OSError):
+        return answer
+    if isinstance(answer, BaseException):  # such as aiohttp's, which are no OSErrors
+        return OSError(f"{url} cannot be read ({type(answer).__name__}: {answer})")
+    if len(answer) > length:
+        return OSError(f"{url}: its server does not serve ranges; read whole shards through a cache")
+    return bytes(answer)
+
+
+def _is_worth_another_attempt(answer: bytes | OSError) -> bool:
+    """Networks fail now and then. A file that is absent is not asked for again."""
+    return isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError)
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(0.1 * 4**attempt)
+
+
 def _with_attempts(fn: Callable[[], T]) -> T:
-    """Networks fail now and then: three attempts. A file that is absent is not asked for again."""
     for attempt in range(_ATTEMPTS):
         try:
             return fn()
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if attempt == _ATTEMPTS - 1:
+        except OSError as error:
+            if attempt == _ATTEMPTS - 1 or not _is_worth_another_attempt(error):
                 raise
-            time.sleep(0.1 * 4**attempt)
+            _pause(attempt)
     raise AssertionError

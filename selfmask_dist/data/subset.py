@@ -4,8 +4,9 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from selfmask_dist.data.source import Sample, Source
+from selfmask_dist.data.source import Sample, SampleError, Source
 
 
 class Subset:
@@ -30,6 +31,9 @@ class Subset:
 
     def where(self, index: int) -> str:
         return self._source.where(int(self._indices[index]))
+
+    def read_many(self, indices: npt.NDArray[np.int64]) -> list[bytes | SampleError]:
+        return self._source.read_many(self._indices[indices])
 
     def read(self, index: int) -> Sample:
         return self._source.read(int(self._indices[index]))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.data.checksum import crc32 as crc32_of
 from selfmask_dist.data.tar import Problem, TarSample, walk_samples
 
 # by name; what is inside is found out when it is decoded
@@ -102,7 +102,7 @@ class SampleTable:
         crc32 = 0
         if check is not None:
             data = os.pread(descriptor, length, offset)
-            crc32 = zlib.crc32(data)
+            crc32 = crc32_of(data)
             try:
                 if stated_crc32 not in (None, crc32):
                     raise ValueError("has other bytes than were packed: its crc32 differs from .json's")
