@@ -335,6 +335,20 @@ def test_another_backbone_is_refused(tmp_path: Path, tiny_data: dict[str, str]) 
         train(path, ["run.name=a", "run.resume=true"])
 
 
+def test_changed_training_data_is_refused_and_the_change_named(
+    tmp_path: Path, tiny_data: dict[str, str]
+) -> None:
+    path = config_of(tmp_path, tiny_data, train={"max_steps": 2})
+    train(path, ["run.name=a"])
+    (tmp_path / "a" / "result.json").unlink()
+    newest = committed(tmp_path / "a" / "checkpoints")[0]
+    loaded = read_checkpoint(newest)
+    loaded.values["data"]["data"]["labels"] = "0" * 16
+    write_checkpoint(newest.parent, loaded, step=2)
+    with pytest.raises(ValueError, match=r"training data is not what it was .*its labels changed"):
+        train(path, ["run.name=a", "run.resume=true"])
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, tiny_data: dict[str, str]) -> None:
     path = config_of(tmp_path, tiny_data, train={"max_steps": 1})
     train(path, ["run.name=a"])

@@ -240,7 +240,7 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
         ("optimizer", "optim"),
         ("sed", "seed"),
         ("optim.warmup", "optim.warmup_epochs"),
-        ("engine.num_workers", "engine.workers"),
+        ("engine.num_workers", "engine.workers or engine.worker_kind"),
     ],
 )
 def test_nearest_keys(key: str, nearest: str) -> None:

@@ -92,9 +92,9 @@ def test_a_source_travels_by_pickle_and_keeps_few_files_open(
     data = open_source(folder)
     for index in (0, 22, 1, 21):
         assert data.read(index).data == picture(index)
-    assert len(vars(data._storage)["_descriptors"]) == 1
+    assert len(vars(data._storage)["_files"]) == 1
     copy = pickle.loads(pickle.dumps(data))
-    assert vars(copy._storage)["_descriptors"] == {}
+    assert vars(copy._storage)["_files"] == {}
     data.close()
     assert copy.read(22).data == data.read(22).data == picture(22)
 
