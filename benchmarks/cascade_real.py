@@ -12,6 +12,7 @@ are measured whitened as well: what experts add is the difference to those.
 
 import itertools
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -128,6 +129,7 @@ def main() -> int:
     bench.parser.add_argument("--image-size", type=int, default=64, help="pixels, of the photographs")
     bench.parser.add_argument("--epochs", type=float, default=100)
     bench.parser.add_argument("--seeds", type=int, default=3)
+    bench.parser.add_argument("--picture", type=Path, help="where the first seed's picture goes")
     bench.parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over this benchmark's"
     )
@@ -149,6 +151,8 @@ def main() -> int:
             overrides = [*base, *COMMON, *own, *queue, *options.overrides]
             results.append(run(load_config(None, overrides)))
             seconds.append(time.perf_counter() - start)
+        if options.picture:
+            shutil.copy(Path(folder) / "seed-0" / "cascade.png", options.picture)
     bench.figure("dataset", options.dataset)
     bench.figure("epochs", epochs)
     bench.figure("seeds", seeds)
