@@ -51,7 +51,7 @@ DIGITS = [
     "cascade.clusters=[3]",
     "cascade.components=10",
     "train.global_batch_size=64",
-    "optim.score_lr=20",
+    "optim.score_lr=50",
     "eval.batch_size=64",
 ]
 PHOTOS = [
@@ -127,7 +127,7 @@ def main() -> int:
         "--backbone", choices=tuple(BACKBONES), default="vit", help="of the photographs"
     )
     bench.parser.add_argument("--image-size", type=int, default=64, help="pixels, of the photographs")
-    bench.parser.add_argument("--epochs", type=float, default=100)
+    bench.parser.add_argument("--epochs", type=float, default=30)
     bench.parser.add_argument("--seeds", type=int, default=3)
     bench.parser.add_argument("--picture", type=Path, help="where the first seed's picture goes")
     bench.parser.add_argument(

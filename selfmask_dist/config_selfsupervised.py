@@ -27,6 +27,7 @@ class CropsConfig(Section):
     color: float = science(
         1.0,
         "Strength of the random changes of brightness, contrast, saturation and hue; 0: none. Paper: 1.",
+        unit="times SwAV's",
         ge=0,
         le=2,
     )
@@ -49,12 +50,14 @@ class SwavConfig(Section):
     prototypes: int = science(
         500, "Clusters that crops are assigned to. Paper: 500.", unit="prototypes", ge=2
     )
-    dim: int = science(128, "Length of the projected embeddings. Paper: 128.", ge=2)
+    dim: int = science(128, "Length of the projected embeddings. Paper: 128.", unit="dimensions", ge=2)
     temperature: float = science(0.1, "Softmax of predictions. Paper: 0.1.", unit="cosine similarity", gt=0)
     epsilon: float = science(
         0.05, "Smoothness of the assignments. Paper: 0.05.", unit="cosine similarity", ge=0.005
     )
-    sinkhorn_iterations: int = science(3, "Rounds that even out the prototypes' use. Paper: 3.", ge=1)
+    sinkhorn_iterations: int = science(
+        3, "Rounds that even out the prototypes' use. Paper: 3.", unit="rounds", ge=1
+    )
     queue_length: int = science(
         0,
         "Older images that take part in the assignments, over all processes: for batches of fewer images "
