@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist import Masks, apply_masks, attach, codec
-from selfmask_dist.artifact import MaskFile, MaskFileError, from_masks, read_mask_file, write_mask_file
+from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, from_masks, read_mask_file, write_mask_file
 from tests.models import FAMILIES, make
 
 
@@ -202,3 +203,20 @@ def test_codec_round_trip(num_bits: int) -> None:
 def test_codec_is_small_where_masks_are_sparse() -> None:
     bits = np.random.default_rng(0).random(1_000_000) < 0.99
     assert len(codec.encode(bits)) * 8 < 0.12 * bits.size  # entropy 0.081
+
+
+def test_a_mask_may_be_stored_as_the_flips_of_another(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = Mask({"w": torch.rand(300, 400, generator=generator) > 0.3}, "x" * 64)
+    bits = first.bits["w"].clone()
+    bits.view(-1)[::97] ^= True
+    second = Mask({"w": bits}, "x" * 64)
+    apart = write_mask_file(tmp_path / "apart.mask", MaskFile({"b": first, "a": second}))
+    flips = MaskFile({"b": first, "a": replace(second, against="b")}, tensors={"router.n": torch.arange(3)})
+    together = write_mask_file(tmp_path / "together.mask", flips)
+    assert together < 0.7 * apart
+    read = read_mask_file(tmp_path / "together.mask")
+    assert list(read.masks) == ["b", "a"], "a base before its users, whatever their names"
+    assert torch.equal(read.masks["a"].bits["w"], bits)
+    assert torch.equal(read.masks["b"].bits["w"], first.bits["w"])
+    assert torch.equal(read.tensors["router.n"], torch.arange(3))

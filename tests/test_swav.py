@@ -321,7 +321,7 @@ def prototypes_of(run: Path) -> Tensor:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "bits"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "bits", "deepspeed"])
 def test_a_run_without_labels_does_not_depend_on_ranks_or_engine(
     shards: Path,  # noqa: F811
     tmp_path: Path,
