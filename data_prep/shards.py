@@ -384,19 +384,14 @@ def _keep_only_plan(target: Path, digest: str) -> None:
     """Keep the finished shards of a killed conversion, if it was this one; remove everything else hidden."""
     plan = target / _PLAN
     is_same = plan.exists() and plan.read_text() == digest
-    for path in _hidden(target):
-        if not is_same or path.name.endswith(".writing"):
-            path.unlink()
+    _remove_hidden(target, ".writing" if is_same else "")
     plan.write_text(digest)
 
 
-def _hidden(target: Path) -> list[Path]:
-    return [path for path in target.glob(".*") if _OWN_FILES.fullmatch(path.name)]
-
-
-def _remove_hidden(target: Path) -> None:
-    for path in _hidden(target):
-        path.unlink()
+def _remove_hidden(target: Path, ending: str = "") -> None:
+    for path in target.glob(f".*{ending}"):
+        if _OWN_FILES.fullmatch(path.name):
+            path.unlink()
 
 
 def some(names: Sequence[str]) -> str:
