@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, Picture, Reject, check_target, some, write_split
+from data_prep.shards import Conversion, Options, Picture, Reject, check_target, publish, some, write_split
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -55,10 +55,12 @@ def convert_image_folder(
     for target in targets.values():
         check_target(target, overwrite)
     listed = {name: _list_pictures(src, root, options) for name, root in folders.items()}
-    return [
-        write_split(targets[name], classes, *listed[name], options, progress, num_workers=num_workers)
-        for name in folders
-    ]
+    return publish(
+        [
+            write_split(targets[name], classes, *listed[name], options, progress, num_workers=num_workers)
+            for name in folders
+        ]
+    )
 
 
 def _find_splits(src: Path) -> dict[str, Path]:

@@ -3,8 +3,8 @@
 A sample is `key.jpg` (the original bytes, unless shrunk), `key.cls` (class number) and `key.json` (class
 name, original path). Knows no source's folder layout and no torch. The same pictures give the same bytes
 (mtime 0, no owner, fixed order). Everything is written under hidden names, shard by shard, in parallel, and
-renamed when all is there: a conversion that fails leaves nothing behind, and one that was killed goes on
-where it was when it is started again with the same pictures and options.
+renamed when all splits are there: a split that fails leaves nothing behind, and a conversion that was killed,
+in whichever split, goes on where it was when it is started again with the same pictures and options.
 """
 
 from __future__ import annotations
@@ -152,8 +152,24 @@ def write_split(
     except Exception:  # a mistake to mend; after a kill, what is done is still there
         _remove_hidden(target)
         raise
-    _publish(target)
     return conversion
+
+
+def publish(conversions: list[Conversion]) -> list[Conversion]:
+    """Show what `write_split` wrote, once every split is there: swap earlier conversions for the new ones."""
+    for conversion in conversions:
+        target = conversion.folder
+        # the plan goes first, since shards that have their names already could not be gone on with
+        (target / _PLAN).unlink()
+        for path in target.iterdir():
+            if _OWN_FILES.fullmatch(path.name) and not path.name.startswith("."):
+                path.unlink()
+        names = [path.name.removeprefix(".").removesuffix(".partial") for path in target.glob(".*.partial")]
+        # the description comes last, and says that all is there
+        for name in sorted(names, key=lambda name: (name == "dataset.json", name)):
+            _partial(target, name).rename(target / name)
+        _remove_hidden(target)
+    return conversions
 
 
 def _describe(
@@ -232,7 +248,7 @@ def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Pic
 
 
 def _write_shard(
-    job: tuple[Path, int, Iterable[tuple[Picture, bytes | None]], dict[str, int], Options],
+    job: _Job,
 ) -> Any:
     """One shard under its hidden name, and then its report, which says that it is whole."""
     from webdataset import TarWriter  # takes 0.2 s, which --help need not wait for
@@ -350,42 +366,32 @@ def _digest_of_plan(
     classes: tuple[str, ...], pictures: list[Picture], options: Options, archive: Path | None
 ) -> str:
     """What a resumed conversion must have in common with the one that was killed."""
-    digest = hashlib.sha256(json.dumps([classes, asdict(options), str(archive)]).encode())
+    about = [classes, asdict(options), str(archive), _stamp(archive)]
+    digest = hashlib.sha256(json.dumps(about).encode())
     for picture in pictures:
-        stat = picture.path.stat() if picture.path is not None else None
-        stamp = (stat.st_size, stat.st_mtime_ns) if stat is not None else None
-        digest.update(repr((picture.name, picture.key, picture.class_name, stamp)).encode())
+        values = (picture.name, picture.key, picture.class_name, _stamp(picture.path))
+        digest.update(repr(values).encode())
     return digest.hexdigest()
+
+
+def _stamp(path: Path | None) -> tuple[int, int] | None:
+    """What tells that a file is still the one it was."""
+    stat = path.stat() if path is not None else None
+    return (stat.st_size, stat.st_mtime_ns) if stat is not None else None
 
 
 def _keep_only_plan(target: Path, digest: str) -> None:
     """Keep the finished shards of a killed conversion, if it was this one; remove everything else hidden."""
     plan = target / _PLAN
     is_same = plan.exists() and plan.read_text() == digest
-    for path in _hidden(target):
-        if not is_same or path.name.endswith(".writing"):
-            path.unlink()
+    _remove_hidden(target, ".writing" if is_same else "")
     plan.write_text(digest)
 
 
-def _hidden(target: Path) -> list[Path]:
-    return [path for path in target.glob(".*") if _OWN_FILES.fullmatch(path.name)]
-
-
-def _remove_hidden(target: Path) -> None:
-    for path in _hidden(target):
-        path.unlink()
-
-
-def _publish(target: Path) -> None:
-    """Swap an earlier conversion for the new one; the description comes last, and says that all is there."""
-    for path in target.iterdir():
-        if _OWN_FILES.fullmatch(path.name) and not path.name.startswith("."):
+def _remove_hidden(target: Path, ending: str = "") -> None:
+    for path in target.glob(f".*{ending}"):
+        if _OWN_FILES.fullmatch(path.name):
             path.unlink()
-    names = [path.name.removeprefix(".").removesuffix(".partial") for path in target.glob(".*.partial")]
-    for name in sorted(names, key="dataset.json".__eq__):
-        _partial(target, name).rename(target / name)
-    _remove_hidden(target)
 
 
 def some(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from data_prep.shards import Conversion, Options, Picture, Reject, check_target, some, write_split
+from data_prep.shards import Conversion, Options, Picture, Reject, check_target, publish, some, write_split
 
 Listed = list[tuple[str, str]]  # (name, class name) of each picture
 
@@ -43,10 +43,12 @@ def convert_lists(
     for split in splits:
         check_target(out / split, overwrite)
     plans = {split: _pictures(split, listed, root, chosen) for split, listed in splits.items()}
-    return [
-        write_split(out / split, order, *plan, chosen, progress, num_workers=num_workers, archive=archive)
-        for split, plan in plans.items()
-    ]
+    return publish(
+        [
+            write_split(out / split, order, *plan, chosen, progress, num_workers=num_workers, archive=archive)
+            for split, plan in plans.items()
+        ]
+    )
 
 
 def _pictures(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, Picture, check_target, write_split
+from data_prep.shards import Conversion, Options, Picture, check_target, publish, write_split
 
 
 def convert_torchvision(
@@ -58,7 +58,7 @@ def convert_torchvision(
                 target, classes, pictures, [], options, progress, num_workers=1, read=_Reader(dataset)
             )
         )
-    return done
+    return publish(done)
 
 
 class _Reader:

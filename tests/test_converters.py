@@ -1,13 +1,8 @@
-"""Converters on small trees in the published layouts; killed in the middle, they go on where they were."""
+"""Converters on small trees in the published layouts, and on real images."""
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import csv_manifest, image_folder, inaturalist, shards, sun397, torchvision_dataset
+from data_prep import csv_manifest, inaturalist, sun397, torchvision_dataset
 from data_prep.csv_manifest import convert_csv
 from data_prep.image_folder import convert_image_folder
 from data_prep.inaturalist import convert_inaturalist
@@ -23,48 +18,8 @@ from data_prep.sun397 import convert_sun397
 from data_prep.torchvision_dataset import convert_torchvision
 from selfmask_dist.data import check_same_classes, decode, open_source
 from selfmask_dist.data.build import build_index
+from tests.published_trees import contents, inat, save, sun, tree
 from tests.tars import picture
-
-ROOT = Path(image_folder.__file__).parents[1]
-FULL_NAMES = [
-    "Animalia_Aves_Sterna hirundo",
-    "Plantae_Rosales_Rosa canina",
-    "Fungi_Agaricales_Amanita muscaria",
-]
-
-
-def save(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(seed))
-
-
-def inat(root: Path, year: int, split: str, count: int = 9) -> Path:
-    """JSON and images as published: 2021 nests by category, 2017 by kingdom and species."""
-    entries, annotations = [], []
-    for n in range(count):
-        category = n % 3
-        if year == 2021:
-            folder = f"{split}/{category:05d}_{FULL_NAMES[category].replace(' ', '_')}"
-        else:
-            folder = f"train_val_images/Aves/{FULL_NAMES[category].split('_')[-1]}"
-        name = f"{folder}/{split}{n:03d}-aa.jpg"
-        save(root / name, n + (100 if split == "val" else 0))
-        entry: dict[str, Any] = {"id": n + 7, "file_name": name, "width": 40, "height": 30, "license": 0}
-        entries.append(entry)
-        annotations.append({"id": n, "image_id": n + 7, "category_id": category})
-    categories = [
-        {"id": n, "name": name.split("_")[-1], "supercategory": name.split("_")[0]}
-        for n, name in enumerate(FULL_NAMES)
-    ]
-    path = root / f"{split}.json"
-    content = {
-        "info": {"year": year},
-        "images": entries,
-        "annotations": annotations,
-        "categories": categories,
-    }
-    path.write_text(json.dumps(content))
-    return path
 
 
 @pytest.mark.parametrize("year", [2017, 2021])
@@ -130,20 +85,6 @@ def test_bad_json_is_told(tmp_path: Path, change: Any, message: str) -> None:
         convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, progress=False)
 
 
-def sun(root: Path) -> None:
-    classes = ["/a/abbey", "/a/apartment_building/outdoor", "/b/bank_vault"]
-    root.mkdir()
-    (root / "ClassName.txt").write_text("\n".join(classes) + "\n")
-    lists: dict[str, list[str]] = {"Training_02.txt": [], "Testing_02.txt": []}
-    for number, folder in enumerate(classes):
-        for n in range(4):
-            name = f"{folder}/sun_{n}{number}.jpg"
-            save(root / name.strip("/"), 10 * n + number)
-            lists["Testing_02.txt" if n == 3 else "Training_02.txt"].append(name)
-    for name, lines in lists.items():
-        (root / name).write_text("\n".join(lines) + "\n")
-
-
 def test_sun397(tmp_path: Path) -> None:
     sun(tmp_path / "src")
     done = convert_sun397(tmp_path / "src", tmp_path / "out", partition=2, progress=False)
@@ -202,54 +143,6 @@ def test_torchvision_arrays_and_files(tmp_path: Path) -> None:
         save(tmp_path / "tree" / "x" / f"{n}.jpg", n)
     with pytest.raises(ValueError, match="torchvision has no data set 'Nothing'"):
         convert_torchvision("Nothing", tmp_path, tmp_path / "two", progress=False)
-
-
-def tree(root: Path, count: int) -> None:
-    for n in range(count):
-        save(root / f"class{n % 3}" / f"{n:03d}.jpg", n)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-KILLED = """
-import sys, time
-from data_prep import shards
-from data_prep.image_folder import convert_image_folder
-encode = shards._encode
-def slow(*arguments):
-    time.sleep(0.05)
-    return encode(*arguments)
-shards._encode = slow
-convert_image_folder(sys.argv[1], sys.argv[2], max_samples_per_shard=4, progress=False)
-"""
-
-
-def test_a_killed_conversion_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tree(tmp_path / "src", 30)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    convert_image_folder(tmp_path / "src", whole, max_samples_per_shard=4, progress=False)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "src"), str(out)], cwd=ROOT)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".shard-*.tar.report"))) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not list(out.glob("shard-*")), "nothing is to be seen before all is there"
-    encoded: list[object] = []
-    encode = shards._encode
-
-    def counting(*arguments: Any) -> Any:
-        encoded.append(arguments)
-        return encode(*arguments)
-
-    monkeypatch.setattr(shards, "_encode", counting)
-    convert_image_folder(tmp_path / "src", out, max_samples_per_shard=4, progress=False)
-    assert 0 < len(encoded) <= 30 - 12, "finished shards are not made again"
-    assert contents(out) == contents(whole)
 
 
 def test_another_plan_does_not_go_on_with_old_shards(tmp_path: Path) -> None:
@@ -318,3 +211,33 @@ def test_real_images_convert_and_read_back(shared_data: Path, tmp_path: Path) ->
     assert data.classes == original.classes
     assert {data.read(i).data for i in range(341)} == {original.read(i).data for i in range(341)}
     assert Image.open(io.BytesIO(data.read(0).data)).mode == "RGB"
+
+
+def test_a_list_of_real_images_converts_from_its_tar_and_from_files(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    archive = shared_data / "grocery" / "val.tar"
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "src", filter="data")
+    files = sorted(path.relative_to(tmp_path / "src") for path in (tmp_path / "src").rglob("*.jpg"))
+    lines = [f"{path},{path.parts[0]},{'val' if n % 5 == 0 else 'train'}\n" for n, path in enumerate(files)]
+    (tmp_path / "list.csv").write_text("path,label,split\n" + "".join(lines))
+    for name, images in (("tar", archive), ("files", tmp_path / "src")):
+        done = convert_csv(
+            tmp_path / "list.csv", images, tmp_path / name, progress=False, max_samples_per_shard=100
+        )
+        assert {conversion.folder.name: conversion.num_samples for conversion in done} == {
+            "val": 60,
+            "train": 236,
+        }
+    for split in ("val", "train"):
+        a, b = (open_source(tmp_path / name / split) for name in ("tar", "files"))
+        check_same_classes(a, b)
+        samples = [
+            {s.key: (s.label, s.data) for s in map(source.read, range(len(source)))} for source in (a, b)
+        ]
+        assert samples[0] == samples[1]
+        for key, (label, data) in samples[0].items():
+            assert data == (tmp_path / "src" / f"{key}.jpg").read_bytes()
+            assert a.classes[label] == key.partition("/")[0]
+        assert build_index(tmp_path / "files" / split).rejects == ()
