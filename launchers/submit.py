@@ -106,9 +106,9 @@ def _preflight(runs: Sequence[Run], cluster: str, num_nodes: int) -> None:
         try:
             preflight(run.config, cluster=cluster, num_nodes=num_nodes)
         except ValueError as error:
-            complaints |= dict.fromkeys(str(error).splitlines())
+            complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
     if complaints:
-        raise ValueError("\n".join(complaints))
+        raise ValueError("\n       ".join(complaints))
 
 
 def _show(runs: Sequence[Run], cluster: str, options: argparse.Namespace) -> None:

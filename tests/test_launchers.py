@@ -80,6 +80,17 @@ def test_a_run_for_each_config_and_seed(config_path: Path, tmp_path: Path, clust
         assert re.findall(r"--job-name=(run-.*)", done.stdout) == names
 
 
+def test_what_is_wrong_with_all_runs_is_said_once(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run-seed1").mkdir()
+    (tmp_path / "run-seed1" / "config.yaml").write_text("seed: 1\n")
+    done = submit(config_path, "--seeds=0,1", "data.test=nowhere")
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert "there is no nowhere" in first
+    assert "run-seed1 holds a run already" in second
+    assert not (tmp_path / "run-seed0").exists()  # the one that could run did not start
+
+
 def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
     done = submit(config_path, "--dry-run", "--plan-seconds=0.01")
     assert done.returncode == 0, done.stderr
