@@ -21,7 +21,7 @@ _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 def preflight(config: Config, *, cluster: str, num_nodes: int) -> None:
     """Raises ValueError with every complaint, one to a line."""
     complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
-    complaints += [*_times(config, cluster)]
+    complaints += [*_cascade(config), *_times(config, cluster)]
     complaints += [*(_slurm(config, num_nodes) if cluster == "slurm" else _here(config))]
     if complaints:
         raise ValueError("\n       ".join(complaints))
@@ -61,12 +61,22 @@ def _data(config: Config) -> Iterator[str]:
             yield f"{key}: there is no {text} on this machine"
         elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):
             yield f"{key}: {text} has no tars in it; write them with data_prep"
+    if config.data.subset is not None and not Path(config.data.subset).is_file():
+        yield f"data.subset: there is no file {config.data.subset}; unset, all images are used"
 
 
 def _files(config: Config) -> Iterator[str]:
     weights, container = config.backbone.weights, config.launch.container
     if weights is not None and not Path(weights).is_file():
         yield f"backbone.weights: there is no file {weights}"
+    elif weights is not None and not _looks_like_weights(Path(weights)):
+        yield (
+            f"backbone.weights: {weights} is neither safetensors nor what torch.save writes (a Git LFS "
+            f"pointer, a web page, half a download?); fetch it again"
+        )
+    first = config.mask.init_from
+    if first is not None and not any(Path(first, "checkpoints").glob("step-*")):
+        yield f"mask.init_from: {first} has no checkpoints; name the folder of a finished run"
     if container and shutil.which(container[0]) is None:
         yield f"launch.container: there is no program {container[0]} on this machine"
     for name in config.launch.environment:
@@ -74,6 +84,17 @@ def _files(config: Config) -> Iterator[str]:
             yield f"launch.environment: {name!r} is not the name of a variable"
     if config.run.wandb == "online" and not _has_wandb_key():
         yield "run.wandb=online and no key is found; run `wandb login`, or set run.wandb=offline"
+
+
+def _looks_like_weights(path: Path) -> bool:
+    """By the first bytes: a state dict is a zip file or a pickle; safetensors begins with its
+    header's length.
+    """
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if path.suffix != ".safetensors":
+        return start.startswith((b"PK", b"\x80"))
+    return start.endswith(b"{") and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size
 
 
 def _has_wandb_key() -> bool:
@@ -102,6 +123,17 @@ def _batch(config: Config, cluster: str, num_nodes: int) -> Iterator[str]:
             f"train.accumulate={config.train.accumulate} leaves micro-steps without an image: each of "
             f"{world_size} processes has {batch // world_size} in a batch"
         )
+
+    queue = config.swav.queue_length
+    if config.objective.name == "swav" and queue % world_size:
+        near = max(round(queue / world_size), 1) * world_size
+        yield f"swav.queue_length {queue} is not divisible by {world_size} processes; set it to {near}"
+
+
+def _cascade(config: Config) -> Iterator[str]:
+    section = config.cascade
+    if config.method == "cascade" and section.router == "kmeans" and len(section.clusters) > 1:
+        yield "cascade.clusters has several numbers, among which only cascade.router=gmm can choose"
 
 
 def _times(config: Config, cluster: str) -> Iterator[str]:

@@ -24,6 +24,7 @@ from launchers.local import log_path
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config
 from selfmask_dist.exit_status import FAILED, REQUEUE, is_restartable
+from selfmask_dist.run_directory import run_path
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
@@ -156,21 +157,9 @@ def port_of(job_id: int, restart: int = 0) -> int:
     return _FIRST_PORT + (31 * job_id + restart) % _NUM_PORTS
 
 
-def submit(
-    config: Config,
-    *,
-    num_nodes: int,
-    train_arguments: Sequence[str],
-    dry_run: bool = False,
-    wait: bool = False,
-) -> int:
-    """Submit the job and print where it writes; with `dry_run`, print the batch script and the configuration
-    instead. Returns the exit status: with `wait`, 0 where the job completed.
-    """
-    from selfmask_dist.config import to_yaml
-
-    run = (Path(config.run.dir) / config.run.name).resolve()
-    executor = _executor(config, run / "slurm", num_nodes)
+def submit(config: Config, *, num_nodes: int, train_arguments: Sequence[str]) -> str:
+    """Submit the job and print where it writes; returns its id."""
+    run = run_path(config).resolve()
     task = Task(
         tuple(train_arguments),
         run / "logs",
@@ -179,16 +168,18 @@ def submit(
         config.engine.threads,
         config.launch.max_restarts,
     )
-    if dry_run:  # submitit has no public way to show the script
-        print(executor._make_submission_file_text("<task>", "dry-run"))
-        print(to_yaml(config))
-        return 0
     if config.launch.snapshot:
         take_snapshot(run)
     (run / "slurm").mkdir(parents=True, exist_ok=True)
-    job = executor.submit(task)
+    job = _executor(config, run / "slurm", num_nodes).submit(task)
     print(f"submitted job {job.job_id}; its processes write to {run / 'logs'}", flush=True)
-    return wait_for(job.job_id) if wait else 0
+    return str(job.job_id)
+
+
+def batch_script(config: Config, *, num_nodes: int) -> str:
+    """What sbatch would get; submitit has no public way to show it."""
+    executor = _executor(config, run_path(config).resolve() / "slurm", num_nodes)
+    return str(executor._make_submission_file_text("<task>", "dry-run"))
 
 
 def wait_for(job_id: str) -> int:

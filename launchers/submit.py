@@ -3,16 +3,19 @@
     python launchers/submit.py --nodes 2 --config configs/supervised_rn18.yaml data.train=shards/train \\
         data.test=shards/test
 
-The configuration and what can be seen to fail later are checked before anything starts. Knows nothing of
-training.
+With `--seeds 0,1,2`, or several `--config`, it starts a run for each: a job each on a cluster, one after
+the other here. The configuration and what can be seen to fail later are checked before anything starts.
+Knows nothing of training.
 """
 
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":  # Python puts this file's folder on the path; the packages are beside it
@@ -22,41 +25,132 @@ from launchers import local
 from launchers.preflight import preflight
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config, describe, load_config, to_yaml
+from selfmask_dist.run_directory import run_path
+
+_ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the runs to start, and the arguments of `selfmask train` that give its configuration."""
+
+    config: Config
+    arguments: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        config = load_config(options.config, options.overrides)
-        return submit(config, options)
+        return submit(plan_runs(options.config, options.seeds, options.overrides), options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def submit(config: Config, options: argparse.Namespace) -> int:
-    """Start the run that `options` ask for; returns the exit status.
+def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
+    """A run for each file and seed. Their names tell them apart: the file's name without its ending is added
+    where there are several files, `seed<n>` where seeds are given.
 
     Raises:
-        ValueError: something would fail later; the message names all of it.
+        ValueError: a configuration is wrong, or two runs would share a folder.
+    """
+    runs = []
+    for file in files or (None,):
+        for seed in seeds or (None,):
+            arguments = [f"--config={Path(file).resolve()}"] if file else []
+            name = load_config(file, overrides).run.name
+            suffix = f"-{Path(file).stem}" if file and len(files) > 1 else ""
+            suffix += f"-seed{seed}" if seed is not None else ""
+            own = [f"seed={seed}"] if seed is not None else []
+            own += [f"run.name={name}{suffix}"] if suffix else []
+            runs.append(Run(load_config(file, [*overrides, *own]), (*arguments, *overrides, *own)))
+    folders = [str(run_path(run.config)) for run in runs]
+    if shared := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(
+            f"two runs would write to {shared[0]}; give each seed once and files of different names"
+        )
+    return runs
+
+
+def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
+    """Start the runs that `options` ask for; returns the exit status, the first that is not 0.
+
+    Raises:
+        ValueError: something would fail later; the message names all of it, and nothing was started.
     """
     cluster = options.cluster
     if cluster == "auto":
         cluster = "slurm" if shutil.which("sbatch") and _has_slurm_configuration() else "local"
-    config_path = [f"--config={Path(options.config).resolve()}"] if options.config else []
-    train_arguments = [*config_path, *options.overrides]
-    preflight(config, cluster=cluster, num_nodes=options.nodes)
+    _preflight(runs, cluster, options.nodes)
+    if options.dry_run:
+        _show(runs, cluster, options)
+        return 0
     if cluster == "slurm":
         from launchers import slurm
 
-        return slurm.submit(
-            config,
-            num_nodes=options.nodes,
-            train_arguments=train_arguments,
-            dry_run=options.dry_run,
-            wait=options.wait,
+        jobs = [
+            slurm.submit(run.config, num_nodes=options.nodes, train_arguments=run.arguments) for run in runs
+        ]
+        return max(slurm.wait_for(job) for job in jobs) if options.wait else 0
+    statuses = []
+    for run in runs:
+        statuses.append(_run_here(run, options.nodes))
+        if statuses[-1] in _ASKED_TO_STOP:
+            return statuses[-1]
+    return next((status for status in statuses if status), 0)
+
+
+def _preflight(runs: Sequence[Run], cluster: str, num_nodes: int) -> None:
+    complaints: dict[str, None] = {}  # by text: what is wrong with all runs is said once
+    for run in runs:
+        try:
+            preflight(run.config, cluster=cluster, num_nodes=num_nodes)
+        except ValueError as error:
+            complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
+    if complaints:
+        raise ValueError("\n       ".join(complaints))
+
+
+def _show(runs: Sequence[Run], cluster: str, options: argparse.Namespace) -> None:
+    """What would run, the configuration, and once for each file what the planner reckons."""
+    planned: set[str] = set()
+    for run in runs:
+        if cluster == "slurm":
+            from launchers import slurm
+
+            print(slurm.batch_script(run.config, num_nodes=options.nodes))
+        else:
+            for process in local.plan_processes(
+                run.config, num_nodes=options.nodes, train_arguments=run.arguments
+            ):
+                print(f"# {process}")
+        print(to_yaml(run.config))
+        source = run.arguments[0] if options.config else ""
+        if options.plan_seconds and source not in planned:
+            planned.add(source)
+            print(_reckon(run, cluster, options))
+
+
+def _reckon(run: Run, cluster: str, options: argparse.Namespace) -> str:
+    """Memory, traffic and time of each engine from `selfmask plan`: another process, as it imports torch."""
+    launch = run.config.launch
+    if cluster == "slurm":
+        per_node = launch.processes_per_node or launch.gpus_per_node or 1
+    else:
+        planned = local.plan_processes(run.config, num_nodes=options.nodes, train_arguments=())
+        per_node = len(planned) // options.nodes
+    command = [sys.executable, "-m", "selfmask_dist.cli", "plan", *run.arguments]
+    command += [f"--nodes={options.nodes}", f"--gpus-per-node={per_node}"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=options.plan_seconds
         )
-    return _run_here(config, options, train_arguments)
+    except subprocess.TimeoutExpired:
+        return f"# no plan: `selfmask plan` took longer than --plan-seconds {options.plan_seconds:g}"
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return f"# no plan: `selfmask plan` says {reason}"
+    return "\n".join(f"# {line}".rstrip() for line in done.stdout.splitlines())
 
 
 def _has_slurm_configuration() -> bool:
@@ -70,28 +164,23 @@ def _has_slurm_configuration() -> bool:
     )
 
 
-def _run_here(config: Config, options: argparse.Namespace, train_arguments: list[str]) -> int:
-    run = Path(config.run.dir) / config.run.name
+def _run_here(run: Run, num_nodes: int) -> int:
+    folder = run_path(run.config)
     environment: dict[str, str] = {}
 
     def plan(restart: int) -> list[local.Process]:
         return local.plan_processes(
-            config,
-            num_nodes=options.nodes,
-            train_arguments=train_arguments,
+            run.config,
+            num_nodes=num_nodes,
+            train_arguments=run.arguments,
             restart=restart,
             environment=environment,
         )
 
-    processes = plan(0)  # also with --dry-run: what cannot be planned cannot be run
-    if options.dry_run:
-        for process in processes:
-            print(f"# {process}")
-        print(to_yaml(config))
-        return 0
-    if config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
-        environment |= take_snapshot(run)
-    return local.run_processes(plan, logs=run / "logs", max_restarts=config.launch.max_restarts)
+    plan(0)  # what cannot be planned cannot be run: said before the run's folder is made
+    if run.config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
+        environment |= take_snapshot(folder)
+    return local.run_processes(plan, logs=folder / "logs", max_restarts=run.config.launch.max_restarts)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +193,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nodes", type=_positive, default=1, metavar="N", help="nodes; local: groups of processes (1)"
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file; without it, the defaults; given several times, a run for each, named NAME-FILE",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=[],
+        metavar="0,1,...",
+        help="a run for each seed, named NAME-seed0, ...",
+    )
     parser.add_argument(
         "--cluster",
         choices=("auto", "slurm", "local"),
@@ -114,13 +216,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what would run (the batch script, on SLURM) and the resolved configuration",
+        help="print what would run (the batch script, on SLURM), the resolved configuration and the plan",
+    )
+    parser.add_argument(
+        "--plan-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="dry run: longest time for `selfmask plan`, memory and traffic of each engine; 0: without (120)",
     )
     parser.add_argument("--wait", action="store_true", help="SLURM: return when the job has ended")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
     )
     return parser
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
 
 
 def _positive(text: str) -> int:

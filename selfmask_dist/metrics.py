@@ -8,6 +8,7 @@ that a killed run has every line up to its end.
 import json
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -48,7 +49,14 @@ class MetricsWriter:
             import wandb
 
             self._wandb = wandb.init(
-                project=wandb_project, mode=wandb_mode, dir=str(directory), name=directory.name, config=config
+                project=wandb_project,
+                mode=wandb_mode,
+                dir=str(directory),
+                name=directory.name,
+                config=config,
+                id=_wandb_id(directory),
+                resume="allow",  # a restart goes on with the run of that id
+                allow_val_change=True,  # of run.resume and what else may differ then
             )
 
     def __enter__(self) -> Self:
@@ -105,3 +113,15 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _wandb_id(directory: Path) -> str:
+    """The id of the run's folder in wandb: made at its first start, kept there for the next ones."""
+    path = directory / "wandb" / "id"
+    known = path.read_text().strip() if path.exists() else ""
+    if known:
+        return known
+    new = uuid.uuid4().hex[:12]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"{new}\n")
+    return new

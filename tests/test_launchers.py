@@ -1,6 +1,7 @@
 """Launchers: nothing starts that cannot work, runs really run on several nodes, nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,8 +48,14 @@ def test_help_explains_options_and_keys() -> None:
 
 
 def test_a_dry_run_shows_every_process_and_starts_none(config_path: Path, tmp_path: Path) -> None:
-    done = submit(config_path, "--dry-run", "launch.processes_per_node=2", "optim.score_lr=7", nodes=2)
+    arguments = ("--dry-run", "launch.processes_per_node=2", "optim.score_lr=7")
+    done = submit(config_path, *arguments, nodes=2)
     assert done.returncode == 0, done.stderr
+    assert (
+        "# timm:vit_tiny_patch16_224 on 2 x 2 GPUs" in done.stdout
+    )  # the plan: memory and bytes of each rank
+    for engine in ("ddp", "fsdp", "bits", "deepspeed-3"):
+        assert re.search(rf"^# {engine} +[\d. -]+$", done.stdout, re.MULTILINE), engine
     commands = [line for line in done.stdout.splitlines() if line.startswith("# ") and " train " in line]
     assert len(commands) == 4
     for rank, command in enumerate(commands):
@@ -59,11 +66,44 @@ def test_a_dry_run_shows_every_process_and_starts_none(config_path: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_run_for_each_config_and_seed(config_path: Path, tmp_path: Path, cluster: str) -> None:
+    other = config_path.with_name("other.yaml")
+    other.write_text(config_path.read_text())
+    arguments = ("--dry-run", "--plan-seconds=0", f"--config={other}", "--seeds=3,4")
+    done = submit(config_path, *arguments, nodes=1, cluster=cluster)
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^  name: (run-.*)$", done.stdout, re.MULTILINE)
+    assert names == ["run-tiny-seed3", "run-tiny-seed4", "run-other-seed3", "run-other-seed4"]
+    assert re.findall(r"^seed: (\d)", done.stdout, re.MULTILINE) == ["3", "4", "3", "4"]
+    if cluster == "slurm":
+        assert re.findall(r"--job-name=(run-.*)", done.stdout) == names
+
+
+def test_what_is_wrong_with_all_runs_is_said_once(config_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run-seed1").mkdir()
+    (tmp_path / "run-seed1" / "config.yaml").write_text("seed: 1\n")
+    done = submit(config_path, "--seeds=0,1", "data.test=nowhere")
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert "there is no nowhere" in first
+    assert "run-seed1 holds a run already" in second
+    assert not (tmp_path / "run-seed0").exists()  # the one that could run did not start
+
+
+def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
+    done = submit(config_path, "--dry-run", "--plan-seconds=0.01")
+    assert done.returncode == 0, done.stderr
+    assert "# no plan: `selfmask plan` took longer" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["optim.scor_lr=7"], "optim.score_lr"),
         (["train.epochs=many"], "train.epochs"),
+        (["--seeds", "0,many"], "'0,many' is not numbers"),
+        (["--seeds", "1,1"], "run-seed1; give each seed once"),
         (["--nodes", "0"], "'0' is not a number of nodes"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -114,6 +154,18 @@ def test_two_nodes_train_to_a_result_from_a_snapshot(config_path: Path, tmp_path
     assert "start 0" in (tmp_path / "first" / "logs" / "rank-1.log").read_text()
     assert (tmp_path / "first" / "code" / "selfmask_dist" / "trainer.py").is_file()
     assert not processes_of(tmp_path)
+
+
+def test_two_seeds_run_one_after_the_other(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--seeds=0,1", "train.epochs=1", nodes=1)
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for seed in (0, 1):
+        run = tmp_path / f"run-seed{seed}"
+        assert result_of(run)["steps"] == 4
+        assert load_config(run / "config.yaml").seed == seed
+        losses.append((run / "metrics.jsonl").read_text().splitlines()[0].partition("loss")[2])
+    assert losses[0] != losses[1]
 
 
 def test_the_snapshot_is_what_python_imports(tmp_path: Path) -> None:
@@ -213,7 +265,7 @@ def test_restartable_statuses() -> None:
 def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: Path) -> None:
     done = submit(
         config_path,
-        "--dry-run",
+        *("--dry-run", "--plan-seconds=0"),
         *("launch.partition=gpu", "launch.account=vision", "launch.qos=long", "launch.constraint=a100"),
         *(
             "launch.hours=1.5",
@@ -243,7 +295,7 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
 
 
 def test_the_default_time_limit_is_not_submitits_five_minutes(config_path: Path) -> None:
-    done = submit(config_path, "--dry-run", cluster="slurm")
+    done = submit(config_path, "--dry-run", "--plan-seconds=0", cluster="slurm")
     assert "#SBATCH --time=1440" in done.stdout
 
 
