@@ -61,13 +61,11 @@ class DeepSpeedEngine(Engine):
         self._runner.step()
         self._normalise_rows()
 
+    @torch.no_grad()
     def _normalise_rows(self) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
         for parameter in self._unit_rows:
-            rows = safe_get_full_fp32_param(parameter)
-            assert rows is not None
-            safe_set_full_fp32_param(parameter, nn.functional.normalize(rows, dim=1))
+            rows = self._utils.safe_get_full_fp32_param(parameter)
+            self._set(parameter, nn.functional.normalize(rows, dim=1))
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         self._runner.set_gradient_accumulation_boundary(is_last)
@@ -99,14 +97,21 @@ class DeepSpeedEngine(Engine):
         device = self.world.device
         value = value.to(device)
         buffer = torch.zeros_like(value) if momentum is None else momentum.to(device)
+        self._set(parameter, value)
+        if self.options.zero_stage < 3:
+            self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
+            return
+        part = self._partition(parameter, buffer)
+        self._utils.safe_set_local_optimizer_state(parameter, part, _MOMENTUM)
+
+    def _set(self, parameter: Any, value: Tensor) -> None:
+        """Give a parameter a whole new value, in the optimizer's copy and in the model's own."""
         if self.options.zero_stage < 3:
             self._utils.safe_set_full_fp32_param(parameter, value)
-            self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
-            parameter.copy_(value)  # the optimizer's copy is its own until the next step
+            parameter.copy_(value)  # which would follow only with the next step
             return
         # DeepSpeed 0.19.8 sets whole stage 3 tensors only where their partitions need no padding
         self._utils.safe_set_local_fp32_param(parameter, self._partition(parameter, value))
-        self._utils.safe_set_local_optimizer_state(parameter, self._partition(parameter, buffer), _MOMENTUM)
         parameter.ds_tensor.copy_(self._partition(parameter, value))
 
     def _partition(self, parameter: Any, whole: Tensor) -> Tensor:
