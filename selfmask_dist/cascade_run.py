@@ -36,7 +36,6 @@ class Worlds:
 
     def __init__(self, config: Config, stack: ExitStack) -> None:
         self._config = config
-        self._stack = stack
         self._open = ExitStack()
         self._world: World | None = None
         self._num_groups = 0

@@ -30,6 +30,7 @@ from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config
+from selfmask_dist.evaluation import measure_knn
 from selfmask_dist.life import Life
 from selfmask_dist.run_directory import write_json
 from selfmask_dist.store import EmbeddingStore, embed_to_store
@@ -48,6 +49,7 @@ class Stages:
         self._life = life
         self._world = life.world
         self._directory = life.directory
+        self._masks: dict[Path, artifact.Mask] = {}
         self._sources = dict(zip(SPLITS, open_data(config), strict=True))
 
     @cached_property
@@ -139,11 +141,9 @@ class Stages:
         return EmbeddingStore.open(self._store_path(view, split))
 
     def _mask(self, path: Path) -> artifact.Mask:
-        known = self.__dict__.setdefault("_masks", {})
-        if path not in known:
-            known[path] = next(iter(artifact.read_mask_file(path).masks.values()))
-        mask: artifact.Mask = known[path]
-        return mask
+        if path not in self._masks:
+            self._masks[path] = next(iter(artifact.read_mask_file(path).masks.values()))
+        return self._masks[path]
 
     # ---- router
 
@@ -257,18 +257,8 @@ class Stages:
                 replace(rows, features=pca.transform(rows.features, whiten=True)) for rows in (bank, queries)
             )
         self._life.watchdog.beat()
-        section = self._config.eval
-        ks = sorted({min(k, len(bank.labels)) for k in section.knn_k})
-        accuracies = evals.knn_accuracy(
-            bank.features,
-            bank.labels,
-            queries.features,
-            queries.labels,
-            ks=ks,
-            temperatures=(section.knn_temperature,),
-            num_classes=len(self._sources["train"].classes),
-        )
-        values = {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
+        section, num_classes = self._config.eval, len(self._sources["train"].classes)
+        values = measure_knn(bank, queries, section.knn_k, section.knn_temperature, num_classes=num_classes)
         if section.probe:
             self._life.watchdog.beat()
             values["probe"] = evals.linear_probe(

@@ -4,10 +4,10 @@ Glue between `embed` (models) and `evals` (numbers), so that those two need not 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
@@ -15,6 +15,31 @@ from selfmask_dist.config import Config
 from selfmask_dist.embed import Embeddings, embed, eval_mode
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import World
+
+
+class Labelled(Protocol):
+    """Features (n, dim) and labels (n,), from memory or from a store."""
+
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def measure_knn(
+    bank: Labelled, queries: Labelled, ks: tuple[int, ...], temperature: float, *, num_classes: int
+) -> dict[str, float]:
+    """Accuracy for each k, by name; a bank of fewer than k samples gives all of them a vote."""
+    accuracies = evals.knn_accuracy(
+        bank.features,
+        bank.labels,
+        queries.features,
+        queries.labels,
+        ks=sorted({min(k, len(bank.labels)) for k in ks}),
+        temperatures=(temperature,),
+        num_classes=num_classes,
+    )
+    return {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
 
 
 class Evaluation:
@@ -75,17 +100,8 @@ class Evaluation:
         return {"head": correct / total}
 
     def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
-        ks = tuple(sorted({min(k, len(bank.labels)) for k in ks}))  # a small bank has no 200 neighbours
-        accuracies = evals.knn_accuracy(
-            bank.features,
-            bank.labels,
-            queries.features,
-            queries.labels,
-            ks=ks,
-            temperatures=(self._config.eval.knn_temperature,),
-            num_classes=self._num_classes,
-        )
-        return {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
+        temperature = self._config.eval.knn_temperature
+        return measure_knn(bank, queries, ks, temperature, num_classes=self._num_classes)
 
     def _embed(self, source: data.Source) -> Embeddings:
         encoder: nn.Module = self._backbone.encoder
