@@ -1,18 +1,29 @@
 """Mask files: what is applied equals what was trained, and nothing damaged or foreign gets in."""
 
 import copy
+import hashlib
 import json
 import struct
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import zstandard
 from torch import Tensor, nn
 
-from selfmask_dist import Masks, apply_masks, attach, codec
-from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, from_masks, read_mask_file, write_mask_file
+from selfmask_dist import Masks, apply_masks, attach
+from selfmask_dist.artifact import (
+    Mask,
+    MaskFile,
+    MaskFileError,
+    from_masks,
+    read_mask_file,
+    read_parameter,
+    write_mask_file,
+)
+from selfmask_dist.artifact import container
+from selfmask_dist.artifact.arithmetic import OPERATIONS
 from tests.models import FAMILIES, make
 
 
@@ -127,35 +138,42 @@ def test_several_masks_in_one_file(tmp_path: Path) -> None:
 
 def rewrite_header(path: Path, change) -> None:
     """Change the header and sign the file again: damage that the checksum does not see."""
-    import hashlib
-
-    data = path.read_bytes()[:-32]
-    magic, version, length = struct.unpack_from("<8sIQ", data)
-    header = json.loads(data[20 : 20 + length])
+    whole = container.read(path)
+    header = whole.header
     change(header)
-    encoded = json.dumps(header).encode()
-    body = (
-        struct.pack("<8sIQ", magic, header.pop("__version__", version), len(encoded))
-        + encoded
-        + data[20 + length :]
-    )
+    version = header.pop("__version__", container.VERSION)
+    coded = zstandard.compress(json.dumps(header).encode())
+    prefix = struct.pack("<8sIQ", container.MAGIC, version, len(coded))
+    data = path.read_bytes()
+    sections = data[len(data) - 32 - whole.num_bytes : -32]
+    body = prefix + hashlib.sha256(prefix + coded).digest() + coded + sections
     path.write_bytes(body + hashlib.sha256(body).digest())
+
+
+def parameter(header: dict, place: int = 0) -> dict:
+    entry: dict = header["masks"]["default"]["parameters"][place]
+    return entry
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda h: h.__setitem__("__version__", 9), "format version 9.*upgrade"),
+        (lambda h: h.__setitem__("__version__", 1), "format version 1.*train again"),
         (lambda h: h.pop("masks"), "inconsistent header"),
+        (lambda h: h.__setitem__("order", []), "order and masks name different masks"),
         (lambda h: h["masks"]["default"].__setitem__("kind", "pickle"), "unknown mask kind"),
-        (lambda h: h["masks"]["default"]["parameters"][0].__setitem__("shape", [10**12]), "expected for"),
-        (lambda h: h["masks"]["default"]["parameters"][0].__setitem__("shape", [-1]), "bad shape"),
-        (
-            lambda h: h["masks"]["default"]["parameters"][0].__setitem__("section", [0, 10**9]),
-            "outside the file",
-        ),
-        (lambda h: h["masks"]["default"]["parameters"][0].__setitem__("kept", [1]), "count of kept weights"),
-        (lambda h: h["masks"]["default"]["parameters"][0].__setitem__("codec", "zip"), "unknown mask codec"),
+        (lambda h: parameter(h).__setitem__("shape", [10**12]), "more than the limit of 4,000,000,000"),
+        (lambda h: parameter(h).__setitem__("shape", [2**32, 2**32]), "more than the limit"),
+        (lambda h: parameter(h).__setitem__("shape", [3, 5]), "inconsistent"),
+        (lambda h: parameter(h).__setitem__("shape", [-1]), "bad shape"),
+        (lambda h: parameter(h).__setitem__("shape", "8"), "bad shape"),
+        (lambda h: parameter(h).__setitem__("section", [0, 10**9, 0]), "outside the file"),
+        (lambda h: parameter(h).__setitem__("section", parameter(h, 1)["section"]), "inconsistent"),
+        (lambda h: parameter(h).__setitem__("kept", [1]), "count of kept weights"),
+        (lambda h: parameter(h).__setitem__("kept", []), "count of kept weights"),
+        (lambda h: parameter(h).__setitem__("codec", "zip"), "unknown mask codec"),
+        (lambda h: parameter(h).__setitem__("context", "against"), "inconsistent"),
     ],
 )
 def test_a_signed_file_with_a_bad_header_is_refused(tmp_path: Path, change, message: str) -> None:
@@ -189,34 +207,77 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "task.mask").read_bytes() == before
 
 
-@pytest.mark.parametrize("num_bits", [0, 1, 7, 8, 9, 1000])
-def test_codec_round_trip(num_bits: int) -> None:
-    bits = np.random.default_rng(num_bits).random(num_bits) < 0.9
-    data = codec.encode(bits)
-    assert np.array_equal(codec.decode(data, num_bits), bits)
-    with pytest.raises(ValueError, match="expected"):
-        codec.decode(data, num_bits + 8)
-    with pytest.raises(ValueError, match="decompressed"):
-        codec.decode(b"not zstd", num_bits)
+def test_one_parameter_is_read_without_the_others(tmp_path: Path) -> None:
+    _, _, masks = trained("conv")
+    path = tmp_path / "task.mask"
+    first = from_masks(masks)
+    second = replace(first, bits={name: ~bits for name, bits in first.bits.items()}, against="first")
+    write_mask_file(path, MaskFile({"first": first, "second": second}))
+    names = list(first.bits)
+    entry = container.open_part(path).header["masks"]["second"]["parameters"][-1]
+    assert entry["context"] == "against"
+    damaged = bytearray(path.read_bytes())
+    start = len(damaged) - 32 - container.open_part(path).num_bytes
+    offset, length, _ = container.open_part(path).header["masks"]["second"]["parameters"][0]["section"]
+    damaged[start + offset] ^= 1
+    assert length
+    path.write_bytes(damaged)
+    with pytest.raises(MaskFileError, match="checksum"):
+        read_mask_file(path)
+    assert torch.equal(read_parameter(path, names[-1], mask="second"), second.bits[names[-1]])
+    with pytest.raises(MaskFileError, match="is damaged"):
+        read_parameter(path, names[0], mask="second")
+    with pytest.raises(MaskFileError, match=r"\['first', 'second'\]; name one"):
+        read_parameter(path, names[0])
+    with pytest.raises(MaskFileError, match="no parameter 'x'"):
+        read_parameter(path, "x", mask="first")
 
 
-def test_codec_is_small_where_masks_are_sparse() -> None:
-    bits = np.random.default_rng(0).random(1_000_000) < 0.99
-    assert len(codec.encode(bits)) * 8 < 0.12 * bits.size  # entropy 0.081
+def test_a_file_larger_than_the_limit_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """All weights kept take no bytes: nothing but the limit stands against a small file of many masks."""
+    bits = torch.ones(1000, 1000, dtype=torch.bool)
+    size = write_mask_file(tmp_path / "a.mask", MaskFile({f"{k}": Mask({"w": bits}, "x") for k in range(50)}))
+    assert size < 2000
+    with pytest.raises(MaskFileError, match=r"50,000,000 values, more than the limit of 49,999,999"):
+        read_mask_file(tmp_path / "a.mask", max_weights=49_999_999)
+    with pytest.raises(MaskFileError, match="more than the limit of 5"):
+        read_parameter(tmp_path / "a.mask", "w", mask="3", max_weights=5)
 
 
-def test_a_mask_may_be_stored_as_the_flips_of_another(tmp_path: Path) -> None:
+def test_a_header_that_would_grow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, masks = trained("conv")
+    masks.save(tmp_path / "a.mask")
+    monkeypatch.setattr(container, "MAX_HEADER_BYTES", 1000)
+    with pytest.raises(MaskFileError, match=r"states a size of \d+ bytes, the limit is 1000"):
+        read_mask_file(tmp_path / "a.mask")
+    with pytest.raises(MaskFileError, match="the format allows 1,000"):
+        masks.save(tmp_path / "b.mask")
+
+
+def test_a_mask_may_be_stored_against_another(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     first = Mask({"w": torch.rand(300, 400, generator=generator) > 0.3}, "x" * 64)
     bits = first.bits["w"].clone()
     bits.view(-1)[::97] ^= True
     second = Mask({"w": bits}, "x" * 64)
     apart = write_mask_file(tmp_path / "apart.mask", MaskFile({"b": first, "a": second}))
-    flips = MaskFile({"b": first, "a": replace(second, against="b")}, tensors={"router.n": torch.arange(3)})
-    together = write_mask_file(tmp_path / "together.mask", flips)
-    assert together < 0.7 * apart
+    beside = MaskFile({"b": first, "a": replace(second, against="b")}, tensors={"router.n": torch.arange(3)})
+    together = write_mask_file(tmp_path / "together.mask", beside)
+    assert together < 0.6 * apart
     read = read_mask_file(tmp_path / "together.mask")
     assert list(read.masks) == ["b", "a"], "a base before its users, whatever their names"
     assert torch.equal(read.masks["a"].bits["w"], bits)
     assert torch.equal(read.masks["b"].bits["w"], first.bits["w"])
     assert torch.equal(read.tensors["router.n"], torch.arange(3))
+
+
+def test_arithmetic_of_masks() -> None:
+    bits = [torch.tensor(row, dtype=torch.bool) for row in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0])]
+    masks = [Mask({"w": row}, "x") for row in bits]
+    expected = {"intersection": [1, 0, 0, 0], "union": [1, 1, 1, 0], "majority": [1, 1, 0, 0]}
+    assert {name: fn(masks).bits["w"].int().tolist() for name, fn in OPERATIONS.items()} == expected
+    assert OPERATIONS["majority"](masks[:2]).bits["w"].int().tolist() == [1, 1, 1, 0], "half is enough"
+    with pytest.raises(MaskFileError, match="mask 2 is of other weights than mask 1"):
+        OPERATIONS["union"]([masks[0], replace(masks[1], weights_fingerprint="y")])
+    with pytest.raises(MaskFileError, match="no mask"):
+        OPERATIONS["union"]([])

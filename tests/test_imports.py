@@ -48,8 +48,7 @@ TABLE = {
     "planner": Rule(("backbones", "config", "masking"), ("torch.distributed", "torch.optim")),
     "schedule": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "parallel": Rule(("data", "masking"), MODELS),
-    "codec": Rule((), ("torch", *MODELS)),
-    "artifact": Rule(("backbones", "codec", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
+    "artifact": Rule(("backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "api": Rule(("artifact", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "metrics": Rule((), MODELS),
     "trainer": Rule(

@@ -1,0 +1,25 @@
+"""The mask file: one or more masks of one backbone, written and read without executing anything.
+
+`mask` says what is in it, `codec` turns bits into bytes, `container` lays bytes out and guards them, `file`
+brings the three together, `fit` puts a mask on a model, and `arithmetic` makes masks out of masks. Knows
+nothing of optimizers or process groups.
+"""
+
+from selfmask_dist.artifact.file import MAX_WEIGHTS, read_mask_file, read_parameter, write_mask_file
+from selfmask_dist.artifact.fit import apply_mask, check_fits, describe_file, from_masks, materialize
+from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
+
+__all__ = [
+    "MAX_WEIGHTS",
+    "Mask",
+    "MaskFile",
+    "MaskFileError",
+    "apply_mask",
+    "check_fits",
+    "describe_file",
+    "from_masks",
+    "materialize",
+    "read_mask_file",
+    "read_parameter",
+    "write_mask_file",
+]

@@ -1,0 +1,114 @@
+"""A mask on a model: taken from masks in training, checked against a backbone, and put on it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from selfmask_dist.artifact.file import read_mask_file
+from selfmask_dist.artifact.mask import Mask, MaskFileError
+from selfmask_dist.backbones import fingerprint
+from selfmask_dist.masking import Masks, core
+
+
+def from_masks(masks: Masks) -> Mask:
+    """The file's view of masks in training."""
+    return Mask(
+        bits={name: bits.cpu() for name, bits in masks.masks().items()},
+        weights_fingerprint=fingerprint(masks.weights().items()),
+        scaled=masks.scale != "none",
+        num_segments={entry.name: entry.num_segments for entry in masks.entries if entry.num_segments > 1},
+        statistics={name: statistic.cpu() for name, statistic in masks.moved_statistics().items()},
+        threshold=masks.threshold,
+    )
+
+
+@torch.no_grad()
+def apply_mask(model: nn.Module, mask: Mask) -> None:
+    """Write theta = a * W * M and the moved statistics into `model`, which holds the frozen weights W.
+
+    The model may be the encoder itself or hold it under a prefix (`visual.` of a whole open_clip model,
+    `module.`); other parameters, such as a head, are left alone.
+
+    Raises:
+        MaskFileError: a masked parameter is missing or has another shape, or the weights are not those of the
+            mask.
+    """
+    tensors = check_fits(model, mask)
+    for name in mask.bits:
+        weight = tensors[name]
+        weight.copy_(materialize(mask, name, weight))
+    for name, statistic in mask.statistics.items():
+        tensors[name].copy_(statistic)
+
+
+def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
+    """Theta = a * W * M of one parameter, in a new tensor."""
+    num_segments, bits = mask.num_segments.get(name, 1), mask.bits[name].to(weight.device)
+    pieces = zip(weight.chunk(num_segments), bits.chunk(num_segments), strict=True)
+    return torch.cat([core.materialize(piece, bits, scaled=mask.scaled) for piece, bits in pieces])
+
+
+def check_fits(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """The tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    prefix = _find_prefix(mask.bits, tensors)
+    for name, bits in mask.bits.items():
+        if tensors[prefix + name].shape != bits.shape:
+            raise MaskFileError(
+                f"{name} has shape {tuple(tensors[prefix + name].shape)} in the model and "
+                f"{tuple(bits.shape)} in the mask; "
+                f"build the backbone as it was when the mask was trained"
+            )
+    found = fingerprint((name, tensors[prefix + name]) for name in mask.bits)
+    if found != mask.weights_fingerprint:
+        raise MaskFileError(
+            f"wrong backbone: the model's weights under the mask have fingerprint {found[:12]}, the mask was "
+            f"trained on "
+            f"{mask.weights_fingerprint[:12]}; load the same pretrained weights, with no mask applied yet"
+        )
+    missing = [name for name in mask.statistics if prefix + name not in tensors]
+    if missing:
+        raise MaskFileError(f"the mask brings running statistics the model does not have: {missing[:5]}")
+    return {name: tensors[prefix + name] for name in (*mask.bits, *mask.statistics)}
+
+
+def describe_file(path: str | Path) -> str:
+    """What a mask file holds, as text for a person; verifies it on the way."""
+    file = read_mask_file(path)
+    lines = [
+        f"{path}: {Path(path).stat().st_size:,} bytes",
+        f"backbone {file.backbone or 'not stated'}, fingerprint "
+        f"{file.backbone_fingerprint[:12] or 'not stated'}",
+        *(f"{name} {value:.4f}" for name, value in file.metrics.items()),
+    ]
+    for name, mask in file.masks.items():
+        kept = sum(int(bits.sum()) for bits in mask.bits.values())
+        lines.append(f"\nmask {name!r}: {mask.num_weights():,} weights, {kept / mask.num_weights():.2%} kept")
+        for parameter, bits in mask.bits.items():
+            shape = "x".join(map(str, bits.shape))
+            lines.append(f"  {parameter:40s} {shape:>14s}  {float(bits.double().mean()):7.2%} kept")
+        if mask.statistics:
+            lines.append(f"  and {len(mask.statistics)} moved statistics")
+    return "\n".join(lines)
+
+
+def _find_prefix(names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """The one prefix under which the model holds every masked parameter."""
+    first = next(iter(names))
+    candidates = [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
+    fits = [prefix for prefix in candidates if all(prefix + name in tensors for name in names)]
+    if "" in fits:
+        return ""
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise MaskFileError(
+            f"the model holds the masked parameters more than once, under {fits}; apply to the one submodule"
+        )
+    known = set(tensors)
+    lacking = [name for name in names if name not in known]
+    raise MaskFileError(
+        f"the model lacks {len(lacking)} masked parameters: {lacking[:5]}; it is another architecture"
+    )
