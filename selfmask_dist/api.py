@@ -20,6 +20,7 @@ class Masks(masking.Masks):
         backbone_fingerprint: str = "",
         preprocessing: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
+        against_weights: bool = False,
     ) -> int:
         """Write these masks to a mask file; see `save_masks`."""
         return save_masks(
@@ -29,6 +30,7 @@ class Masks(masking.Masks):
             backbone_fingerprint=backbone_fingerprint,
             preprocessing=preprocessing,
             metrics=metrics,
+            against_weights=against_weights,
         )
 
 
@@ -43,6 +45,7 @@ def save_masks(
     backbone_fingerprint: str = "",
     preprocessing: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
+    against_weights: bool = False,
     is_writer: bool = True,
 ) -> int:
     """Write masks to a mask file (`artifact`); returns the number of bytes.
@@ -52,9 +55,12 @@ def save_masks(
     Args:
         backbone, backbone_fingerprint, preprocessing, metrics: kept in the file's header for its readers. The
             weights under the mask are fingerprinted in any case.
+        against_weights: code the bits by how large the weights under them are: a smaller file, that is read
+            only together with the backbone.
         is_writer: False only takes part in gathering the masks, and returns 0.
     """
     mask = artifact.from_masks(masks)
+    weights = masks.weights() if against_weights else None
     if not is_writer:
         return 0
     file = artifact.MaskFile(
@@ -64,7 +70,7 @@ def save_masks(
         preprocessing=dict(preprocessing or {}),
         metrics=dict(metrics or {}),
     )
-    return artifact.write_mask_file(path, file)
+    return artifact.write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
 
 
 def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> artifact.MaskFile:
@@ -77,7 +83,7 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     Raises:
         MaskFileError: the file is damaged, or does not fit the model's architecture or weights.
     """
-    file = artifact.read_mask_file(path)
+    file = artifact.read_mask_file(path, weights=artifact.weights_of(model))
     if name is None and len(file.masks) > 1:
         raise artifact.MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
     if name is not None and name not in file.masks:

@@ -17,12 +17,12 @@ from selfmask_dist.artifact import (
     Mask,
     MaskFile,
     MaskFileError,
+    container,
     from_masks,
     read_mask_file,
     read_parameter,
     write_mask_file,
 )
-from selfmask_dist.artifact import container
 from selfmask_dist.artifact.arithmetic import OPERATIONS
 from tests.models import FAMILIES, make
 
@@ -159,7 +159,7 @@ def parameter(header: dict, place: int = 0) -> dict:
     ("change", "message"),
     [
         (lambda h: h.__setitem__("__version__", 9), "format version 9.*upgrade"),
-        (lambda h: h.__setitem__("__version__", 1), "format version 1.*train again"),
+        (lambda h: h.__setitem__("__version__", 1), "format version 1.*first release"),
         (lambda h: h.pop("masks"), "inconsistent header"),
         (lambda h: h.__setitem__("order", []), "order and masks name different masks"),
         (lambda h: h["masks"]["default"].__setitem__("kind", "pickle"), "unknown mask kind"),
@@ -173,7 +173,7 @@ def parameter(header: dict, place: int = 0) -> dict:
         (lambda h: parameter(h).__setitem__("kept", [1]), "count of kept weights"),
         (lambda h: parameter(h).__setitem__("kept", []), "count of kept weights"),
         (lambda h: parameter(h).__setitem__("codec", "zip"), "unknown mask codec"),
-        (lambda h: parameter(h).__setitem__("context", "against"), "inconsistent"),
+        (lambda h: parameter(h).__setitem__("context", "mask"), "inconsistent"),
     ],
 )
 def test_a_signed_file_with_a_bad_header_is_refused(tmp_path: Path, change, message: str) -> None:
@@ -215,7 +215,7 @@ def test_one_parameter_is_read_without_the_others(tmp_path: Path) -> None:
     write_mask_file(path, MaskFile({"first": first, "second": second}))
     names = list(first.bits)
     entry = container.open_part(path).header["masks"]["second"]["parameters"][-1]
-    assert entry["context"] == "against"
+    assert entry["context"] == "mask"
     damaged = bytearray(path.read_bytes())
     start = len(damaged) - 32 - container.open_part(path).num_bytes
     offset, length, _ = container.open_part(path).header["masks"]["second"]["parameters"][0]["section"]
@@ -231,6 +231,32 @@ def test_one_parameter_is_read_without_the_others(tmp_path: Path) -> None:
         read_parameter(path, names[0])
     with pytest.raises(MaskFileError, match="no parameter 'x'"):
         read_parameter(path, "x", mask="first")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_coded_against_the_weights_is_read_with_the_backbone_alone(
+    family: str, tmp_path: Path
+) -> None:
+    backbone, model, masks = trained(family)
+    pruned_by_size = {  # the larger a weight, the likelier it is pruned, as in trained masks
+        name: torch.rand(weight.shape, generator=torch.Generator().manual_seed(1))
+        - weight.abs() / weight.abs().max()
+        for name, weight in masks.weights().items()
+    }
+    masks.load_state_dict(pruned_by_size)
+    alone = masks.save(tmp_path / "alone.mask")
+    assert masks.save(tmp_path / "with.mask", against_weights=True) < alone
+    with pytest.raises(
+        MaskFileError, match=r"with\.mask: it was made smaller .* cannot be read without them"
+    ):
+        read_mask_file(tmp_path / "with.mask")
+    other, _ = make(family, seed=9, dtype=torch.float32)
+    with pytest.raises(MaskFileError, match="wrong backbone"):
+        apply_masks(other, tmp_path / "with.mask")
+    with pytest.raises(MaskFileError, match=r"holds 0 parameters called .* another architecture"):
+        apply_masks(nn.Linear(2, 2), tmp_path / "with.mask")
+    apply_masks(nn.ModuleDict({"visual": backbone}), tmp_path / "with.mask")
+    assert torch.equal(backbone(images()), model.eval()(images()))
 
 
 def test_a_file_larger_than_the_limit_is_refused_before_it_is_made(tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ nothing of optimizers or process groups.
 """
 
 from selfmask_dist.artifact.file import MAX_WEIGHTS, read_mask_file, read_parameter, write_mask_file
-from selfmask_dist.artifact.fit import apply_mask, check_fits, describe_file, from_masks, materialize
+from selfmask_dist.artifact.fit import (
+    apply_mask,
+    check_fits,
+    describe_file,
+    from_masks,
+    materialize,
+    weights_of,
+)
 from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
 
 __all__ = [
@@ -21,5 +28,6 @@ __all__ = [
     "materialize",
     "read_mask_file",
     "read_parameter",
+    "weights_of",
     "write_mask_file",
 ]

@@ -1,18 +1,22 @@
 """Mask bits to bytes and back, close to their entropy.
 
-    entropy         the places of the rare value, as gaps, by an entropy coder (ANS) that knows its share exactly
+    entropy         the places of the rare value, as gaps, by an entropy coder (ANS) that knows its share
     packbits-zstd   packed eight to a byte, then zstd: larger, and readable with everyday tools
 
 Bits may come in classes that both sides know (another mask's bits at the same places, how large the frozen
-weights are): each class is then coded with a share of its own. A codec is a name in a mask file's header and
-an entry of the table below; `docs/mask_format.md` is the specification. Knows numpy arrays, not masks or files.
+weights are): each class is then coded with a share of its own. `docs/mask_format.md` is the specification.
+Knows numpy arrays, not masks or files.
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import constriction
 import numpy as np
 import zstandard
+
+_Coder: TypeAlias = constriction.stream.stack.AnsCoder
+_Model: TypeAlias = constriction.stream.model.Categorical
 
 DEFAULT = "entropy"
 CODECS = ("entropy", "packbits-zstd")
@@ -22,6 +26,7 @@ _PRECISION = 1 << 24  # frequencies of a model sum to this
 _MAX_ALPHABET = 4096
 _DENSE = 8  # a value that takes more than one place in so many is not rare: bits go eight at a time
 _MAX_VARINT = 10  # bytes
+_NUM_MAGNITUDES = 8
 
 
 def encode(bits: np.ndarray, codec: str = DEFAULT, *, classes: np.ndarray | None = None) -> bytes:
@@ -50,7 +55,7 @@ def encode(bits: np.ndarray, codec: str = DEFAULT, *, classes: np.ndarray | None
         symbols = _to_symbols(np.flatnonzero(is_rare), len(frequencies) - 1)
         head += _varint(symbols.size)
         streams.append((symbols, frequencies))
-    coder = constriction.stream.stack.AnsCoder()
+    coder = _Coder()
     for symbols, frequencies in reversed(streams):  # what is decoded first lies on top
         coder.encode_reverse(symbols, _model(frequencies))
     return bytes(head) + np.asarray(coder.get_compressed()).astype("<u4").tobytes()
@@ -59,7 +64,7 @@ def encode(bits: np.ndarray, codec: str = DEFAULT, *, classes: np.ndarray | None
 def decode(
     data: bytes, num_bits: int, codec: str = DEFAULT, *, classes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Decode to `(num_bits,)` bools. Whatever `data` holds, memory stays within a small multiple of `num_bits`.
+    """Decode to `(num_bits,)` bools; memory stays within a small multiple of `num_bits`, whatever `data` is.
 
     Args:
         classes: as they were for `encode`.
@@ -71,7 +76,7 @@ def decode(
         return _decode_packed(data, num_bits)
     _check(codec)
     reader = _Reader(data)
-    plan: list[tuple[slice | np.ndarray, int, int, int, int]] = []
+    plan: list[tuple[slice | np.ndarray, int, bool, int, int]] = []
     for places in _split(num_bits, classes):
         size = num_bits if isinstance(places, slice) else places.size
         zeros = reader.varint(size)
@@ -81,7 +86,7 @@ def decode(
     words = reader.words()
     bits = np.empty(num_bits, dtype=bool)
     try:
-        coder = constriction.stream.stack.AnsCoder(words)
+        coder = _Coder(words)
         for places, size, rare, count, num_symbols in plan:
             bits[places] = _decode_class(coder, size, count, num_symbols) == rare
     except ValueError as error:
@@ -91,9 +96,18 @@ def decode(
     return bits
 
 
-def _decode_class(
-    coder: "constriction.stream.stack.AnsCoder", size: int, count: int, num_symbols: int
-) -> np.ndarray:
+def magnitude_classes(values: np.ndarray) -> np.ndarray:
+    """Places of like magnitude, as classes: uint8, the shape of `values`, which are read as float32.
+
+    Class 0 holds the binary exponent of the largest value, each next one the exponent below; the last, the
+    rest. Finer classes and more of them made files larger.
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    exponents = (bits & np.uint32(0x7FFFFFFF)) >> np.uint32(23)
+    return np.minimum(exponents.max(initial=0) - exponents, _NUM_MAGNITUDES - 1).astype(np.uint8)
+
+
+def _decode_class(coder: _Coder, size: int, count: int, num_symbols: int) -> np.ndarray:
     """Which places of a class hold its rare value, (size,) bool."""
     is_rare = np.zeros(size, dtype=bool)
     if not count:
@@ -127,7 +141,8 @@ def _split(num_bits: int, classes: np.ndarray | None) -> Iterator[slice | np.nda
         yield slice(None)
         return
     flat = classes.reshape(-1)
-    assert flat.dtype == np.uint8 and flat.size == num_bits, (classes.dtype, classes.shape, num_bits)
+    assert flat.dtype == np.uint8, classes.dtype
+    assert flat.size == num_bits, (classes.shape, num_bits)
     order = np.argsort(flat, kind="stable")
     start = 0
     for size in np.bincount(flat):
@@ -183,9 +198,9 @@ def _byte_frequencies(count: int, size: int) -> np.ndarray:
     return frequencies
 
 
-def _model(frequencies: np.ndarray) -> "constriction.stream.model.Categorical":
-    # the library gives symbol i of n the frequency w_i * (2^24 - n) / sum(w) + 1: exactly what is asked for here
-    return constriction.stream.model.Categorical((frequencies - 1).astype(np.float64), perfect=False)
+def _model(frequencies: np.ndarray) -> _Model:
+    # the library gives symbol i of n the frequency w_i * (2^24 - n) / sum(w) + 1: here, what is asked for
+    return _Model((frequencies - 1).astype(np.float64), perfect=False)
 
 
 # ---- bytes

@@ -109,7 +109,7 @@ def read(path: Path) -> Container:
 
 
 def open_part(path: Path) -> Container:
-    """The header alone, verified; sections are read and verified when they are asked for. Errors as in `read`."""
+    """The header alone, verified; sections are read and verified when asked for. Errors as in `read`."""
     size = path.stat().st_size
 
     def part(offset: int, length: int) -> bytes:
@@ -130,9 +130,7 @@ def _open(path: Path, size: int, read: Callable[[int, int], bytes]) -> Container
     prefix = read(0, _PREFIX.size)
     _, version, length = _PREFIX.unpack(prefix)
     if version != VERSION:
-        way_out = (
-            "upgrade selfmask_dist" if version > VERSION else "it is of before the first release; train again"
-        )
+        way_out = "upgrade selfmask_dist" if version > VERSION else "it is from before the first release"
         raise MaskFileError(
             f"{path} has format version {version}, this selfmask_dist reads {VERSION}; {way_out}"
         )

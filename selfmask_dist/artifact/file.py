@@ -4,7 +4,7 @@
 nothing that a limit does not allow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,26 @@ from torch import Tensor
 from selfmask_dist.artifact import codec, container
 from selfmask_dist.artifact.container import Container, Sections
 from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
+from selfmask_dist.backbones import fingerprint
 
 MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while they are read
+Weights = Callable[[str], Tensor]  # the frozen weights, by a parameter's name
+
 _ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64", "uint8", "bool")
 }
 _MISTAKES = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
-def write_mask_file(path: str | Path, file: MaskFile, *, codec_name: str = codec.DEFAULT) -> int:
+def write_mask_file(
+    path: str | Path, file: MaskFile, *, codec_name: str = codec.DEFAULT, weights: Weights | None = None
+) -> int:
     """Write `file` to `path` by way of a temporary name and one rename; returns the number of bytes.
 
     Args:
         codec_name: `entropy`, the smallest, or `packbits-zstd`, which everyday tools can read.
+        weights: the frozen weights. With them the file is smaller, as large weights are pruned more often,
+            and cannot be read without them.
 
     Raises:
         MaskFileError: a statistic has a dtype the format does not hold.
@@ -38,7 +45,8 @@ def write_mask_file(path: str | Path, file: MaskFile, *, codec_name: str = codec
         "preprocessing": file.preprocessing,
         "metrics": file.metrics,
         "masks": {
-            name: _describe_mask(mask, sections, file.masks, codec_name) for name, mask in file.masks.items()
+            name: _describe_mask(mask, sections, file.masks, codec_name, weights)
+            for name, mask in file.masks.items()
         },
         "order": list(file.masks),
         "tensors": [_describe_array(name, tensor, sections) for name, tensor in file.tensors.items()],
@@ -46,32 +54,30 @@ def write_mask_file(path: str | Path, file: MaskFile, *, codec_name: str = codec
     return container.write(Path(path), header, sections)
 
 
-def read_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> MaskFile:
+def read_mask_file(
+    path: str | Path, *, weights: Weights | None = None, max_weights: int = MAX_WEIGHTS
+) -> MaskFile:
     """Read and verify a mask file.
 
     Args:
+        weights: the frozen weights, for a file written with them; `weights_of` finds them in a model.
         max_weights: a file that states more than this is refused before anything is allocated.
 
     Raises:
-        MaskFileError: not a mask file, another version, damaged in any byte, or too large.
+        MaskFileError: not a mask file, another version, damaged in any byte, too large, or without the
+            weights that it takes.
         FileNotFoundError: no such file.
     """
     whole = container.read(Path(path))
     try:
         header = whole.header
-        described = {name: header["masks"][name] for name in header["order"]}
-        if described.keys() != header["masks"].keys():
-            raise ValueError("order and masks name different masks")
+        reading = _Reading(whole, weights)
         entries = [
-            *(entry for mask in described.values() for entry in (*mask["parameters"], *mask["statistics"])),
-            *header["tensors"],
+            entry for mask in header["masks"].values() for entry in (*mask["parameters"], *mask["statistics"])
         ]
-        _check_size(sum(_count(entry["shape"]) for entry in entries), max_weights)
-        masks: dict[str, Mask] = {}
-        for name, mask in described.items():
-            masks[name] = _parse_mask(mask, whole, masks)
+        _check_size(sum(_count(entry["shape"]) for entry in [*entries, *header["tensors"]]), max_weights)
         return MaskFile(
-            masks=masks,
+            masks={name: reading.mask(name) for name in reading.order},
             tensors={entry["name"]: _parse_array(entry, whole) for entry in header["tensors"]},
             backbone=header["backbone"]["name"],
             backbone_fingerprint=header["backbone"]["fingerprint"],
@@ -79,11 +85,16 @@ def read_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> MaskF
             metrics=header["metrics"],
         )
     except _MISTAKES as error:
-        raise MaskFileError(f"{path} has an inconsistent header or section: {error}") from error
+        raise _refusal(path, error) from error
 
 
 def read_parameter(
-    path: str | Path, parameter: str, *, mask: str | None = None, max_weights: int = MAX_WEIGHTS
+    path: str | Path,
+    parameter: str,
+    *,
+    mask: str | None = None,
+    weights: Weights | None = None,
+    max_weights: int = MAX_WEIGHTS,
 ) -> Tensor:
     """The bits of one parameter, bool of its shape; of the file, only header and what it needs are read.
 
@@ -93,52 +104,42 @@ def read_parameter(
     Raises:
         MaskFileError: as in `read_mask_file`, for the part that is read; no such mask or parameter.
     """
-    part = container.open_part(Path(path))
     try:
-        masks: dict[str, Any] = part.header["masks"]
-        name = mask or next(iter(masks))
-        if name not in masks or (mask is None and len(masks) > 1):
-            raise MaskFileError(f"{path} holds the masks {sorted(masks)}; name one")
-        bits = _read_bits(masks, name, parameter, part, max_weights)
+        reading = _Reading(container.open_part(Path(path)), weights)
+        name = mask or reading.order[0]
+        if name not in reading.order or (mask is None and len(reading.order) > 1):
+            raise MaskFileError(f"it holds the masks {reading.order}; name one of them")
+        entry = reading.parameters(name).get(parameter)
+        if entry is None:
+            known = ", ".join(list(reading.parameters(name))[:5])
+            raise MaskFileError(f"mask {name!r} has no parameter {parameter!r}; it has {known} ...")
+        _check_size(_count(entry["shape"]), max_weights)
+        return reading.bits(name, parameter)
     except _MISTAKES as error:
-        if isinstance(error, MaskFileError):
-            raise
-        raise MaskFileError(f"{path} has an inconsistent header or section: {error}") from error
-    if bits is None:
-        names = [entry["name"] for entry in masks[name]["parameters"]]
-        raise MaskFileError(f"{path}: mask {name!r} has no parameter {parameter!r}; it has {names[:5]} ...")
-    return bits
+        raise _refusal(path, error) from error
 
 
-def _read_bits(
-    masks: Mapping[str, Any], name: str, parameter: str, part: Container, max_weights: int, depth: int = 0
-) -> Tensor | None:
-    if depth > len(masks):
-        raise ValueError("masks are stored against each other in a circle")
-    for entry in masks[name]["parameters"]:
-        if entry["name"] == parameter:
-            _check_size(_count(entry["shape"]), max_weights)
-            base = None
-            if entry.get("context") is not None:
-                base = _read_bits(masks, masks[name]["against"], parameter, part, max_weights, depth + 1)
-            return _parse_bits(entry, part, base)
-    return None
+def _refusal(path: str | Path, error: Exception) -> MaskFileError:
+    if isinstance(error, MaskFileError):
+        return error if str(path) in str(error) else MaskFileError(f"{path}: {error}")
+    return MaskFileError(f"{path} has an inconsistent header or section: {error}")
 
 
-# ---- header and sections
+# ---- writing
 
 
 def _describe_mask(
-    mask: Mask, sections: Sections, masks: Mapping[str, Mask], codec_name: str
+    mask: Mask, sections: Sections, masks: Mapping[str, Mask], codec_name: str, weights: Weights | None
 ) -> dict[str, Any]:
     parameters = []
     base = {} if mask.against is None else masks[mask.against].bits
     for name, bits in mask.bits.items():
         coded, context = codec.encode(bits.numpy(), codec_name), None
-        if name in base and codec_name == codec.DEFAULT:
-            by_base = codec.encode(bits.numpy(), codec_name, classes=base[name].numpy().view(np.uint8))
-            if len(by_base) < len(coded):
-                coded, context = by_base, "against"
+        known = {"mask": base.get(name), "weights": weights(name) if weights else None}
+        for kind, tensor in known.items():
+            if tensor is not None and codec_name == codec.DEFAULT:
+                smaller = codec.encode(bits.numpy(), classes=_classes(kind, tensor))
+                coded, context = min((coded, context), (smaller, kind), key=lambda pair: len(pair[0]))
         parameters.append(
             {
                 "name": name,
@@ -161,41 +162,6 @@ def _describe_mask(
     }
 
 
-def _parse_mask(described: Mapping[str, Any], whole: Container, masks: Mapping[str, Mask]) -> Mask:
-    if described["kind"] != "threshold" or described["scale"] not in ("sqrt", "none"):
-        raise ValueError(f"unknown mask kind {described['kind']!r} with scale {described['scale']!r}")
-    bits, num_segments = {}, {}
-    for entry in described["parameters"]:
-        name = entry["name"]
-        base = masks[described["against"]].bits[name] if entry.get("context") is not None else None
-        bits[name] = _parse_bits(entry, whole, base)
-        if len(entry["kept"]) > 1:
-            num_segments[name] = len(entry["kept"])
-    return Mask(
-        bits=bits,
-        weights_fingerprint=described["weights_fingerprint"],
-        scaled=described["scale"] == "sqrt",
-        num_segments=num_segments,
-        statistics={entry["name"]: _parse_array(entry, whole) for entry in described["statistics"]},
-        threshold=described["threshold"],
-        against=described.get("against"),
-    )
-
-
-def _parse_bits(entry: Mapping[str, Any], whole: Container, base: Tensor | None) -> Tensor:
-    name, shape, kept = entry["name"], entry["shape"], entry["kept"]
-    if entry.get("context") not in (None, "against"):
-        raise ValueError(f"{name}: unknown context {entry['context']!r}")
-    if base is not None and list(base.shape) != shape:
-        raise ValueError(f"{name}: shape {shape} differs from that of the mask it is stored against")
-    classes = None if base is None else base.numpy().view(np.uint8)
-    array = codec.decode(whole.section(entry["section"]), _count(shape), entry["codec"], classes=classes)
-    bits = torch.from_numpy(array.reshape(shape))
-    if not kept or [int(piece.sum()) for piece in bits.chunk(len(kept))] != kept:
-        raise ValueError(f"{name}: the count of kept weights differs from the header's")
-    return bits
-
-
 def _describe_array(name: str, tensor: Tensor, sections: Sections) -> dict[str, Any]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _ARRAY_DTYPES:
@@ -204,6 +170,105 @@ def _describe_array(name: str, tensor: Tensor, sections: Sections) -> dict[str, 
         )
     data = tensor.contiguous().numpy().astype(_ARRAY_DTYPES[dtype]).tobytes()
     return {"name": name, "shape": list(tensor.shape), "dtype": dtype, "section": sections.add(data)}
+
+
+def _classes(context: str, known: Tensor) -> np.ndarray:
+    if context == "mask":
+        return known.numpy().view(np.uint8)
+    return codec.magnitude_classes(known.detach().to(device="cpu", dtype=torch.float32).numpy())
+
+
+# ---- reading
+
+
+class _Reading:
+    """The masks of an open file; bits are decoded once, and a mask against another after that one."""
+
+    def __init__(self, whole: Container, weights: Weights | None) -> None:
+        self._whole = whole
+        self._masks: dict[str, Any] = whole.header["masks"]
+        self._weights = weights
+        self._done: dict[tuple[str, str], Tensor] = {}
+        self._checked: set[str] = set()
+        self.order: list[str] = whole.header["order"]
+        if sorted(self.order) != sorted(self._masks) or not self.order:
+            raise ValueError("order and masks name different masks, or none")
+
+    def parameters(self, mask: str) -> dict[str, Any]:
+        return {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
+
+    def mask(self, name: str) -> Mask:
+        described = self._masks[name]
+        if described["kind"] != "threshold" or described["scale"] not in ("sqrt", "none"):
+            raise ValueError(f"unknown mask kind {described['kind']!r} with scale {described['scale']!r}")
+        entries = self.parameters(name)
+        return Mask(
+            bits={parameter: self.bits(name, parameter) for parameter in entries},
+            weights_fingerprint=described["weights_fingerprint"],
+            scaled=described["scale"] == "sqrt",
+            num_segments={
+                parameter: len(entry["kept"])
+                for parameter, entry in entries.items()
+                if len(entry["kept"]) > 1
+            },
+            statistics={entry["name"]: _parse_array(entry, self._whole) for entry in described["statistics"]},
+            threshold=described["threshold"],
+            against=described.get("against"),
+        )
+
+    def bits(self, mask: str, parameter: str) -> Tensor:
+        if (mask, parameter) in self._done:
+            return self._done[mask, parameter]
+        entry = self.parameters(mask)[parameter]
+        shape, kept = entry["shape"], entry["kept"]
+        array = codec.decode(
+            self._whole.section(entry["section"]),
+            _count(shape),
+            entry["codec"],
+            classes=self._classes(mask, entry),
+        )
+        bits = torch.from_numpy(array.reshape(shape))
+        if not kept or [int(piece.sum()) for piece in bits.chunk(len(kept))] != kept:
+            raise ValueError(f"{parameter}: the count of kept weights differs from the header's")
+        self._done[mask, parameter] = bits
+        return bits
+
+    def _classes(self, mask: str, entry: Mapping[str, Any]) -> np.ndarray | None:
+        context, parameter = entry.get("context"), entry["name"]
+        if context is None:
+            return None
+        if context == "mask":
+            against = self._masks[mask]["against"]
+            if self.order.index(against) >= self.order.index(mask):
+                raise ValueError(
+                    f"mask {mask!r} is stored against {against!r}, which does not come before it"
+                )
+            known = self.bits(against, parameter)
+        elif context == "weights":
+            known = self._checked_weights(mask)(parameter)
+        else:
+            raise ValueError(f"{parameter}: unknown context {context!r}")
+        if list(known.shape) != entry["shape"]:
+            raise ValueError(f"{parameter}: shape {entry['shape']} is not that of its context {context!r}")
+        return _classes(context, known)
+
+    def _checked_weights(self, mask: str) -> Weights:
+        """The frozen weights, if they are those of the mask: with others it would decode to nonsense."""
+        if self._weights is None:
+            raise MaskFileError(
+                "it was made smaller by its backbone's weights and cannot be read without them; apply it to "
+                "the backbone, or give `weights=weights_of(backbone)`"
+            )
+        if mask not in self._checked:
+            weights, expected = self._weights, self._masks[mask]["weights_fingerprint"]
+            found = fingerprint((name, weights(name)) for name in self.parameters(mask))
+            if found != expected:
+                raise MaskFileError(
+                    f"wrong backbone: its weights under the mask have fingerprint {found[:12]}, the mask was "
+                    f"trained on {expected[:12]}; load the same pretrained weights, with no mask applied yet"
+                )
+            self._checked.add(mask)
+        return self._weights
 
 
 def _parse_array(entry: Mapping[str, Any], whole: Container) -> Tensor:
@@ -229,6 +294,6 @@ def _count(shape: Any) -> int:
 
 def _check_size(count: int, most: int) -> None:
     if count > most:
-        raise ValueError(
+        raise MaskFileError(
             f"it holds {count:,} values, more than the limit of {most:,}; max_weights= raises it"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.artifact.file import read_mask_file
+from selfmask_dist.artifact.file import Weights, read_mask_file
 from selfmask_dist.artifact.mask import Mask, MaskFileError
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.masking import Masks, core
@@ -41,6 +41,26 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
         weight.copy_(materialize(mask, name, weight))
     for name, statistic in mask.statistics.items():
         tensors[name].copy_(statistic)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The weights of a backbone by the names that a mask has for them, the backbone being `model` itself or
+    held in it under a prefix.
+
+    Raises:
+        MaskFileError: when asked for a name that is not there, or there more than once.
+    """
+    tensors = dict(model.named_parameters())
+
+    def find(name: str) -> Tensor:
+        found = [key for key in tensors if key == name or key.endswith(f".{name}")]
+        if name in found or len(found) == 1:
+            return tensors[name if name in found else found[0]]
+        raise MaskFileError(
+            f"the model holds {len(found)} parameters called {name}; it is another architecture"
+        )
+
+    return find
 
 
 def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
