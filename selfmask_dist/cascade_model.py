@@ -165,6 +165,11 @@ def load_cascade(path: str | Path, backbone: nn.Module) -> Cascade:
     Raises:
         MaskFileError: the file is damaged or holds no cascade; once used, that it does not fit the backbone.
     """
+    return Cascade(backbone, *cascade_parts(path))
+
+
+def cascade_parts(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
+    """Masks, router and combinations by mode; errors as in `load_cascade`."""
     file = artifact.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
@@ -177,4 +182,4 @@ def load_cascade(path: str | Path, backbone: nn.Module) -> Cascade:
     if missing:
         raise MaskFileError(f"{path} lacks the masks of experts {missing}")
     combinations = {mode: Combination.from_tensors(tensors) for mode, tensors in parts.items()}
-    return Cascade(backbone, file.masks, router, combinations)
+    return file.masks, router, combinations

@@ -77,6 +77,9 @@ TABLE = {
         ("submitit", "torch.optim", *MODELS),
     ),
     "cascade_model": Rule(("artifact", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
+    "bank": Rule(
+        ("artifact", "cascade", "cascade_model", "masking"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
     "cascade_plot": Rule(("artifact",), ("torch.distributed", "torch.optim", *MODELS)),
     # what wires the parts together
     "cascade_run": Rule((ALL,)),

@@ -8,6 +8,7 @@ weights are): each class is then coded with a share of its own. `docs/mask_forma
 Knows numpy arrays, not masks or files.
 """
 
+import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -27,6 +28,7 @@ _MAX_ALPHABET = 4096
 _DENSE = 8  # a value that takes more than one place in so many is not rare: bits go eight at a time
 _MAX_VARINT = 10  # bytes
 _NUM_MAGNITUDES = 8
+_ONES_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
 
 
 def encode(bits: np.ndarray, codec: str = DEFAULT, *, classes: np.ndarray | None = None) -> bytes:
@@ -189,11 +191,9 @@ def _byte_frequencies(count: int, size: int) -> np.ndarray:
     """Of eight bits at once where `count` of `size` are set, independent of each other. (256,)"""
     share = (count << 32) // size
     by_count = [(share**ones * (_ONE - share) ** (8 - ones)) >> 208 for ones in range(9)]
-    number_of_ones = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1)
-    total = sum(by_count[ones] for ones in number_of_ones)
-    frequencies = np.array(
-        [1 + by_count[ones] * (_PRECISION - 256) // total for ones in number_of_ones], dtype=np.int64
-    )
+    total = sum(math.comb(8, ones) * weight for ones, weight in enumerate(by_count))
+    table = np.array([1 + weight * (_PRECISION - 256) // total for weight in by_count], dtype=np.int64)
+    frequencies = table[_ONES_IN_BYTE]
     frequencies[0] += _PRECISION - int(frequencies.sum())
     return frequencies
 

@@ -1,0 +1,203 @@
+"""A bank of masks: each image under its own mask as if it were alone, whatever was on before."""
+
+import copy
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfmask_dist import apply_masks, attach
+from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, from_masks, write_mask_file
+from selfmask_dist.bank import MaskBank
+from selfmask_dist.cascade import Combination, Router
+from selfmask_dist.cascade_model import DISPATCHER, expert_name, load_cascade, save_cascade
+from tests.models import FAMILIES, make
+
+SHARES = {"sparse": 0.02, "half": 0.5, "dense": 0.98}
+
+
+def images(count: int = 6, seed: int = 5) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def random_masks(model: nn.Module, preset: str, **options: Any) -> dict[str, Mask]:
+    """Masks that prune few weights, half of them, and most."""
+    masks = attach(copy.deepcopy(model), include=preset, **options)
+    found = {}
+    for seed, (name, share) in enumerate(SHARES.items()):
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            key: torch.rand(value.shape, generator=generator) - share
+            for key, value in masks.state_dict().items()
+        }
+        masks.load_state_dict(scores)
+        found[name] = from_masks(masks)
+    return found
+
+
+def embedded_alone(model: nn.Module, mask: Mask | None, pictures: Tensor, folder: Path) -> Tensor:
+    """A copy of the backbone with one mask applied from its file."""
+    model = copy.deepcopy(model).eval()
+    if mask is not None:
+        write_mask_file(folder / "one.mask", MaskFile({"default": mask}))
+        apply_masks(model, folder / "one.mask")
+    with torch.no_grad():
+        return model(pictures)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": "none"}, {"split_qkv": True}], ids=["scaled", "plain", "split"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mask_is_as_if_alone(family: str, options: dict, tmp_path: Path) -> None:
+    model, preset = make(family, dtype=torch.float32)
+    masks = random_masks(model, preset, **options)
+    expected: dict[str | None, Tensor] = {
+        name: embedded_alone(model, mask, images(), tmp_path) for name, mask in masks.items()
+    }
+    expected[None] = embedded_alone(model, None, images(), tmp_path)
+    bank = MaskBank(copy.deepcopy(model))
+    for name, mask in masks.items():
+        bank.add(name, mask)
+    for on in ("sparse", "half", None, "dense", "sparse", "dense", "half", None, None):
+        assert torch.equal(bank.embed(images(), on), expected[on]), on
+
+
+def test_statistics_of_one_mask_are_not_anothers() -> None:
+    model, preset = make("conv", dtype=torch.float32)
+    plain = random_masks(model, preset)["half"]
+    mean = next(name for name, _ in model.named_buffers() if name.endswith("running_mean"))
+    moved = replace(plain, statistics={mean: torch.full_like(model.get_buffer(mean), 3.0)})
+    bank = MaskBank(model)
+    bank.add("moved", moved)
+    bank.add("plain", plain)
+    frozen = bank.embed(images(), None)
+    before = bank.embed(images(), "plain")
+    assert not torch.equal(bank.embed(images(), "moved"), before)
+    assert torch.equal(bank.embed(images(), "plain"), before)
+    assert torch.equal(bank.embed(images(), None), frozen)
+
+
+def test_a_mixed_batch_is_each_image_under_its_mask(tmp_path: Path) -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    masks = random_masks(model, preset)
+    bank = MaskBank(copy.deepcopy(model))
+    for name, mask in masks.items():
+        bank.add(name, mask)
+    names = ["half", None, "dense", "half", "sparse", None]
+    mixed = bank.embed(images(), names)
+    for on in {*names}:
+        rows = [row for row, given in enumerate(names) if given == on]
+        alone = embedded_alone(model, masks.get(on or ""), images()[rows], tmp_path)
+        assert torch.equal(mixed[rows], alone), on
+    with pytest.raises(ValueError, match="6 images came with 2 names"):
+        bank.embed(images(), ["half", "half"])
+    with pytest.raises(ValueError, match="no mask 'cats'; it has sparse, half, dense"):
+        bank.embed(images(2), ["half", "cats"])
+
+
+def test_the_cache_keeps_to_its_bound_and_changes_no_result() -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    masks = random_masks(model, preset)
+    roomy = MaskBank(copy.deepcopy(model))
+    for name, mask in masks.items():
+        roomy.add(name, mask)
+    expected = {name: roomy.embed(images(), name) for name in masks}
+    assert roomy.cached_bytes > 2000
+    for bound in (0, roomy.cached_bytes * 0.7):
+        tight = MaskBank(copy.deepcopy(model), cache_mib=bound / 2**20)
+        for name, mask in masks.items():
+            tight.add(name, mask)
+        for name in [*masks, *reversed(masks)]:
+            assert torch.equal(tight.embed(images(), name), expected[name])
+            assert tight.cached_bytes <= bound
+
+
+def test_memory_of_a_mask_is_that_of_its_file(tmp_path: Path) -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    mask = random_masks(model, preset)["dense"]
+    bank = MaskBank(model)
+    bank.add("a", mask)
+    assert bank.num_bytes < write_mask_file(tmp_path / "a.mask", MaskFile({"default": mask}))
+
+
+def test_masks_come_from_files_and_go(tmp_path: Path) -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    masks = random_masks(model, preset)
+    write_mask_file(tmp_path / "half.mask", MaskFile({"default": masks["half"]}))
+    write_mask_file(tmp_path / "two.mask", MaskFile({"a": masks["half"], "b": masks["sparse"]}))
+    bank = MaskBank(model)
+    bank.add("half", tmp_path / "half.mask")
+    on = bank.embed(images(), "half")
+    bank.add("again", tmp_path / "half.mask")  # while one is on: the frozen weights are what is fingerprinted
+    assert torch.equal(bank.embed(images(), "again"), on)
+    with pytest.raises(ValueError, match="holds a mask 'half' already"):
+        bank.add("half", masks["sparse"])
+    with pytest.raises(MaskFileError, match=r"holds the masks \['a', 'b'\], not one"):
+        bank.add("two", tmp_path / "two.mask")
+    with pytest.raises(MaskFileError, match="wrong backbone"):
+        bank.add("other", replace(masks["half"], weights_fingerprint="0" * 64))
+    bank.remove("again")
+    assert bank.names == ["half"]
+    with pytest.raises(ValueError, match="no mask 'again'"):
+        bank.embed(images(), "again")
+
+
+def test_threads_do_not_see_each_others_masks() -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    bank = MaskBank(model)
+    for name, mask in random_masks(model, preset).items():
+        bank.add(name, mask)
+    expected = {name: bank.embed(images(), name) for name in bank.names}
+    wrong: list[str] = []
+
+    def work(offset: int) -> None:
+        for turn in range(20):
+            name = bank.names[(turn + offset) % len(bank)]
+            if not torch.equal(bank.embed(images(), name), expected[name]):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def write_cascade(folder: Path) -> tuple[nn.Module, Path]:
+    """A backbone, and a cascade of a dispatcher and two experts fitted to random pictures."""
+    model, preset = make("timm_vit", dtype=torch.float32)
+    names = [DISPATCHER, expert_name(0), expert_name(1)]
+    masks = dict(zip(names, random_masks(model, preset).values(), strict=True))
+    pictures = images(60, seed=1)
+    features = {name: embedded_alone(model, mask, pictures, folder) for name, mask in masks.items()}
+    router = Router.fit(features[DISPATCHER], torch.arange(60), num_clusters=2, num_components=4, seed=0)
+    parts = (
+        features[DISPATCHER],
+        [features[name] for name in names[1:]],
+        router.assign(features[DISPATCHER]),
+    )
+    combinations = {
+        mode: Combination.fit(iter([parts]), mode=mode, num_experts=2)
+        for mode in ("conditional", "unconditional")
+    }
+    save_cascade(folder / "cascade.mask", masks, router, combinations)
+    return model, folder / "cascade.mask"
+
+
+def test_a_cascade_is_served_from_a_bank(tmp_path: Path) -> None:
+    model, path = write_cascade(tmp_path)
+    expected = load_cascade(path, copy.deepcopy(model))
+    bank = MaskBank(model)
+    cascade = bank.add_cascade("birds", path)
+    assert {f"birds/{part}" for part in expected.masks} == {*bank.names}
+    for mode in ("conditional", "unconditional", "dispatcher"):
+        assert torch.equal(cascade.embed(images(), mode=mode), expected.embed(images(), mode=mode)), mode
+    with pytest.raises(ValueError, match="holds a mask 'birds/dispatcher' already"):
+        bank.add_cascade("birds", path)
+    assert len(bank) == len(expected.masks), "what is there stays"
