@@ -72,6 +72,11 @@ class MaskBank:
         self._current: str | None = None
         self._lock = RLock()
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The backbone, under whichever mask is on; to compute with it, take `under`."""
+        return self._encoder
+
     def __len__(self) -> int:
         return len(self._coded)
 

@@ -1,4 +1,5 @@
-"""The command line: `selfmask train | config | plan | inspect | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask train | config | plan | inspect | mask | embed | serve | data | status | logs |
+checkpoints | demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from selfmask_dist import exit_status, status
+from selfmask_dist import exit_status, mask_command, serve_command, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
@@ -117,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a mask file holds")
     inspect.add_argument("path", metavar="FILE")
     inspect.set_defaults(command=_inspect)
+    mask_command.add_command(commands)
+    serve_command.add_commands(commands)
     status.add_commands(commands)
     plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
     plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")

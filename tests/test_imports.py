@@ -80,6 +80,8 @@ TABLE = {
     "bank": Rule(
         ("artifact", "cascade", "cascade_model", "masking"), ("torch.distributed", "torch.optim", *MODELS)
     ),
+    "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
+    "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
     "cascade_plot": Rule(("artifact",), ("torch.distributed", "torch.optim", *MODELS)),
     # what wires the parts together
     "cascade_run": Rule((ALL,)),
@@ -88,6 +90,8 @@ TABLE = {
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),
     "cli": Rule((ALL,)),
+    "mask_command": Rule((ALL,)),
+    "serve_command": Rule((ALL,)),
     "demo": Rule((ALL,)),
     # outside the package
     "launchers": Rule(("config", "exit_status", "run_directory"), TRAINING),

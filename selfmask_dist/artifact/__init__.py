@@ -5,7 +5,13 @@ brings the three together, `fit` puts a mask on a model, and `arithmetic` makes 
 nothing of optimizers or process groups.
 """
 
-from selfmask_dist.artifact.file import MAX_WEIGHTS, read_mask_file, read_parameter, write_mask_file
+from selfmask_dist.artifact.file import (
+    MAX_WEIGHTS,
+    read_mask_file,
+    read_parameter,
+    verify_mask_file,
+    write_mask_file,
+)
 from selfmask_dist.artifact.fit import (
     apply_mask,
     check_fits,
@@ -28,6 +34,7 @@ __all__ = [
     "materialize",
     "read_mask_file",
     "read_parameter",
+    "verify_mask_file",
     "weights_of",
     "write_mask_file",
 ]

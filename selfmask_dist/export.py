@@ -1,0 +1,151 @@
+"""A mask as others use it: dense weights, the mask itself, a model card and a picture, in one folder.
+
+    FOLDER/model.safetensors    theta = a * W * M of the whole encoder, under its own (timm, open_clip) names
+    FOLDER/NAME.mask            the mask alone, for those who have the backbone
+    FOLDER/README.md            model card: metrics, provenance, how to load it
+    FOLDER/sparsity.png         what is pruned, by parameter
+
+Knows nothing of training or hubs.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfmask_dist import __version__
+from selfmask_dist.artifact import Mask, MaskFile, apply_mask, write_mask_file
+from selfmask_dist.backbones import Backbone
+
+_CARD = """---
+library_name: {library}
+tags: [self-masking-networks, image-feature-extraction]
+---
+
+# {name}: {backbone}, adapted by a mask
+
+The pretrained weights of `{backbone}` with {pruned:.2%} of {weights:,} masked weights switched off and
+the rest scaled, after *Self-Masking Networks for Unsupervised Adaptation* (arXiv 2409.07577). The mask
+alone takes {mask_bytes:,} bytes ({bits:.3f} bits per weight), `model.safetensors` {dense_bytes:,}.
+
+{metrics}
+![Share of weights switched off, by parameter](sparsity.png)
+
+## Use
+
+```python
+{usage}
+```
+
+or, on the pretrained backbone, with [selfmask_dist]: `apply_masks(model, "{name}.mask")`.
+
+| | |
+|---|---|
+| backbone | `{backbone}` |
+| fingerprint of the frozen weights under the mask | `{fingerprint}` |
+| fingerprint of the backbone | `{backbone_fingerprint}` |
+| images | {preprocessing} |
+| groups of four weights in a row of which two are zero (2:4) | {two_of_four:.2%} |
+| written by | selfmask_dist {version} |
+"""
+
+
+def export(folder: Path, name: str, mask: Mask, file: MaskFile, backbone: Backbone) -> list[Path]:
+    """Write the folder; returns its files. Existing ones of the same names are replaced.
+
+    Raises:
+        MaskFileError: the mask is not of this backbone.
+    """
+    encoder = copy.deepcopy(backbone.encoder)
+    apply_mask(encoder, mask)
+    folder.mkdir(parents=True, exist_ok=True)
+    dense, card = folder / "model.safetensors", folder / "README.md"
+    alone, picture = folder / f"{name}.mask", folder / "sparsity.png"
+    save_file({key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}, dense)
+    mask_bytes = write_mask_file(
+        alone,
+        MaskFile(
+            {"default": mask},
+            backbone=file.backbone or backbone.spec.name,
+            backbone_fingerprint=backbone.spec.fingerprint,
+            preprocessing=file.preprocessing,
+            metrics=file.metrics,
+        ),
+    )
+    _draw(mask, name, picture)
+    parameters = dict(encoder.named_parameters())
+    model = backbone.spec.name.partition(":")[2]
+    is_timm = backbone.spec.name.startswith("timm:")
+    card.write_text(
+        _CARD.format(
+            library="timm" if is_timm else "open_clip",
+            name=name,
+            backbone=backbone.spec.name,
+            pruned=1 - mask.num_kept() / mask.num_weights(),
+            weights=mask.num_weights(),
+            mask_bytes=mask_bytes,
+            bits=8 * mask_bytes / mask.num_weights(),
+            dense_bytes=dense.stat().st_size,
+            metrics=_metrics(file.metrics),
+            usage=_usage(model, is_timm=is_timm),
+            fingerprint=mask.weights_fingerprint,
+            backbone_fingerprint=backbone.spec.fingerprint,
+            preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
+            two_of_four=two_of_four({key: parameters[key] for key in mask.bits}),
+            version=__version__,
+        )
+    )
+    return [dense, alone, card, picture]
+
+
+def two_of_four(parameters: dict[str, Tensor]) -> float:
+    """Of the groups of four weights that follow each other in a row, the share that holds two zeros or more:
+    what hardware for 2:4 sparsity takes. Rows whose length four does not divide are left out; 0 without any.
+    """
+    good = total = 0
+    for weight in parameters.values():
+        if weight.ndim >= 2 and weight.flatten(1).shape[1] % 4 == 0:
+            zeros = (weight.detach().flatten(1).unflatten(1, (-1, 4)) == 0).sum(dim=-1)
+            good, total = good + int((zeros >= 2).sum()), total + zeros.numel()
+    return good / total if total else 0.0
+
+
+def _metrics(metrics: dict[str, float]) -> str:
+    if not metrics:
+        return "No metrics were stored with the mask.\n"
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+    return f"| measured in training | |\n|---|---|\n{rows}\n"
+
+
+def _usage(model: str, *, is_timm: bool) -> str:
+    load = 'model.load_state_dict(load_file("model.safetensors"))'
+    if is_timm:
+        return (
+            "import timm\nfrom safetensors.torch import load_file\n\n"
+            f'model = timm.create_model("{model}", num_classes=0)  # and the keywords of its training\n{load}'
+        )
+    return (
+        "import open_clip\nfrom safetensors.torch import load_file\n\n"
+        f'model = open_clip.create_model("{model.partition("/")[0]}").visual\n{load}'
+    )
+
+
+def _draw(mask: Mask, name: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    pruned = {
+        key: 100 * (1 - float(bits.double().mean())) for key, bits in mask.bits.items() if bits.ndim > 1
+    }
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.17 * len(pruned)), layout="constrained")
+    axes.barh([key.removesuffix(".weight") for key in pruned], list(pruned.values()))
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="weights switched off (%)", title=f"{name}: what the mask prunes, by parameter")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,172 @@
+"""`selfmask mask diff | merge | convert | verify | export`: work on mask files.
+
+Only `convert --against-weights` and `export` build the backbone, from the configuration of the run that
+trained the mask.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HOW = ("majority", "intersection", "union", "collect")
+
+
+def add_command(commands: Any) -> None:
+    """Add `mask` to the command line."""
+    actions = commands.add_parser("mask", help="compare, combine, convert, verify and export mask files")
+    actions = actions.add_subparsers(required=True, metavar="ACTION")
+
+    diff = actions.add_parser("diff", help="where two masks of one backbone differ, by parameter")
+    diff.add_argument("first", metavar="FILE[:MASK]", help="MASK where the file holds several")
+    diff.add_argument("second", metavar="FILE[:MASK]")
+    diff.set_defaults(command=_diff)
+
+    merge = actions.add_parser("merge", help="one mask out of several, or several in one file")
+    merge.add_argument("files", nargs="+", metavar="FILE[:MASK]")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE")
+    merge.add_argument(
+        "--how",
+        choices=HOW,
+        default="majority",
+        help="keep what at least half, all, or any of them keep; or collect them side by side",
+    )
+    merge.set_defaults(command=_merge)
+
+    convert = actions.add_parser("convert", help="write a mask file with another coding")
+    convert.add_argument("file", type=Path, metavar="FILE")
+    convert.add_argument("out", type=Path, metavar="OUT")
+    convert.add_argument("--codec", choices=("entropy", "packbits-zstd"), default="entropy")
+    convert.add_argument(
+        "--against-weights",
+        action="store_true",
+        help="smaller; the file is then read only together with its backbone (needs --config)",
+    )
+    _add_config(convert, "of the run, for the backbone's weights")
+    convert.set_defaults(command=_convert)
+
+    verify = actions.add_parser("verify", help="check every byte of mask files; status 1 if one is bad")
+    verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    verify.set_defaults(command=_verify)
+
+    export = actions.add_parser(
+        "export", help="weights, mask, model card and picture in a folder, ready for a model hub"
+    )
+    export.add_argument("file", metavar="FILE[:MASK]")
+    export.add_argument("out", type=Path, metavar="FOLDER")
+    _add_config(export, "of the run that trained the mask")
+    export.set_defaults(command=_export)
+
+
+def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"config.yaml {what}")
+
+
+def _load(name: str) -> tuple[str, Any, Any]:
+    """(a name for it, the mask, the file) of `FILE` or `FILE:MASK`."""
+    from selfmask_dist.artifact import MaskFileError, read_mask_file
+
+    path, _, wanted = name.rpartition(":") if not Path(name).exists() and ":" in name else (name, "", "")
+    file = read_mask_file(path)
+    if not wanted and len(file.masks) > 1:
+        raise MaskFileError(f"{path} holds the masks {sorted(file.masks)}; name one: {path}:NAME")
+    if wanted and wanted not in file.masks:
+        raise MaskFileError(f"{path} holds no mask {wanted!r}; it has {sorted(file.masks)}")
+    key = wanted or next(iter(file.masks))
+    return wanted or Path(path).stem, file.masks[key], file
+
+
+def _backbone(options: argparse.Namespace) -> Any:
+    from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.config import load_config
+
+    if options.config is None:
+        raise ValueError(
+            "the backbone is needed: give the configuration of its run, --config RUN/config.yaml"
+        )
+    return build_backbone(load_config(options.config))
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact.arithmetic import check_same_backbone
+
+    (first_name, first, _), (second_name, second, _) = _load(options.first), _load(options.second)
+    check_same_backbone([first, second])
+    print(
+        f"{'parameter':40s} {'weights':>12s} {'only first':>12s} {'only second':>12s} {'pruned alike':>13s}"
+    )
+    totals = [0, 0, 0, 0, 0]
+    for name, bits in first.bits.items():
+        other = second.bits[name]
+        only_first, only_second = int((bits & ~other).sum()), int((other & ~bits).sum())
+        both, either = int((~bits & ~other).sum()), int((~bits | ~other).sum())
+        row = [bits.numel(), only_first, only_second, both, either]
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+        if only_first or only_second:
+            print(_row(name, row))
+    print(_row("all", totals))
+    print(
+        f"\nfirst: {first_name}, second: {second_name}. only first: weights that only it keeps. pruned "
+        "alike: of the weights that either prunes, the share that both do."
+    )
+
+
+def _row(name: str, row: list[int]) -> str:
+    numel, only_first, only_second, both, either = row
+    alike = f"{both / either:.1%}" if either else "-"
+    return f"{name:40s} {numel:12,d} {only_first:12,d} {only_second:12,d} {alike:>13s}"
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import MaskFile, write_mask_file
+    from selfmask_dist.artifact.arithmetic import OPERATIONS
+
+    loaded = [_load(name) for name in options.files]
+    about = {key: getattr(loaded[0][2], key) for key in ("backbone", "backbone_fingerprint", "preprocessing")}
+    if options.how == "collect":
+        masks = {name: replace(mask, against=None) for name, mask, _ in loaded}
+        if len(masks) < len(loaded):
+            raise ValueError(f"two masks have one name: {[name for name, _, _ in loaded]}; rename a file")
+    else:
+        masks = {"default": OPERATIONS[options.how]([mask for _, mask, _ in loaded])}
+    size = write_mask_file(options.out, MaskFile(masks, **about))
+    kept = ", ".join(
+        f"{name} keeps {mask.num_kept() / mask.num_weights():.2%}" for name, mask in masks.items()
+    )
+    print(f"{options.out}: {size:,} bytes; {', '.join(kept)}")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import read_mask_file, weights_of, write_mask_file
+
+    weights = weights_of(_backbone(options).encoder) if options.config or options.against_weights else None
+    file = read_mask_file(options.file, weights=weights)
+    size = write_mask_file(
+        options.out,
+        file,
+        codec_name=options.codec,
+        weights=weights if options.against_weights else None,
+    )
+    before = options.file.stat().st_size
+    print(f"{options.out}: {size:,} bytes, {size / before:.3f} times those of {options.file}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from selfmask_dist.artifact import MaskFileError, verify_mask_file
+
+    bad = 0
+    for path in options.files:
+        try:
+            print(f"{path}: {verify_mask_file(path)}")
+        except (MaskFileError, OSError) as error:
+            bad = 1
+            print(f"bad: {error}")
+    return bad
+
+
+def _export(options: argparse.Namespace) -> None:
+    from selfmask_dist.export import export
+
+    name, mask, file = _load(options.file)
+    for path in export(options.out, name, mask, file, _backbone(options)):
+        print(path)

@@ -1,0 +1,88 @@
+"""`selfmask embed` and `selfmask serve`: pictures through one backbone under any of several masks."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add `embed` and `serve` to the command line."""
+    embed = commands.add_parser("embed", help="embeddings of pictures under each of several masks")
+    embed.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    embed.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz: an array for each mask")
+    embed.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (32)")
+    _add_common(embed)
+    embed.set_defaults(command=_embed)
+
+    serve = commands.add_parser("serve", help="a small HTTP service: a picture in, its embedding out")
+    serve.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (8000)")
+    serve.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests at once (256)")
+    _add_common(serve)
+    serve.set_defaults(command=_serve)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="config.yaml of a run on the backbone"
+    )
+    parser.add_argument("--masks", type=Path, nargs="+", default=[], metavar="FILE", help="mask files")
+    parser.add_argument("--device", default=None, metavar="NAME", help="cuda where there is one, else cpu")
+
+
+def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(bank, preprocessing); masks are called by their files, `runs/pets/final.mask` by its folder."""
+    import torch
+
+    from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.bank import MaskBank
+    from selfmask_dist.config import load_config
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = build_backbone(load_config(options.config))
+    bank = MaskBank(backbone.encoder.to(device))
+    for path in options.masks:
+        bank.add(path.parent.name if path.name == "final.mask" else path.stem, path)
+    return bank, backbone.spec.preprocessing
+
+
+def _embed(options: argparse.Namespace) -> None:
+    import numpy as np
+    import torch
+
+    from selfmask_dist.data import eval_transform
+    from selfmask_dist.data.decode import decode
+
+    bank, preprocessing = _bank(options)
+    transform = eval_transform(preprocessing)
+    device = next(bank.encoder.parameters()).device
+    names = bank.names or [None]
+    parts: dict[str, list[Any]] = {name or "frozen": [] for name in names}
+    for start in range(0, len(options.images), options.batch_size):
+        views = []
+        for path in options.images[start : start + options.batch_size]:
+            try:
+                views.append(transform(decode(path.read_bytes()), np.random.default_rng(0))[0])
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from error
+        images = torch.stack(views).to(device)
+        for name in names:
+            parts[name or "frozen"].append(bank.embed(images, name).float().cpu().numpy())
+    arrays = {name: np.concatenate(found) for name, found in parts.items()}
+    with open(options.out, "wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+    print(f"{options.out}: {len(options.images)} pictures under {', '.join(arrays)}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from selfmask_dist.service import Limits, create_app
+    except ImportError as error:
+        raise ValueError(
+            f"the service needs starlette and uvicorn ({error}): pip install 'selfmask_dist[serve]'"
+        ) from error
+    bank, preprocessing = _bank(options)
+    app = create_app(bank, preprocessing, Limits(max_waiting=options.max_waiting))
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
