@@ -10,7 +10,9 @@ Knows nothing of training or hubs.
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +41,7 @@ alone takes {mask_bytes:,} bytes ({bits:.3f} bits per weight), `model.safetensor
 {usage}
 ```
 
-or, on the pretrained backbone, with [selfmask_dist]: `apply_masks(model, "{name}.mask")`.
+or, on the pretrained backbone, with `selfmask_dist` installed: `apply_masks(model, "{name}.mask")`.
 
 | | |
 |---|---|
@@ -52,8 +54,19 @@ or, on the pretrained backbone, with [selfmask_dist]: `apply_masks(model, "{name
 """
 
 
-def export(folder: Path, name: str, mask: Mask, file: MaskFile, backbone: Backbone) -> list[Path]:
+def export(
+    folder: Path,
+    name: str,
+    mask: Mask,
+    file: MaskFile,
+    backbone: Backbone,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> list[Path]:
     """Write the folder; returns its files. Existing ones of the same names are replaced.
+
+    Args:
+        kwargs: what the model was built with beside its name, for the card.
 
     Raises:
         MaskFileError: the mask is not of this backbone.
@@ -89,7 +102,7 @@ def export(folder: Path, name: str, mask: Mask, file: MaskFile, backbone: Backbo
             bits=8 * mask_bytes / mask.num_weights(),
             dense_bytes=dense.stat().st_size,
             metrics=_metrics(file.metrics),
-            usage=_usage(model, is_timm=is_timm),
+            usage=_usage(model, kwargs or {}, is_timm=is_timm),
             fingerprint=mask.weights_fingerprint,
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
@@ -119,16 +132,17 @@ def _metrics(metrics: dict[str, float]) -> str:
     return f"| measured in training | |\n|---|---|\n{rows}\n"
 
 
-def _usage(model: str, *, is_timm: bool) -> str:
+def _usage(model: str, kwargs: Mapping[str, Any], *, is_timm: bool) -> str:
+    given = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     load = 'model.load_state_dict(load_file("model.safetensors"))'
     if is_timm:
         return (
             "import timm\nfrom safetensors.torch import load_file\n\n"
-            f'model = timm.create_model("{model}", num_classes=0)  # and the keywords of its training\n{load}'
+            f'model = timm.create_model("{model}", num_classes=0{given})\n{load}'
         )
     return (
         "import open_clip\nfrom safetensors.torch import load_file\n\n"
-        f'model = open_clip.create_model("{model.partition("/")[0]}").visual\n{load}'
+        f'model = open_clip.create_model("{model.partition("/")[0]}"{given}).visual\n{load}'
     )
 
 

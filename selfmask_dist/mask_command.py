@@ -73,18 +73,18 @@ def _load(name: str) -> tuple[str, Any, Any]:
     if wanted and wanted not in file.masks:
         raise MaskFileError(f"{path} holds no mask {wanted!r}; it has {sorted(file.masks)}")
     key = wanted or next(iter(file.masks))
-    return wanted or Path(path).stem, file.masks[key], file
+    whole = Path(path)
+    return wanted or (whole.parent.name if whole.stem == "final" else whole.stem), file.masks[key], file
 
 
-def _backbone(options: argparse.Namespace) -> Any:
-    from selfmask_dist.assembly import build_backbone
+def _config(options: argparse.Namespace) -> Any:
     from selfmask_dist.config import load_config
 
     if options.config is None:
         raise ValueError(
             "the backbone is needed: give the configuration of its run, --config RUN/config.yaml"
         )
-    return build_backbone(load_config(options.config))
+    return load_config(options.config)
 
 
 def _diff(options: argparse.Namespace) -> None:
@@ -138,8 +138,10 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact import read_mask_file, weights_of, write_mask_file
+    from selfmask_dist.assembly import build_backbone
 
-    weights = weights_of(_backbone(options).encoder) if options.config or options.against_weights else None
+    needs_weights = options.config is not None or options.against_weights
+    weights = weights_of(build_backbone(_config(options)).encoder) if needs_weights else None
     file = read_mask_file(options.file, weights=weights)
     size = write_mask_file(
         options.out,
@@ -165,8 +167,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.export import export
 
+    config = _config(options)
     name, mask, file = _load(options.file)
-    for path in export(options.out, name, mask, file, _backbone(options)):
+    size = {} if config.backbone.image_size is None else {"img_size": config.backbone.image_size}
+    takes_size = config.backbone.name.startswith("timm:vit")
+    kwargs = {**(size if takes_size else {}), **config.backbone.kwargs}
+    for path in export(options.out, name, mask, file, build_backbone(config), kwargs=kwargs):
         print(path)
