@@ -3,6 +3,11 @@
 Without decoding, hot (in the page cache) and cold (dropped from it before each round); with decoding, per
 CPU-second; SwAV's views per CPU-second; the time to the first batch at the start and at 90 % of an epoch of a
 million samples; and what an index of 2.7 million samples costs. Ratios are medians of interleaved rounds.
+
+mosaicml-streaming has its own format and needs an environment of its own, in which this file runs once more:
+
+    uv venv /tmp/streaming && uv pip install --python /tmp/streaming/bin/python mosaicml-streaming
+    python benchmarks/data_throughput.py --json --streaming-python /tmp/streaming/bin/python
 """
 
 import io
@@ -124,11 +129,12 @@ def reading(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) ->
     in_order = np.arange(len(source))
 
     def read(which: TarSource, rows: Any) -> int:
-        return sum(
-            isinstance(data, bytes)
-            for start in range(0, len(rows), READ_TOGETHER)
-            for data in which.read_many(rows[start : start + READ_TOGETHER])
-        )
+        number = 0
+        for start in range(0, len(rows), READ_TOGETHER):
+            for data in which.read_many(rows[start : start + READ_TOGETHER]):
+                assert type(data) is bytes
+                number += 1
+        return number
 
     fns = {
         "webdataset": lambda: sum(1 for _ in read_webdataset(urls)),
