@@ -193,7 +193,8 @@ def _drop_bad_labels(index: Index, rejects: list[Reject], require_labels: bool) 
             for row in outside
         }
     if index.classes is not None and index.folders is not None:
-        foreign = [n for n, name in enumerate(index.folders) if name not in set(index.classes)]
+        known = set(index.classes)
+        foreign = [n for n, name in enumerate(index.folders) if name not in known]
         bad |= {
             int(row): f"is of class {index.folders[index.label[row]]!r}, which is not among the classes"
             for row in np.flatnonzero(np.isin(index.label, foreign))
