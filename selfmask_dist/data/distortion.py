@@ -109,9 +109,9 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
     return images
 
 
-def distort_view(view: Tensor, parameters: Sequence[float]) -> Tensor:
+def distort_view(view: Tensor, parameters: Sequence[float], *, out: Tensor) -> None:
     """view: (3, h, w) float32 in 0..1, may be changed; fastest where its channels are last in memory.
-    parameters: its 12 numbers. Needs OpenCV.
+    parameters: its 12 numbers. out: (3, h, w) float32, contiguous, where the result goes. Needs OpenCV.
     """
     image = view.permute(1, 2, 0).contiguous().numpy()
     if parameters[FLIP] > 0.5:
@@ -125,9 +125,7 @@ def distort_view(view: Tensor, parameters: Sequence[float]) -> Tensor:
     if parameters[SIGMA] > 0:
         size = 2 * _BLUR_RADIUS + 1
         image = cv2.GaussianBlur(image, (size, size), parameters[SIGMA], borderType=cv2.BORDER_REPLICATE)
-    planes = torch.empty(view.shape)
-    cv2.split(image, list(planes.numpy()))
-    return planes
+    cv2.split(image, list(out.numpy()))
 
 
 _ALL_LUMA = np.tile(np.array(_LUMA, dtype=np.float32), (3, 1))

@@ -153,30 +153,33 @@ class FinishViews:
 
     def __call__(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         *crops, parameters = views
-        if parameters.device.type == "cpu":
-            return tuple(self.one_by_one(crop, parameters[:, v]) for v, crop in enumerate(crops))
+        finish = self.one_by_one if parameters.device.type == "cpu" else self.at_once
         found: list[Tensor] = list(crops)
         for size in sorted({crop.shape[-1] for crop in crops}):
             same = [v for v, crop in enumerate(crops) if crop.shape[-1] == size]
             rows = torch.cat([parameters[:, v] for v in same])
-            done = self.at_once(torch.cat([crops[v] for v in same]), rows).chunk(len(same))
+            done = finish(torch.cat([crops[v] for v in same]), rows).chunk(len(same))
             for v, view in zip(same, done, strict=True):
                 found[v] = view
         return tuple(found)
 
     def at_once(self, crops: Tensor, parameters: Tensor) -> Tensor:
         """(n, 3, size, size) uint8 and (n, 12) to (n, 3, size, size) float32: as a device does it."""
-        return self._normalize(distort_batch(crops.float().div_(255), parameters))
+        images = distort_batch(crops.float().div_(255), parameters)
+        mean, std = self._statistics(images)
+        return images.sub_(mean).div_(std)
 
     def one_by_one(self, crops: Tensor, parameters: Tensor) -> Tensor:
         """The same as a processor does it."""
-        rows = zip(crops, parameters, strict=True)
         if not HAS_OPENCV:
-            return torch.cat([self.at_once(crop[None], row[None]) for crop, row in rows])
-        return self._normalize(
-            torch.stack([distort_view(crop.float().mul_(1 / 255), row.tolist()) for crop, row in rows])
-        )
+            rows = zip(crops.split(1), parameters.split(1), strict=True)
+            return torch.cat([self.at_once(crop, row) for crop, row in rows])
+        found = torch.empty(crops.shape)
+        mean, std = self._statistics(found)
+        for crop, row, view in zip(crops, parameters.tolist(), found, strict=True):
+            distort_view(crop.float().mul_(1 / 255), row, out=view)
+            view.sub_(mean).div_(std)
+        return found
 
-    def _normalize(self, images: Tensor) -> Tensor:
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return images.sub_(mean[:, None, None]).div_(std[:, None, None])
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
