@@ -3,17 +3,24 @@
 Without decoding, hot (in the page cache) and cold (dropped from it before each round); with decoding, per
 CPU-second; SwAV's views per CPU-second; the time to the first batch at the start and at 90 % of an epoch of a
 million samples; and what an index of 2.7 million samples costs. Ratios are medians of interleaved rounds.
+
+mosaicml-streaming has its own format and needs an environment of its own, in which this file runs once more:
+
+    uv venv /tmp/streaming && uv pip install --python /tmp/streaming/bin/python mosaicml-streaming
+    python benchmarks/data_throughput.py --json --streaming-python /tmp/streaming/bin/python
 """
 
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +123,38 @@ def median_ratio(found: dict[str, list[float]], mine: str, base: str) -> float:
     return float(np.median([a / b for a, b in zip(found[mine], found[base], strict=True)]))
 
 
-def reading(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) -> None:
+@contextmanager
+def streaming_reader(benchmark: Benchmark, folder: Path, python: str | None) -> Iterator[dict[str, Any]]:
+    """mosaicml-streaming's epoch, in the environment of `python`; nothing where that is None."""
+    if python is None:
+        benchmark.figure("mosaicml-streaming", "skipped: no --streaming-python")
+        yield {}
+        return
+    script = Path(__file__).with_name("streaming_reader.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [python, str(script), str(folder), str(folder / "mds")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{python} cannot run mosaicml-streaming; its error is above")
+
+        def epoch() -> int:
+            print("epoch", file=process.stdin, flush=True)
+            return int(process.stdout.readline())  # type: ignore[union-attr]
+
+        yield {"mosaicml-streaming": epoch}
+        process.stdin.close()
+
+
+def reading(
+    benchmark: Benchmark, folder: Path, urls: list[str], rounds: int, others: dict[str, Callable[[], int]]
+) -> None:
     source = open_source(folder)
     unchecked = open_source(folder)
     unchecked.verify = False
@@ -124,11 +162,12 @@ def reading(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) ->
     in_order = np.arange(len(source))
 
     def read(which: TarSource, rows: Any) -> int:
-        return sum(
-            isinstance(data, bytes)
-            for start in range(0, len(rows), READ_TOGETHER)
-            for data in which.read_many(rows[start : start + READ_TOGETHER])
-        )
+        number = 0
+        for start in range(0, len(rows), READ_TOGETHER):
+            for data in which.read_many(rows[start : start + READ_TOGETHER]):
+                assert type(data) is bytes
+                number += 1
+        return number
 
     fns = {
         "webdataset": lambda: sum(1 for _ in read_webdataset(urls)),
@@ -136,10 +175,13 @@ def reading(benchmark: Benchmark, folder: Path, urls: list[str], rounds: int) ->
         "shuffled": lambda: read(unchecked, order),
         "shuffled, checksums": lambda: read(source, order),
     }
-    load_into_cache(urls)
-    for state, before in (("hot", lambda: None), ("cold", lambda: drop_from_cache(urls))):
-        found = rates(fns, rounds=rounds, clock=time.perf_counter, before=before)
+    files = urls + [str(path) for path in folder.glob("mds/*.mds")]
+    load_into_cache(files)
+    for state, before in (("hot", lambda: None), ("cold", lambda: drop_from_cache(files))):
+        found = rates(fns | others, rounds=rounds, clock=time.perf_counter, before=before)
         benchmark.figure(f"webdataset {state}, samples/s", float(np.median(found["webdataset"])))
+        for name in others:
+            benchmark.figure(f"shuffled / {name} shuffled, {state}", median_ratio(found, "shuffled", name))
         for name in list(fns)[1:]:
             target = 20.0 if (state, name) in {("hot", "sequential"), ("hot", "shuffled")} else None
             benchmark.figure(
@@ -224,7 +266,7 @@ def swav_views(benchmark: Benchmark, folder: Path, rounds: int, number: int) -> 
         "SwAV crops on the CPU / torchvision", median_ratio(found, "crops on the CPU", "torchvision"), min=4.0
     )
     benchmark.figure(
-        "SwAV all on the CPU / torchvision", median_ratio(found, "all on the CPU", "torchvision")
+        "SwAV all on the CPU / torchvision", median_ratio(found, "all on the CPU", "torchvision"), min=4.0
     )
 
 
@@ -285,13 +327,17 @@ def index_costs(benchmark: Benchmark, folder: Path, count: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     benchmark = Benchmark("data_throughput", __doc__)
+    benchmark.parser.add_argument(
+        "--streaming-python", metavar="PATH", help="interpreter of an environment with mosaicml-streaming"
+    )
     args = benchmark.parse(argv)
     torch.set_num_threads(1)
-    rounds = 2 if args.quick else 3
+    rounds = 2 if args.quick else 5
     with tempfile.TemporaryDirectory(prefix="throughput-") as scratch:
         folder = Path(scratch)
         urls = make_shards(folder, 1000 if args.quick else 4000)
-        reading(benchmark, folder, urls, rounds)
+        with streaming_reader(benchmark, folder, args.streaming_python) as others:
+            reading(benchmark, folder, urls, rounds if args.quick else 11, others)
         decoding(benchmark, folder, urls, rounds)
         swav_views(benchmark, folder, rounds, 10 if args.quick else 40)
         first_batch(benchmark, folder, 100_000 if args.quick else 1_000_000)

@@ -24,7 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--skip-broken", action="store_true", help="list unreadable files in rejects.jsonl, go on"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
-    parser.add_argument("--num-workers", type=int, default=1, metavar="N", help="processes (1)")
+    parser.add_argument(
+        "--num-workers", type=int, default=Options.num_workers, metavar="N", help="processes (1)"
+    )
 
 
 def run_converter(

@@ -13,9 +13,10 @@ import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion
+from data_prep.shards import Conversion, Options, OptionValues
 from data_prep.tables import Listed, convert_lists
 
 
@@ -23,47 +24,42 @@ def convert_csv(
     manifest: str | Path,
     images: str | Path,
     out: str | Path,
-    *,
-    max_samples_per_shard: int = 5000,
-    short_side: int | None = None,
-    quality: int = 90,
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    num_workers: int = 1,
+    **options: Unpack[OptionValues],
 ) -> list[Conversion]:
     """Convert every split that the list names ("train" where it names none), under one list of classes.
 
-    Raises ValueError naming the line: a column that is absent, an empty field.
+    Raises ValueError naming the line: a column that is absent, an empty field, one too many.
     """
-    path = Path(manifest)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    splits: dict[str, Listed] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        lacking = [name for name in ("path", "label") if name not in (rows.fieldnames or [])]
-        if lacking:
-            raise ValueError(f"{path}: no column {' and '.join(lacking)} in its head line {rows.fieldnames}")
-        for row in rows:
-            name, label, split = row["path"], row["label"], row.get("split", "train")
-            if not name or not label or not split or "/" in split:
-                raise ValueError(f"{path}, line {rows.line_num}: a field is empty or no name")
-            splits.setdefault(split, []).append((name, label))
-    if not splits:
-        raise ValueError(f"{path}: lists no pictures")
     return convert_lists(
         images,
-        splits,
+        _read(Path(manifest)),
         out,
-        overwrite=overwrite,
-        progress=progress,
-        num_workers=num_workers,
-        max_samples_per_shard=max_samples_per_shard,
-        short_side=short_side,
-        quality=quality,
-        skip_broken=skip_broken,
+        options=Options(**options),
     )
+
+
+def _read(path: Path) -> dict[str, Listed]:
+    """Split -> what it lists."""
+    splits: dict[str, Listed] = {}
+    try:
+        # -sig: spreadsheets write a byte order mark, which would be part of the first column's name
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            lacking = [name for name in ("path", "label") if name not in (rows.fieldnames or [])]
+            if lacking:
+                raise ValueError(f"no column {' and '.join(lacking)} in its head line {rows.fieldnames}")
+            for row in rows:
+                name, label, split = row["path"], row["label"], row.get("split", "train")
+                if not name or not label or not split or "/" in split or split in (".", ".."):
+                    raise ValueError(f"line {rows.line_num}: a field is empty or no name")
+                if None in row:
+                    raise ValueError(f"line {rows.line_num}: more fields than columns; quote commas")
+                splits.setdefault(split, []).append((name, label))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not splits:
+        raise ValueError(f"{path}: lists no pictures")
+    return splits
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,20 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, Picture, Reject, check_target, publish, some, write_split
+from data_prep.shards import (
+    Conversion,
+    Options,
+    OptionValues,
+    Picture,
+    Reject,
+    check_target,
+    publish,
+    some,
+    write_split,
+)
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -27,25 +38,16 @@ def convert_image_folder(
     out: str | Path,
     *,
     split: str | None = None,
-    max_samples_per_shard: int = 5000,
-    short_side: int | None = None,
-    quality: int = 90,
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    num_workers: int = 1,
+    **options: Unpack[OptionValues],
 ) -> list[Conversion]:
     """Convert `src` into tars under `out`, one `Conversion` per split.
 
     split: with split folders in `src`, convert only this one; without, the folder to write to (`out/split`).
-    short_side: shrink larger pictures to this many pixels (Lanczos, encoded once more, JPEG of `quality`).
-    skip_broken: list files that are no readable picture in `rejects.jsonl` and go on, instead of raising.
-    overwrite: replace the tars that an earlier conversion left in `out`.
     Raises ValueError naming the file or folder: nothing to convert, a class without pictures, a file that is
     no picture, an output folder that is not empty.
     """
     src, out = Path(src), Path(out)
-    options = Options(max_samples_per_shard, short_side, quality, skip_broken)
+    chosen = Options(**options)
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out} lies inside {src}, where it would be taken for a class; write elsewhere")
     folders = _find_splits(src)
@@ -53,14 +55,9 @@ def convert_image_folder(
     folders = _choose_split(src, folders, split)
     targets = {name: out / name for name in folders}
     for target in targets.values():
-        check_target(target, overwrite)
-    listed = {name: _list_pictures(src, root, options) for name, root in folders.items()}
-    return publish(
-        [
-            write_split(targets[name], classes, *listed[name], options, progress, num_workers=num_workers)
-            for name in folders
-        ]
-    )
+        check_target(target, chosen.overwrite)
+    listed = {name: _list_pictures(src, root, chosen) for name, root in folders.items()}
+    return publish([write_split(targets[name], classes, *listed[name], chosen) for name in folders])
 
 
 def _find_splits(src: Path) -> dict[str, Path]:

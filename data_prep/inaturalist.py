@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion
+from data_prep.shards import Conversion, Options, OptionValues, some
 from data_prep.tables import Listed, convert_lists
 
 
@@ -30,13 +30,7 @@ def convert_inaturalist(
     val: str | Path | None = None,
     test: str | Path | None = None,
     max_classes: int | None = None,
-    max_samples_per_shard: int = 5000,
-    short_side: int | None = None,
-    quality: int = 90,
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    num_workers: int = 1,
+    **options: Unpack[OptionValues],
 ) -> list[Conversion]:
     """Convert the splits whose JSON is given. All are numbered by the categories of the first one.
 
@@ -49,11 +43,15 @@ def convert_inaturalist(
     if not paths:
         raise ValueError("give at least one of --train, --val, --test")
     contents = {split: _read(Path(path)) for split, path in paths.items()}
-    categories = {
-        int(entry["id"]): f"{int(entry['id']):05d}_{str(entry['name']).replace('/', '-')}"
-        for entry in next(iter(contents.values()))["categories"]
-    }
+    numbered = {split: _categories(paths[split], values) for split, values in contents.items()}
+    first, categories = next(iter(numbered.items()))
+    for split, others in numbered.items():
+        renamed = [name for number, name in others.items() if categories.get(number, name) != name]
+        if renamed:
+            raise ValueError(f"{paths[split]}: its categories are not those of {first} ({some(renamed)})")
     chosen = sorted(categories)
+    if max_classes is not None and max_classes < 1:
+        raise ValueError(f"max classes is {max_classes}; it must be at least 1")
     if max_classes is not None and max_classes < len(chosen):
         chosen = [chosen[i * len(chosen) // max_classes] for i in range(max_classes)]
     kept = {number: categories[number] for number in chosen}
@@ -62,13 +60,7 @@ def convert_inaturalist(
         {split: _listed(paths[split], values, categories, kept) for split, values in contents.items()},
         out,
         classes=kept.values(),
-        overwrite=overwrite,
-        progress=progress,
-        num_workers=num_workers,
-        max_samples_per_shard=max_samples_per_shard,
-        short_side=short_side,
-        quality=quality,
-        skip_broken=skip_broken,
+        options=Options(**options),
     )
 
 
@@ -87,23 +79,45 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type) -> Iterator[Any]:
+    """The fields of each entry of a part, as the types that are asked for."""
+    entries = values[part] if isinstance(values[part], list) else [values[part]]
+    for place, entry in enumerate(entries):
+        try:
+            found = tuple(entry[name] for name in fields)
+            if None in found:
+                raise TypeError("null")
+            yield tuple(kind(value) for kind, value in zip(fields.values(), found, strict=True))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: entry {place} of {part} needs {' and '.join(fields)} ({error!r}); is it the"
+                " published file?"
+            ) from error
+
+
+def _categories(path: str | Path, values: dict[str, Any]) -> dict[int, str]:
+    """Number -> class name."""
+    return {
+        number: f"{number:05d}_{name.replace('/', '-')}"
+        for number, name in _entries(path, values, "categories", id=int, name=str)
+    }
+
+
 def _listed(
     path: str | Path, values: dict[str, Any], categories: dict[int, str], kept: dict[int, str]
 ) -> Listed:
-    category_of: dict[int, int] = {}
-    for entry in values["annotations"]:
-        image, category = entry["image_id"], int(entry["category_id"])
+    category_of: dict[str, int] = {}
+    for image, category in _entries(path, values, "annotations", image_id=str, category_id=int):
         if category not in categories:
             raise ValueError(f"{path}: image {image} is of category {category}, which is not listed")
         if category_of.setdefault(image, category) != category:
             raise ValueError(f"{path}: image {image} has two categories, {category_of[image]} and {category}")
     listed = []
-    for entry in values["images"]:
-        if entry["id"] not in category_of:
-            raise ValueError(f"{path}: image {entry['id']} ({entry['file_name']}) has no annotation")
-        category = category_of[entry["id"]]
-        if category in kept:
-            listed.append((str(entry["file_name"]), kept[category]))
+    for image, file_name in _entries(path, values, "images", id=str, file_name=str):
+        if image not in category_of:
+            raise ValueError(f"{path}: image {image} ({file_name}) has no annotation")
+        if category_of[image] in kept:
+            listed.append((file_name, kept[category_of[image]]))
     return listed
 
 

@@ -13,17 +13,18 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import re
 import tarfile
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -37,14 +38,42 @@ _OWN_FILES = re.compile(
 _PLAN = ".plan.report"
 
 
+class OptionValues(TypedDict, total=False):
+    """What every converter takes by name; see `Options`."""
+
+    max_samples_per_shard: int
+    short_side: int | None
+    quality: int
+    skip_broken: bool
+    overwrite: bool
+    progress: bool
+    num_workers: int
+
+
 @dataclass(frozen=True)
 class Options:
-    """What shapes the output. short_side: pixels, None keeps the original bytes. quality: JPEG's, 1 to 95."""
+    """What every converter can be told.
+
+    short_side: shrink larger pictures to this many pixels (Lanczos, encoded once more, JPEG of `quality`,
+        1 to 95); None keeps the original bytes.
+    skip_broken: list files that are no readable picture in `rejects.jsonl` and go on, instead of raising.
+    overwrite: replace the tars that an earlier conversion left. progress: show a bar.
+    num_workers: processes; changes no byte.
+    """
 
     max_samples_per_shard: int = 5000
     short_side: int | None = None
     quality: int = 90
     skip_broken: bool = False
+    overwrite: bool = False
+    progress: bool = True
+    num_workers: int = 1
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Those that change what is written."""
+        names = ("max_samples_per_shard", "short_side", "quality", "skip_broken")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         if self.max_samples_per_shard < 1:
@@ -114,16 +143,13 @@ def write_split(
     pictures: list[Picture],
     rejects: list[Reject],
     options: Options,
-    progress: bool,
     *,
-    num_workers: int = 1,
     archive: Path | None = None,
     read: Callable[[Picture], bytes] | None = None,
 ) -> Conversion:
     """Convert one split's pictures into the tars and the `dataset.json` of the folder `target`.
 
     classes: of all splits, in the order of their numbers. rejects: files left out so far.
-    num_workers: processes; changes no byte.
     archive: a tar (compressed or not) that holds the pictures, by their names; read once, as a stream.
     read: gives a picture's bytes, for pictures that are neither files nor members; in this process.
     The tars' order is pseudo-random and fixed, for readers that shuffle no further than their buffer; from an
@@ -136,9 +162,9 @@ def write_split(
     target.mkdir(parents=True, exist_ok=True)
     _keep_only_plan(target, _digest_of_plan(classes, pictures, options, archive))
     try:
-        with tqdm(total=len(pictures), desc=str(target), unit="img", disable=not progress) as bar:
+        with tqdm(total=len(pictures), desc=str(target), unit="img", disable=not options.progress) as bar:
             reports = []
-            for report in _write_shards(target, classes, pictures, options, num_workers, archive, read):
+            for report in _write_shards(target, classes, pictures, options, archive, read):
                 reports.append(report)
                 bar.update(report["pictures"])
         found = sum(report["pictures"] for report in reports)
@@ -192,7 +218,7 @@ def _describe(
         "num_samples": sum(counts.values()),
         "samples_per_class": counts,
         "shards": shards,
-        "options": asdict(options),
+        "options": options.shape,
     }
     _partial(target, "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
     if rejects:
@@ -206,7 +232,6 @@ def _write_shards(
     classes: tuple[str, ...],
     pictures: list[Picture],
     options: Options,
-    num_workers: int,
     archive: Path | None,
     read: Callable[[Picture], bytes] | None,
 ) -> Iterator[dict[str, Any]]:
@@ -216,8 +241,10 @@ def _write_shards(
     if archive is not None:
         members = _members_of(archive, {picture.name: picture for picture in pictures})
         number = 0
-        while part := list(itertools.islice(members, size)):
+        while (first := next(members, None)) is not None:
+            part = itertools.chain([first], itertools.islice(members, size - 1))
             yield _write_shard((target, number, part, label, options))
+            deque(part, maxlen=0)  # past those of a shard that was finished before
             number += 1
         return
     if read is not None:
@@ -227,11 +254,11 @@ def _write_shards(
         return
     parts = [pictures[start : start + size] for start in range(0, len(pictures), size)]
     jobs = [(target, number, [(p, None) for p in part], label, options) for number, part in enumerate(parts)]
-    if num_workers <= 1 or len(jobs) == 1:
+    if options.num_workers <= 1 or len(jobs) == 1:
         yield from map(_write_shard, jobs)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(num_workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(options.num_workers, len(jobs)), mp_context=context) as pool:
         yield from pool.map(_write_shard, jobs)
 
 
@@ -240,10 +267,10 @@ def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Pic
     try:
         with tarfile.open(archive, "r|*") as tar:
             for info in tar:
-                picture = wanted.get(info.name.removeprefix("./"))
-                if picture is not None and (file := tar.extractfile(info)) is not None:
-                    yield picture, file.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+                name = info.name.removeprefix("./")
+                if name in wanted and (file := tar.extractfile(info)) is not None:
+                    yield wanted.pop(name), file.read()  # once: an archive may hold a name twice
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive}: damaged or cut short ({error}); fetch it again") from error
 
 
@@ -366,7 +393,7 @@ def _digest_of_plan(
     classes: tuple[str, ...], pictures: list[Picture], options: Options, archive: Path | None
 ) -> str:
     """What a resumed conversion must have in common with the one that was killed."""
-    about = [classes, asdict(options), str(archive), _stamp(archive)]
+    about = [classes, options.shape, str(archive), _stamp(archive)]
     digest = hashlib.sha256(json.dumps(about).encode())
     for picture in pictures:
         values = (picture.name, picture.key, picture.class_name, _stamp(picture.path))

@@ -13,9 +13,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion
+from data_prep.shards import Conversion, Options, OptionValues
 from data_prep.tables import Listed, convert_lists
 
 
@@ -25,13 +26,7 @@ def convert_sun397(
     *,
     partition: int = 1,
     lists: str | Path | None = None,
-    max_samples_per_shard: int = 5000,
-    short_side: int | None = None,
-    quality: int = 90,
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    num_workers: int = 1,
+    **options: Unpack[OptionValues],
 ) -> list[Conversion]:
     """Convert one of the ten partitions into `out/train` and `out/test`.
 
@@ -51,13 +46,7 @@ def convert_sun397(
         splits,
         out,
         classes=classes.values(),
-        overwrite=overwrite,
-        progress=progress,
-        num_workers=num_workers,
-        max_samples_per_shard=max_samples_per_shard,
-        short_side=short_side,
-        quality=quality,
-        skip_broken=skip_broken,
+        options=Options(**options),
     )
 
 
@@ -81,7 +70,14 @@ def _listed(path: Path, classes: dict[str, str]) -> Listed:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable list ({error})") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path}: it is empty; fetch it again")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ Knows no list's format. A name is a path inside an image root, or a member of an
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -19,10 +20,7 @@ def convert_lists(
     out: str | Path,
     *,
     classes: Iterable[str] | None = None,
-    overwrite: bool,
-    progress: bool,
-    num_workers: int,
-    **options: object,
+    options: Options,
 ) -> list[Conversion]:
     """One folder of tars for each split, under one list of classes.
 
@@ -33,21 +31,19 @@ def convert_lists(
     images, out = Path(images), Path(out)
     if not images.exists():
         raise ValueError(f"{images}: no such folder or archive")
-    chosen = Options(**options)  # type: ignore[arg-type]
     found = sorted({name for listed in splits.values() for _, name in listed})
     order = tuple(classes) if classes is not None else tuple(found)
-    if unknown := [name for name in found if name not in set(order)]:
+    if unknown := sorted(set(found) - set(order)):
         raise ValueError(f"pictures are of classes that are not listed ({some(unknown)})")
+    if twice := [name for name, count in Counter(order).items() if count > 1]:
+        raise ValueError(f"classes have the same name ({some(twice)}); rename one of each")
     archive = images if images.is_file() else None
     root = images if archive is None else None
     for split in splits:
-        check_target(out / split, overwrite)
-    plans = {split: _pictures(split, listed, root, chosen) for split, listed in splits.items()}
+        check_target(out / split, options.overwrite)
+    plans = {split: _pictures(split, listed, root, options) for split, listed in splits.items()}
     return publish(
-        [
-            write_split(out / split, order, *plan, chosen, progress, num_workers=num_workers, archive=archive)
-            for split, plan in plans.items()
-        ]
+        [write_split(out / split, order, *plan, options, archive=archive) for split, plan in plans.items()]
     )
 
 

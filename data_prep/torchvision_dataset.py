@@ -15,10 +15,10 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, Picture, check_target, publish, write_split
+from data_prep.shards import Conversion, Options, OptionValues, Picture, check_target, publish, write_split
 
 
 def convert_torchvision(
@@ -28,23 +28,17 @@ def convert_torchvision(
     *,
     splits: Sequence[str] = ("train", "test"),
     download: bool = False,
-    max_samples_per_shard: int = 5000,
-    short_side: int | None = None,
-    quality: int = 90,
-    skip_broken: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    num_workers: int = 1,
+    **options: Unpack[OptionValues],
 ) -> list[Conversion]:
     """Convert the named splits of `torchvision.datasets.NAME`; data sets with `train=` have train and test.
 
     Raises ValueError for a data set or split that does not exist, or is not there.
     """
-    options = Options(max_samples_per_shard, short_side, quality, skip_broken)
+    chosen = Options(**options)
     done = []
     for split in splits:
         target = Path(out) / split
-        check_target(target, overwrite)
+        check_target(target, chosen.overwrite)
         dataset = _open(name, root, split, download)
         labels = [int(label) for label in _labels(dataset)]
         classes = _classes(dataset, labels)
@@ -53,11 +47,7 @@ def convert_torchvision(
             Picture(None, f"{index:0{width}d}", f"{index:0{width}d}", classes[label])
             for index, label in enumerate(labels)
         ]
-        done.append(
-            write_split(
-                target, classes, pictures, [], options, progress, num_workers=1, read=_Reader(dataset)
-            )
-        )
+        done.append(write_split(target, classes, pictures, [], chosen, read=_Reader(dataset)))
     return publish(done)
 
 

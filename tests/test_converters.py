@@ -74,6 +74,11 @@ def test_a_subset_of_the_categories(tmp_path: Path) -> None:
         ),
         (lambda v: v["images"][0].update(file_name="../x.jpg"), "leads out of the image folder"),
         (lambda v: v["images"].append(v["images"][0]), "is listed twice"),
+        (lambda v: v["images"][1].pop("file_name"), r"train\.json: entry 1 of images needs id and file_name"),
+        (lambda v: v["annotations"][2].pop("image_id"), "entry 2 of annotations needs image_id and category"),
+        (lambda v: v["annotations"][2].update(category_id="rose"), "entry 2 of annotations .*'rose'"),
+        (lambda v: v["categories"][0].update(name=None), "entry 0 of categories needs id and name"),
+        (lambda v: v.update(images={"7": "a.jpg"}), "entry 0 of images needs"),
     ],
 )
 def test_bad_json_is_told(tmp_path: Path, change: Any, message: str) -> None:
@@ -83,6 +88,36 @@ def test_bad_json_is_told(tmp_path: Path, change: Any, message: str) -> None:
     train.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message):
         convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, progress=False)
+
+
+def test_splits_that_name_a_category_differently_are_refused(tmp_path: Path) -> None:
+    train, val = (inat(tmp_path / "src", 2021, split) for split in ("train", "val"))
+    val.write_text(val.read_text().replace("Rosa canina", "Rosa alba"))
+    with pytest.raises(ValueError, match=r"val\.json: its categories are not those of train .*Rosa alba"):
+        convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, val=val, progress=False)
+    with pytest.raises(ValueError, match="max classes is 0"):
+        convert_inaturalist(tmp_path / "src", tmp_path / "out", train=train, max_classes=0, progress=False)
+
+
+def test_an_archive_that_ends_early_or_repeats_itself(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    train = inat(src, 2021, "train")
+    archive = tmp_path / "train.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for _ in range(2):  # every name twice: the first one counts
+            tar.add(src / "train", "train")
+    (done,) = convert_inaturalist(archive, tmp_path / "twice", train=train, progress=False)
+    assert done.num_samples == len(open_source(tmp_path / "twice" / "train")) == 9
+    whole = archive.read_bytes()
+    for number, length in enumerate((0, 5, 400, len(whole) // 3)):
+        archive.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"train\.tar\.gz: (damaged|only)"):
+            convert_inaturalist(archive, tmp_path / f"cut{number}", train=train, progress=False)
+        assert not list((tmp_path / f"cut{number}" / "train").iterdir())
+    for place in (len(whole) // 8, len(whole) // 4):
+        archive.write_bytes(whole[:place] + bytes(64) + whole[place + 64 :])
+        with pytest.raises(ValueError, match=r"(train\.tar\.gz: (damaged|only)|cannot be read)"):
+            convert_inaturalist(archive, tmp_path / "rotten", train=train, progress=False)
 
 
 def test_sun397(tmp_path: Path) -> None:
@@ -98,6 +133,19 @@ def test_sun397(tmp_path: Path) -> None:
         convert_sun397(tmp_path / "src", tmp_path / "two", partition=3, progress=False)
     with pytest.raises(ValueError, match="partition is 11"):
         convert_sun397(tmp_path / "src", tmp_path / "two", partition=11, progress=False)
+    (tmp_path / "src" / "a" / "abbey" / "sun_00.jpg").unlink()
+    with pytest.raises(ValueError, match=r"train: 1 of 9 listed pictures are absent .*a/abbey/sun_00\.jpg"):
+        convert_sun397(tmp_path / "src", tmp_path / "two", partition=2, progress=False)
+    lists = tmp_path / "src" / "Testing_02.txt"
+    for content, message in ((b"", "it is empty"), (b"/a/abbey/\xff.jpg", "not a readable list")):
+        lists.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"Testing_02\.txt: {message}"):
+            convert_sun397(tmp_path / "src", tmp_path / "two", partition=2, progress=False)
+    names = tmp_path / "src" / "ClassName.txt"
+    names.write_text(names.read_text() + "/b/abbey\n")
+    lists.write_text("/a/abbey/sun_30.jpg\n")
+    with pytest.raises(ValueError, match=r"classes have the same name \(abbey\)"):
+        convert_sun397(tmp_path / "src", tmp_path / "two", partition=2, progress=False)
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -108,11 +156,21 @@ def test_csv(tmp_path: Path) -> None:
     convert_csv(table, tmp_path / "src", tmp_path / "out", progress=False)
     val = open_source(tmp_path / "out" / "val")
     assert {(val.key(i), int(val.labels[i])) for i in range(2)} == {("2", 1), ("3", 0)}
+    table.write_bytes(b"\xef\xbb\xbfpath,label\r\n0.jpg,cat\r\n")  # as a spreadsheet writes it
+    assert convert_csv(table, tmp_path / "src", tmp_path / "bom", progress=False)[0].num_samples == 1
+    for content, message in (
+        (b"path,label\n0.jpg,cat,dog\n", "line 2: more fields than columns"),
+        (b"path,label,split\n0.jpg,cat,..\n", "line 2: a field is empty or no name"),
+        (b"path,label\n\xff.jpg,cat\n", "'utf-8' codec"),
+    ):
+        table.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"list\.csv: {message}"):
+            convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
     table.write_text("file,label\n0.jpg,cat\n")
     with pytest.raises(ValueError, match="no column path"):
         convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
     table.write_text("path,label\n0.jpg,\n")
-    with pytest.raises(ValueError, match=r"list\.csv, line 2: a field is empty"):
+    with pytest.raises(ValueError, match=r"list\.csv: line 2: a field is empty"):
         convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
 
 

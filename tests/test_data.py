@@ -33,7 +33,7 @@ from selfmask_dist.data import (
     train_transform,
 )
 from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
-from selfmask_dist.data.threads import ahead
+from selfmask_dist.data.workers import ahead
 from selfmask_dist.preprocessing import Preprocessing
 from tests.tars import labelled, numbered_tars, picture, write_tar
 

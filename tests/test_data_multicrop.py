@@ -3,6 +3,7 @@ same pixels whether a worker finishes them or the device does.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from torchvision.transforms import functional as tvf  # type: ignore[import-unty
 
 from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader
 from selfmask_dist.data import decode as decode_function
+from selfmask_dist.data import multicrop as multicrop_module
 from selfmask_dist.data.decode import counts
-from selfmask_dist.data.multicrop import Crops, Distortion, distort, draw_parameters
+from selfmask_dist.data.distortion import HAS_OPENCV, distort_batch, distort_view
+from selfmask_dist.data.multicrop import Crops, Distortion, FinishViews, draw_parameters
 from selfmask_dist.data.order import sample_generator
 from selfmask_dist.data.views import crop_box
 from selfmask_dist.preprocessing import Preprocessing
@@ -25,6 +28,23 @@ from tests.tars import numbered_tars, picture
 PRE = Preprocessing(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 CROPS = (Crops(2, 32, (0.14, 1.0)), Crops(3, 16, (0.05, 0.14)))
 NOTHING = torch.tensor([[0.0, 0, 0, 1, 2, 3, 1, 1, 1, 0, 0, 0]])
+
+
+def one_by_one(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`distort_view` on what `distort_batch` takes."""
+    found = torch.empty(images.shape)
+    for image, row, out in zip(images, rows.tolist(), found, strict=True):
+        distort_view(image, row, out=out)
+    return found
+
+
+needs_opencv = pytest.mark.skipif(not HAS_OPENCV, reason="opencv-python-headless is not installed")
+Distort = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@pytest.fixture(params=["batch", pytest.param("view", marks=needs_opencv)])
+def distort(request: pytest.FixtureRequest) -> Distort:
+    return {"batch": distort_batch, "view": one_by_one}[request.param]
 
 
 def images(number: int, generator: torch.Generator) -> torch.Tensor:
@@ -45,7 +65,7 @@ def parameters(**changes: object) -> torch.Tensor:
     return row
 
 
-def test_colours_equal_torchvisions_in_every_order(generator: torch.Generator) -> None:
+def test_colours_equal_torchvisions_in_every_order(distort: Distort, generator: torch.Generator) -> None:
     batch = images(24, generator)
     rows, expected = [], []
     operations = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
@@ -60,7 +80,17 @@ def test_colours_equal_torchvisions_in_every_order(generator: torch.Generator) -
     assert torch.allclose(found, torch.stack(expected), atol=2e-5)
 
 
-def test_flip_grey_and_nothing(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("shift", [-0.5, -0.31, -0.001, 0.0, 0.17, 0.5])
+def test_hue_where_its_formulas_meet(shift: float, distort: Distort) -> None:
+    """Grey, black and white, the corners and edges of the colour cube, and channels that are equal."""
+    levels = torch.tensor([0.0, 1 / 255, 0.25, 0.5, 254 / 255, 1.0])
+    colors = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 12, 18)
+    row = parameters(color=1, order=(3, 0, 1, 2), factors=(1, 1, 1, shift))
+    expected = tvf.adjust_hue(colors[0], shift)
+    assert torch.allclose(distort(colors.clone(), row)[0], expected, atol=2e-5)
+
+
+def test_flip_grey_and_nothing(distort: Distort, generator: torch.Generator) -> None:
     batch = images(3, generator)
     rows = torch.cat([NOTHING, parameters(flip=1), parameters(gray=1)])
     found = distort(batch.clone(), rows)
@@ -70,7 +100,7 @@ def test_flip_grey_and_nothing(generator: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
-def test_blur_is_a_gaussian(sigma: float, generator: torch.Generator) -> None:
+def test_blur_is_a_gaussian(sigma: float, distort: Distort, generator: torch.Generator) -> None:
     batch = images(2, generator)
     found = distort(batch.clone(), torch.cat([parameters(sigma=sigma)] * 2))
     inside = tvf.gaussian_blur(batch, [13, 13], [sigma, sigma])
@@ -79,7 +109,7 @@ def test_blur_is_a_gaussian(sigma: float, generator: torch.Generator) -> None:
     assert torch.allclose(distort(constant.clone(), parameters(sigma=sigma)), constant, atol=1e-6)
 
 
-def test_blur_is_close_to_pils(generator: torch.Generator) -> None:
+def test_blur_is_close_to_pils(distort: Distort, generator: torch.Generator) -> None:
     from PIL import ImageFilter
 
     pixels = (images(1, generator) * 255).byte()
@@ -90,7 +120,7 @@ def test_blur_is_close_to_pils(generator: torch.Generator) -> None:
 
 def test_parameters_are_distributed_as_torchvisions() -> None:
     rng = np.random.Generator(np.random.Philox(key=1))
-    ours = np.array([draw_parameters(Distortion(), rng.random(40)) for _ in range(3000)])
+    ours = draw_parameters(Distortion(), rng.random((3000, 40)))
     jitter = tv.ColorJitter(0.8, 0.8, 0.8, 0.2)
     torch.manual_seed(1)
     theirs = [
@@ -161,6 +191,19 @@ def test_both_paths_give_the_same_pixels(tmp_path: Path) -> None:
         for x, y in zip(here.views, there.views, strict=True):
             assert x.dtype == y.dtype == torch.float32
             assert torch.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("library", [pytest.param("opencv", marks=needs_opencv), "torch alone"])
+def test_a_batch_at_once_is_its_views_one_by_one(
+    library: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if library == "torch alone":
+        monkeypatch.setattr(multicrop_module, "HAS_OPENCV", False)
+    crops = (images(300, generator) * 255).byte()
+    draws = np.random.Generator(np.random.Philox(key=4)).random((300, 40))
+    rows = torch.from_numpy(draw_parameters(Distortion(), draws))
+    finish = FinishViews(PRE.mean, PRE.std)
+    assert torch.allclose(finish.at_once(crops, rows), finish.one_by_one(crops, rows), atol=3e-5)
 
 
 def test_bad_crops_are_refused() -> None:

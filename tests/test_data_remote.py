@@ -1,9 +1,15 @@
 """Remote shards: the same samples in ranges and through a cache that keeps its bound and survives kills."""
 
+import contextlib
 import functools
 import http.server
 import pickle
+import shutil
+import socket
+import subprocess
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -121,6 +127,54 @@ def test_a_real_web_server_in_ranges_and_through_the_cache(
         with pytest.raises(SampleError, match="does not serve ranges"):
             open_source(address).read(0)
         server.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A bucket on an S3 server of this machine, whose address is in the environment."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: selfmask_dist[remote]")
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("moto_server is not on the path: pip install 'moto[s3,server]' in any environment")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    for name, value in {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        yield "bucket"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_real_s3_server_in_ranges_and_through_the_cache(url: str, bucket: str, tmp_path: Path) -> None:
+    local = open_source(url.removeprefix("file://"))
+    files = fsspec.filesystem("s3")
+    files.put(url.removeprefix("file://"), f"{bucket}/set", recursive=True)
+    address, everything = f"s3://{bucket}/set", np.arange(23)
+    ranges, cached = open_source(address), open_source(address, cache=tmp_path / "cache")
+    for data in (ranges, cached, pickle.loads(pickle.dumps(ranges))):
+        assert data.identity == local.identity
+        assert data.read_many(everything) == local.read_many(everything)
+    files.rm(f"{bucket}/set/a.tar")
+    fsspec.filesystem("s3").invalidate_cache()
+    with pytest.raises(SampleError, match=r"a\.tar"):
+        ranges.read(0)
+    assert cached.read(0) == local.read(0), "it is here"
+    with pytest.raises(ValueError, match=r"s3://bucket/none/samples\.index cannot be read"):
+        open_source(f"s3://{bucket}/none")
 
 
 def test_memory_file_system_in_ranges() -> None:

@@ -1,6 +1,15 @@
-"""Tars in, batches out: `source` (bytes), `order` (which sample when), `views` (pixels), `loader` (batches).
+"""Tars in, batches out. Knows neither models, masks nor process groups.
 
-Knows neither models, masks nor process groups.
+The main path, in reading order:
+
+    source   sample i -> its bytes          by an `index`, from a `storage` (or a `remote` one)
+    order    (seed, epoch) -> which samples a rank's batch holds
+    decode   bytes -> picture
+    views    picture -> tensors             `multicrop` and `distortion` for SwAV's
+    loader   all of it in `workers`         -> `batch`; what cannot be read goes to `quarantine`
+
+Before it, once for each data set: `build` makes the index (`tar` -> `table` -> `index`, `labels`,
+`manifest`).
 """
 
 from selfmask_dist.data.batch import Batch

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -174,10 +175,12 @@ def _hold_against_manifest(
         rejects += [
             Reject(shard.name, f"#{n}", "its shard is missing") for n in range(manifest.samples[shard])
         ]
+    named = Counter(
+        shard for shard, _ in {(reject.shard, reject.key) for reject in rejects if reject.is_lost}
+    )
     for number, shard in enumerate(shards):
         name = os.path.relpath(shard, folder)
-        named = {reject.key for reject in rejects if reject.shard == name and reject.is_lost}
-        lost = manifest.samples.get(shard, 0) - int(found[number]) - len(named)
+        lost = manifest.samples.get(shard, 0) - int(found[number]) - named[name]
         reason = f"{MANIFEST_NAME} promises {manifest.samples.get(shard)} samples of this shard"
         rejects += [Reject(name, f"#{n}", reason) for n in range(lost)]
 
@@ -193,7 +196,8 @@ def _drop_bad_labels(index: Index, rejects: list[Reject], require_labels: bool) 
             for row in outside
         }
     if index.classes is not None and index.folders is not None:
-        foreign = [n for n, name in enumerate(index.folders) if name not in set(index.classes)]
+        known = set(index.classes)
+        foreign = [n for n, name in enumerate(index.folders) if name not in known]
         bad |= {
             int(row): f"is of class {index.folders[index.label[row]]!r}, which is not among the classes"
             for row in np.flatnonzero(np.isin(index.label, foreign))

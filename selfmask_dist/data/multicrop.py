@@ -22,15 +22,22 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.data.distortion import (
+    COLOR,
+    FACTORS,
+    FLIP,
+    GRAY,
+    HAS_OPENCV,
+    NUM_PARAMETERS,
+    ORDER,
+    SIGMA,
+    distort_batch,
+    distort_view,
+)
 from selfmask_dist.data.views import crop_box
 from selfmask_dist.preprocessing import Preprocessing
 
 _DRAWS = 40  # uniforms for each view; a later parameter takes a column that is still free
-_BLUR_RADIUS = 6  # pixels: three of the largest sigma
-# columns of a view's parameters
-_FLIP, _COLOR, _ORDER, _FACTORS, _GRAY, _SIGMA = 0, 1, slice(2, 6), slice(6, 10), 10, 11
-_NUM_PARAMETERS = 12
-_HUE = 3  # place among (brightness, contrast, saturation, hue)
 
 
 @dataclass(frozen=True)
@@ -82,18 +89,19 @@ class MultiCrop:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         sizes = [group for group in self.crops for _ in range(group.count)]
         draws = rng.random((len(sizes), _DRAWS))
+        # channels last, as pictures are decoded: resizing that way takes half the time
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         views = []
         for group, u in zip(sizes, draws, strict=True):
             left, top, right, bottom = crop_box(image.size, scale=group.scale, ratio=(3 / 4, 4 / 3), u=u)
-            crop = pixels[:, :, top:bottom, left:right]
-            shape = (group.size, group.size)
-            views.append(F.interpolate(crop, shape, mode=self.interpolation, antialias=True)[0].contiguous())
-        parameters = torch.from_numpy(np.stack([draw_parameters(self.distortion, u) for u in draws]))
+            crop = pixels[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
+            views.append(
+                F.interpolate(crop, (group.size, group.size), mode=self.interpolation, antialias=True)
+            )
+        parameters = torch.from_numpy(draw_parameters(self.distortion, draws))
         if self.on_device:
-            return *views, parameters
-        finished = self.finisher(tuple(view[None] for view in (*views, parameters)))
-        return tuple(view[0] for view in finished)
+            return *(view[0].contiguous() for view in views), parameters
+        return tuple(view[0] for view in self.finisher((*views, parameters[None])))
 
 
 def multicrop_transform(
@@ -121,17 +129,16 @@ def multicrop_transform(
 
 
 def draw_parameters(distortion: Distortion, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """A view's distortion from its row of uniforms: flip, colour on, order (4), factors (4), gray, sigma
-    (0 = no blur).
-    """
+    """The distortions of views, (views, 12) as `distortion` has them, from their uniforms, (views, 40)."""
     d = distortion
     strength = np.array([d.brightness, d.contrast, d.saturation])
     low = np.maximum(0, 1 - strength)
-    found = np.zeros(_NUM_PARAMETERS, dtype=np.float32)
-    found[_FLIP], found[_COLOR], found[_GRAY] = u[22] < d.flip, u[23] < d.color, u[32] < d.gray
-    found[_ORDER] = np.argsort(u[24:28])
-    found[_FACTORS] = *(low + (1 + strength - low) * u[28:31]), d.hue * (2 * u[31] - 1)
-    found[_SIGMA] = (d.sigma[0] + (d.sigma[1] - d.sigma[0]) * u[34]) * (u[33] < d.blur)
+    found = np.empty((len(u), NUM_PARAMETERS), dtype=np.float32)
+    found[:, FLIP], found[:, COLOR], found[:, GRAY] = u[:, 22] < d.flip, u[:, 23] < d.color, u[:, 32] < d.gray
+    found[:, ORDER] = np.argsort(u[:, 24:28])
+    found[:, FACTORS][:, :3] = low + (1 + strength - low) * u[:, 28:31]
+    found[:, FACTORS][:, 3] = d.hue * (2 * u[:, 31] - 1)
+    found[:, SIGMA] = (d.sigma[0] + (d.sigma[1] - d.sigma[0]) * u[:, 34]) * (u[:, 33] < d.blur)
     return found
 
 
@@ -146,87 +153,33 @@ class FinishViews:
 
     def __call__(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         *crops, parameters = views
+        finish = self.one_by_one if parameters.device.type == "cpu" else self.at_once
         found: list[Tensor] = list(crops)
         for size in sorted({crop.shape[-1] for crop in crops}):
             same = [v for v, crop in enumerate(crops) if crop.shape[-1] == size]
-            images = torch.cat([crops[v] for v in same]).float().div_(255)
             rows = torch.cat([parameters[:, v] for v in same])
-            done = self._normalize(distort(images, rows)).chunk(len(same))
+            done = finish(torch.cat([crops[v] for v in same]), rows).chunk(len(same))
             for v, view in zip(same, done, strict=True):
                 found[v] = view
         return tuple(found)
 
-    def _normalize(self, images: Tensor) -> Tensor:
-        mean, std = images.new_tensor(self.mean), images.new_tensor(self.std)
-        return (images - mean[:, None, None]) / std[:, None, None]
+    def at_once(self, crops: Tensor, parameters: Tensor) -> Tensor:
+        """(n, 3, size, size) uint8 and (n, 12) to (n, 3, size, size) float32: as a device does it."""
+        images = distort_batch(crops.float().div_(255), parameters)
+        mean, std = self._statistics(images)
+        return images.sub_(mean).div_(std)
 
+    def one_by_one(self, crops: Tensor, parameters: Tensor) -> Tensor:
+        """The same as a processor does it."""
+        if not HAS_OPENCV:
+            rows = zip(crops.split(1), parameters.split(1), strict=True)
+            return torch.cat([self.at_once(crop, row) for crop, row in rows])
+        found = torch.empty(crops.shape)
+        mean, std = self._statistics(found)
+        for crop, row, view in zip(crops, parameters.tolist(), found, strict=True):
+            distort_view(crop.float().mul_(1 / 255), row, out=view)
+            view.sub_(mean).div_(std)
+        return found
 
-def distort(images: Tensor, parameters: Tensor) -> Tensor:
-    """Flip, colour, grey and blur (n, 3, h, w) float32 images in 0..1 by their rows of (n, 12) parameters."""
-    per_row = parameters[:, :, None, None, None]
-    images = torch.where(per_row[:, _FLIP] > 0.5, images.flip(-1), images)
-    is_colored = parameters[:, _COLOR] > 0.5
-    orders, factors = parameters[:, _ORDER].long(), parameters[:, _FACTORS]
-    for turn in range(4):
-        operation = orders[:, turn]
-        rows = (is_colored & (operation != _HUE)).nonzero()[:, 0]
-        if len(rows):
-            factor = factors[rows].gather(1, operation[rows, None])[:, :, None, None]
-            images[rows] = _blend(images[rows], operation[rows], factor)
-        rows = (is_colored & (operation == _HUE)).nonzero()[:, 0]
-        if len(rows):
-            images[rows] = _shift_hue(images[rows], factors[rows, _HUE])
-    rows = (parameters[:, _GRAY] > 0.5).nonzero()[:, 0]
-    if len(rows):
-        images[rows] = _luma(images[rows]).expand(-1, 3, -1, -1)
-    rows = (parameters[:, _SIGMA] > 0).nonzero()[:, 0]
-    if len(rows):
-        images[rows] = _blur(images[rows], parameters[rows, _SIGMA])
-    return images
-
-
-def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * base: black for brightness, the mean grey for contrast, grey for
-    saturation.
-    """
-    operation = operation[:, None, None, None]
-    gray = _luma(images)
-    base = torch.where(operation == 1, gray.mean(dim=(-2, -1), keepdim=True), gray) * (operation > 0)
-    return (factor * images + (1 - factor) * base).clamp_(0, 1)
-
-
-def _luma(images: Tensor) -> Tensor:
-    return 0.2989 * images[:, 0:1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:3]
-
-
-def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Through hue, saturation and value: shift (n,) in turns."""
-    red, green, blue = images.unbind(1)
-    high, low = images.amax(1), images.amin(1)
-    spread = high - low
-    safe = torch.where(spread > 0, spread, torch.ones_like(spread))
-    hue = torch.where(
-        high == red,
-        (green - blue) / safe,
-        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    hue = (hue + 6 * shift[:, None, None]) % 6
-    # value - spread * clamp(min(k, 4 - k), 0, 1), with k = (5, 3, 1) + hue modulo 6: RGB in closed form
-    k = (images.new_tensor([5.0, 3.0, 1.0])[:, None, None] + hue[:, None]) % 6
-    return high[:, None] - spread[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """A Gaussian of its own width for each image, rows and then columns; edges repeat their last pixel."""
-    reach = torch.arange(_BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
-    weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2)
-    weights = weights / (weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdim=True))
-    taps = weights[:, :, None, None, None]
-    r = _BLUR_RADIUS
-    for dim, pad in ((-1, (r, r, 0, 0)), (-2, (0, 0, r, r))):
-        length = images.shape[dim]
-        padded = F.pad(images, pad, mode="replicate")
-        images = padded.narrow(dim, r, length) * taps[:, 0]
-        for k in range(1, r + 1):
-            images += (padded.narrow(dim, r - k, length) + padded.narrow(dim, r + k, length)) * taps[:, k]
-    return images
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]

