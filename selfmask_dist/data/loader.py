@@ -10,15 +10,7 @@ changes no pixel, and nothing is to be saved for a resume but (epoch, step) and 
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import multiprocessing.forkserver
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -35,14 +27,15 @@ from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.threads import ahead
 from selfmask_dist.data.views import Transform
+from selfmask_dist.data.workers import (
+    START_METHOD,
+    die_with_parent,
+    naming_lost_workers,
+    start_worker_server,
+    without_advice,
+)
 
-# Workers are forked from a small server process. Not "fork": by then the parent runs gloo's, CUDA's and
-# OpenMP's threads, whose locks a forked child inherits in any state (deadlocks; Python 3.12 warns of it). Not
-# "spawn": every worker would import torch again, 3 s each, and torch's workers abort when they end that way.
-_START_METHOD = "forkserver"
 WorkerKind = Literal["process", "thread"]
-# what every worker needs, imported once by the server
-_PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
 
 
 def train_loader(
@@ -144,7 +137,7 @@ class BatchLoader:
         self._pin_memory = pin_memory
         self._dataloader: DataLoader[Batch | SampleError] | None = None
         if num_workers > self._num_threads:
-            _start_worker_server()
+            start_worker_server()
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -211,10 +204,10 @@ class BatchLoader:
     def _batches(self) -> Iterator[Batch | SampleError]:
         if self._num_threads:
             return ahead(self._load, self._plans, num_threads=self._num_threads)
-        with _without_worker_advice():
+        with without_advice():
             if self._dataloader is None:
                 self._dataloader = self._make_dataloader()
-            return iter(self._dataloader)
+            return naming_lost_workers(self._dataloader)
 
     def _load(self, plan: RankBatch) -> Batch | SampleError:
         """In a thread, which pins too where the DataLoader has a thread of its own for it."""
@@ -239,8 +232,8 @@ class BatchLoader:
             collate_fn=_unchanged,
             num_workers=self._num_workers,
             persistent_workers=with_workers,
-            multiprocessing_context=_START_METHOD if with_workers else None,
-            worker_init_fn=_die_with_parent,
+            multiprocessing_context=START_METHOD if with_workers else None,
+            worker_init_fn=die_with_parent,
             pin_memory=self._pin_memory,
             # its own: the DataLoader would draw its workers' base seed from the global generator
             generator=torch.Generator(),
@@ -349,41 +342,6 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         except Exception as error:
             error.add_note(f"in the transform of {self.source.where(index)}")
             raise
-
-
-def _die_with_parent(worker: int) -> None:
-    """Runs in a new worker: makes it leave when the training process is gone, however that went.
-
-    torch's workers watch their parent process, which is the server here, and the server lives as long as one
-    of its workers. Without this a rank that is killed leaves them all behind for ever.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None, worker
-
-    def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _start_worker_server() -> None:
-    """Start the process that workers are forked from; it imports torch while the caller builds its model."""
-    multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
-    # blocked in it and in its workers: clusters send these to every process, and the parent is to answer
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-@contextmanager
-def _without_worker_advice() -> Iterator[None]:
-    """Silence torch's advice on more workers than cores: each rank would repeat it and counts only itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,0 +1,82 @@
+"""The processes in which a DataLoader decodes: where they come from, and what becomes of them when their
+parent or they themselves are gone.
+
+Knows nothing of samples and batches.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
+
+T = TypeVar("T")
+
+# Workers are forked from a small server process. Not "fork": by then the parent runs gloo's, CUDA's and
+# OpenMP's threads, whose locks a forked child inherits in any state (deadlocks; Python 3.12 warns of it). Not
+# "spawn": every worker would import torch again, 3 s each, and torch's workers abort when they end that way.
+START_METHOD = "forkserver"
+# what every worker needs, imported once by the server
+_PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
+
+
+class WorkerLostError(RuntimeError):
+    """A data loading worker ended by itself, most likely killed for want of memory."""
+
+
+def start_worker_server() -> None:
+    """Start the process that workers are forked from; it imports torch while the caller builds its model."""
+    multiprocessing.forkserver.set_forkserver_preload(_PRELOAD)
+    # blocked in it and in its workers: clusters send these to every process, and the parent is to answer
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR2, signal.SIGTERM))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def die_with_parent(worker: int) -> None:
+    """Runs in a new worker: makes it leave when the training process is gone, however that went.
+
+    torch's workers watch their parent process, which is the server here, and the server lives as long as one
+    of its workers. Without this a rank that is killed leaves them all behind for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, worker
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Silence torch's advice on more workers than cores: each rank would repeat it and counts only itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
+
+
+def naming_lost_workers(loader: DataLoader[T]) -> Iterator[T]:
+    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
+        codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
+        how = ", ".join(signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes)
+        raise WorkerLostError(
+            f"a data loading worker ended by itself ({how or 'how is not known'}), most likely "
+            f"out of memory: lower engine.workers, or ask for more (launch.memory_gb)"
+        ) from error
