@@ -48,7 +48,7 @@ class Clock:
         torch.manual_seed(0)
         encoder = timm.create_model("vit_small_patch16_224", img_size=IMAGE_SIZE, num_classes=0)
         encoder.requires_grad_(False)
-        step = Step(encoder, encoder.num_features, torch.float32, "frozen")
+        step = Step(encoder, 384, torch.float32, "frozen")
         self.engine = build_engine(
             step,
             encoder=encoder,
