@@ -12,7 +12,6 @@ seconds of waiting as a share of the wall time, and the share lost to both again
     python -m benchmarks.checkpoint_stall [--quick] --json
 """
 
-import math
 import sys
 import tempfile
 import time
@@ -60,7 +59,7 @@ class Clock:
         self.engine.start(
             torch.optim.SGD([*masks.parameters(), *step.head.parameters()], lr=1e-3, momentum=0.9)
         )
-        self.num_masked = sum(math.prod(entry.shape) for entry in masks.entries)
+        self.num_masked = sum(entry.theta.numel() for entry in masks.entries)
         self.saver = Saver(folder, Retention(last=2)) if world.is_main else None
         state = RunState(self.engine, Objective(), identity={})
         self.keeper = Keeper(state, StopRequest(), saver=self.saver, every_seconds=every_seconds)

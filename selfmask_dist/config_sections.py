@@ -425,8 +425,8 @@ class LaunchConfig(Section):
     )
     max_restarts: int = orchestration(
         100,
-        "Restarts from the newest checkpoint after a preemption, a time limit, a killed, lost or hung process; "
-        "0: none.",
+        "Restarts from the newest checkpoint after a preemption, a time limit, a killed, lost or hung "
+        "process; 0: none.",
         unit="restarts",
         ge=0,
     )

@@ -1,4 +1,4 @@
-"""`selfmask status`, `logs` and `checkpoints` on folders of every kind: aligned, with units, never a traceback."""
+"""`selfmask status`, `logs` and `checkpoints` on folders of every kind: aligned, with units, no traceback."""
 
 import json
 import os
