@@ -7,6 +7,7 @@ once, so that a killed run has all of them up to its end; what a full disk refus
 
 import errno
 import json
+import os
 import sys
 import threading
 import time
@@ -134,6 +135,8 @@ class _Lines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        if path.is_file() and not (written := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)  # killed within a line, or the disk was full
         self._stream = open(path, "ab", buffering=0)  # noqa: SIM115
         self._waiting = b""
         self._lock = threading.Lock()

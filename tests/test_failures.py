@@ -110,6 +110,8 @@ def test_starts_that_come_to_nothing_end_and_progress_counts_anew(
 def test_lines_that_a_full_disk_refuses_wait_for_space(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "a.jsonl").write_text('{"step": 0}\n{"st')
+    _Lines(tmp_path / "a.jsonl").close()  # drops the half line
     lines = _Lines(Path("/dev/full"))
     lines.write({"step": 1})
     assert "No space left on device; its lines wait" in capsys.readouterr().err
@@ -117,7 +119,7 @@ def test_lines_that_a_full_disk_refuses_wait_for_space(
     lines._stream = open(tmp_path / "a.jsonl", "ab", buffering=0)  # noqa: SIM115
     lines.write({"step": 2})
     lines.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
 @pytest.fixture
