@@ -203,14 +203,14 @@ def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
     ]
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
     _wait(lambda: job_state(higher) == "RUNNING", seconds)
-    _wait(lambda: job_state(job) == "PENDING", seconds)
+    wait_for_state(job, "PENDING", seconds)
     _run("scancel", higher)
     start_again(job, seconds)
 
 
 def start_again(job: str, seconds: float = 120.0) -> None:
     """Spare a requeued job the minute or two that SLURM lets it wait."""
-    _wait(lambda: job_state(job) == "PENDING", seconds)
+    wait_for_state(job, "PENDING", seconds)
     time.sleep(1.1)  # a node refuses a start that was granted in the second in which it ended the one before
     _run("scontrol", "update", f"JobId={job}", "StartTime=now")  # once: each update begins the wait anew
     _wait(lambda: job_state(job) not in _WAITING, seconds)
@@ -227,6 +227,10 @@ def resume_node(node: str) -> None:
 
 def cancel(job: str) -> None:
     _run("scancel", job)
+
+
+def wait_for_state(job: str, state: str, seconds: float = 120.0) -> None:
+    _wait(lambda: job_state(job) == state, seconds)
 
 
 def wait_for_end(job: str, seconds: float = 300.0) -> str:
