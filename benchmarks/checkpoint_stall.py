@@ -35,7 +35,7 @@ from selfmask_dist.state import Keeper, Position, RunState
 from tests.distributed import run_distributed
 from tests.engine_cases import CLASSES, Step, world_here
 
-ROWS, IMAGE_SIZE = 8, 64  # of the global batch
+ROWS, IMAGE_SIZE = 8, 32  # of the global batch
 SETTINGS = (("ddp", 1), ("ddp", 2), ("fsdp", 2))
 
 
@@ -135,12 +135,13 @@ def main() -> int:
     options = bench.parse()
     default = load_config(None, []).checkpoint.every_minutes * 60
     bench.figure("default_interval_seconds", default)
-    saves, interval, seconds = (2, 3.0, 6.0) if options.quick else (6, 10.0, 40.0)
+    saves, interval, seconds = (2, 3.0, 6.0) if options.quick else (4, 10.0, 30.0)
     for name, world_size in SETTINGS:
         key = f"{name}_{world_size}"
         with tempfile.TemporaryDirectory() as folder:
             arguments = (name, folder, saves, interval, seconds)
-            found = run_distributed(measure, world_size, *arguments, timeout=400.0)[0]
+            found = run_distributed(measure, world_size, *arguments, timeout=200.0)[0]
+        print(key, found, file=sys.stderr, flush=True)
         for figure, value in found.items():
             bench.figure(f"{key}_{figure}", value)
         stalled, slowed = found["stalled_seconds_a_save"], max(found["slowed_seconds_a_save"], 0.0)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -119,6 +120,16 @@ def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: 
     last = events_of(run)[-1]
     assert (last["event"], last["reason"]) == ("preempted", "SIGTERM"), logs_of(run)
     assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
+
+
+def test_a_second_cluster_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(slurm, "_CONTROL_PORT", port)
+        with pytest.raises(RuntimeError, match=f"port {port} is taken, maybe by another cluster"):
+            slurm._check_ports()
 
 
 def test_the_cluster_really_has_four_nodes(cluster: Path) -> None:
