@@ -222,7 +222,8 @@ def fail_node(node: str) -> None:
 
 
 def resume_node(node: str) -> None:
-    _run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    _run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back already
+    _wait(lambda: "down" not in _run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").stdout, 60.0)
 
 
 def cancel(job: str) -> None:
