@@ -24,11 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from launchers.progress import MAX_FRUITLESS, is_fruitless
 from selfmask_dist.config import Config
-from selfmask_dist.exit_status import FAILED, HUNG, REQUEUE, is_restartable
+from selfmask_dist.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
+_LOST_SECONDS = 10.0  # for the process whose loss broke the others to end, with its reason
 _STOP_SECONDS = 60.0  # from asking to stop to killing
 _DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
@@ -116,10 +118,11 @@ def run_processes(
     Args:
         plan: restart number, from 0 -> the processes.
         logs: folder of what each process prints, `rank-<r>.log`; rank 0's is shown here too.
-        max_restarts: after a preemption, and after a process was killed or hung. An error is not restarted.
+        max_restarts: after a preemption, and after a process was killed or hung. An error is not restarted,
+            nor is a run whose last starts all failed without getting anywhere.
     """
     with _Signals() as signals:
-        restart = 0
+        restart, launch = 0, f"{socket.gethostname()} {os.getpid()} {time.time()}"
         while True:
             group = _Group(plan(restart), logs, restart)
             try:
@@ -132,6 +135,9 @@ def run_processes(
                 return 128 + signals.stop
             group.report(status)
             if not is_restartable(status) or restart >= max_restarts:
+                return status if status > 0 else 128 - status
+            if status != REQUEUE and is_fruitless(logs, launch):
+                print(f"not started again: {MAX_FRUITLESS} starts in a row came to nothing", file=sys.stderr)
                 return status if status > 0 else 128 - status
             restart += 1
             print(f"restart {restart} of at most {max_restarts}", file=sys.stderr, flush=True)
@@ -196,9 +202,7 @@ class _Group:
                 sent_preemptions = signals.num_preemptions
                 self._send(signal.SIGUSR2)
             if any(statuses) and not signals.stop:
-                # where a rank was killed nobody can save any more: what was committed is what there is
-                wait = _GRACE_SECONDS if not _wants_restart(statuses) else _STOP_SECONDS
-                deadline = min(deadline, now + wait)
+                deadline = min(deadline, now + _seconds_left(statuses))
             if now >= deadline:
                 if HUNG in statuses:
                     self._dump_stacks()
@@ -256,11 +260,11 @@ class _Group:
         time.sleep(_DUMP_SECONDS)
 
     def _status(self, statuses: Sequence[int | None]) -> int:
-        """The status that says why the run ended, not FAILED of those whose connections it broke."""
+        """The status that says why the run ended, not LOST or FAILED of those whose connections it broke."""
         failed = [(s, p) for s, p in zip(statuses, self._processes, strict=True) if s]
         if not failed:
             return 0
-        failed.sort(key=lambda pair: (not is_restartable(pair[0]), pair[0] == FAILED))
+        failed.sort(key=lambda pair: _rank_of(pair[0]))
         status, self._failed = failed[0]
         return status
 
@@ -290,9 +294,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wants_restart(statuses: Sequence[int | None]) -> bool:
-    """Whether some process ended after all had agreed to save, so that the others are about to."""
-    return REQUEUE in statuses
+def _seconds_left(statuses: Sequence[int | None]) -> float:
+    """How long the others may take once some process has failed."""
+    if REQUEUE in statuses:  # all had agreed to save: the others are about to
+        return _STOP_SECONDS
+    if {status for status in statuses if status} == {LOST}:
+        return _LOST_SECONDS
+    return _GRACE_SECONDS  # nobody can save any more: what was committed is what there is
+
+
+def _rank_of(status: int) -> int:
+    """The lower, the more a status says about why a run ended."""
+    if status in (FAILED, LOST):
+        return (FAILED, LOST).index(status) + 2
+    return 0 if is_restartable(status) else 1
 
 
 def _copy(child: subprocess.Popen[bytes], path: Path) -> None:
@@ -300,6 +315,7 @@ def _copy(child: subprocess.Popen[bytes], path: Path) -> None:
     assert child.stdout is not None
     with child.stdout, open(path, "ab", buffering=0) as log:
         for line in child.stdout:
-            log.write(line)
+            with contextlib.suppress(OSError):  # a full disk; the child is not to wait for it
+                log.write(line)
             sys.stderr.write(line.decode(errors="replace"))
             sys.stderr.flush()

@@ -14,20 +14,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from launchers.local import log_path
+from launchers.progress import MAX_FRUITLESS, is_fruitless
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config
-from selfmask_dist.exit_status import FAILED, REQUEUE, is_restartable
+from selfmask_dist.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 from selfmask_dist.run_directory import run_path
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
+_LOST_SECONDS = 20.0  # for a task whose process failed to speak before those that lost it
+_DUMP_SECONDS = 5.0  # for the other processes to notice that all hang, and to dump their stacks
 _END_SECONDS = 300.0  # for SLURM to end a job that is done saving, or its rank 0 to requeue it
 _POLL_SECONDS = 0.5
 _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
@@ -64,9 +67,13 @@ class Task:
                 stderr=subprocess.STDOUT,
             )
         seen: set[int] = set()
+        hung = self._note("hung")
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             seen.add(signum)
+            if signum == signal.SIGTERM and hung.exists():  # requeued: what hangs shows where it does
+                process.send_signal(signal.SIGABRT)
+                process.send_signal(signal.SIGCONT)
             process.send_signal(signum)
 
         for signum in (signal.SIGUSR2, signal.SIGTERM):  # in place of submitit's own handlers
@@ -84,13 +91,14 @@ class Task:
         under way.
         """
         job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        verdict = self.logs / f".failed-{job_id}-{restarts}"
-        requeued = self.logs / f".requeued-{job_id}-{restarts}"
+        verdict, claimed, requeued = (self._note(name) for name in ("failed", "claimed", "requeued"))
         if not is_restartable(status):
             if status == FAILED:
                 time.sleep(_PEER_SECONDS)
             verdict.touch()  # srun now ends the other tasks: they are not to take that for a preemption
             return
+        if status == LOST:
+            _wait_until(lambda: verdict.exists() or claimed.exists(), _LOST_SECONDS)
         if verdict.exists():
             return
         if restarts >= self.max_restarts:
@@ -102,13 +110,38 @@ class Task:
                 "no scontrol on this node: SLURM itself requeues a preempted job", file=sys.stderr, flush=True
             )
             time.sleep(_END_SECONDS)
-        elif status != REQUEUE or rank == 0:
-            requeue(job_id, is_announced=is_announced)
+        elif (status != REQUEUE or rank == 0) and _claim(claimed):
+            if status == HUNG:
+                self._note("hung").touch()
+                time.sleep(_DUMP_SECONDS)
+            if status != REQUEUE and is_fruitless(self.logs, job_id):
+                print(f"not requeued: {MAX_FRUITLESS} starts in a row came to nothing", file=sys.stderr)
+                verdict.touch()
+            else:
+                requeue(job_id, is_announced=is_announced)
             requeued.touch()
         else:
-            deadline = time.monotonic() + _END_SECONDS
-            while not requeued.exists() and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            _wait_until(requeued.exists, _END_SECONDS)
+
+    def _note(self, name: str) -> Path:
+        """A file by which the tasks of this start of the job tell each other something."""
+        start = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        return self.logs / f".{name}-{start}"
+
+
+def _claim(path: Path) -> bool:
+    """Whether this task is the first to ask."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def requeue(job_id: str, *, is_announced: bool) -> bool:

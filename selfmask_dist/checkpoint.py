@@ -10,6 +10,7 @@ Reading verifies every byte, takes the newest valid one and sets the others asid
 JSON dict; nothing of engines, masks or process groups: one process writes.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})(?:\.(\d+))?")
 _POINTER, _MANIFEST, _VALUES = "latest", "manifest.json", "values.json"
+_SPARE_BYTES = 64 * 1024  # for what is not tensors, and for the run's other files
 
 
 class CheckpointError(ValueError):
@@ -63,21 +65,36 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, step: int) -> Path
     """Write and commit; returns the new directory.
 
     Raises:
-        OSError: the disk is full, or not writable; nothing is committed.
+        OSError: the disk is full, or not writable; nothing is committed. One that is seen to be too full is
+            not written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _fresh_path(folder, step)
     partial = folder / f".{path.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    needed = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    if shutil.disk_usage(folder).free < needed + _SPARE_BYTES:
+        raise _disk_full(folder, needed)
     try:
         _write_files(partial, checkpoint, step)
         partial.rename(path)
         _sync(folder)
         _replace(folder / _POINTER, f"{path.name}\n")
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(folder, needed) from error
         raise
     return path
+
+
+def _disk_full(folder: Path, needed: int) -> OSError:
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        errno.ENOSPC,
+        f"no space left on device: it takes {needed / 1e6:.1f} MB and {folder} has {free / 1e6:.1f} MB free "
+        f"(a quota may leave less); make room, or keep fewer checkpoints (checkpoint.keep_last)",
+    )
 
 
 def _write_files(partial: Path, checkpoint: Checkpoint, step: int) -> None:
@@ -87,9 +104,13 @@ def _write_files(partial: Path, checkpoint: Checkpoint, step: int) -> None:
             warnings.simplefilter("ignore")  # it warns of having no process group, which is the intent
             dcp.save(dict(checkpoint.tensors), storage_writer=writer, no_dist=True)
     except dcp.CheckpointException as error:  # it wraps what the disk said
-        failures = list(error.failures.values())
-        cause = failures[0][0] if failures else error
-        raise OSError(f"writing {partial} failed: {cause}") from error
+        cause: BaseException | None = next((failure[0] for failure in error.failures.values()), error)
+        text = str(cause)
+        while cause is not None and not isinstance(cause, OSError):  # torch's own error, then what it is of
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise OSError(cause.errno, f"writing {partial} failed: {cause.strerror}") from error
+        raise OSError(errno.EIO, f"writing {partial} failed: {text}") from error
     _write(partial / _VALUES, json.dumps(checkpoint.values, allow_nan=False, indent=1))
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}

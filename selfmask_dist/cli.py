@@ -5,9 +5,13 @@ Imports what a command needs only when it runs, so that `--help` answers at once
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from selfmask_dist import exit_status, mask_command, serve_command, status
 from selfmask_dist.config import describe, load_config, to_yaml
@@ -23,21 +27,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArithmeticError as error:  # training diverged: the message says it all
         print(f"{_who()}stopped: {error}", file=sys.stderr)
         return exit_status.DIVERGED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{_who()}error: {error}; make room and go on with run.resume=true", file=sys.stderr)
+        return exit_status.BAD_INPUT
     except KeyboardInterrupt:
         return 130
 
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    from selfmask_dist.life import is_lost_process
     from selfmask_dist.preempt import Preempted
     from selfmask_dist.run import run
 
-    try:
-        run(config)
-    except Preempted:
-        print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
-        return exit_status.REQUEUE
-    return exit_status.OK
+    with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
+        try:
+            run(config)
+        except Preempted:
+            print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
+            return exit_status.REQUEUE
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            traceback.print_exc()
+            print(f"{_who()}lost another process, to be started again: {error}", file=sys.stderr)
+            return exit_status.LOST
+        return exit_status.OK
+
+
+class _Unfailing:
+    """Standard error, mostly a log on a disk: when that is full, what is said is lost, and not the run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _config(options: argparse.Namespace) -> None:

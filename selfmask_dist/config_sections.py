@@ -379,7 +379,7 @@ class CheckpointConfig(Section):
     hang_minutes: float = orchestration(
         30.0,
         "A process in which nothing moves for so long after its first step writes its stacks and ends, to be "
-        "requeued; ten times as long before; 0: never.",
+        "requeued; ten times as long before; 0: never. Collectives time out a quarter later.",
         unit="minutes",
         ge=0,
     )
@@ -425,8 +425,8 @@ class LaunchConfig(Section):
     )
     max_restarts: int = orchestration(
         100,
-        "Restarts from the newest checkpoint after a preemption, a time limit, a killed or a hung process; "
-        "0: none.",
+        "Restarts from the newest checkpoint after a preemption, a time limit, a killed, lost or hung "
+        "process; 0: none.",
         unit="restarts",
         ge=0,
     )

@@ -9,6 +9,7 @@ BAD_INPUT = 2  # the user's to mend; a restart would end the same
 DIVERGED = 3  # the loss or the scores stopped being finite; a restart would end the same
 REQUEUE = 75  # asked to stop and saved (EX_TEMPFAIL of sysexits.h): start me again
 HUNG = 76  # no step for too long, stacks are dumped: start me again
+LOST = 77  # another process, or a data loading worker, is gone: start me again unless another says why not
 
 
 def is_restartable(status: int) -> bool:
@@ -17,4 +18,4 @@ def is_restartable(status: int) -> bool:
     `status`: as `subprocess` gives it, negative for a signal; 128 + n, a shell's spelling of the same,
     counts too.
     """
-    return status in (REQUEUE, HUNG) or status < 0 or 128 < status < 160
+    return status in (REQUEUE, HUNG, LOST) or status < 0 or 128 < status < 160

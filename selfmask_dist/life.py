@@ -10,14 +10,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from selfmask_dist.config import Config
+from selfmask_dist.data import WorkerLostError
 from selfmask_dist.metrics import MetricsWriter
-from selfmask_dist.parallel import World
+from selfmask_dist.parallel import START_TIMEOUT, World, is_lost_peer, set_timeout
 from selfmask_dist.preempt import Preempted, StopRequest
 from selfmask_dist.status import Heartbeat
 from selfmask_dist.watchdog import Watchdog
@@ -77,10 +79,14 @@ def open_life(
     if world.is_main:
         stage = {"stage": directory.name} if parent else {}
         heartbeat = Heartbeat(directory, lambda: writer.newest, parent=parent, **stage)
+    limit = config.checkpoint.hang_minutes * 60
+    timeout = timedelta(seconds=1.25 * limit + 10) if limit else START_TIMEOUT
+    set_timeout(max(timeout, START_TIMEOUT))
     watchdog = Watchdog(
-        timeout=config.checkpoint.hang_minutes * 60,
+        timeout=limit,
         stacks=stacks_path(directory),
         heartbeat=heartbeat.write if heartbeat else None,
+        on_first_beat=lambda: set_timeout(timeout),  # a little longer than the watchdog, which says more
     )
     is_preempted = False
     with writer, watchdog:
@@ -91,12 +97,17 @@ def open_life(
             reason = stop.reason or "another rank's signal"
             writer.event("preempted", reason=reason, step=writer.newest.get("step"))
             is_preempted = True
-        except BaseException:
-            life.tell(state="failed")
+        except BaseException as error:
+            life.tell(state="lost a process" if is_lost_process(error) else "failed")
             raise
     life.tell(state="preempted" if is_preempted else ends_as)
     if is_preempted:
         raise Preempted  # outside of the writer, which would call it a failure
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether it says nothing against the run but that another process is gone, which may pass."""
+    return isinstance(error, WorkerLostError) or is_lost_peer(error)
 
 
 def stacks_path(directory: Path) -> Path:

@@ -1,17 +1,20 @@
 """What a run writes while it trains: `metrics.jsonl`, `events.jsonl`, a progress bar, and wandb where asked
 for.
 
-Only the main rank writes; the others call the same methods and nothing happens. Files are line-buffered, so
-that a killed run has every line up to its end.
+Only the main rank writes; the others call the same methods and nothing happens. Every line is written at
+once, so that a killed run has all of them up to its end; what a full disk refuses waits for the next line.
 """
 
+import errno
 import json
+import os
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
@@ -36,15 +39,15 @@ class MetricsWriter:
         config: dict[str, Any] | None = None,
     ) -> None:
         self.newest: dict[str, Any] = {}  # the last step and its numbers, for the heartbeat
-        self._metrics: TextIO | None = None
-        self._events: TextIO | None = None
+        self._metrics: _Lines | None = None
+        self._events: _Lines | None = None
         self._wandb: Any = None
         self._bar: tqdm[Any] | None = None
         self._progress = progress and directory is not None
         if directory is None:
             return
-        self._metrics = open(directory / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._events = open(directory / "events.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._metrics = _Lines(directory / "metrics.jsonl")
+        self._events = _Lines(directory / "events.jsonl")
         if wandb_mode != "off":
             import wandb
 
@@ -80,14 +83,14 @@ class MetricsWriter:
             return
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.newest = {**self.newest, "step": step, **numbers}
-        self._metrics.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._metrics.write({"step": step, "time": time.time(), **values})
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def event(self, name: str, **values: Any) -> None:
         """Record something that happened: start, evaluation, warning, failure, end."""
         if self._events is not None:
-            self._events.write(json.dumps({"event": name, "time": time.time(), **values}) + "\n")
+            self._events.write({"event": name, "time": time.time(), **values})
 
     def message(self, text: str) -> None:
         """Print a line for the user, above the progress bar."""
@@ -125,3 +128,35 @@ def _wandb_id(directory: Path) -> str:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"{new}\n")
     return new
+
+
+class _Lines:
+    """Appends JSON lines to a file, from any thread (checkpoints are reported by the one that saves)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        if path.is_file() and not (written := path.read_bytes()).endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)  # killed within a line, or the disk was full
+        self._stream = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._waiting = b""
+        self._lock = threading.Lock()
+
+    def write(self, values: dict[str, Any]) -> None:
+        with self._lock:
+            self._waiting += json.dumps(values).encode() + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._stream.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"WARNING: {self._path}: {error.strerror}; its lines wait for space", file=sys.stderr)
+
+    def close(self) -> None:
+        """What the disk does not take now is lost; a restarted run writes it again."""
+        with self._lock:
+            self._flush()
+            self._stream.close()

@@ -6,6 +6,7 @@ Works while a run runs and after, on any machine that sees the folder. Knows not
 """
 
 import argparse
+import collections
 import json
 import os
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 _SILENT_SECONDS = 60.0
 _COLUMNS = ("run", "state", "step", "loss", "images/s", "restarts", "checkpoint", "heartbeat", "job")
+_RIGHT = ("step", "loss", "images/s", "restarts", "size")  # columns of numbers
 
 
 # ---- writing
@@ -72,30 +74,52 @@ def read_status(run: Path) -> dict[str, str]:
     if not (run / "config.yaml").exists():
         raise ValueError(f"{run} is not a run: it has no config.yaml")
     status = _json(run / "status.json")
-    age = time.time() - status["time"] if "time" in status else None
-    state = "finished" if (run / "result.json").exists() else status.get("state", "no heartbeat")
-    if state == "running" and (age is None or age > _SILENT_SECONDS):
-        state = "silent"
-    total = status.get("num_steps")
-    newest = _newest_checkpoint(run)
+    numbers = {name: value for name, value in status.items() if isinstance(value, int | float)}
+    age = time.time() - numbers["time"] if "time" in numbers else None
+    step = f"{numbers['step']}" if "step" in numbers else "-"
+    if step != "-" and "num_steps" in numbers:
+        step += f"/{numbers['num_steps']}"
     return {
         "run": run.name,
-        "state": state,
-        "step": "-" if status.get("step") is None else f"{status['step']}" + (f"/{total}" if total else ""),
-        "loss": "-" if status.get("loss") is None else f"{status['loss']:.4f}",
-        "images/s": "-" if status.get("images_per_second") is None else f"{status['images_per_second']:.0f}",
-        "restarts": str(status.get("restarts", "-")),
-        "checkpoint": newest,
-        "heartbeat": "-" if age is None else f"{age:.0f} s ago",
+        "state": _state(run, status, age, numbers.get("silence", 0.0)),
+        "step": step,
+        "loss": f"{numbers['loss']:.4f}" if "loss" in numbers else "-",
+        "images/s": f"{numbers['images_per_second']:.0f}" if "images_per_second" in numbers else "-",
+        "restarts": str(numbers.get("restarts", "-")),
+        "checkpoint": _newest_checkpoint(run),
+        "heartbeat": "-" if age is None else f"{_duration(age)} ago",
         "job": str(status.get("job") or "-"),
     }
 
 
+def _state(run: Path, status: dict[str, Any], age: float | None, silence: float) -> str:
+    if (run / "result.json").exists():
+        return "finished"
+    state = str(status.get("state", "no heartbeat"))
+    if state == "running":
+        if age is None or age > _SILENT_SECONDS:
+            return "silent"
+        if silence > _SILENT_SECONDS:  # the process lives, and no step or batch was done
+            state = f"still for {_duration(silence)}"
+    return f"{state} ({status['stage']})" if "stage" in status else state
+
+
 def _newest_checkpoint(run: Path) -> str:
+    """Of the run or, for a cascade, of the stage that saved last."""
+    for path in (run / "checkpoints", *sorted(run.glob("*/checkpoints"), key=_saved_at, reverse=True)):
+        try:
+            name = (path / "latest").read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        return name if path.parent == run else f"{path.parent.name}/{name}"
+    return "-"
+
+
+def _saved_at(checkpoints: Path) -> float:
     try:
-        return (run / "checkpoints" / "latest").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return "-"
+        return (checkpoints / "latest").stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -104,6 +128,14 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _duration(seconds: float) -> str:
+    """In the unit in which it is two digits or so."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 # ---- commands
@@ -117,13 +149,21 @@ def add_commands(commands: Any) -> None:
     logs = commands.add_parser("logs", help="the end of what a process of a run printed")
     logs.add_argument("run", metavar="RUN")
     logs.add_argument("--rank", type=int, default=0, metavar="R", help="which process (0)")
-    logs.add_argument("--lines", type=int, default=40, metavar="N", help="how many lines (40)")
+    logs.add_argument("--lines", type=_positive, default=40, metavar="N", help="how many lines (40)")
     logs.set_defaults(command=_logs)
     checkpoints = commands.add_parser("checkpoints", help="list, verify or prune a run's checkpoints")
     checkpoints.add_argument("action", choices=("list", "verify", "prune"))
     checkpoints.add_argument("run", metavar="RUN")
-    checkpoints.add_argument("--keep", type=int, default=1, metavar="N", help="prune: how many stay (1)")
+    checkpoints.add_argument(
+        "--keep", type=_positive, default=1, metavar="N", help="prune: how many stay (1)"
+    )
     checkpoints.set_defaults(command=_checkpoints)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -132,8 +172,20 @@ def _status(options: argparse.Namespace) -> int:
     )
     if not runs:
         raise ValueError("there are no runs in ./runs; name their folders")
-    rows = [read_status(run) for run in runs]
-    print(_table([list(_COLUMNS), *([row[name] for name in _COLUMNS] for row in rows)]))
+    rows, complaints = [], []
+    for run in runs:
+        try:
+            rows.append({**read_status(run), "path": str(run)})
+        except ValueError as error:  # the others are shown all the same
+            complaints.append(str(error))
+    names = [row["run"] for row in rows]
+    for row in rows:
+        if names.count(row["run"]) > 1:
+            row["run"] = row["path"]
+    if rows:
+        print(_table([list(_COLUMNS), *([row[name] for name in _COLUMNS] for row in rows)]))
+    if complaints:
+        raise ValueError("; ".join(complaints))
     return 0
 
 
@@ -141,33 +193,42 @@ def _logs(options: argparse.Namespace) -> int:
     folder = Path(options.run) / "logs"
     path = folder / f"rank-{options.rank}.log"
     if not path.exists():
-        known = sorted(found.name for found in folder.glob("rank-*.log"))
-        raise ValueError(f"there is no {path}; there are {', '.join(known) or 'no logs'}")
-    print("\n".join(path.read_text(errors="replace").splitlines()[-options.lines :]))
+        known = sorted(int(found.stem.partition("-")[2]) for found in folder.glob("rank-*.log"))
+        there = f"there are ranks {', '.join(map(str, known))}" if known else "there are no logs"
+        raise ValueError(f"there is no {path}; {there}")
+    with open(path, errors="replace") as stream:
+        print("".join(collections.deque(stream, maxlen=options.lines)), end="")
     return 0
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
     from selfmask_dist import checkpoint  # imports torch
 
-    folder = Path(options.run) / "checkpoints"
+    run = Path(options.run)
+    folder = run / "checkpoints"
     if not folder.is_dir():
-        raise ValueError(f"{options.run} has no checkpoints")
+        stages = sorted(str(path.parent) for path in run.glob("*/checkpoints"))
+        hint = f"; those of its stages are in {', '.join(stages)}" if stages else ""
+        raise ValueError(f"{run} has no checkpoints{hint}")
     if options.action == "prune":
+        if (run / "config.yaml").exists() and read_status(run)["state"] == "running":
+            raise ValueError(f"{run} is running and prunes by itself (checkpoint.keep_last)")
         deleted = checkpoint.prune(folder, checkpoint.Retention(last=options.keep))
         print("\n".join(f"deleted {path.name}" for path in deleted) or "nothing to delete")
         return 0
-    paths = checkpoint.committed(folder)
-    rows, num_bad = [["checkpoint", "step", "bytes", "saved"]], 0
-    for path in paths:
-        size = sum(file.stat().st_size for file in path.iterdir())
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
-        rows.append([path.name, str(checkpoint.step_of(path)), f"{size:,}", saved])
+    rows, num_bad = [["checkpoint", "step", "size", "saved"]], 0
+    for path in checkpoint.committed(folder):
+        try:
+            size = sum(file.stat().st_size for file in path.iterdir())
+            age = _duration(time.time() - path.stat().st_mtime)
+        except FileNotFoundError:  # the run deleted it meanwhile
+            continue
+        rows.append([path.name, str(checkpoint.step_of(path)), f"{size / 1e6:,.1f} MB", f"{age} ago"])
         if options.action == "verify":
             problems = checkpoint.verify(path)
             num_bad += bool(problems)
             rows[-1].append("; ".join(problems) or "valid")
-    print(_table(rows))
+    print(_table(rows) if len(rows) > 1 else "none is committed yet")
     for path in sorted(folder.glob("invalid-*")):
         print(f"set aside: {path}")
     return 1 if num_bad else 0
@@ -175,4 +236,7 @@ def _checkpoints(options: argparse.Namespace) -> int:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    return "\n".join("  ".join(f"{cell:{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows)
+    sides = [">" if name in _RIGHT else "<" for name in rows[0]] + ["<"]
+    return "\n".join(
+        "  ".join(f"{cell:{sides[i]}{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in rows
+    )

@@ -28,6 +28,7 @@ class Watchdog:
         timeout: seconds without a beat until the process ends itself; 0: never.
         stacks: where the stacks go.
         heartbeat: called every few seconds while the process lives, with the seconds since the last beat.
+        on_first_beat: called at the first beat, in the thread that beats.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Watchdog:
         timeout: float,
         stacks: Path,
         heartbeat: Callable[[float], None] | None = None,
+        on_first_beat: Callable[[], None] = lambda: None,
         exit_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self._timeout = timeout
         self._stacks = stacks
         self._heartbeat = heartbeat
+        self._on_first_beat = on_first_beat
         self._exit_process = exit_process
         self._beaten = time.monotonic()
         self._has_moved = False
@@ -50,7 +53,9 @@ class Watchdog:
     def beat(self) -> None:
         """Something moved: a step, a batch of an evaluation."""
         self._beaten = time.monotonic()
-        self._has_moved = True
+        if not self._has_moved:
+            self._has_moved = True
+            self._on_first_beat()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -9,6 +9,8 @@ to /etc/hosts. Knows nothing of training.
 """
 
 import argparse
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")
 FOLDER = Path(tempfile.gettempdir()) / "selfmask-slurm"
+_CONTROL_PORT, _NODE_PORTS = 16817, (17001, 17002, 17003, 17004)
 _START_SECONDS = 30.0
 _WAITING = ("PENDING", "COMPLETING", "CONFIGURING", "REQUEUED")
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
@@ -34,7 +37,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-SlurmctldPort=16817
+SlurmctldPort={control_port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -56,7 +59,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_signal}
 NodeName=DEFAULT CPUs=2 RealMemory=4000 State=UNKNOWN
-NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17004]
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports[0]}-{node_ports[3]}]
 PartitionName=DEFAULT Nodes=n[1-4] MaxTime=INFINITE State=UP
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Default=NO PriorityTier=10 PreemptMode=OFF
@@ -87,9 +90,21 @@ def up() -> Path:
     if reason := why_not():
         raise RuntimeError(reason)
     configuration = FOLDER / "slurm.conf"
-    if is_up():
-        return configuration
-    down()
+    with open(FOLDER.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be starting it
+        if is_up():
+            return configuration
+        down()
+        _check_ports()
+        try:
+            _start(configuration)
+        except BaseException:
+            down()
+            raise
+    return configuration
+
+
+def _start(configuration: Path) -> None:
     for name in ("state", "log", *(f"spool/{node}" for node in NODES)):
         (FOLDER / name).mkdir(parents=True)
     host = socket.gethostname()
@@ -98,21 +113,66 @@ def up() -> Path:
     preempt_signal = (
         "PreemptParameters=send_user_signal" if is_new else "SlurmctldParameters=preempt_send_user_signal"
     )
-    configuration.write_text(_CONFIGURATION.format(host=host, folder=FOLDER, preempt_signal=preempt_signal))
+    values = {"host": host, "folder": FOLDER, "preempt_signal": preempt_signal}
+    ports = {"control_port": _CONTROL_PORT, "node_ports": _NODE_PORTS}
+    configuration.write_text(_CONFIGURATION.format(**values, **ports))
     _name_nodes()
     _start_munge()
     _run("slurmctld", "-c")
     for node in NODES:
         _run("slurmd", "-c", "-N", node)
     _wait_for_nodes()
-    return configuration
 
 
 def down() -> None:
-    """Stop the daemons of the cluster by their pid files, and forget it."""
+    """Stop the daemons of the cluster by their pid files, end what still runs of its jobs, and forget it."""
     for path in FOLDER.glob("slurm*.pid"):
         _end(path)
+    for pid in _steps():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     shutil.rmtree(FOLDER, ignore_errors=True)
+
+
+def _check_ports() -> None:
+    """Raises RuntimeError where another cluster, or one whose folder was deleted, has this one's ports."""
+    for port in (_CONTROL_PORT, *_NODE_PORTS):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                daemons = [f"{name} {pid}" for pid, name in _processes().items() if name.startswith("slurm")]
+                raise RuntimeError(
+                    f"port {port} is taken, maybe by another cluster on this machine; these run here: "
+                    f"{', '.join(daemons) or 'no daemons of SLURM'}. Stop that first"
+                ) from None
+
+
+def _steps() -> list[int]:
+    """The processes of this cluster's jobs: slurmstepd, and all that came from them."""
+    mine = f"SLURM_CONF={FOLDER / 'slurm.conf'}".encode()
+    found = []
+    for pid, name in _processes().items():
+        with contextlib.suppress(OSError):
+            if name == "slurmstepd" and mine in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    for pid in found:  # grows as it is walked
+        with contextlib.suppress(OSError):
+            for path in Path(f"/proc/{pid}/task").glob("*/children"):
+                found += [int(child) for child in path.read_text().split()]
+    return found
+
+
+def _processes() -> dict[int, str]:
+    """The living ones' names, by id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            pid = int(path.parent.name)
+            if _is_alive(pid):
+                found[pid] = path.read_text().strip()
+    return found
 
 
 def submitted_job(text: str) -> str:
@@ -143,15 +203,35 @@ def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
     ]
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
     _wait(lambda: job_state(higher) == "RUNNING", seconds)
-    _wait(lambda: job_state(job) == "PENDING", seconds)
+    wait_for_state(job, "PENDING", seconds)
     _run("scancel", higher)
+    start_again(job, seconds)
+
+
+def start_again(job: str, seconds: float = 120.0) -> None:
+    """Spare a requeued job the minute or two that SLURM lets it wait."""
+    wait_for_state(job, "PENDING", seconds)
     time.sleep(1.1)  # a node refuses a start that was granted in the second in which it ended the one before
     _run("scontrol", "update", f"JobId={job}", "StartTime=now")  # once: each update begins the wait anew
     _wait(lambda: job_state(job) not in _WAITING, seconds)
 
 
+def fail_node(node: str) -> None:
+    """As SLURM does with a node that does not answer any more."""
+    _run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+
+def resume_node(node: str) -> None:
+    _run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back already
+    _wait(lambda: "down" not in _run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").stdout, 60.0)
+
+
 def cancel(job: str) -> None:
     _run("scancel", job)
+
+
+def wait_for_state(job: str, state: str, seconds: float = 120.0) -> None:
+    _wait(lambda: job_state(job) == state, seconds)
 
 
 def wait_for_end(job: str, seconds: float = 300.0) -> str:
@@ -208,9 +288,11 @@ def _start_munge() -> None:
 def _end(pid_file: Path) -> None:
     try:
         pid = int(pid_file.read_text())
-        os.kill(pid, signal.SIGTERM)
     except (ValueError, OSError):
         return
+    if not _processes().get(pid, "").startswith("slurm"):
+        return  # the file is old, and the number another process's by now
+    os.kill(pid, signal.SIGTERM)
     for _ in range(100):
         if not _is_alive(pid):
             return

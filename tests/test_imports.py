@@ -73,7 +73,7 @@ TABLE = {
     ),
     "exit_status": Rule((), TRAINING),
     "life": Rule(
-        ("config", "metrics", "parallel", "preempt", "status", "watchdog"),
+        ("config", "data", "metrics", "parallel", "preempt", "status", "watchdog"),
         ("submitit", "torch.optim", *MODELS),
     ),
     "cascade_model": Rule(("artifact", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),

@@ -14,7 +14,7 @@ from launchers import local, slurm
 from launchers.preflight import preflight
 from launchers.snapshot import snapshot_environment, take_snapshot
 from selfmask_dist.config import load_config
-from selfmask_dist.exit_status import DIVERGED, HUNG, REQUEUE, is_restartable
+from selfmask_dist.exit_status import DIVERGED, HUNG, LOST, REQUEUE, is_restartable
 from tests.tiny_run import (
     child_environment,
     processes_of,
@@ -255,7 +255,7 @@ def test_an_error_is_not_restarted(tmp_path: Path) -> None:
 
 
 def test_restartable_statuses() -> None:
-    assert all(is_restartable(status) for status in (REQUEUE, HUNG, -9, -15, 137))
+    assert all(is_restartable(status) for status in (REQUEUE, HUNG, LOST, -9, -15, 137))
     assert not any(is_restartable(status) for status in (0, 1, 2, 3, 127))
 
 

@@ -1,14 +1,27 @@
 """Runs on a real SLURM of four virtual nodes; see `tests.slurm`."""
 
 import os
+import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from selfmask_dist.config import load_config
 from tests import slurm
-from tests.tiny_run import events_of, result_of, steps_of, submit, wait_until, write_config, write_tiny_data
+from tests.tiny_run import (
+    events_of,
+    rank_process,
+    result_of,
+    steps_of,
+    submit,
+    wait_until,
+    write_config,
+    write_tiny_data,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -35,13 +48,16 @@ def logs_of(run: Path) -> str:
     return "\n".join([*texts, *(path.read_text() for path in (run / "slurm").glob("*_log.*"))])
 
 
-def test_three_nodes_train_to_a_result(config_path: Path, tmp_path: Path) -> None:
-    done = submit(config_path, "--wait", nodes=3, cluster="slurm")
-    run = tmp_path / "run"
-    assert done.returncode == 0, done.stderr + done.stdout + logs_of(run)
-    assert result_of(run)["steps"] == 8
-    assert "on 3 process(es)" in (run / "logs" / "rank-0.log").read_text()
-    assert (run / "logs" / "rank-2.log").exists()
+def test_two_seeds_train_on_two_nodes_each(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", "--seeds=0,1", "launch.exclusive=true", nodes=2, cluster="slurm")
+    runs = [tmp_path / f"run-seed{seed}" for seed in (0, 1)]
+    assert done.returncode == 0, done.stderr + done.stdout + "".join(logs_of(run) for run in runs)
+    assert done.stdout.count("COMPLETED") == 2
+    for seed, run in enumerate(runs):
+        assert result_of(run)["steps"] == 8
+        assert load_config(run / "config.yaml").seed == seed
+        assert "on 2 process(es)" in (run / "logs" / "rank-0.log").read_text()
+    assert (runs[0] / "final.mask").read_bytes() != (runs[1] / "final.mask").read_bytes()
 
 
 def test_a_user_error_ends_the_job_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
@@ -70,6 +86,30 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert steps_of(run) == steps_of(tmp_path / "calm")
 
 
+def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path: Path) -> None:
+    hang = 3.0
+    storm = [
+        "run.name=hung",
+        "train.epochs=40",
+        "checkpoint.every_steps=5",
+        f"checkpoint.hang_minutes={hang / 60}",
+    ]
+    done = submit(config_path, *storm, nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "hung"
+    wait_until(lambda: len(steps_of(run)) > 10)
+    os.kill(rank_process(tmp_path, 1, "hung"), signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_until(lambda: slurm.job_state(job) not in ("RUNNING", "COMPLETING"))
+    # its time, the watchdog's interval, the wait for the peers' stacks, SLURM's own
+    assert time.monotonic() - stopped < hang + 2 + 5 + 10, logs_of(run)
+    slurm.start_again(job)
+    assert "trainer.py" in (run / "stacks" / "rank-0.txt").read_text()
+    assert "most recent call first" in (run / "logs" / "rank-1.log").read_text(), logs_of(run)
+    assert slurm.wait_for_end(job) == "COMPLETED", logs_of(run)
+    assert steps_of(run) == list(range(1, 161))
+
+
 def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
     done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr
@@ -80,6 +120,16 @@ def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: 
     last = events_of(run)[-1]
     assert (last["event"], last["reason"]) == ("preempted", "SIGTERM"), logs_of(run)
     assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
+
+
+def test_a_second_cluster_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(slurm, "_CONTROL_PORT", port)
+        with pytest.raises(RuntimeError, match=f"port {port} is taken, maybe by another cluster"):
+            slurm._check_ports()
 
 
 def test_the_cluster_really_has_four_nodes(cluster: Path) -> None:

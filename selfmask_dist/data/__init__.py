@@ -20,6 +20,7 @@ from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views import Transform, eval_transform, train_transform
+from selfmask_dist.data.workers import WorkerLostError
 
 __all__ = [
     "Batch",
@@ -34,6 +35,7 @@ __all__ = [
     "Source",
     "Subset",
     "Transform",
+    "WorkerLostError",
     "check_same_classes",
     "decode",
     "eval_loader",

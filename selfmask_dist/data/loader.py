@@ -31,6 +31,7 @@ from selfmask_dist.data.workers import (
     WorkerKind,
     ahead,
     die_with_parent,
+    naming_lost_workers,
     start_worker_server,
     without_worker_advice,
 )
@@ -205,7 +206,7 @@ class BatchLoader:
         with without_worker_advice():
             if self._dataloader is None:
                 self._dataloader = self._make_dataloader()
-            return iter(self._dataloader)
+            return naming_lost_workers(self._dataloader)
 
     def _load(self, plan: RankBatch) -> Batch | SampleError:
         """In a thread, which pins too where the DataLoader has a thread of its own for it."""

@@ -22,12 +22,19 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Literal, TypeVar
 
+from torch.utils.data import DataLoader
+
 WorkerKind = Literal["process", "thread"]
 START_METHOD = "forkserver"
 # what every worker needs, imported once by the server
 _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
+T = TypeVar("T")
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+class WorkerLostError(RuntimeError):
+    """A data loading worker ended by itself, most likely killed for want of memory."""
 
 
 def start_worker_server() -> None:
@@ -83,3 +90,19 @@ def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iter
                 waiting.extend(pool.submit(fn, plan) for plan in islice(remaining, 1))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def naming_lost_workers(loader: DataLoader[T]) -> Iterator[T]:
+    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
+        codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
+        how = ", ".join(signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes)
+        raise WorkerLostError(
+            f"a data loading worker ended by itself ({how or 'how is not known'}), most likely "
+            f"out of memory: lower engine.workers, or ask for more (launch.memory_gb)"
+        ) from error

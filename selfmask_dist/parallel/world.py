@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _CPU = torch.device("cpu")
+START_TIMEOUT = timedelta(minutes=30)  # building, compiling and meeting take their time
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def join_world(
     device: str = "auto",
     *,
     threads: int | None = None,
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta = START_TIMEOUT,
     needs_group: bool = False,
     num_groups: int = 1,
 ) -> Iterator[World]:
@@ -99,6 +100,16 @@ def join_world(
         yield World(rank=rank % group_size, size=group_size, device=place)
     finally:
         dist.destroy_process_group()
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long collectives wait for the other processes from now on, in every group this one is in.
+
+    Give all processes the same, at about the same time.
+    """
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def group_of(num_groups: int) -> int:

@@ -1,0 +1,115 @@
+"""`selfmask status`, `logs` and `checkpoints` on folders of every kind: aligned, with units, no traceback."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selfmask_dist.checkpoint import Checkpoint, write_checkpoint
+from selfmask_dist.cli import main
+
+
+def make_run(folder: Path, **status: Any) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0\n")
+    if status:
+        (folder / "status.json").write_text(json.dumps(status))
+    return folder
+
+
+def running(step: int, **facts: Any) -> dict[str, Any]:
+    numbers = {"step": step, "num_steps": 4000, "loss": 0.5, "images_per_second": 123.4, "restarts": 2}
+    return {"state": "running", "time": time.time(), "silence": 0.1, **numbers, **facts}
+
+
+def save(run: Path, step: int) -> Path:
+    return write_checkpoint(run / "checkpoints", Checkpoint({"a": torch.zeros(500_000)}, {}), step=step)
+
+
+def test_a_table_of_runs_in_all_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 2
+    assert "there are no runs in ./runs" in capsys.readouterr().err
+    save(make_run(tmp_path / "runs" / "a", **running(7, job="12")), 5)
+    make_run(tmp_path / "runs" / "b-long-name", **running(1234, silence=300.0))
+    make_run(tmp_path / "runs" / "c", **running(3, time=time.time() - 10_000))
+    make_run(tmp_path / "runs" / "d")
+    make_run(tmp_path / "runs" / "e").joinpath("status.json").write_text('{"state": "runni')
+    make_run(tmp_path / "runs" / "f", time="yesterday", step=None, state=["?"])
+    cascade = make_run(tmp_path / "runs" / "g", **running(3, stage="expert-1"))
+    os.utime(save(cascade / "dispatcher", 9).parent / "latest", (1, 1))
+    save(cascade / "expert-1", 3)
+    assert main(["status"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines]
+    assert rows[0][:6] == ["a", "running", "7/4000", "0.5000", "123", "2"]
+    assert rows[0][6:] == ["step-000000005", "0", "s", "ago", "12"]
+    assert "still for 5 min" in lines[1]
+    assert "silent" in lines[2]
+    assert "3 h ago" in lines[2]
+    assert all("no heartbeat" in line for line in lines[3:5])
+    assert "running (expert-1)" in lines[6]
+    assert "expert-1/step-000000003" in lines[6]
+    end = header.index("step") + len("step")  # numbers stand under the end of their heading
+    assert [line[end - 5 : end] for line in lines[:2]] == ["/4000", "/4000"]
+    assert header.index("state") == lines[1].index("still")
+
+
+def test_a_folder_that_is_no_run_does_not_hide_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (make_run(tmp_path / part / "same", **running(1)) for part in "ab")
+    assert main(["status", str(first), str(tmp_path / "nowhere"), str(second)]) == 2
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()[1:]] == [str(first), str(second)]
+    assert f"{tmp_path / 'nowhere'} is not a run" in shown.err
+
+
+def test_logs_of_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a")
+    assert main(["logs", str(run)]) == 2
+    assert "there are no logs" in capsys.readouterr().err
+    (run / "logs").mkdir()
+    for rank in (0, 2, 10):
+        (run / "logs" / f"rank-{rank}.log").write_bytes(
+            b"".join(b"line %d\n" % i for i in range(100)) + b"\xff\n"
+        )
+    assert main(["logs", str(run), "--rank", "3"]) == 2
+    assert "there are ranks 0, 2, 10" in capsys.readouterr().err
+    assert main(["logs", str(run), "--rank", "2", "--lines", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["line 98", "line 99"]
+    with pytest.raises(SystemExit):
+        main(["logs", str(run), "--lines", "0"])
+
+
+def test_checkpoints_of_runs_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a", **running(12))
+    (run / "checkpoints").mkdir()
+    assert main(["checkpoints", "list", str(run)]) == 0
+    assert "none is committed yet" in capsys.readouterr().out
+    for step in (9, 12):
+        save(run, step)
+    assert main(["checkpoints", "list", str(run)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["checkpoint", "step", "size", "saved"]
+    assert [line.split()[1:] for line in lines] == [
+        [step, "2.0", "MB", "0", "s", "ago"] for step in ("12", "9")
+    ]
+    assert main(["checkpoints", "prune", str(run)]) == 2
+    assert "is running and prunes by itself" in capsys.readouterr().err
+    (run / "status.json").unlink()
+    assert main(["checkpoints", "prune", str(run)]) == 0
+    assert capsys.readouterr().out.split() == ["deleted", "step-000000009"]
+    assert main(["checkpoints", "verify", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith("valid")
+    with pytest.raises(SystemExit):
+        main(["checkpoints", "prune", str(run), "--keep", "0"])
+    save(make_run(tmp_path / "cascade") / "dispatcher", 1)
+    assert main(["checkpoints", "list", str(tmp_path / "cascade")]) == 2
+    assert f"those of its stages are in {tmp_path / 'cascade' / 'dispatcher'}" in capsys.readouterr().err
