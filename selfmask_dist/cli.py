@@ -1,4 +1,5 @@
-"""The command line: `selfmask train | config | plan | inspect | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask train | eval | config | plan | inspect | data | status | logs | checkpoints |
+demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -8,12 +9,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from selfmask_dist import exit_status, status
+from selfmask_dist import eval_command, exit_status, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(options, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends a list of words at the first option; those after it belong to it too
+        options.words += rest
     try:
         return int(options.command(options) or 0)
     except (ValueError, FileNotFoundError) as error:
@@ -117,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what a mask file holds")
     inspect.add_argument("path", metavar="FILE")
     inspect.set_defaults(command=_inspect)
+    eval_command.add_command(commands)
     status.add_commands(commands)
     plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
     plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")

@@ -120,7 +120,7 @@ def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
         found = loaded.embed(batch.views[0], mode=mode)
         assert torch.allclose(found, stored.features, atol=1e-4), mode
     frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
-    loaded._switch.use(None)
+    loaded.switch.use(None)
     with torch.no_grad():
         assert torch.allclose(backbone.encoder(batch.views[0]), frozen.features, atol=1e-6)
     with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):

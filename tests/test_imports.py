@@ -85,6 +85,7 @@ TABLE = {
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),
+    "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),
     "demo": Rule((ALL,)),
     # outside the package
