@@ -17,8 +17,8 @@ from selfmask_dist.parallel import World
 
 @dataclass(frozen=True)
 class Embeddings:
-    """This rank's samples on its device: features (n, dim) float32, labels (n,) int64, and their numbers in the
-    source (n,) int64, ascending.
+    """This rank's samples on its device: features (n, dim) float32, labels (n,) int64, ids (n,) int64,
+    which are their places in the source, ascending.
     """
 
     features: Tensor

@@ -13,9 +13,9 @@ from typing import Any
 EPILOG = """\
 kinds: knn, probe, lowshot, zeroshot, labelfree, all (the default: whatever the data and the backbone allow).
 
-A RUN is evaluated on its own data, and its embeddings and results stay in its folder. A mask file takes its
-backbone's settings from the config.yaml beside it, or from --config and key=value. Several masks of one backbone
-are compared, and their mean is measured as well; give --out then.
+A RUN is evaluated on its own data, and its embeddings and results stay in its folder. A mask file takes
+its backbone's settings from the config.yaml beside it, or from --config and key=value. Several masks of
+one backbone are compared, and their mean is measured as well; give --out then.
 """
 
 
@@ -74,14 +74,14 @@ def _eval(options: argparse.Namespace) -> int:
 def measure_all(subject: Any, kinds: Sequence[str], choices: Any, *, report: Any) -> None:
     """Measure each kind, print its table and write its files; of all kinds, those that can be had."""
     from selfmask_dist.eval_command.kinds import KINDS
-    from selfmask_dist.eval_command.results import Unavailable, format_table, join, write_results
+    from selfmask_dist.eval_command.results import UnavailableError, format_table, join, write_results
 
     found = []
     for kind in kinds or KINDS:
         started = time.perf_counter()
         try:
             results = KINDS[kind](subject, choices)
-        except Unavailable as error:
+        except UnavailableError as error:
             if kinds:
                 raise
             report(f"{kind}: left out: {error}")
@@ -108,7 +108,8 @@ def sort_words(words: Sequence[str], kinds: Collection[str]) -> tuple[list[Path]
     for path in paths:
         if not path.exists():
             raise ValueError(
-                f"{path} is neither a file or folder nor a kind of evaluation; kinds are {', '.join(kinds)}, all"
+                f"{path} is neither a file or folder nor a kind of evaluation; kinds are "
+                f"{', '.join(kinds)}, all"
             )
     if not paths:
         raise ValueError("name what to evaluate: the folder of a run, or a mask file")

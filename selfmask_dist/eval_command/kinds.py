@@ -1,4 +1,4 @@
-"""The kinds of evaluation, each a function of a subject's stored embeddings. A new one is an entry of `KINDS`."""
+"""The kinds of evaluation, functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfmask_dist import evals
 from selfmask_dist.eval_command.plots import draw_bars, draw_lines
-from selfmask_dist.eval_command.results import Results, Row, Unavailable
+from selfmask_dist.eval_command.results import Results, Row, UnavailableError
 from selfmask_dist.eval_command.subject import Subject
 from selfmask_dist.evals.global_knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
@@ -166,10 +166,7 @@ def measure_low_shot(subject: Subject, options: Options) -> Results:
             seed=subject.config.seed,
             ranks=subject.world,
         )
-        columns = {
-            share: f"{share:.2%}".replace(".00", "").replace("0%", "%" if share < 0.1 else "0%")
-            for share in found
-        }
+        columns = {share: f"{100 * share:g} %" for share in found}
         rows.append(
             Row(
                 view.name,
@@ -183,10 +180,12 @@ def measure_low_shot(subject: Subject, options: Options) -> Results:
         }
     missing = [share for share in SHARES if share not in columns]
     if missing:
-        shares = ", ".join(f"{share:.2%}" for share in missing)
+        shares = ", ".join(f"{100 * share:g} %" for share in missing)
         notes.append(f"left out, for less than one label per class: {shares}")
     if not columns:
-        raise Unavailable(f"data.train has too few labels: even {max(SHARES):.0%} is less than one per class")
+        raise UnavailableError(
+            f"data.train has too few labels: even {max(SHARES):.0%} is less than one per class"
+        )
     names = list(columns.values())
     xs = [100 * share for share in columns]
     return Results(
@@ -213,12 +212,12 @@ def measure_zero_shot(subject: Subject, _options: Options) -> Results:
     notes = subject.require_labels("zeroshot")
     backbone = subject.backbone
     if backbone.text_embeddings is None:
-        raise Unavailable(
-            f"{backbone.spec.name} has no text tower with weights, which zeroshot needs; an open_clip backbone "
-            "with a pretrained tag or a whole CLIP model's file has one"
+        raise UnavailableError(
+            f"{backbone.spec.name} has no text tower with weights, which zeroshot needs; an open_clip "
+            "backbone with a pretrained tag or a whole CLIP model's file has one"
         )
     if not subject.classes:
-        raise Unavailable("the data names no classes, which zeroshot needs for its prompts")
+        raise UnavailableError("the data names no classes, which zeroshot needs for its prompts")
     from selfmask_dist.objectives.supervised import embed_classes
 
     prompts = subject.config.objective.prompts

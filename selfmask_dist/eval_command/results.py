@@ -1,4 +1,4 @@
-"""What an evaluation found: one JSON format for all kinds (`docs/evaluation.md`), and a table for a person."""
+"""What an evaluation found: one JSON format for all kinds (`docs/evaluation.md`), and a table."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from selfmask_dist.run_directory import write_json
 VERSION = 1
 
 
-class Unavailable(ValueError):
+class UnavailableError(ValueError):
     """A kind of evaluation that this subject or its data cannot have; the message says why."""
 
 
@@ -49,7 +49,9 @@ class About(Protocol):
 
 
 def write_results(results: Results, subject: About, seconds: float) -> Path:
-    """Write `eval/<kind>.json` and its plot under the subject's folder; returns the JSON's path. By one process."""
+    """Write `eval/<kind>.json` and its plot under the subject's folder; returns the JSON's path. By one
+    process.
+    """
     folder = subject.directory / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     plots = []

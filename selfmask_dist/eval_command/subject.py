@@ -2,9 +2,9 @@
 
     DIR/embeddings/<view>/{train,test}     stores: made once, found again by where they come from
 
-A store is reused where encoder, mask, preprocessing and data are those it was made with; otherwise the difference
-is named. A chunk that is missing or damaged is made again. The backbone is built only where something has to be
-embedded, so that a second evaluation takes no model at all. A cascade's run has its stores already.
+A store is reused where encoder, mask, preprocessing and data are those it was made with; otherwise the
+difference is named. A chunk that is missing or damaged is made again. The backbone is built only where
+something has to be embedded: a second evaluation takes no model at all. A cascade's run has its stores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, Cascade, MaskSwitch, load_cascade
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.eval_command.results import Unavailable
+from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.parallel import World
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
@@ -38,9 +38,9 @@ MODES = ("conditional", "unconditional")
 class View:
     """One way to embed an image, by its name in tables.
 
-    folder: of its stores. mask: None for the frozen weights. mode: of a cascade's combination. made_with: what
-    its stores' provenance says of the mask. whiten: after a whitened PCA of the training embeddings. members:
-    the mean of these views' embeddings.
+    folder: of its stores. mask: None for the frozen weights. mode: of a cascade's combination. made_with:
+    what its stores' provenance says of the mask. whiten: after a whitened PCA of the training embeddings.
+    members: the mean of these views' embeddings.
     """
 
     name: str
@@ -124,14 +124,15 @@ class Subject:
         """Notes on images that are left out for want of a label.
 
         Raises:
-            Unavailable: a split has no labels at all.
+            UnavailableError: a split has no labels at all.
         """
         notes = []
         for split, source in self.sources.items():
             missing = int((source.labels < 0).sum())
             if missing == len(source):
-                raise Unavailable(
-                    f"data.{split} has no labels, which {what} needs; labelfree gives what can be told without"
+                raise UnavailableError(
+                    f"data.{split} has no labels, which {what} needs; labelfree gives what can be told "
+                    "without"
                 )
             if missing:
                 notes.append(
@@ -142,7 +143,7 @@ class Subject:
     # ---- embeddings
 
     def rows(self, view: View, split: str, *, labelled: bool = True) -> Rows:
-        """This rank's samples of a view on its device, ids ascending; with `labelled`, those that have a label."""
+        """This rank's samples of a view on its device, ids ascending; with `labelled`, those with a label."""
         if view.members:
             parts = [self.rows(member, split, labelled=labelled) for member in view.members]
             return replace(parts[0], features=evals.mean_embedding([part.features for part in parts]))
@@ -218,7 +219,7 @@ class Subject:
         return self.directory / "embeddings" / view.folder / split
 
     def _encoder_identity(self) -> tuple[str, dict[str, Any]]:
-        """Fingerprint and preprocessing: a mask file's word for it, unless the backbone's settings were changed."""
+        """Fingerprint and preprocessing: the mask file's, unless the backbone's settings were changed."""
         if self._trusts_files and self._files:
             file = next(iter(self._files.values()))
             if file.backbone_fingerprint and file.preprocessing:
@@ -268,8 +269,8 @@ class Subject:
 
 
 def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data: str | None) -> Config:
-    """The settings for a subject: --config, else the config.yaml of the run it is or lies in, else the defaults
-    with the backbone that the mask file names; then --data, then key=value.
+    """The settings for a subject: --config, else the config.yaml of its run, else the defaults with
+    the backbone that the mask file names; then --data, then key=value.
     """
     changes = list(overrides)
     if data is not None:
@@ -338,7 +339,7 @@ def _mask_path(path: Path) -> Path | None:
 
 
 def _cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
-    """In a run's folder the stores are those that the run made, and are known by the files it made them with."""
+    """In a run's folder the stores are the run's, known by the files that they were made with."""
     of_run = {
         DISPATCHER: path.parent / DISPATCHER / "final.mask",
         **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in MODES},

@@ -1,4 +1,4 @@
-"""Embeddings in, numbers out: k-NN, probes, low-shot and the rest. Knows no models, no files, no process groups."""
+"""Embeddings in, numbers out: k-NN, probes, low-shot. Knows no models, no files and no process groups."""
 
 from selfmask_dist.evals.ensemble import mean_embedding, mean_logits_accuracy
 from selfmask_dist.evals.global_knn import KNNResult, global_knn

@@ -1,4 +1,4 @@
-"""Several masks of one backbone as one model: the mean of their embeddings, or of their classifiers' logits."""
+"""Several masks of one backbone as one model: the mean of their embeddings, or of their probes' logits."""
 
 from collections.abc import Sequence
 

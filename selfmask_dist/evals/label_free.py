@@ -54,7 +54,9 @@ def neighbours(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[Searc
 
 
 def kept(here: Tensor, there: Tensor, ranks: Ranks | None = None) -> float:
-    """The share of `there`'s neighbours (m, k) that are also `here`'s; both sorted. Collective if `ranks` is."""
+    """The share of `there`'s neighbours (m, k) that are `here`'s too; both sorted. Collective if
+    `ranks` is.
+    """
     ranks = ranks or Alone()
     if not len(here):
         counts = torch.zeros(2, dtype=torch.int64, device=here.device)

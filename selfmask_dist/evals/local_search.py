@@ -1,4 +1,4 @@
-"""The nearest neighbours within one rank's part of the bank, block by block: what `search` does between exchanges.
+"""The nearest neighbours within one rank's part of the bank: what `search` does between exchanges.
 
     float32:  top k of Q B^T for each block of the bank, merged
     bf16:     top k' > k of bf16(Q) bf16(B)^T, whose exact similarities are then computed; a query for which
@@ -26,8 +26,8 @@ _RERANK_BYTES = 32 * 2**20
 def nearest(
     bank: Tensor, bank_ids: Tensor, queries: Tensor, k: int, *, block: int, precision: Precision
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest of this part, ties by id: similarities (m, k) float32 and ids (m, k) int32; where the part
-    has fewer than k rows, the rest is -infinity and `NO_ID`.
+    """The k nearest of this part, ties by id: similarities (m, k) float32 and ids (m, k) int32; where the
+    part has fewer than k rows, the rest is -infinity and `NO_ID`.
 
     Args:
         bank: (n, dim) of any float type, ids (n,) ascending. queries: (m, dim) float32, at unit length or 0.

@@ -2,9 +2,9 @@
 
     n = floor(share * samples / classes) labels of each class, drawn anew for each try
 
-The authors draw the same number from every class, as here, and fit a logistic regression; images without a label
-may be used, so features are standardised by the statistics of all training images. The strength is fixed
-(scikit-learn's C): a handful of labels leaves none to choose it with.
+The authors draw the same number from every class, as here, and fit a logistic regression; images without
+a label may be used, so features are standardised by the statistics of all training images. The strength is
+fixed (scikit-learn's C): a handful of labels leaves none to choose it with.
 """
 
 import statistics

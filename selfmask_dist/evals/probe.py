@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on fixed embeddings, whose samples may be shared out over ranks.
+"""Linear probe: multinomial logistic regression on fixed embeddings, which ranks may share.
 
     min over V, b of  1/n sum_i CE(V x_i + b, y_i) + l2/2 |V|^2
 

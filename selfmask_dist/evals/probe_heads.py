@@ -1,6 +1,6 @@
 """Linear probes by SGD, one for each learning rate and weight decay, all in one pass over the embeddings.
 
-    heads W (dim + 1, heads * classes):  one product X W for the logits of all of them, one X^T R for the gradients
+    heads W (dim + 1, heads * classes):  one product X W for all logits, one X^T R for all gradients
     race:     all heads for a few epochs, the better ones (on held-out samples) for more, ...
     final:    the best pair alone, from zero, on all training samples; tested once
 
@@ -65,8 +65,8 @@ def probe_heads(
 ) -> HeadsResult:
     """The best of len(learning_rates) * len(weight_decays) linear probes. Collective if `ranks` is.
 
-    Features are standardised, and divided by sqrt(dim) so that they have unit length on average and a learning
-    rate means the same for every backbone.
+    Features are standardised, and divided by sqrt(dim) so that they have unit length on average and a
+    learning rate means the same for every backbone.
 
     Args:
         train, test, their labels, seed, ranks, train_ids: as in `linear_probe`.
@@ -166,7 +166,7 @@ class _Heads:
         self._lr, self._decay = lr, decay
 
     def best(self, count: int, accuracies: dict[tuple[float, float], float]) -> "_Heads":
-        """The `count` heads of the highest accuracy; of equal ones the larger decay, then the smaller rate."""
+        """The `count` most accurate heads; of equal ones the larger decay, then the smaller rate."""
         if count >= len(self.pairs):
             return self
         order = sorted(

@@ -1,4 +1,4 @@
-"""Zero-shot: an image belongs to the class whose text embedding is nearest; for backbones with a text tower."""
+"""Zero-shot: an image belongs to the class whose text embedding is nearest."""
 
 import torch.nn.functional as F
 from torch import Tensor
