@@ -2,7 +2,8 @@
 
 Worlds of 1, 2 and 4 processes search a bank of 50,000 x 512 with 10,000 queries (k = 200). Neighbours and
 predictions of 1,000 of them are held against a full sort; memory is each process's own high-water mark, bytes
-are counted where they are sent. Times are one thread's, in turns with faiss (IndexFlatIP) and scikit-learn, on 2,048 of the queries.
+are counted where they are sent. Times are of one thread, in turns with faiss and scikit-learn, on
+2,048 of the queries.
 
     python -m benchmarks.knn --json [--quick]
 """

@@ -25,6 +25,7 @@ LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 WEIGHT_DECAYS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 RUNGS = ((1.0, 0.01), (0.25, 0.02), (0.08, 0.06))  # (share of the heads, share of the final fit's epochs)
 _MOMENTUM = 0.9
+Pair = tuple[float, float]  # learning rate, weight decay
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class HeadsResult:
     accuracy: float
     lr: float
     weight_decay: float
-    validation: dict[tuple[float, float], float]
-    epochs: dict[tuple[float, float], int]
+    validation: dict[Pair, float]
+    epochs: dict[Pair, int]
     predictions: Tensor
 
 
@@ -56,7 +57,7 @@ def probe_heads(
     learning_rates: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
     epochs: int = 100,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     rungs: Sequence[tuple[float, float]] = RUNGS,
     validation_fraction: float = 0.2,
     seed: int = 0,
@@ -70,7 +71,8 @@ def probe_heads(
 
     Args:
         train, test, their labels, seed, ranks, train_ids: as in `linear_probe`.
-        epochs: of the final fit. batch_size: samples of a step, over all ranks.
+        epochs: of the final fit.
+        batch_size: samples of a step, over all ranks; None for a fiftieth of them, from 16 to 1,024.
         rungs: of the race: share of the heads that take part, and of `epochs` that each rung lasts.
 
     Raises:
@@ -89,21 +91,21 @@ def probe_heads(
     scale = train.shape[1] ** -0.5
     train, test = train.float(), test.float()
 
-    validation: dict[tuple[float, float], float] = {}
-    lengths: dict[tuple[float, float], int] = dict.fromkeys(pairs, 0)
+    scores: dict[Pair, tuple[float, float]] = {}
+    lengths: dict[Pair, int] = dict.fromkeys(pairs, 0)
     if len(pairs) > 1:
         is_held_out = held_out(targets, ids, validation_fraction, seed, ranks)
         fit, held = prepare(train[~is_held_out], train[is_held_out], True, ranks)
         batches = _Batches(fit * scale, targets[~is_held_out], ids[~is_held_out], batch_size, seed, ranks)
         heads = _Heads(pairs, train.shape[1], len(classes), train.device)
         for kept, part in rungs:
-            heads = heads.best(max(1, round(kept * len(pairs))), validation)
+            heads = heads.best(max(1, round(kept * len(pairs))), scores)
             length = max(1, round(part * epochs))
             heads.train(batches, length)
-            found = heads.accuracies(held * scale, targets[is_held_out], ranks)
-            for pair, accuracy in zip(heads.pairs, found, strict=True):
-                validation[pair], lengths[pair] = accuracy, lengths[pair] + length
-        best = heads.best(1, validation).pairs[0]
+            found = heads.scores(held * scale, targets[is_held_out], ranks)
+            for pair, score in zip(heads.pairs, found, strict=True):
+                scores[pair], lengths[pair] = score, lengths[pair] + length
+        best = heads.best(1, scores).pairs[0]
     else:
         best = pairs[0]
 
@@ -112,6 +114,7 @@ def probe_heads(
     final.train(_Batches(fit * scale, targets, ids, batch_size, seed, ranks), epochs)
     predictions = classes[final.logits(test * scale)[:, 0].argmax(dim=1)]
     accuracy = share(predictions == test_labels, ranks)
+    validation = {pair: score[0] for pair, score in scores.items()}
     return HeadsResult(accuracy, *best, validation, lengths, predictions)
 
 
@@ -119,14 +122,20 @@ class _Batches:
     """This rank's rows of each batch; the batches are the same samples under any number of ranks."""
 
     def __init__(
-        self, features: Tensor, targets: Tensor, ids: Tensor, batch_size: int, seed: int, ranks: Ranks
+        self,
+        features: Tensor,
+        targets: Tensor,
+        ids: Tensor,
+        batch_size: int | None,
+        seed: int,
+        ranks: Ranks,
     ) -> None:
         self._features, self._targets, self._ranks = features, targets, ranks
         self._generator = torch.Generator().manual_seed(seed)
-        self._batch_size = batch_size
         # place of every id among this rank's rows, -1 where another rank has it
         used = gather_labels(torch.zeros_like(ids), ids, ranks) >= 0
         self._used = used.nonzero().flatten().cpu()
+        self._batch_size = batch_size or min(max(len(self._used) // 50, 16), 1024)
         self._place = torch.full((len(used),), -1, dtype=torch.int64)
         self._place[ids.cpu()] = torch.arange(len(ids))
 
@@ -152,7 +161,7 @@ class _Heads:
 
     def __init__(
         self,
-        pairs: list[tuple[float, float]],
+        pairs: list[Pair],
         dim: int,
         num_classes: int,
         device: torch.device,
@@ -165,15 +174,15 @@ class _Heads:
         lr, decay = torch.tensor(pairs, device=device).T[:, None, :, None]
         self._lr, self._decay = lr, decay
 
-    def best(self, count: int, accuracies: dict[tuple[float, float], float]) -> "_Heads":
-        """The `count` most accurate heads; of equal ones the larger decay, then the smaller rate."""
+    def best(self, count: int, scores: dict[Pair, tuple[float, float]]) -> "_Heads":
+        """The `count` heads of the largest scores; of equal ones the larger decay."""
         if count >= len(self.pairs):
             return self
-        order = sorted(
-            range(len(self.pairs)),
-            key=lambda i: (-accuracies[self.pairs[i]], -self.pairs[i][1], self.pairs[i][0]),
-        )[:count]
-        chosen = [self.pairs[i] for i in order]
+        pairs = self.pairs
+        order = sorted(range(len(pairs)), key=lambda i: (*scores[pairs[i]], pairs[i][1]), reverse=True)[
+            :count
+        ]
+        chosen = [pairs[i] for i in order]
         dim, _, num_classes = self._weights.shape
         return _Heads(chosen, dim - 1, num_classes, self._weights.device, self._weights[:, order])
 
@@ -199,10 +208,14 @@ class _Heads:
                 self._weights -= rate * velocity
                 step += 1
 
-    def accuracies(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
-        """Of each head over all ranks' samples; a head that diverged has 0."""
-        logits = self.logits(features)
-        hits = (logits.argmax(dim=2) == targets[:, None]) & logits.isfinite().all(dim=2)
-        counts = ranks.sum(torch.cat([hits.sum(dim=0), targets.new_tensor([len(targets)])]))
-        values: list[float] = (counts[:-1].double() / counts[-1]).tolist()
-        return values
+    def scores(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[tuple[float, float]]:
+        """Accuracy of each head over all ranks' samples and, to tell equal ones apart, its log likelihood;
+        a head that diverged has 0 and -infinity.
+        """
+        log_p = self.logits(features).double().log_softmax(dim=2)
+        hits = (log_p.argmax(dim=2) == targets[:, None]).double().sum(dim=0)
+        likelihood = log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum(dim=(0, 2))
+        count = hits.new_tensor([len(targets)])
+        *sums, total = ranks.sum(torch.cat([hits, likelihood, count])).tolist()
+        both = zip(sums[: len(self.pairs)], sums[len(self.pairs) :], strict=True)
+        return [(h / total, p / total) if math.isfinite(p) else (0.0, -math.inf) for h, p in both]
