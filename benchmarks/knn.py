@@ -112,7 +112,7 @@ def run_world(size: int, sizes: tuple[int, int, int, int]) -> list[Any]:
         ranks = [context.Process(target=_rank, args=(store, r, size, sizes, out)) for r in range(size)]
         for process in ranks:
             process.start()
-        found = sorted((out.get(timeout=600) for _ in ranks), key=lambda item: item[0])
+        found = sorted((out.get(timeout=200) for _ in ranks), key=lambda item: item[0])
         for process in ranks:
             process.join()
     return found

@@ -119,7 +119,7 @@ def measure_probe(subject: Subject, options: Options) -> Results:
         }
         probe = evals.linear_probe(*parts, **common)
         heads = evals.probe_heads(*parts, epochs=options.epochs, **common)
-        probes[view] = probe
+        probes[view.name] = probe
         rows.append(Row(view.name, {"probe": probe.accuracy, "probe by SGD": heads.accuracy}))
         if not probe.is_converged:
             notes.append(f"{view.name}: the probe stopped before it converged")
@@ -135,7 +135,7 @@ def measure_probe(subject: Subject, options: Options) -> Results:
         }
     for members in (view.members for view in subject.views if view.members):
         labels = subject.rows(members[0], "test").labels
-        accuracy = evals.mean_logits_accuracy([probes[view] for view in members], labels, subject.world)
+        accuracy = evals.mean_logits_accuracy([probes[view.name] for view in members], labels, subject.world)
         rows.append(Row("mean of logits", {"probe": accuracy}))
     columns = ["probe", "probe by SGD"]
     return Results(
