@@ -59,7 +59,7 @@ def chunks(path: Path) -> dict[str, bytes]:
 def test_a_run_is_measured_from_stores_that_are_made_once(
     a_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", str(a_run), "--k", "5,20", "knn", "probe"]) == 0
+    assert main(["eval", str(a_run), "--k", "5,20", "knn", "--epochs=20", "probe"]) == 0
     of_run = json.loads((a_run / "result.json").read_text())
     for name, section in (("frozen", "frozen"), ("masked", "adapted")):
         assert rows(a_run, "knn")[name]["knn5"] == of_run[section]["knn5"]
@@ -113,7 +113,17 @@ def _eval_rank(arguments: list[str]) -> int:
 
 @pytest.mark.distributed
 def test_two_processes_find_the_numbers_of_one(a_run: Path, tmp_path: Path) -> None:
-    arguments = ["eval", str(a_run), "knn", "probe", "lowshot", "labelfree", "--k=5", "--tries=2"]
+    arguments = [
+        "eval",
+        str(a_run),
+        "knn",
+        "probe",
+        "lowshot",
+        "labelfree",
+        "--k=5",
+        "--tries=2",
+        "--epochs=4",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
     codes = run_distributed(_eval_rank, 2, [*arguments, "--out", str(tmp_path / "two")], backend="")
     assert codes == [0, 0]
@@ -129,7 +139,7 @@ def test_two_processes_find_the_numbers_of_one(a_run: Path, tmp_path: Path) -> N
 
 def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: Path) -> None:
     files = [str(finished / "a" / "final.mask"), str(finished / "b")]
-    assert main(["eval", *files, "--out", str(tmp_path), "--k", "5", "knn", "probe"]) == 0
+    assert main(["eval", *files, "--out", str(tmp_path), "--k=5", "--epochs=4", "knn", "probe"]) == 0
     assert list(rows(tmp_path, "knn")) == ["frozen", "a", "b", "mean of embeddings"]
     assert list(rows(tmp_path, "probe")) == ["frozen", "a", "b", "mean of embeddings", "mean of logits"]
     assert main(["eval", *files, "knn"]) == 2

@@ -82,7 +82,7 @@ def _everything_here():
     my_tests = torch.tensor(shares[1])[places % len(shares[1])] == world.rank
     parts = (train[mine], train_labels[mine], test[my_tests], test_labels[my_tests])
     probe = evals.linear_probe(*parts, l2=(1e-3, 1e-1), ranks=world, train_ids=ids[mine])
-    heads = evals.probe_heads(*parts, **FEW, ranks=world, train_ids=ids[mine])
+    heads = evals.probe_heads(*parts, **FEW, batch_size=100, ranks=world, train_ids=ids[mine])
     shots = evals.low_shot(
         train[mine],
         train_labels[mine],

@@ -272,15 +272,8 @@ def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data
     """The settings for a subject: --config, else the config.yaml of its run, else the defaults with
     the backbone that the mask file names; then --data, then key=value.
     """
-    changes = list(overrides)
-    if data is not None:
-        folder = Path(data)
-        for split in reversed(SPLITS):
-            found = [place for place in (folder / split, folder / f"{split}.tar") if place.exists()]
-            if not found:
-                raise ValueError(f"--data {data} holds no {split} folder and no {split}.tar")
-            changes.insert(0, f"data.{split}={found[0]}")
-        changes.insert(0, "data.subset=null")
+    changes = [] if data is None else ["data.subset=null", *_splits_in(Path(data))]
+    changes += overrides
     beside = (path if path.is_dir() else path.parent) / "config.yaml"
     if given is None and beside.exists():
         given = str(beside)
@@ -289,6 +282,17 @@ def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data
         if name and not any(change.startswith("backbone.name=") for change in changes):
             changes.insert(0, f"backbone.name={name}")
     return load_config(given, changes)
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """Settings for the train and test data in a folder."""
+    settings = []
+    for split in SPLITS:
+        found = [place for place in (folder / split, folder / f"{split}.tar") if place.exists()]
+        if not found:
+            raise ValueError(f"--data {folder} holds no {split} folder and no {split}.tar")
+        settings.append(f"data.{split}={found[0]}")
+    return settings
 
 
 def open_subject(
