@@ -7,6 +7,8 @@ same problem on the same standardised features, at the strength that the probe's
     python -m benchmarks.probe --json [--quick] [--data DIR]
 """
 
+import contextlib
+import io
 import sys
 import tempfile
 import time
@@ -18,13 +20,14 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks.cascade_real import BACKBONES, WEIGHTS, digits_settings, photo_settings
 from benchmarks.harness import Benchmark, interleave
-from selfmask_dist import evals
+from selfmask_dist import cli, evals
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.embed import embed
 from selfmask_dist.evals.probe import prepare
 from selfmask_dist.parallel import World
+from selfmask_dist.run import run
 
 
 def embeddings(settings: list[str]) -> tuple[Any, Any, Any, Any]:
@@ -90,6 +93,17 @@ def measure_without_race(
     bench.figure(f"{name}: all heads to the end, accuracy", full.accuracy)
 
 
+def measure_command(bench: Benchmark, settings: list[str], folder: Path) -> None:
+    """`selfmask eval` on a run of a few steps: with its embedding, and again from the stores."""
+    own = ["method=mask", "train.epochs=1", f"run.dir={folder}", "run.name=mask", "run.progress=false"]
+    run(load_config(None, [*settings, *own, "eval.frozen_baseline=false", "eval.final=false"]))
+    for what in ("first", "second"):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert cli.main(["eval", str(folder / "mask"), "knn", "probe"]) == 0
+        bench.figure(f"selfmask eval knn probe, {what} time, seconds", time.perf_counter() - start)
+
+
 def main() -> int:
     bench = Benchmark("probe", __doc__)
     bench.parser.add_argument("--data", type=Path, help="folder with weights and photographs")
@@ -98,9 +112,11 @@ def main() -> int:
     torch.set_num_threads(1)
     epochs, rounds = (20, 1) if options.quick else (100, 3)
     with tempfile.TemporaryDirectory() as folder:
-        digits = embeddings(digits_settings(Path(folder)))
+        settings = digits_settings(Path(folder))
+        digits = embeddings(settings)
         measure(bench, "digits", digits, epochs=epochs, rounds=rounds)
         measure_without_race(bench, "digits", digits, epochs=epochs)
+        measure_command(bench, settings, Path(folder))
     for dataset in ("clothing", "grocery") if options.data and not options.quick else ():
         assert (options.data / WEIGHTS["vit"]).is_file(), f"{options.data} lacks {WEIGHTS['vit']}"
         settings = photo_settings(options.data, dataset, "vit", options.image_size)

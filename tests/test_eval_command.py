@@ -125,7 +125,8 @@ def test_two_processes_find_the_numbers_of_one(a_run: Path, tmp_path: Path) -> N
         "--epochs=4",
     ]
     assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    codes = run_distributed(_eval_rank, 2, [*arguments, "--out", str(tmp_path / "two")], backend="")
+    two = [*arguments, "--out", str(tmp_path / "two")]
+    codes = run_distributed(_eval_rank, 2, two, backend="", timeout=120)
     assert codes == [0, 0]
     assert chunks(tmp_path / "one" / "embeddings") == chunks(tmp_path / "two" / "embeddings")
     for kind in ("knn", "lowshot", "labelfree"):
