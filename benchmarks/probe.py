@@ -57,7 +57,11 @@ def measure(
     theirs = reference.score(scaled_test.numpy(), test_labels.numpy())
 
     heads = evals.probe_heads(*parts, epochs=epochs)
-    one = {"learning_rates": (heads.lr,), "weight_decays": (heads.weight_decay,), "epochs": epochs}
+    one: dict[str, Any] = {
+        "learning_rates": (heads.lr,),
+        "weight_decays": (heads.weight_decay,),
+        "epochs": epochs,
+    }
     seconds = interleave(
         {
             "one head": lambda: evals.probe_heads(*parts, **one),

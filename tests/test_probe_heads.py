@@ -43,7 +43,7 @@ def test_many_heads_at_once_are_the_heads_one_by_one():
 
 def test_the_race_keeps_the_better_heads_and_the_test_part_has_no_say():
     train, train_labels, test, test_labels = digits()
-    race = {"rungs": ((1.0, 0.1), (0.5, 0.2), (0.25, 0.3)), "epochs": 20}
+    race: dict[str, Any] = {"rungs": ((1.0, 0.1), (0.5, 0.2), (0.25, 0.3)), "epochs": 20}
     rates = (1e-5, 0.3, 3.0, 1e4)
     result = evals.probe_heads(
         train, train_labels, test, test_labels, learning_rates=rates, weight_decays=(1e-6,), **race

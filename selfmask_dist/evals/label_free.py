@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfmask_dist.evals.ranks import Alone, Ranks, raise_together
-from selfmask_dist.evals.search import SearchOptions, search
+from selfmask_dist.evals.search import BankOptions, search
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_shape(features: Tensor, ranks: Ranks | None = None) -> Shape:
     return Shape(float(entropy.exp()), float(mean.square().sum()), shares.cpu())
 
 
-def neighbours(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[SearchOptions]) -> Tensor:
+def neighbours(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[BankOptions]) -> Tensor:
     """(m, k) ids of the nearest, sorted by id, for `kept`. Collective if `ranks` is."""
     return search(bank, queries, k=k, **options)[1].sort(dim=1).values
 

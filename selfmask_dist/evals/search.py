@@ -89,16 +89,19 @@ class Plan:
 class SearchOptions(TypedDict, total=False):
     """Options of `search_rounds`, where they are explained."""
 
-    bank_ids: Tensor | None
     query_ids: Tensor | None
     ranks: Ranks | None
     memory_mib: float
     precision: Precision
 
 
-def search(
-    bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[SearchOptions]
-) -> tuple[Tensor, Tensor]:
+class BankOptions(SearchOptions, total=False):
+    """Those, and the bank's ids, which a search for labels has anyway."""
+
+    bank_ids: Tensor | None
+
+
+def search(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[BankOptions]) -> tuple[Tensor, Tensor]:
     """The k nearest neighbours of this rank's queries in the whole bank; see `search_rounds`.
 
     Returns:
