@@ -203,8 +203,9 @@ def measure_times(bench: Benchmark, sizes: tuple[int, int, int, int], rounds: in
         for name in medians
     }
     if "faiss" in fns:
-        bench.figure("float32 / faiss", ratios["float32"], max=1.3, quick=False)
-        bench.figure("bf16 / faiss", ratios["bf16"], max=1.0, quick=False)
+        promised = not bench.args.busy
+        bench.figure("float32 / faiss", ratios["float32"], max=1.3 if promised else None, quick=False)
+        bench.figure("bf16 / faiss", ratios["bf16"], max=1.0 if promised else None, quick=False)
         bench.figure("scikit-learn / faiss", ratios["scikit-learn"])
     bench.figure(
         "bf16 / float32",
@@ -227,7 +228,11 @@ def _knows_bf16() -> list[str]:
 
 def main() -> int:
     bench = Benchmark("knn", __doc__)
+    bench.parser.add_argument(
+        "--busy", action="store_true", help="the machine has other work: times are noted and promise nothing"
+    )
     options = bench.parse()
+    bench.figure("times are of a busy machine", options.busy)
     sizes = (5000, 1000, 128, 50) if options.quick else (50_000, 10_000, 512, 200)
     bench.figure("bank, queries, dim, k", list(sizes))
     measure_worlds(bench, sizes)

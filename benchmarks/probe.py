@@ -73,7 +73,7 @@ def measure(
         bench.figure(f"{name}: {what} seconds", bench.median(times))
     ratio = bench.median(many / single for single, many in zip(*seconds.values(), strict=True))
     bench.figure(f"{name}: heads", len(heads.validation), min=50)
-    bench.figure(f"{name}: 50 heads / one head", ratio, max=2.0, quick=False)
+    bench.figure(f"{name}: 50 heads / one head", ratio, max=None if bench.args.busy else 2.0, quick=False)
     bench.figure(f"{name}: scikit-learn accuracy", theirs)
     bench.figure(f"{name}: L-BFGS accuracy", probe.accuracy)
     bench.figure(f"{name}: heads accuracy", heads.accuracy)
@@ -112,7 +112,11 @@ def main() -> int:
     bench = Benchmark("probe", __doc__)
     bench.parser.add_argument("--data", type=Path, help="folder with weights and photographs")
     bench.parser.add_argument("--image-size", type=int, default=96, help="pixels, of the photographs")
+    bench.parser.add_argument(
+        "--busy", action="store_true", help="the machine has other work: times are noted and promise nothing"
+    )
     options = bench.parse()
+    bench.figure("times are of a busy machine", options.busy)
     torch.set_num_threads(1)
     epochs, rounds = (20, 1) if options.quick else (100, 3)
     with tempfile.TemporaryDirectory() as folder:

@@ -156,7 +156,9 @@ def test_the_probe_solves_scikit_learns_problem(l2):
 
 def test_the_whole_probe_agrees_with_scikit_learn_and_is_deterministic():
     train, train_labels, test, test_labels = digits()
-    result = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-3,), standardize=False)
+    result = evals.linear_probe(
+        train, train_labels, test, test_labels, l2=(1e-3,), standardize=False, max_iterations=2000
+    )
     reference = LogisticRegression(C=1 / (len(train) * 1e-3), tol=1e-10, solver="newton-cholesky").fit(
         train.numpy(), train_labels.numpy()
     )

@@ -94,7 +94,7 @@ def _everything_here():
     )
     shape = evals.measure_shape(train[mine], world)
     near = evals.neighbours(train[mine], test[my_tests], k=7, bank_ids=ids[mine], ranks=world)
-    far = evals.neighbours(-train[mine], -test[my_tests].abs(), k=7, bank_ids=ids[mine], ranks=world)
+    far = evals.neighbours(train[mine].flip(1), test[my_tests], k=7, bank_ids=ids[mine], ranks=world)
     ensemble = evals.mean_logits_accuracy([probe, probe], parts[3], world)
     return {
         "probe": (probe.accuracy, probe.l2, probe.validation),
