@@ -36,6 +36,8 @@ def measure_knn(subject: Subject, options: Options) -> Results:
     first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
     temperature = subject.config.eval.knn_temperature
     size = int((subject.sources["train"].labels >= 0).sum())
+    if size < 2:
+        raise UnavailableError("k-NN needs two training images with a label")
     ks = sorted(options.ks or {*KS, *subject.config.eval.knn_k})
     if not options.ks and max(ks) >= size:  # of those asked for, the search says which is too large
         notes.append(
@@ -54,12 +56,13 @@ def measure_knn(subject: Subject, options: Options) -> Results:
         bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
         found = _knn(bank, queries, subject, ks, temperatures, **search)
         some = _evenly_spaced(bank, subject)
-        left_out = _knn(bank, some, subject, [first], [temperature], query_ids=some.ids, **search)
+        others = min(first, size - 1)
+        left_out = _knn(bank, some, subject, [others], [temperature], query_ids=some.ids, **search)
         values: dict[str, float | None] = {f"knn{first}": found.accuracy[first, temperature]}
         values |= {f"knn{k}": found.accuracy[k, temperature] for k in ks}
         values[f"knn{first} balanced"] = found.balanced[first, temperature]
         values[f"knn{first} plain vote"] = found.accuracy[first, math.inf]
-        values[f"knn{first} of train"] = left_out.accuracy[first, temperature]
+        values[f"knn{first} of train"] = left_out.accuracy[others, temperature]
         rows.append(Row(view.name, values))
         details[view.name] = {
             "accuracy": {_name(s): value for s, value in found.accuracy.items()},
