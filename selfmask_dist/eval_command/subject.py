@@ -102,7 +102,7 @@ class Subject:
                     "samples": len(source),
                     "classes": len(source.classes),
                 }
-                for split, source in self.sources.items()
+                for split, source in (self.sources.items() if sections.train is not None else ())
             },
         }
 
