@@ -28,7 +28,7 @@ from selfmask_dist.preprocessing import Preprocessing
 from selfmask_dist.trainer import NonFiniteError
 
 
-def open_data(config: Config) -> tuple[data.Source, data.Source]:
+def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
     """The train and test sources, with one list of classes."""
     paths = {"data.train": config.data.train, "data.test": config.data.test}
     missing = [key for key, path in paths.items() if path is None]
@@ -36,8 +36,8 @@ def open_data(config: Config) -> tuple[data.Source, data.Source]:
         raise ValueError(f"{' and '.join(missing)} is not set; give a folder of shards (see docs/data.md)")
     assert config.data.train is not None
     assert config.data.test is not None
-    whole = data.open_source(config.data.train)
-    test = data.open_source(config.data.test, classes=whole.classes)
+    whole = data.open_source(config.data.train, require_labels=require_labels)
+    test = data.open_source(config.data.test, classes=whole.classes, require_labels=require_labels)
     if config.data.subset is None:
         return whole, test
     return data.Subset(whole, _read_subset(config.data.subset, len(whole))), test

@@ -80,6 +80,7 @@ class Cascade:
         masks: the dispatcher's and the experts', by name.
         router: dispatcher's embeddings -> cluster.
         combinations: by mode, `conditional` and `unconditional`.
+        switch: puts the masks on the encoder; the frozen weights are under none.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Cascade:
         self.masks = dict(masks)
         self.router = router
         self.combinations = dict(combinations)
-        self._switch = MaskSwitch(encoder)
+        self.switch = MaskSwitch(encoder)
 
     @torch.no_grad()
     def embed(self, images: Tensor, *, mode: str = "conditional") -> Tensor:
@@ -128,8 +129,8 @@ class Cascade:
         return self.router.to(images.device).assign(self._encode(DISPATCHER, images))
 
     def _encode(self, name: str, images: Tensor) -> Tensor:
-        self._switch.use(self.masks[name])
-        features: Tensor = self._switch.encoder(images)
+        self.switch.use(self.masks[name])
+        features: Tensor = self.switch.encoder(images)
         return features.float()
 
 

@@ -7,7 +7,7 @@ Each leaves files in the run's folder and does nothing where they are there alre
     combination/                 conditional.safetensors, unconditional.safetensors
     cascade.mask  cascade.png  result.json
 
-No process holds the embeddings of all images, but for the evaluation.
+No process holds the embeddings of all images.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfmask_dist import artifact, data, evals
+from selfmask_dist import artifact, data
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config
-from selfmask_dist.evaluation import measure_knn
+from selfmask_dist.evaluation import measure_knn, measure_probe
 from selfmask_dist.life import Life
 from selfmask_dist.run_directory import write_json
-from selfmask_dist.store import EmbeddingStore, embed_to_store
+from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
 SPLITS = ("train", "test")
 MODES = ("conditional", "unconditional")
@@ -236,35 +236,47 @@ class Stages:
     # ---- results
 
     def evaluate(self) -> dict[str, Any]:
-        """k-NN and probe of every view, from the stores alone, on the main rank; the same numbers on all."""
+        """k-NN and probe of every view, from the stores alone; each rank reads and searches its part."""
         path = self._directory / "views.json"
-        if self._world.is_main and not path.exists():
+        exists = torch.tensor([int(self._world.is_main and path.exists())], device=self._world.device)
+        if not self._world.sum(exists).item():
             views = ["frozen"] if self._config.eval.frozen_baseline else []
             values = {TITLES[view]: self._measure(view) for view in (*views, DISPATCHER, *MODES)}
             # the combinations end in a whitened PCA: the same without experts, to compare them with
             values |= {f"{TITLES[v]}, whitened": self._measure(v, whiten=True) for v in (*views, DISPATCHER)}
-            write_json(path, values)
+            if self._world.is_main:
+                write_json(path, values)
         self._world.barrier()
         values = json.loads(path.read_text())
         self._life.writer.message(f"\n{table(values)}\n")
         return {"views": values}
 
     def _measure(self, view: str, *, whiten: bool = False) -> dict[str, float]:
-        bank, queries = (self._open(view, split).read_slice() for split in SPLITS)
+        bank, queries = (self._part(view, split) for split in SPLITS)
         if whiten:
-            pca = fit_pca([bank.features], num_components=bank.features.shape[1], at_most=True)
+            num_components = bank.features.shape[1]
+            pca = fit_pca([bank.features], num_components=num_components, all_reduce=self._sum, at_most=True)
             bank, queries = (
                 replace(rows, features=pca.transform(rows.features, whiten=True)) for rows in (bank, queries)
             )
         self._life.watchdog.beat()
         section, num_classes = self._config.eval, len(self._sources["train"].classes)
-        values = measure_knn(bank, queries, section.knn_k, section.knn_temperature, num_classes=num_classes)
+        values = measure_knn(
+            bank,
+            queries,
+            section.knn_k,
+            section.knn_temperature,
+            num_classes=num_classes,
+            world=self._world,
+        )
         if section.probe:
             self._life.watchdog.beat()
-            values["probe"] = evals.linear_probe(
-                bank.features, bank.labels, queries.features, queries.labels, seed=self._config.seed
-            ).accuracy
+            values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
+
+    def _part(self, view: str, split: str) -> Rows:
+        """This rank's samples, on its device."""
+        return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Write `cascade.mask`; returns its sizes."""

@@ -1,5 +1,5 @@
-"""The command line: `selfmask train | config | plan | inspect | mask | embed | serve | data | status | logs |
-checkpoints | demo`.
+"""The command line: `selfmask train | eval | config | plan | inspect | report | mask | embed | serve | data |
+status | logs | checkpoints | demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -13,12 +13,17 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from selfmask_dist import exit_status, mask_command, serve_command, status
+from selfmask_dist import eval_command, exit_status, mask_command, serve_command, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(options, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends a list of words at the first option; those after it belong to it too
+        options.words += rest
     try:
         return int(options.command(options) or 0)
     except (ValueError, FileNotFoundError) as error:
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
     mask_command.add_command(commands)
     serve_command.add_commands(commands)
+    eval_command.add_command(commands)
     status.add_commands(commands)
     plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
     plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")

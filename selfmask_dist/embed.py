@@ -1,4 +1,4 @@
-"""Encoder and loader to embeddings, in the order of the source, on every rank.
+"""Encoder and loader to embeddings: each rank keeps those of its own samples.
 
 Knows nothing of masks, objectives or what the embeddings are for.
 """
@@ -17,44 +17,54 @@ from selfmask_dist.parallel import World
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Features (n, dim) float32 and labels (n,) int64 on the CPU, row i for sample i of the source."""
+    """This rank's samples on its device: features (n, dim) float32, labels (n,) int64, ids (n,) int64,
+    which are their places in the source, ascending.
+    """
 
     features: Tensor
     labels: Tensor
+    ids: Tensor
 
 
 @torch.no_grad()
-def embed(encoder: nn.Module, loader: Iterable[Batch], *, num_samples: int, world: World) -> Embeddings:
-    """Embed every sample of a loader, the encoder in eval mode. Collective: every rank must call.
+def embed(encoder: nn.Module, loader: Iterable[Batch], *, world: World) -> Embeddings:
+    """Embed the samples of this rank's loader, the encoder in eval mode. Collective: every rank must call.
 
     Args:
         encoder: images (n, 3, H, W) -> (n, dim).
-        loader: yields this rank's part; padding has weight 0.
-        num_samples: of the whole source, over all ranks.
+        loader: yields this rank's part, one batch or more; padding has weight 0.
 
     Raises:
-        ValueError: an embedding is not finite.
+        ValueError: on every rank, where an embedding on any of them is not finite.
     """
-    features: Tensor | None = None
-    labels = torch.zeros(num_samples, dtype=torch.int64)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with eval_mode(encoder):
         for batch in loader:
             rows = batch.weights > 0
-            output = encoder(batch.views[0].to(world.device)).float().cpu()
-            if features is None:
-                features = torch.zeros(num_samples, output.shape[1])
-            features[batch.ids[rows]] = output[rows]
-            labels[batch.ids[rows]] = batch.labels[rows]
-    assert features is not None, "every rank gets at least one batch, if only of padding"
-    # each row was written by one rank and is zero elsewhere, so the sum is exact
-    features = world.sum(features.to(world.device)).cpu()
-    labels = world.sum(labels.to(world.device)).cpu()
-    if not features.isfinite().all():
-        bad = (~features.isfinite().all(dim=1)).nonzero().flatten()
+            output = encoder(batch.views[0].to(world.device)).float()
+            kept = rows.to(world.device)
+            parts.append(
+                (output[kept], batch.labels[rows].to(world.device), batch.ids[rows].to(world.device))
+            )
+    assert parts, "every rank gets at least one batch, if only of padding"
+    features, labels, ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = ids.argsort()
+    found = Embeddings(features[order], labels[order], ids[order])
+    _check_finite(found, world)
+    return found
+
+
+def _check_finite(found: Embeddings, world: World) -> None:
+    bad = found.ids[(~found.features.isfinite()).any(dim=1)]
+    counts = torch.zeros(2, world.size, dtype=torch.int64, device=world.device)
+    counts[0, world.rank] = len(bad)
+    counts[1, world.rank] = bad[0] if len(bad) else 0
+    numbers, firsts = world.sum(counts)
+    if numbers.any():
         raise ValueError(
-            f"embeddings of {len(bad)} samples are not finite, the first is sample {int(bad[0])}"
+            f"embeddings of {int(numbers.sum())} samples are not finite, the first is sample "
+            f"{int(firsts[numbers > 0].min())}"
         )
-    return Embeddings(features, labels)
 
 
 @contextmanager

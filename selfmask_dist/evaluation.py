@@ -18,28 +18,54 @@ from selfmask_dist.parallel import World
 
 
 class Labelled(Protocol):
-    """Features (n, dim) and labels (n,), from memory or from a store."""
+    """This rank's features (n, dim), labels (n,) and ids (n,), ascending, from memory or from a store."""
 
     @property
     def features(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
+    @property
+    def ids(self) -> Tensor: ...
 
 
 def measure_knn(
-    bank: Labelled, queries: Labelled, ks: tuple[int, ...], temperature: float, *, num_classes: int
+    bank: Labelled,
+    queries: Labelled,
+    ks: tuple[int, ...],
+    temperature: float,
+    *,
+    num_classes: int,
+    world: World,
 ) -> dict[str, float]:
-    """Accuracy for each k, by name; a bank of fewer than k samples gives all of them a vote."""
-    accuracies = evals.knn_accuracy(
+    """Accuracy for each k, by name; a bank of fewer than k samples gives all of them a vote. Bank and queries
+    stay on their ranks. Collective: every rank must call.
+    """
+    size = int(world.sum(torch.tensor([len(bank.ids)], device=world.device)))
+    result = evals.global_knn(
+        bank.features,
+        bank.labels,
+        bank.ids,
+        queries.features,
+        queries.labels,
+        num_classes=num_classes,
+        ks=sorted({min(k, size) for k in ks}),
+        temperatures=(temperature,),
+        ranks=world,
+    )
+    return {f"knn{k}": accuracy for (k, _), accuracy in result.accuracy.items()}
+
+
+def measure_probe(bank: Labelled, queries: Labelled, *, seed: int, world: World) -> float:
+    """Accuracy of a linear probe. Collective: every rank must call."""
+    return evals.linear_probe(
         bank.features,
         bank.labels,
         queries.features,
         queries.labels,
-        ks=sorted({min(k, len(bank.labels)) for k in ks}),
-        temperatures=(temperature,),
-        num_classes=num_classes,
-    )
-    return {f"knn{k}": accuracy for (k, _), accuracy in accuracies.items()}
+        seed=seed,
+        ranks=world,
+        train_ids=bank.ids,
+    ).accuracy
 
 
 class Evaluation:
@@ -71,9 +97,7 @@ class Evaluation:
         bank, queries = self._embed(self._train), self._embed(self._test)
         values = self._knn(bank, queries, self._config.eval.knn_k)
         if probe:
-            values["probe"] = evals.linear_probe(
-                bank.features, bank.labels, queries.features, queries.labels, seed=self._config.seed
-            ).accuracy
+            values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
 
     def monitor(self, _step: int) -> dict[str, Any]:
@@ -101,11 +125,11 @@ class Evaluation:
 
     def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
         temperature = self._config.eval.knn_temperature
-        return measure_knn(bank, queries, ks, temperature, num_classes=self._num_classes)
+        return measure_knn(bank, queries, ks, temperature, num_classes=self._num_classes, world=self._world)
 
     def _embed(self, source: data.Source) -> Embeddings:
         encoder: nn.Module = self._backbone.encoder
-        return embed(encoder, self._loader(source), num_samples=len(source), world=self._world)
+        return embed(encoder, self._loader(source), world=self._world)
 
     def _loader(self, source: data.Source) -> Iterator[data.Batch]:
         loader = data.eval_loader(

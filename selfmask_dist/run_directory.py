@@ -18,7 +18,8 @@ _OWN_FILES = (
     *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "result.json"),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
     *("status.json", "frozen.json", "quarantine.jsonl", "checkpoints", "stacks"),
-    *("dispatcher", "router", "expert-*", "embeddings", "combination", "stop-*"),  # of a cascade
+    *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
+    *("embeddings", "eval"),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")
 

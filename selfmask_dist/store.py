@@ -47,6 +47,9 @@ class Rows:
     labels: Tensor
     ids: Tensor
 
+    def to(self, device: torch.device | str) -> Rows:
+        return Rows(self.features.to(device), self.labels.to(device), self.ids.to(device))
+
 
 @dataclass(frozen=True)
 class EmbeddingStore:
@@ -92,6 +95,11 @@ class EmbeddingStore:
                 wanted.path / "manifest.json", wanted._manifest, partial=f".manifest.{uuid4().hex}.partial"
             )
         return wanted
+
+    @staticmethod
+    def describe(path: str | Path) -> EmbeddingStore | None:
+        """What a store says of itself, complete or not; None where there is none."""
+        return _read_manifest(Path(path)) if (Path(path) / "manifest.json").exists() else None
 
     @staticmethod
     def open(

@@ -10,13 +10,13 @@ from data_prep.image_folder import convert_image_folder
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
 
 
-def write_shards(folder: Path, *, train: int = 96, test: int = 32) -> Path:
+def write_shards(folder: Path, *, train: int = 96, test: int = 32, noise: float = 40) -> Path:
     rng = np.random.default_rng(0)
     for split, number in (("train", train), ("test", test)):
         for index in range(number):
             # two large classes and two small ones, so that clusters differ in size
             name = list(COLOURS)[(0, 0, 0, 1, 1, 2, 3, 0)[index % 8]]
-            pixels = np.clip(rng.normal(COLOURS[name], 40, size=(16, 16, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(rng.normal(COLOURS[name], noise, size=(16, 16, 3)), 0, 255).astype(np.uint8)
             path = folder / "src" / split / name / f"{index:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
         found = loaded.embed(batch.views[0], mode=mode)
         assert torch.allclose(found, stored.features, atol=1e-4), mode
     frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
-    loaded._switch.use(None)
+    loaded.switch.use(None)
     with torch.no_grad():
         assert torch.allclose(backbone.encoder(batch.views[0]), frozen.features, atol=1e-6)
     with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):
@@ -220,3 +221,33 @@ def test_a_cascade_stopped_in_every_stage_ends_with_the_same_file(cascade: Path,
     assert process.returncode == 0, errors
     assert "restart 1 of at most" in errors
     assert (folder / "cascade.mask").read_bytes() == (tmp_path / "quiet" / "cascade.mask").read_bytes()
+
+
+def test_the_table_of_the_run_comes_out_of_its_stores_alone(
+    cascade: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from selfmask_dist import cli
+    from selfmask_dist.eval_command import subject as subject_module
+    from selfmask_dist.eval_command.results import read_results
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("no model and no picture is needed")
+
+    directory = Path(shutil.copytree(cascade, tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(subject_module, "build_backbone", fail)
+        patch.setattr(subject_module, "embed_to_store", fail)
+        assert cli.main(["eval", str(directory), "knn", "probe", "--k", "5"]) == 0
+    of_run = json.loads((cascade / "views.json").read_text())
+    for kind, column in (("knn", "knn5"), ("probe", "probe")):
+        rows = read_results(directory / "eval" / f"{kind}.json")["rows"]
+        assert {row["name"]: row["values"][column] for row in rows} == {
+            name: values[column] for name, values in of_run.items()
+        }
+    # the file alone, elsewhere: the views are embedded anew, through the bundle
+    config = ["--config", str(cascade / "config.yaml"), "--out", str(tmp_path / "out")]
+    assert cli.main(["eval", str(cascade / "cascade.mask"), "labelfree", *config]) == 0
+    for view in ("frozen", "conditional"):
+        again = EmbeddingStore.open(tmp_path / "out" / "embeddings" / view / "test").read_slice()
+        stored = EmbeddingStore.open(cascade / "embeddings" / view / "test").read_slice()
+        assert torch.allclose(again.features, stored.features, atol=1e-4), view

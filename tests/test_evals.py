@@ -143,20 +143,22 @@ def digits():
 @pytest.mark.parametrize("l2", [1e-2, 1.0])
 def test_the_probe_solves_scikit_learns_problem(l2):
     train, train_labels, test, _ = digits()
-    train, test = probe_module._prepare(train, test, standardize=True)
+    train, test = probe_module.prepare(train, test, True, evals.Alone())
     reference = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, solver="newton-cholesky").fit(
         train.numpy(), train_labels.numpy()
     )
     solution, is_converged = probe_module._fit(train, train_labels, 10, l2, max_iterations=500)
     assert is_converged
     np.testing.assert_allclose(solution[:-1].T.numpy(), reference.coef_, atol=1e-3)
-    probabilities = probe_module._logits(test, solution).softmax(dim=1)
+    probabilities = probe_module.logits_of(test, solution).softmax(dim=1)
     np.testing.assert_allclose(probabilities.numpy(), reference.predict_proba(test.numpy()), atol=1e-3)
 
 
 def test_the_whole_probe_agrees_with_scikit_learn_and_is_deterministic():
     train, train_labels, test, test_labels = digits()
-    result = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-3,), standardize=False)
+    result = evals.linear_probe(
+        train, train_labels, test, test_labels, l2=(1e-3,), standardize=False, max_iterations=2000
+    )
     reference = LogisticRegression(C=1 / (len(train) * 1e-3), tol=1e-10, solver="newton-cholesky").fit(
         train.numpy(), train_labels.numpy()
     )
@@ -187,7 +189,9 @@ def test_the_strength_with_the_best_validation_accuracy_is_used(generator):
 def test_standardising_is_scikit_learns():
     train, _, test, _ = digits()
     scaler = StandardScaler().fit(train.numpy())
-    for mine, theirs in zip(probe_module._prepare(train, test, standardize=True), (train, test), strict=True):
+    for mine, theirs in zip(
+        probe_module.prepare(train, test, True, evals.Alone()), (train, test), strict=True
+    ):
         np.testing.assert_allclose(mine.numpy(), scaler.transform(theirs.numpy()), atol=1e-12)
 
 
@@ -211,9 +215,9 @@ def test_class_ids_need_not_be_consecutive_and_a_class_unseen_in_training_is_wro
 
 def test_validation_holds_out_of_each_class_never_all():
     targets = torch.tensor([0] * 10 + [1] * 2 + [2])
-    is_held_out = probe_module._held_out(targets, 0.2, seed=0)
+    is_held_out = probe_module.held_out(targets, None, 0.2, 0, evals.Alone())
     assert [int(is_held_out[targets == target].sum()) for target in range(3)] == [2, 1, 0]
-    assert not torch.equal(is_held_out, probe_module._held_out(targets, 0.2, seed=1))
+    assert not torch.equal(is_held_out, probe_module.held_out(targets, None, 0.2, 1, evals.Alone()))
 
 
 def test_the_probe_says_when_it_did_not_converge():

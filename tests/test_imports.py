@@ -89,6 +89,7 @@ TABLE = {
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),
+    "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),
     "mask_command": Rule((ALL,)),
     "serve_command": Rule((ALL,)),

@@ -7,18 +7,21 @@ on its own queries; only counts are summed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from selfmask_dist.evals.checks import check_labels
 from selfmask_dist.evals.knn import knn_vote
-from selfmask_dist.evals.search import MEMORY_MIB, Alone, Ranks, raise_together, search_rounds
+from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, raise_together
+from selfmask_dist.evals.search import SearchOptions, search_rounds
 
 KS = (1, 5, 10, 20, 100, 200)
 TEMPERATURES = (0.07, 0.1, math.inf)
+Setting = tuple[int, float]  # k and temperature
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class KNNResult:
     float64, NaN where a class has none.
     """
 
-    accuracy: dict[tuple[int, float], float]
-    balanced: dict[tuple[int, float], float]
-    per_class: dict[tuple[int, float], Tensor]
+    accuracy: dict[Setting, float]
+    balanced: dict[Setting, float]
+    per_class: dict[Setting, Tensor]
 
 
 def global_knn(
@@ -44,9 +47,7 @@ def global_knn(
     num_classes: int,
     ks: Sequence[int] = KS,
     temperatures: Sequence[float] = TEMPERATURES,
-    query_ids: Tensor | None = None,
-    ranks: Ranks | None = None,
-    memory_mib: float = MEMORY_MIB,
+    **options: Unpack[SearchOptions],
 ) -> KNNResult:
     """Accuracies of all ranks' queries by their neighbours in all ranks' banks, the same on every rank.
     Collective: every rank must call.
@@ -54,44 +55,19 @@ def global_knn(
     Args:
         bank: (n, dim), bank_labels (n,), bank_ids (n,) ascending, each id on one rank: this rank's part.
         queries: (m, dim), query_labels (m,): this rank's part.
-        query_ids: (m,), for queries out of the bank itself: each is left out of its own neighbours.
-        memory_mib: bound on what the search needs beyond bank and queries.
+        options: of `search_rounds`. `query_ids` (m,), for queries out of the bank itself, leaves each out of
+            its own neighbours.
 
     Raises:
         ValueError: on every rank alike: labels missing, or what `search_rounds` cannot search.
     """
-    ranks = ranks or Alone()
-    complaint = None
-    try:
-        for name, labels, features in (
-            ("bank_labels", bank_labels, bank),
-            ("query_labels", query_labels, queries),
-        ):
-            if len(features):
-                check_labels(name, labels, len(features), num_classes)
-    except ValueError as error:
-        complaint = str(error)
-    raise_together(complaint, ranks, bank.device)
+    ranks = options.get("ranks") or Alone()
+    named = {"bank_labels": (bank_labels, bank), "query_labels": (query_labels, queries)}
+    raise_together(_complaint(named, num_classes), ranks, bank.device)
     settings = [(k, temperature) for k in ks for temperature in temperatures]
     correct = torch.zeros(len(settings), num_classes, dtype=torch.int64, device=bank.device)
-    place = 0
-    labels_by_id: Tensor | None = None
-    for sims, ids in search_rounds(
-        bank,
-        queries,
-        k=max(ks),
-        bank_ids=bank_ids,
-        query_ids=query_ids,
-        ranks=ranks,
-        memory_mib=memory_mib,
-    ):
-        if labels_by_id is None:  # the search has checked the ids by now
-            labels_by_id = _gather_labels(bank_labels, bank_ids, ranks)
-        truth = query_labels[place : place + len(ids)]
-        place += len(ids)
-        if not len(ids):
-            continue
-        neighbours = labels_by_id[ids]
+    rounds = search_rounds(bank, queries, k=max(ks), bank_ids=bank_ids, **options)
+    for sims, neighbours, truth in _labelled(rounds, bank_labels, bank_ids, query_labels, ranks):
         for row, (k, temperature) in enumerate(settings):
             predicted = knn_vote(
                 sims[:, :k], neighbours[:, :k], temperature=temperature, num_classes=num_classes
@@ -107,10 +83,30 @@ def global_knn(
     )
 
 
-def _gather_labels(labels: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
-    """The labels of the whole bank, at their ids."""
-    last = torch.zeros(ranks.size, dtype=torch.int64, device=ids.device)
-    last[ranks.rank] = ids[-1] if len(ids) else 0
-    table = torch.zeros(int(ranks.sum(last).max()) + 1, dtype=torch.int64, device=ids.device)
-    table[ids] = labels
-    return ranks.sum(table)
+def _complaint(named: dict[str, tuple[Tensor, Tensor]], num_classes: int) -> str | None:
+    try:
+        for name, (labels, features) in named.items():
+            if len(features):
+                check_labels(name, labels, len(features), num_classes)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _labelled(
+    rounds: Iterator[tuple[Tensor, Tensor]],
+    bank_labels: Tensor,
+    bank_ids: Tensor,
+    query_labels: Tensor,
+    ranks: Ranks,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Similarities and labels of the neighbours (m, k), and the queries' own labels (m,), of each round."""
+    place = 0
+    table: Tensor | None = None
+    for sims, ids in rounds:
+        if table is None:  # the search has checked the ids by now
+            table = gather_labels(bank_labels, bank_ids, ranks)
+        truth = query_labels[place : place + len(ids)]
+        place += len(ids)
+        if len(ids):
+            yield sims, table[ids], truth

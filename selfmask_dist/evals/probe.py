@@ -1,9 +1,10 @@
-"""Linear probe: multinomial logistic regression on fixed embeddings.
+"""Linear probe: multinomial logistic regression on fixed embeddings, which ranks may share.
 
     min over V, b of  1/n sum_i CE(V x_i + b, y_i) + l2/2 |V|^2
 
 A convex problem, solved by L-BFGS with the gradient written out, so the result depends on the data and `seed`
-(the validation split) alone. scikit-learn's LogisticRegression is the same problem with C = 1 / (n * l2).
+(the validation split) alone. scikit-learn's LogisticRegression is the same problem with C = 1 / (n * l2). For
+many learning rates and strengths at a time, by SGD, see `probe_heads`.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.evals.checks import check_features, check_labels
+from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, largest, raise_together, share
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _TOLERANCE = 1e-6  # of the largest entry of the gradient
@@ -28,7 +30,9 @@ class ProbeResult:
         l2: the strength used.
         validation: accuracy on the held-out part of the training set by strength; empty with one strength.
         is_converged: False where the final solution stopped at `max_iterations`.
-        predictions: (test samples,) int64 class ids.
+        predictions: (this rank's test samples,) int64 class ids.
+        log_probabilities: (this rank's test samples, classes) of the ids in `classes`.
+        classes: (classes,) int64, the training labels that occur, in order.
     """
 
     accuracy: float
@@ -36,6 +40,8 @@ class ProbeResult:
     validation: dict[float, float]
     is_converged: bool
     predictions: Tensor
+    log_probabilities: Tensor
+    classes: Tensor
 
 
 def linear_probe(
@@ -50,11 +56,14 @@ def linear_probe(
     seed: int = 0,
     max_iterations: int = 500,
     dtype: torch.dtype = torch.float64,
+    ranks: Ranks | None = None,
+    train_ids: Tensor | None = None,
 ) -> ProbeResult:
     """Train a linear classifier on embeddings and test it; the regularisation is chosen on held-out data.
+    Collective if `ranks` is: every rank must call; the accuracies are the same on every rank.
 
     Args:
-        train, test: (samples, dim) embeddings, any float type, on one device.
+        train, test: (samples, dim) embeddings, any float type, on one device: this rank's part.
         train_labels, test_labels: (samples,) class ids; need not be consecutive.
         l2: strengths to choose from. With one there is no validation split.
         standardize: give each dimension mean 0 and deviation 1 over the training samples, so that `l2` means
@@ -63,69 +72,107 @@ def linear_probe(
         seed: of the validation split.
         max_iterations: of L-BFGS, for each fit.
         dtype: of the computation; float32 halves its memory.
+        train_ids: (samples,) numbers from 0 to n - 1 over all ranks, by which the validation split is drawn;
+            without it those of one rank.
 
     Raises:
-        ValueError: features that are not finite, fewer than two classes, or nothing to hold out.
+        ValueError: on every rank alike: features that are not finite, fewer than two classes, or nothing to
+            hold out.
     """
-    check_features("train", train)
-    check_features("test", test)
-    check_labels("train_labels", train_labels, len(train))
-    check_labels("test_labels", test_labels, len(test))
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(f"train has {train.shape[1]} dimensions and test has {test.shape[1]}")
+    ranks = ranks or Alone()
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2 must be strengths above 0, got {tuple(l2)}")
-    classes, targets = train_labels.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"a probe needs at least two classes; every training label is {int(classes[0])}")
+    classes = check_probe(train, train_labels, test, test_labels, ranks)
+    targets = torch.searchsorted(classes, train_labels)
     train, test = train.to(dtype), test.to(dtype)
 
     validation: dict[float, float] = {}
     if len(l2) > 1:
-        is_held_out = _held_out(targets, validation_fraction, seed)
-        fit, held_out = _prepare(train[~is_held_out], train[is_held_out], standardize)
+        is_held_out = held_out(targets, train_ids, validation_fraction, seed, ranks)
+        fit, held = prepare(train[~is_held_out], train[is_held_out], standardize, ranks)
         solution: Tensor | None = None
         for strength in sorted(
             l2, reverse=True
         ):  # from the easiest problem to the hardest, each from the last one's solution
-            solution, _ = _fit(fit, targets[~is_held_out], len(classes), strength, max_iterations, solution)
-            hits = _logits(held_out, solution).argmax(dim=1) == targets[is_held_out]
-            validation[strength] = float(hits.double().mean())
+            solution, _ = _fit(
+                fit, targets[~is_held_out], len(classes), strength, max_iterations, solution, ranks=ranks
+            )
+            hits = logits_of(held, solution).argmax(dim=1) == targets[is_held_out]
+            validation[strength] = share(hits, ranks)
     best = max(validation, key=lambda strength: (validation[strength], strength)) if validation else l2[0]
 
-    fit, test = _prepare(train, test, standardize)
-    solution, is_converged = _fit(fit, targets, len(classes), best, max_iterations)
-    predictions = classes[_logits(test, solution).argmax(dim=1)]
-    accuracy = float((predictions == test_labels).double().mean())
-    return ProbeResult(accuracy, best, validation, is_converged, predictions)
+    fit, test = prepare(train, test, standardize, ranks)
+    solution, is_converged = _fit(fit, targets, len(classes), best, max_iterations, ranks=ranks)
+    logits = logits_of(test, solution)
+    predictions = classes[logits.argmax(dim=1)]
+    accuracy = share(predictions == test_labels, ranks)
+    return ProbeResult(
+        accuracy, best, validation, is_converged, predictions, logits.log_softmax(dim=1), classes
+    )
 
 
-def _held_out(targets: Tensor, fraction: float, seed: int) -> Tensor:
-    """Bool (samples,): of each class with at least two samples that fraction, at least one and never all."""
+def check_probe(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ranks: Ranks
+) -> Tensor:
+    """The class ids (classes,) that occur among all ranks' training labels, in order; errors as above."""
+    complaint = None
+    try:
+        for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
+            if len(features) or ranks.size == 1:  # a rank may have no samples
+                check_features(name, features)
+                check_labels(f"{name}_labels", labels, len(features))
+        if train.shape[1] != test.shape[1]:
+            raise ValueError(f"train has {train.shape[1]} dimensions and test has {test.shape[1]}")
+    except ValueError as error:
+        complaint = str(error)
+    raise_together(complaint, ranks, train.device)
+    length = largest(int(train_labels.max()) + 1 if len(train_labels) else 0, ranks, train.device)
+    counts = ranks.sum(torch.bincount(train_labels, minlength=length))
+    classes = counts.nonzero().flatten()
+    if not len(classes):
+        raise ValueError("no rank has any training samples")
+    if len(classes) < 2:
+        raise ValueError(f"a probe needs at least two classes; every training label is {int(classes[0])}")
+    return classes
+
+
+def held_out(targets: Tensor, ids: Tensor | None, fraction: float, seed: int, ranks: Ranks) -> Tensor:
+    """Bool (samples,): of each class with at least two samples that fraction, at least one and never all; the
+    same samples under any number of ranks.
+    """
     if not 0 < fraction < 1:
         raise ValueError(f"validation_fraction must be between 0 and 1, got {fraction}")
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).to(targets.device)
-    is_held_out = torch.zeros_like(targets, dtype=torch.bool)
-    for target in range(int(targets.max()) + 1):
-        members = order[targets[order] == target]
+    if ids is None:
+        assert ranks.size == 1, "samples of several ranks have ids"
+        ids = torch.arange(len(targets), device=targets.device)
+    everyone = gather_labels(targets, ids, ranks)  # -1 where an id is not used
+    order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).to(targets.device)
+    is_held_out = torch.zeros_like(everyone, dtype=torch.bool)
+    for target in range(int(everyone.max()) + 1):
+        members = order[everyone[order] == target]
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        is_held_out[members[:count]] = True
+        is_held_out[members[: max(count, 0)]] = True
     if not is_held_out.any():
         raise ValueError(
             "every class has a single training sample, so none can be held out to choose l2; give a single l2"
         )
-    return is_held_out
+    return is_held_out[ids]
 
 
-def _prepare(fit: Tensor, other: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
+def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Both with mean 0 and deviation 1 in each dimension, by the statistics of `fit` over all ranks."""
     if not standardize:
         return fit, other
-    deviation, mean = torch.std_mean(fit, dim=0, correction=0)
+    sums = ranks.sum(torch.cat([fit.double().sum(dim=0), fit.new_full((1,), len(fit)).double()]))
+    mean = sums[:-1] / sums[-1]
+    deviation = (ranks.sum((fit.double() - mean).square().sum(dim=0)) / sums[-1]).sqrt()
     deviation = torch.where(deviation > 0, deviation, 1)  # a constant dimension says nothing: it becomes zero
+    mean, deviation = mean.to(fit.dtype), deviation.to(fit.dtype)
     return (fit - mean) / deviation, (other - mean) / deviation
 
 
-def _logits(features: Tensor, solution: Tensor) -> Tensor:
+def logits_of(features: Tensor, solution: Tensor) -> Tensor:
+    """(n, dim) and (dim + 1, classes), the bias last -> (n, classes)."""
     return features @ solution[:-1] + solution[-1]
 
 
@@ -136,12 +183,16 @@ def _fit(
     l2: float,
     max_iterations: int,
     start: Tensor | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> tuple[Tensor, bool]:
     """Solve the problem; returns (dim + 1, classes), the bias last, and whether it converged."""
+    ranks = ranks or Alone()
     shape = (features.shape[1] + 1, num_classes)
     solution = features.new_zeros(shape) if start is None else start.clone()
     solution.grad = torch.zeros_like(solution)
     rows = torch.arange(len(features), device=features.device)
+    num_samples = float(ranks.sum(features.new_tensor([len(features)])))
     optimizer = torch.optim.LBFGS(
         [solution],
         max_iter=max_iterations,
@@ -152,15 +203,17 @@ def _fit(
     )
 
     def loss_and_gradient() -> float:
-        log_p = _logits(features, solution).log_softmax(dim=1)
-        loss = -log_p[rows, targets].mean() + 0.5 * l2 * solution[:-1].square().sum()
+        log_p = logits_of(features, solution).log_softmax(dim=1)
+        loss = -log_p[rows, targets].sum(dim=0, keepdim=True)
         residual = log_p.exp()
         residual[rows, targets] -= 1
-        residual /= len(features)
-        solution.grad = torch.cat(
-            [features.T @ residual + l2 * solution[:-1], residual.sum(dim=0, keepdim=True)]
-        )
-        return float(loss)
+        # one sum over ranks, after which all of them take the same step
+        parts = [(features.T @ residual).flatten(), residual.sum(dim=0), loss]
+        summed = ranks.sum(torch.cat(parts)) / num_samples
+        gradient = summed[:-1].view(shape)
+        gradient[:-1] += l2 * solution[:-1]
+        solution.grad = gradient
+        return float(summed[-1] + 0.5 * l2 * solution[:-1].square().sum())
 
     optimizer.step(loss_and_gradient)
     loss_and_gradient()  # the optimizer leaves the gradient of its last trial

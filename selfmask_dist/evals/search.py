@@ -5,7 +5,7 @@
 
 Nothing is left to chance: of equal similarities the smaller id is the nearer neighbour. Similarities are
 float32. No rank holds more of the bank than its part, and what is computed at a time keeps to a bound in MiB.
-One process alone is the case of one rank. Knows no process groups: `Ranks` is what it needs of one.
+One process alone is the case of one rank.
 """
 
 from __future__ import annotations
@@ -13,45 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from selfmask_dist.evals.checks import check_features
+from selfmask_dist.evals.local_search import Precision, nearest
+from selfmask_dist.evals.ranks import Alone, Ranks, raise_together
 
 MEMORY_MIB = 256
 _MAX_QUERIES = 1024  # at once; more does not make the product faster
 _MIN_BLOCK = 256
-
-
-class Ranks(Protocol):
-    """This process among those that share the bank; `parallel.World` is one."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def size(self) -> int: ...
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks."""
-        ...
-
-    def all_to_all(self, tensor: Tensor) -> Tensor:
-        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r."""
-        ...
-
-
-class Alone:
-    """A process without others."""
-
-    rank, size = 0, 1
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def all_to_all(self, tensor: Tensor) -> Tensor:
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -112,32 +86,28 @@ class Plan:
         )
 
 
-def search(
-    bank: Tensor,
-    queries: Tensor,
-    *,
-    k: int,
-    bank_ids: Tensor | None = None,
-    query_ids: Tensor | None = None,
-    ranks: Ranks | None = None,
-    memory_mib: float = MEMORY_MIB,
-) -> tuple[Tensor, Tensor]:
+class SearchOptions(TypedDict, total=False):
+    """Options of `search_rounds`, where they are explained."""
+
+    query_ids: Tensor | None
+    ranks: Ranks | None
+    memory_mib: float
+    precision: Precision
+
+
+class BankOptions(SearchOptions, total=False):
+    """Those, and the bank's ids, which a search for labels has anyway."""
+
+    bank_ids: Tensor | None
+
+
+def search(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[BankOptions]) -> tuple[Tensor, Tensor]:
     """The k nearest neighbours of this rank's queries in the whole bank; see `search_rounds`.
 
     Returns:
         Similarities (m, k) float32, nearest first, and ids (m, k) int64.
     """
-    rounds = list(
-        search_rounds(
-            bank,
-            queries,
-            k=k,
-            bank_ids=bank_ids,
-            query_ids=query_ids,
-            ranks=ranks,
-            memory_mib=memory_mib,
-        )
-    )
+    rounds = list(search_rounds(bank, queries, k=k, **options))
     return torch.cat([sims for sims, _ in rounds]), torch.cat([ids for _, ids in rounds])
 
 
@@ -150,6 +120,7 @@ def search_rounds(
     query_ids: Tensor | None = None,
     ranks: Ranks | None = None,
     memory_mib: float = MEMORY_MIB,
+    precision: Precision = "float32",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The k nearest neighbours of a block of this rank's queries at a time, in their order; on every rank
     equally often, with blocks of no rows where a rank has fewer queries. Collective: every rank must call,
@@ -161,6 +132,8 @@ def search_rounds(
         bank_ids: (n,) int64, ascending, below 2^31, each on one rank; 0 ... n - 1 where there is one rank.
         query_ids: (m,), to leave out of each query's neighbours the sample with its own id.
         memory_mib: bound on what is needed beyond bank and queries.
+        precision: of the products that find candidates. bf16 gives the same neighbours (see `local_search`),
+            sooner where the processor multiplies bf16 faster.
 
     Raises:
         ValueError: on every rank alike: k is more than the bank holds, features that are not finite or do not
@@ -193,7 +166,7 @@ def search_rounds(
     )
     for start in range(0, most_queries, plan.queries):
         mine = queries[start : start + plan.queries]
-        sims, ids = _round(bank, bank_ids, mine, found, plan, ranks)
+        sims, ids = _round(bank, bank_ids, mine, found, plan, ranks, precision)
         if query_ids is not None:
             sims, ids = _without(query_ids[start : start + plan.queries], sims, ids)
         yield sims, ids
@@ -216,26 +189,22 @@ def _complaint(bank: Tensor, bank_ids: Tensor, queries: Tensor, ranks: Ranks) ->
     return None
 
 
-def raise_together(complaint: str | None, ranks: Ranks, device: torch.device) -> None:
-    """No rank is left waiting for one that raised."""
-    complaints = torch.zeros(ranks.size, dtype=torch.int64, device=device)
-    complaints[ranks.rank] = complaint is not None
-    complaints = ranks.sum(complaints)
-    if complaint is not None:
-        raise ValueError(complaint)
-    if complaints.any():
-        raise ValueError(f"rank {int(complaints.argmax())} cannot search; its own error says why")
-
-
 def _round(
-    bank: Tensor, bank_ids: Tensor, mine: Tensor, k: int, plan: Plan, ranks: Ranks
+    bank: Tensor,
+    bank_ids: Tensor,
+    mine: Tensor,
+    k: int,
+    plan: Plan,
+    ranks: Ranks,
+    precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """The neighbours of one block of queries of this rank, while it helps with everybody's."""
     sent = mine.new_zeros(plan.queries, mine.shape[1])  # ranks that have no more queries send zeros
     sent[: len(mine)] = mine
     everyone = ranks.all_to_all(sent.expand(ranks.size, *sent.shape)).flatten(0, 1)
-    sims, ids = _search_part(bank, bank_ids, F.normalize(everyone.float()), k, plan.block)
-    del sent, everyone
+    normalised = F.normalize(everyone.float())
+    sims, ids = nearest(bank, bank_ids, normalised, k, block=plan.block, precision=precision)
+    del sent, everyone, normalised
     shape = (ranks.size, plan.queries, k)
     sims = ranks.all_to_all(sims.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
     ids = ranks.all_to_all(ids.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
@@ -244,38 +213,6 @@ def _round(
         sims, order = sims.gather(1, order).sort(dim=1, descending=True, stable=True)
         ids = ids.gather(1, order)
     return sims[:, :k].contiguous(), ids[:, :k].long()
-
-
-def _search_part(
-    bank: Tensor, bank_ids: Tensor, queries: Tensor, k: int, block: int
-) -> tuple[Tensor, Tensor]:
-    """The k best of this part, (m, k) float32 and int32; where it has fewer, the rest is -infinity."""
-    sims = queries.new_full((len(queries), k), -torch.inf)
-    ids = torch.full((len(queries), k), 2**31 - 1, dtype=torch.int32, device=queries.device)
-    for start in range(0, len(bank), block):
-        rows = slice(start, start + block)
-        block_sims, columns = _top(queries @ F.normalize(bank[rows].float()).T, k)
-        block_ids = bank_ids[rows].int()[columns]
-        # both parts are in order and the ids so far are smaller: a stable sort keeps the smaller id first
-        sims, order = torch.cat([sims, block_sims], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([ids, block_ids], dim=1).gather(1, order)
-        sims, ids = sims[:, :k], ids[:, :k]
-    return sims.contiguous(), ids.contiguous()
-
-
-def _top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in order, equal ones by column: a stable sort at the price of topk."""
-    if sims.shape[1] <= k:
-        return sims.sort(dim=1, descending=True, stable=True)
-    values, columns = sims.topk(k + 1, dim=1)
-    is_cut_tied = values[:, k - 1] == values[:, k]  # which of the equal ones topk kept is then undefined
-    columns = columns[:, :k].sort(dim=1).values
-    values, order = sims.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, order)
-    if is_cut_tied.any():  # device sync, once for each block
-        values_tied, columns_tied = sims[is_cut_tied].sort(dim=1, descending=True, stable=True)
-        values[is_cut_tied], columns[is_cut_tied] = values_tied[:, :k], columns_tied[:, :k]
-    return values, columns
 
 
 def _without(query_ids: Tensor, sims: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,12 @@
+"""`selfmask eval`: what masks are worth, from embeddings made once.
+
+command   words of the command line -> subject, kinds, table, files
+subject   a run, mask file or cascade -> views, and their embeddings in stores
+kinds     KINDS: name -> function(subject, options) -> Results; a new kind is an entry
+results   one JSON format for all kinds, and a table
+plots     lines and bars
+"""
+
+from selfmask_dist.eval_command.command import add_command
+
+__all__ = ["add_command"]

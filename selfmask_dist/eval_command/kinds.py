@@ -1,0 +1,321 @@
+"""The kinds of evaluation, functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfmask_dist import evals
+from selfmask_dist.eval_command.plots import draw_bars, draw_lines
+from selfmask_dist.eval_command.results import Results, Row, UnavailableError
+from selfmask_dist.eval_command.subject import Subject
+from selfmask_dist.evals.global_knn import KS, TEMPERATURES
+from selfmask_dist.evals.local_search import Precision
+from selfmask_dist.evals.low_shot import SHARES
+from selfmask_dist.store import Rows
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line chooses. ks: none for the usual ones. memory_mib: of the search, in MiB."""
+
+    ks: tuple[int, ...] = ()
+    precision: Precision = "float32"
+    memory_mib: float = 256
+    tries: int = 5
+    epochs: int = 100
+
+
+def measure_knn(subject: Subject, options: Options) -> Results:
+    """k-NN over all training images, for every k and temperature; and each training image by the others."""
+    notes = subject.require_labels("knn")
+    first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
+    temperature = subject.config.eval.knn_temperature
+    size = int((subject.sources["train"].labels >= 0).sum())
+    if size < 2:
+        raise UnavailableError("k-NN needs two training images with a label")
+    ks = sorted(options.ks or {*KS, *subject.config.eval.knn_k})
+    if not options.ks and max(ks) >= size:  # of those asked for, the search says which is too large
+        notes.append(
+            f"the bank holds {size} images: k = {', '.join(str(k) for k in ks if k >= size)} left out"
+        )
+        ks = [k for k in ks if k < size]
+        first = min(first, max(ks))
+    temperatures = tuple(dict.fromkeys((temperature, *TEMPERATURES)))
+    search: dict[str, Any] = {
+        "ranks": subject.world,
+        "memory_mib": options.memory_mib,
+        "precision": options.precision,
+    }
+    rows, details = [], {}
+    for view in subject.views:
+        bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
+        found = _knn(bank, queries, subject, ks, temperatures, **search)
+        some = _evenly_spaced(bank, subject)
+        others = min(first, size - 1)
+        left_out = _knn(bank, some, subject, [others], [temperature], query_ids=some.ids, **search)
+        values: dict[str, float | None] = {f"knn{first}": found.accuracy[first, temperature]}
+        values |= {f"knn{k}": found.accuracy[k, temperature] for k in ks}
+        values[f"knn{first} balanced"] = found.balanced[first, temperature]
+        values[f"knn{first} plain vote"] = found.accuracy[first, math.inf]
+        values[f"knn{first} of train"] = left_out.accuracy[others, temperature]
+        rows.append(Row(view.name, values))
+        details[view.name] = {
+            "accuracy": {_name(s): value for s, value in found.accuracy.items()},
+            "balanced": {_name(s): value for s, value in found.balanced.items()},
+            "per_class": found.per_class[first, temperature].tolist(),
+        }
+    series = {row.name: [row.values[f"knn{k}"] for k in ks] for row in rows}
+    return Results(
+        "knn",
+        list(rows[0].values),
+        rows,
+        baseline="frozen",
+        settings={"k": ks, "temperature": temperature, "temperatures": [_number(t) for t in temperatures]},
+        details={"classes": list(subject.classes), "views": details},
+        notes=notes,
+        plot=lambda path: draw_lines(
+            path, ks, series, xlabel="neighbours", title=f"k-NN, temperature {temperature:g}"
+        ),
+    )
+
+
+def _knn(
+    bank: Rows, queries: Rows, subject: Subject, ks: Any, temperatures: Any, **search: Any
+) -> evals.KNNResult:
+    return evals.global_knn(
+        bank.features,
+        bank.labels,
+        bank.ids,
+        queries.features,
+        queries.labels,
+        num_classes=subject.num_classes,
+        ks=ks,
+        temperatures=temperatures,
+        **search,
+    )
+
+
+def _evenly_spaced(bank: Rows, subject: Subject) -> Rows:
+    """At most `eval.monitor_samples` of all ranks' training samples, the same under any number of ranks."""
+    total, limit = len(subject.sources["train"]), subject.config.eval.monitor_samples
+    wanted = np.linspace(0, total - 1, min(total, limit)).round().astype(np.int64)
+    chosen = torch.isin(bank.ids, torch.from_numpy(wanted).to(bank.ids.device))
+    return Rows(bank.features[chosen], bank.labels[chosen], bank.ids[chosen])
+
+
+def measure_probe(subject: Subject, options: Options) -> Results:
+    """Linear probes: logistic regression by L-BFGS, and the best of many (rate, decay) pairs by SGD."""
+    notes = subject.require_labels("probe")
+    rows, details, probes = [], {}, {}
+    for view in subject.views:
+        bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
+        parts = (bank.features, bank.labels, queries.features, queries.labels)
+        common: dict[str, Any] = {
+            "seed": subject.config.seed,
+            "ranks": subject.world,
+            "train_ids": bank.ids,
+        }
+        probe = evals.linear_probe(*parts, **common)
+        heads = evals.probe_heads(*parts, epochs=options.epochs, **common)
+        probes[view.name] = probe
+        rows.append(Row(view.name, {"probe": probe.accuracy, "probe by SGD": heads.accuracy}))
+        if not probe.is_converged:
+            notes.append(f"{view.name}: the probe stopped before it converged")
+        details[view.name] = {
+            "l2": probe.l2,
+            "validation": probe.validation,
+            "lr": heads.lr,
+            "weight_decay": heads.weight_decay,
+            "heads": [
+                {"lr": lr, "weight_decay": decay, "validation": value, "epochs": heads.epochs[lr, decay]}
+                for (lr, decay), value in heads.validation.items()
+            ],
+        }
+    for members in (view.members for view in subject.views if view.members):
+        labels = subject.rows(members[0], "test").labels
+        accuracy = evals.mean_logits_accuracy([probes[view.name] for view in members], labels, subject.world)
+        rows.append(Row("mean of logits", {"probe": accuracy}))
+    columns = ["probe", "probe by SGD"]
+    return Results(
+        "probe",
+        columns,
+        rows,
+        baseline="frozen",
+        settings={"epochs": options.epochs, "seed": subject.config.seed},
+        details={"views": details},
+        notes=notes,
+        plot=_bars(columns, rows, "Linear probes"),
+    )
+
+
+def measure_low_shot(subject: Subject, options: Options) -> Results:
+    """A probe on few labels of each class, several times."""
+    notes = subject.require_labels("lowshot")
+    rows, details, columns = [], {}, {}
+    for view in subject.views:
+        bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
+        found = evals.low_shot(
+            bank.features,
+            bank.labels,
+            bank.ids,
+            queries.features,
+            queries.labels,
+            tries=options.tries,
+            seed=subject.config.seed,
+            ranks=subject.world,
+        )
+        columns = {share: f"{100 * share:g} %" for share in found}
+        rows.append(
+            Row(
+                view.name,
+                {name: found[share].mean for share, name in columns.items()},
+                {name: found[share].spread for share, name in columns.items()},
+            )
+        )
+        details[view.name] = {
+            name: {"labels_per_class": found[share].per_class, "accuracies": list(found[share].accuracies)}
+            for share, name in columns.items()
+        }
+    missing = [share for share in SHARES if share not in columns]
+    if missing:
+        shares = ", ".join(f"{100 * share:g} %" for share in missing)
+        notes.append(f"left out, for less than one label per class: {shares}")
+    if not columns:
+        raise UnavailableError(
+            f"data.train has too few labels: even {max(SHARES):.0%} is less than one per class"
+        )
+    names = list(columns.values())
+    xs = [100 * share for share in columns]
+    return Results(
+        "lowshot",
+        names,
+        rows,
+        baseline="frozen",
+        settings={"tries": options.tries, "shares": list(columns), "seed": subject.config.seed, "c": 1.0},
+        details={"views": details},
+        notes=notes,
+        plot=lambda path: draw_lines(
+            path,
+            xs,
+            {row.name: [row.values[name] for name in names] for row in rows},
+            spread={row.name: [row.spread[name] for name in names] for row in rows},
+            xlabel="labels (%)",
+            title=f"Probe on few labels, mean of {options.tries} draws",
+        ),
+    )
+
+
+def measure_zero_shot(subject: Subject, _options: Options) -> Results:
+    """The class whose prompts' text embedding is nearest; for open_clip backbones."""
+    notes = subject.require_labels("zeroshot")
+    backbone = subject.backbone
+    if backbone.text_embeddings is None:
+        raise UnavailableError(
+            f"{backbone.spec.name} has no text tower with weights, which zeroshot needs; an open_clip "
+            "backbone with a pretrained tag or a whole CLIP model's file has one"
+        )
+    if not subject.classes:
+        raise UnavailableError("the data names no classes, which zeroshot needs for its prompts")
+    from selfmask_dist.objectives.supervised import embed_classes
+
+    prompts = subject.config.objective.prompts
+    texts: dict[str, Tensor] = {"all prompts": embed_classes(backbone, subject.classes, prompts)}
+    if len(prompts) > 1:
+        texts |= {prompt: embed_classes(backbone, subject.classes, [prompt]) for prompt in prompts}
+    rows, details = [], {}
+    for view in subject.views:
+        if view.mode is not None or view.whiten:
+            continue  # no longer in the space of the texts
+        queries = subject.rows(view, "test")
+        found = {
+            name: evals.zero_shot(queries.features, queries.labels, text, ranks=subject.world)
+            for name, text in texts.items()
+        }
+        top1, top5 = found["all prompts"]
+        rows.append(Row(view.name, {"zeroshot": top1, "zeroshot top 5": top5}))
+        details[view.name] = {name: accuracy for name, (accuracy, _) in found.items()}
+    columns = ["zeroshot", "zeroshot top 5"]
+    return Results(
+        "zeroshot",
+        columns,
+        rows,
+        baseline="frozen",
+        settings={"prompts": list(prompts)},
+        details={"classes": list(subject.classes), "views": details},
+        notes=notes,
+        plot=_bars(columns, rows, "Zero-shot"),
+    )
+
+
+def measure_label_free(subject: Subject, options: Options) -> Results:
+    """What needs no label: dimensions used, collapse, and how many of the frozen neighbours are kept."""
+    size = len(subject.sources["train"])
+    k = min(subject.config.eval.knn_k[0], size)
+    rows, spectra = [], {}
+    reference: Tensor | None = None
+    for view in subject.views:
+        bank = subject.rows(view, "train", labelled=False)
+        queries = subject.rows(view, "test", labelled=False)
+        shape = evals.measure_shape(bank.features, subject.world)
+        near = evals.neighbours(
+            bank.features,
+            queries.features,
+            k=k,
+            bank_ids=bank.ids,
+            ranks=subject.world,
+            memory_mib=options.memory_mib,
+            precision=options.precision,
+        )
+        reference = near if reference is None else reference
+        values: dict[str, float | None] = {
+            "effective rank": shape.effective_rank,
+            "mean cosine": shape.mean_cosine,
+            f"frozen's {k} neighbours kept": evals.kept(near, reference, subject.world),
+        }
+        rows.append(Row(view.name, values))
+        spectra[view.name] = shape.spectrum.tolist()
+    length = min(map(len, spectra.values()))
+    return Results(
+        "labelfree",
+        list(rows[0].values),
+        rows,
+        baseline="frozen",
+        settings={"k": k, "not_accuracies": True},
+        details={"spectra": spectra},
+        plot=lambda path: draw_lines(
+            path,
+            range(1, length + 1),
+            {name: spectrum[:length] for name, spectrum in spectra.items()},
+            xlabel="principal direction",
+            title="Share of the variance",
+            ylabel="share",
+        ),
+    )
+
+
+KINDS: dict[str, Callable[[Subject, Options], Results]] = {
+    "knn": measure_knn,
+    "probe": measure_probe,
+    "lowshot": measure_low_shot,
+    "zeroshot": measure_zero_shot,
+    "labelfree": measure_label_free,
+}
+
+
+def _bars(columns: list[str], rows: list[Row], title: str) -> Callable[[Any], None]:
+    values = {row.name: [row.values.get(column) for column in columns] for row in rows}
+    return lambda path: draw_bars(path, columns, values, title)
+
+
+def _name(setting: tuple[int, float]) -> str:
+    k, temperature = setting
+    return f"k={k} T={_number(temperature)}"
+
+
+def _number(temperature: float) -> float | str:
+    return "plain" if math.isinf(temperature) else temperature

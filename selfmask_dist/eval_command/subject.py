@@ -1,0 +1,386 @@
+"""What is evaluated: a run, mask files of one backbone, or a cascade; its views and their embeddings.
+
+    DIR/embeddings/<view>/{train,test}     stores: made once, found again by where they come from
+
+A store is reused where encoder, mask, preprocessing and data are those it was made with; otherwise the
+difference is named. A chunk that is missing or damaged is made again. The backbone is built only where
+something has to be embedded: a second evaluation takes no model at all. A cascade's run has its stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfmask_dist import artifact, data, evals
+from selfmask_dist.assembly import build_backbone, open_data
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.cascade import fit_pca
+from selfmask_dist.cascade_model import DISPATCHER, Cascade, MaskSwitch, load_cascade
+from selfmask_dist.config import Config, load_config
+from selfmask_dist.eval_command.results import UnavailableError
+from selfmask_dist.parallel import World
+from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
+
+SPLITS = ("train", "test")
+MODES = ("conditional", "unconditional")
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to embed an image, by its name in tables.
+
+    folder: of its stores. mask: None for the frozen weights. mode: of a cascade's combination. made_with:
+    what its stores' provenance says of the mask. whiten: after a whitened PCA of the training embeddings.
+    members: the mean of these views' embeddings.
+    """
+
+    name: str
+    folder: str = ""
+    mask: artifact.Mask | None = None
+    mode: str | None = None
+    made_with: str = ""
+    whiten: bool = False
+    members: tuple[View, ...] = ()
+
+
+class Subject:
+    """Made by `open_subject`. What embeds or reads embeddings is collective: every rank must call.
+
+    Attributes:
+        paths: as given. kind: run, cascade or mask. directory: where embeddings/ and eval/ go.
+        masks: of all files, by name; reading them builds no backbone.
+        views: the frozen one first.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        kind: str,
+        config: Config,
+        world: World,
+        directory: Path,
+        files: dict[str, artifact.MaskFile],
+        views: list[View],
+        report: Callable[[str], None],
+        *,
+        trusts_files: bool,
+    ) -> None:
+        self.paths = list(paths)
+        self.kind = kind
+        self.config = config
+        self.world = world
+        self.directory = directory
+        self.views = views
+        self.masks = {view.name: view.mask for view in views if view.mask is not None}
+        self._files = files
+        self._report = report
+        self._trusts_files = trusts_files
+        self._ready: set[str] = set()
+
+    def about(self) -> dict[str, Any]:
+        """Of the subject, for a result's file."""
+        name, fingerprint = self.config.backbone.name, ""
+        for file in self._files.values():
+            name, fingerprint = file.backbone or name, file.backbone_fingerprint
+        sections = self.config.data
+        return {
+            "subjects": [str(path) for path in self.paths],
+            "subject_kind": self.kind,
+            "backbone": {"name": name, "fingerprint": fingerprint or self.backbone.spec.fingerprint},
+            "data": {
+                split: {
+                    "path": getattr(sections, split),
+                    "samples": len(source),
+                    "classes": len(source.classes),
+                }
+                for split, source in (self.sources.items() if sections.train is not None else ())
+            },
+        }
+
+    # ---- data and labels
+
+    @cached_property
+    def sources(self) -> dict[str, data.Source]:
+        return dict(zip(SPLITS, open_data(self.config, require_labels=False), strict=True))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.sources["train"].classes
+
+    @cached_property
+    def num_classes(self) -> int:
+        return max(len(self.classes), *(int(source.labels.max()) + 1 for source in self.sources.values()))
+
+    def require_labels(self, what: str) -> list[str]:
+        """Notes on images that are left out for want of a label.
+
+        Raises:
+            UnavailableError: a split has no labels at all.
+        """
+        notes = []
+        for split, source in self.sources.items():
+            missing = int((source.labels < 0).sum())
+            if missing == len(source):
+                raise UnavailableError(
+                    f"data.{split} has no labels, which {what} needs; labelfree gives what can be told "
+                    "without"
+                )
+            if missing:
+                notes.append(
+                    f"{missing} of {len(source)} images of data.{split} have no label and are left out"
+                )
+        return notes
+
+    # ---- embeddings
+
+    def rows(self, view: View, split: str, *, labelled: bool = True) -> Rows:
+        """This rank's samples of a view on its device, ids ascending; with `labelled`, those with a label."""
+        if view.members:
+            parts = [self.rows(member, split, labelled=labelled) for member in view.members]
+            return replace(parts[0], features=evals.mean_embedding([part.features for part in parts]))
+        rows = self._read(view, split)
+        if view.whiten:
+            bank = rows if split == "train" else self._read(view, "train")
+            pca = fit_pca(
+                [bank.features],
+                num_components=bank.features.shape[1],
+                all_reduce=self._sum,
+                at_most=True,
+            )
+            rows = replace(rows, features=pca.transform(rows.features, whiten=True))
+        if labelled:
+            chosen = rows.labels >= 0
+            rows = Rows(rows.features[chosen], rows.labels[chosen], rows.ids[chosen])
+        return rows
+
+    def _read(self, view: View, split: str) -> Rows:
+        self.embed(view)
+        store = EmbeddingStore.open(self._path(view, split))
+        rows = store.read_slice(self.world.rank, self.world.size)
+        # the class list is this evaluation's, not that of the day of embedding
+        labels = torch.from_numpy(self.sources[split].labels[rows.ids.numpy()])
+        return Rows(rows.features, labels, rows.ids).to(self.world.device)
+
+    def embed(self, view: View) -> None:
+        """Make what the view's stores lack."""
+        if view.folder in self._ready:
+            return
+        for split in SPLITS:
+            store = self._store(view, split)
+            lacking = torch.tensor([len(store.missing(self.world.rank, self.world.size))])
+            if self._sum(lacking.to(self.world.device)).item():
+                self._report(f"embedding data.{split}, {view.name}")
+                embed_to_store(
+                    self._encoder(view),
+                    self.sources[split],
+                    data.eval_transform(self.backbone.spec.preprocessing),
+                    store,
+                    batch_size=self.config.eval.batch_size,
+                    rank=self.world.rank,
+                    world_size=self.world.size,
+                    num_workers=self.config.engine.workers,
+                    device=self.world.device,
+                    all_reduce=self._sum,
+                    report=self._report,
+                )
+        self.world.barrier()
+        self._ready.add(view.folder)
+
+    def _store(self, view: View, split: str) -> EmbeddingStore:
+        path, source, batch = self._path(view, split), self.sources[split], self.config.eval.batch_size
+        there = EmbeddingStore.describe(path)
+        fingerprint, preprocessing = self._encoder_identity()
+        return EmbeddingStore.create(
+            path,
+            num_samples=len(source),
+            dim=self._dim(view) if there is None else there.dim,
+            provenance={
+                "backbone": fingerprint,
+                "preprocessing": json.dumps(preprocessing, sort_keys=True),
+                "data": json.dumps(source.identity, sort_keys=True),
+                "made with": view.made_with,
+            },
+            dtype=self.config.cascade.store_dtype if there is None else there.dtype,
+            chunk_size=batch * min(max(len(source) // (64 * batch), 1), 16)
+            if there is None
+            else there.chunk_size,
+        )
+
+    def _path(self, view: View, split: str) -> Path:
+        return self.directory / "embeddings" / view.folder / split
+
+    def _encoder_identity(self) -> tuple[str, dict[str, Any]]:
+        """Fingerprint and preprocessing: the mask file's, unless the backbone's settings were changed."""
+        if self._trusts_files and self._files:
+            file = next(iter(self._files.values()))
+            if file.backbone_fingerprint and file.preprocessing:
+                return file.backbone_fingerprint, file.preprocessing
+        spec = self.backbone.spec
+        return spec.fingerprint, spec.preprocessing.to_dict()
+
+    def _dim(self, view: View) -> int:
+        if view.mode is not None:
+            return self._cascade.combinations[view.mode].output_dim
+        return self.backbone.spec.dim
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        backbone = build_backbone(self.config)
+        for path, file in self._files.items():
+            if file.backbone_fingerprint and file.backbone_fingerprint != backbone.spec.fingerprint:
+                raise ValueError(
+                    f"{path} is of a backbone with fingerprint {file.backbone_fingerprint[:12]} "
+                    f"({file.backbone or 'not named'}), and {backbone.spec.name} as configured has "
+                    f"{backbone.spec.fingerprint[:12]}; give its settings with --config or backbone.*=..."
+                )
+        backbone.encoder.to(self.world.device)
+        return backbone
+
+    @cached_property
+    def _cascade(self) -> Cascade:
+        (path,) = self._files
+        return load_cascade(path, self.backbone.encoder)
+
+    @cached_property
+    def _switch(self) -> MaskSwitch:
+        return self._cascade.switch if self.kind == "cascade" else MaskSwitch(self.backbone.encoder)
+
+    def _encoder(self, view: View) -> Callable[[Tensor], Tensor]:
+        def encode(images: Tensor) -> Tensor:
+            if view.mode is not None:
+                return self._cascade.embed(images, mode=view.mode)
+            self._switch.use(view.mask)
+            features: Tensor = self._switch.encoder(images)
+            return features
+
+        return encode
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.world.sum(tensor.clone())
+
+
+def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data: str | None) -> Config:
+    """The settings for a subject: --config, else the config.yaml of its run, else the defaults with
+    the backbone that the mask file names; then --data, then key=value.
+    """
+    changes = [] if data is None else ["data.subset=null", *_splits_in(Path(data))]
+    changes += overrides
+    beside = (path if path.is_dir() else path.parent) / "config.yaml"
+    if given is None and beside.exists():
+        given = str(beside)
+    elif given is None and path.is_file():
+        name = artifact.read_mask_file(path).backbone
+        if name and not any(change.startswith("backbone.name=") for change in changes):
+            changes.insert(0, f"backbone.name={name}")
+    return load_config(given, changes)
+
+
+def _splits_in(folder: Path) -> list[str]:
+    """Settings for the train and test data in a folder."""
+    settings = []
+    for split in SPLITS:
+        found = [place for place in (folder / split, folder / f"{split}.tar") if place.exists()]
+        if not found:
+            raise ValueError(f"--data {folder} holds no {split} folder and no {split}.tar")
+        settings.append(f"data.{split}={found[0]}")
+    return settings
+
+
+def open_subject(
+    paths: Sequence[Path],
+    config: Config,
+    world: World,
+    *,
+    out: Path | None,
+    report: Callable[[str], None],
+    trusts_files: bool,
+) -> Subject:
+    """What the paths name: one run, one cascade, or masks of one backbone.
+
+    Raises:
+        ValueError: a folder that is no run, masks of different backbones, or several subjects and no `out`.
+    """
+    if len(paths) > 1 and out is None:
+        raise ValueError("several subjects have no folder in common: give one with --out")
+    directory = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
+    files = {str(found): artifact.read_mask_file(found) for path in paths if (found := _mask_path(path))}
+    if len({file.backbone_fingerprint for file in files.values()}) > 1:
+        raise ValueError(f"these masks are of different backbones: {', '.join(files)}")
+    kind = "run" if paths[0].is_dir() else "mask"
+    views = [View("frozen", "frozen")]
+    first = next(iter(files.values()), None)
+    if len(files) == 1 and first is not None and any(name.startswith("router.") for name in first.tensors):
+        kind = "cascade"
+        views += _cascade_views(Path(next(iter(files))), first)
+    else:
+        views += _mask_views(files, config, is_alone=len(paths) == 1)
+    if not files:
+        report(f"{paths[0]} holds no mask: only the frozen backbone is measured")
+    return Subject(paths, kind, config, world, directory, files, views, report, trusts_files=trusts_files)
+
+
+def _mask_path(path: Path) -> Path | None:
+    """Where the mask of a run or a file is; None for a run without one."""
+    if not path.is_dir():
+        return path
+    if not (path / "config.yaml").exists():
+        raise ValueError(f"{path} is not a run: it has no config.yaml")
+    for name in ("cascade.mask", "final.mask"):
+        if (path / name).exists():
+            return path / name
+    if (path / DISPATCHER).exists():
+        raise ValueError(f"{path} is a cascade that is not finished: it has no cascade.mask yet")
+    return None
+
+
+def _cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
+    """In a run's folder the stores are the run's, known by the files that they were made with."""
+    of_run = {
+        DISPATCHER: path.parent / DISPATCHER / "final.mask",
+        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in MODES},
+    }
+    made_with = {
+        name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
+        for name, place in of_run.items()
+    }
+    masked = View("self-masked", DISPATCHER, mask=file.masks[DISPATCHER], made_with=made_with[DISPATCHER])
+    frozen = View("frozen, whitened", "frozen", whiten=True)
+    return [
+        masked,
+        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in MODES),
+        frozen,
+        replace(masked, name="self-masked, whitened", whiten=True),
+    ]
+
+
+def _mask_views(files: dict[str, artifact.MaskFile], config: Config, *, is_alone: bool) -> list[View]:
+    views: list[View] = []
+    for path, file in files.items():
+        for name, mask in file.masks.items():
+            is_only = is_alone and len(file.masks) == 1
+            kind = "self-masked" if config.objective.name == "swav" else "masked"
+            place = Path(path)
+            title = place.parent.name if place.name == "final.mask" else place.stem
+            if len(file.masks) > 1:
+                title = f"{title}:{name}"
+            while title in {view.name for view in views}:
+                title += "'"
+            folder = "masked" if is_only else title.replace("/", "_").replace(":", "_")
+            made_with = _sha256(place) + (f" {name}" if len(file.masks) > 1 else "")
+            views.append(View(kind if is_only else title, folder, mask=mask, made_with=made_with))
+    if len(views) > 1:
+        views.append(View("mean of embeddings", members=tuple(views)))
+    return views
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,73 @@
+"""What evaluations need of the processes that share their samples, and the few sums that they all make.
+
+Knows no process groups: `parallel.World` is such `Ranks`, and `Alone` is one process without others.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    """This process among those that share the samples; `parallel.World` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks; may be in place."""
+        ...
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r."""
+        ...
+
+
+class Alone:
+    """A process without others."""
+
+    rank, size = 0, 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def raise_together(complaint: str | None, ranks: Ranks, device: torch.device) -> None:
+    """No rank is left waiting for one that raised. Collective: every rank must call."""
+    complaints = torch.zeros(ranks.size, dtype=torch.int64, device=device)
+    complaints[ranks.rank] = complaint is not None
+    complaints = ranks.sum(complaints)
+    if complaint is not None:
+        raise ValueError(complaint)
+    if complaints.any():
+        raise ValueError(f"rank {int(complaints.argmax())} cannot go on; its own error says why")
+
+
+def largest(value: int, ranks: Ranks, device: torch.device) -> int:
+    """The largest of all ranks' values, 0 or more. Collective."""
+    values = torch.zeros(ranks.size, dtype=torch.int64, device=device)
+    values[ranks.rank] = value
+    return int(ranks.sum(values).max())
+
+
+def gather_labels(labels: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
+    """The labels of all ranks' samples, at their ids; -1 where no rank has that id. 8 bytes a sample.
+    Collective.
+    """
+    length = largest(int(ids.max()) + 1 if len(ids) else 0, ranks, ids.device)
+    table = torch.zeros(length, dtype=torch.int64, device=ids.device)
+    table[ids] = labels + 1
+    return ranks.sum(table) - 1
+
+
+def share(hits: Tensor, ranks: Ranks) -> float:
+    """The share of true entries among those of all ranks. Collective."""
+    counts = ranks.sum(torch.stack([hits.sum(), hits.sum().new_full((), hits.numel())]))
+    return float(counts[0].double() / counts[1])
