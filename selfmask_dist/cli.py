@@ -1,4 +1,5 @@
-"""The command line: `selfmask train | config | plan | inspect | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask train | config | plan | inspect | report | data | status | logs | checkpoints |
+demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from selfmask_dist import exit_status, status
+from selfmask_dist import exit_status, report, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
@@ -46,7 +47,12 @@ def _config(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact import describe_file
 
-    print(describe_file(options.path))
+    if len(options.paths) == 1:
+        print(describe_file(options.paths[0]))
+        return
+    from selfmask_dist.mask_comparison import masks, read_subjects, table
+
+    print(table(masks(read_subjects(options.paths))))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -114,10 +120,15 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
         )
         command.set_defaults(command=function)
-    inspect = commands.add_parser("inspect", help="show what a mask file holds")
-    inspect.add_argument("path", metavar="FILE")
+    inspect = commands.add_parser(
+        "inspect", help="show what a mask file holds, or how alike several masks are"
+    )
+    inspect.add_argument(
+        "paths", nargs="+", metavar="FILE", help="mask files; of several, also runs' folders"
+    )
     inspect.set_defaults(command=_inspect)
     status.add_commands(commands)
+    report.add_command(commands)
     plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
     plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")

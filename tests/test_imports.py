@@ -78,6 +78,14 @@ TABLE = {
         ("submitit", "torch.optim", *MODELS),
     ),
     "cascade_model": Rule(("artifact", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
+    "mask_comparison": Rule(
+        ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
+    "mask_plot": Rule(("evals", "mask_comparison"), ("torch.distributed", "torch.optim", *MODELS)),
+    # reads files alone: a run's folder looks the same wherever it was trained
+    "report": Rule(
+        ("config_yaml", "evals", "mask_comparison", "status"), ("torch", "torch.distributed", *MODELS)
+    ),
     "cascade_plot": Rule(("artifact",), ("torch.distributed", "torch.optim", *MODELS)),
     # what wires the parts together
     "cascade_run": Rule((ALL,)),
