@@ -95,15 +95,15 @@ def report(bench: Benchmark, results: MaskResults) -> None:
             pairs.setdefault(key, []).append(values)
     for key, rows in sorted(pairs.items()):
         for name in rows[0]:
-            known = [row[name] for row in rows if row[name] is not None]
+            known = [value for row in rows if (value := row[name]) is not None]
             bench.figure(f"{key}: {name}", bench.median(known) if known else None)
     same, apart = (
-        bench.median(row["phi"] for row in pairs[key] if row["phi"] is not None)
+        bench.median(phi for row in pairs[key] if (phi := row["phi"]) is not None)
         for key in ("same task", "different tasks")
     )
     bench.figure("phi of one task minus phi of different tasks", same - apart, min=0.0, quick=False)
-    bench.figure("sigmas above chance, smallest of all pairs",
-                 min(pair.similarity.sigmas or 0.0 for pair in results.pairs), min=5.0, quick=False)  # fmt: skip
+    smallest = min(pair.similarity.sigmas or 0.0 for pair in results.pairs)
+    bench.figure("sigmas above chance, smallest of all pairs", smallest, min=5.0, quick=False)
     for mask in results.masks:
         bench.figure(f"{mask.label}: pruned", mask.pruned.share)
     for kind in results.masks[0].kinds:

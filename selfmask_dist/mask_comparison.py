@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from selfmask_dist.artifact import read_mask_file
+from selfmask_dist.artifact import Mask, read_mask_file
 from selfmask_dist.config import load_config
 from selfmask_dist.evals.mask_similarity import (
     Agreement,
@@ -80,7 +80,7 @@ class Group:
 
     Attributes:
         phi, phi_chance: means over the group's pairs; None where no pair has one.
-        phi_outside: mean over the pairs of one mask inside and one outside, for seeds.
+        phi_outside: of seeds: mean over the pairs of one of them and a mask of another task.
         changes: of experts: how alike what they changed of the dispatcher's mask is.
         changed: of experts: share of the weights whose bit is not the dispatcher's, by label.
     """
@@ -120,6 +120,13 @@ def read_subjects(paths: Sequence[str | Path]) -> list[Subject]:
     labels = labels_of([Path(path) for path in paths])
     return [
         subject for path, label in zip(paths, labels, strict=True) for subject in _read(Path(path), label)
+    ]
+
+
+def from_masks(found: Mapping[str, Mask], path: Path, *, fingerprint: str = "") -> list[Subject]:
+    """Masks that are read already, by name; `path` stands for them in messages."""
+    return [
+        Subject(name, mask.bits, path, fingerprint, mask.weights_fingerprint) for name, mask in found.items()
     ]
 
 
@@ -214,13 +221,13 @@ def check_one_backbone(a: Subject, b: Subject) -> None:
     if left != right:
         what = "backbones" if key == "fingerprint" else "weights under the masks"
         raise ValueError(
-            f"{a.path} and {b.path} are masks of different {what} (fingerprints {left[:12]} and {right[:12]}); "
-            f"compare masks of one backbone"
+            f"{a.path} and {b.path} are masks of different {what} (fingerprints {left[:12]} and "
+            f"{right[:12]}); compare masks of one backbone"
         )
 
 
 def matrix(labels: Sequence[str], pairs: Sequence[Pair], measure: str) -> np.ndarray:
-    """A measure of `Similarity` for every two masks (n, n); 1 on the diagonal, NaN where it is not defined."""
+    """A measure of `Similarity` for every two masks (n, n); 1 on the diagonal, NaN where it is undefined."""
     values = np.eye(len(labels))
     place = {label: i for i, label in enumerate(labels)}
     for pair in pairs:
@@ -242,14 +249,22 @@ def _seeds(
     for task in tasks:
         labels = [subject.label for subject in subjects if subject.task == task]
         if len(labels) > 1:
-            outside = [pair for pair in pairs if (pair.a in labels) != (pair.b in labels)]
+            inside = [pair for pair in pairs if pair.a in labels and pair.b in labels]
+            others = [one.label for one in subjects if one.task not in (None, task) and one.cascade is None]
+            outside = [
+                pair
+                for pair in pairs
+                for a, b in ((pair.a, pair.b), (pair.b, pair.a))
+                if a in labels and b in others
+            ]
             yield Group(
                 name=f"seeds of {labels[0]}",
                 kind="seeds",
                 masks=labels,
                 agreement=agreement([bits[label] for label in labels]),
+                phi=_mean(inside, "phi"),
+                phi_chance=_mean(inside, "phi_chance"),
                 phi_outside=_mean(outside, "phi"),
-                **_means(pairs, labels),
             )
 
 
@@ -260,6 +275,7 @@ def _experts(
         family = [subject for subject in subjects if subject.cascade == cascade]
         first = next(subject.label for subject in family if subject.role == DISPATCHER)
         labels = [subject.label for subject in family if subject.role != DISPATCHER]
+        inside = [pair for pair in pairs if pair.a in labels and pair.b in labels]
         changed = {label: changes(bits[label], bits[first]) for label in labels}
         yield Group(
             name=f"experts of {cascade}",
@@ -270,13 +286,9 @@ def _experts(
                 Pair(a, b, compare(changed[a], changed[b])) for a, b in itertools.combinations(labels, 2)
             ],
             changed={label: total(layers_of(flips)).share for label, flips in changed.items()},
-            **_means(pairs, labels),
+            phi=_mean(inside, "phi"),
+            phi_chance=_mean(inside, "phi_chance"),
         )
-
-
-def _means(pairs: Sequence[Pair], labels: Sequence[str]) -> dict[str, float | None]:
-    inside = [pair for pair in pairs if pair.a in labels and pair.b in labels]
-    return {measure: _mean(inside, measure) for measure in ("phi", "phi_chance")}
 
 
 def _mean(pairs: Sequence[Pair], measure: str) -> float | None:
@@ -325,7 +337,7 @@ def _describe_group(group: Group) -> list[str]:
     agree = group.agreement
     lines = [
         f"{group.name} ({len(group.masks)}): phi {_number(group.phi)}, by chance {_number(group.phi_chance)}"
-        + ("" if group.phi_outside is None else f", with the other masks {_number(group.phi_outside)}"),
+        + ("" if group.phi_outside is None else f", with other tasks {_number(group.phi_outside)}"),
         f"  of the weights that some prune, all prune {_number(agree.unanimous)}, "
         f"by chance {_number(agree.unanimous_chance)}",
     ]

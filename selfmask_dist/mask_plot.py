@@ -57,7 +57,7 @@ def draw_similarity(results: MaskResults, path: str | Path) -> None:
     """
     if results.tree is None:
         raise ValueError("similarity needs two masks; there is one")
-    from scipy.cluster.hierarchy import dendrogram
+    from scipy.cluster.hierarchy import dendrogram  # type: ignore[import-untyped]
 
     plt = _pyplot()
     order = results.tree.order
@@ -93,7 +93,9 @@ def _draw_matrix(figure: Any, axes: Any, values: np.ndarray, chance: np.ndarray,
     apart = values[~np.eye(count, dtype=bool)]
     top = max(float(np.nanmax(apart, initial=0.0)), 1e-3)  # the diagonal is 1 and says nothing
     shown = np.where(np.eye(count, dtype=bool), np.nan, values)
-    image = axes.imshow(shown, cmap="viridis", vmin=min(0.0, float(np.nanmin(apart, initial=0.0))), vmax=top)
+    image = axes.imshow(
+        shown, aspect="auto", cmap="viridis", vmin=min(0.0, float(np.nanmin(apart, initial=0.0))), vmax=top
+    )
     axes.set_xticks(range(count), labels, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(count), labels)
     axes.tick_params(labelsize=8)

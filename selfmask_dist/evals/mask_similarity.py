@@ -209,8 +209,8 @@ def changes(mask: Bits, before: Bits) -> dict[str, Tensor]:
 
 def tree_of(phi: npt.NDArray[np.float64]) -> Tree | None:
     """The dendrogram of masks by their correlations (n, n), NaN where there is none; None for one mask."""
-    from scipy.cluster.hierarchy import leaves_list, linkage
-    from scipy.spatial.distance import squareform
+    from scipy.cluster.hierarchy import leaves_list, linkage  # type: ignore[import-untyped]
+    from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
     if len(phi) < 2:
         return None

@@ -8,7 +8,7 @@ from selfmask_dist.report.markup import Html, join, tag
 
 COLOURS = 8
 _WIDTH, _HEIGHT = 344, 168
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 8, 22
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 10, 8, 22
 _MAX_POINTS = 240  # drawn of a curve; of more, the smallest and largest of every stretch
 _MAX_DOTS = 24
 
@@ -121,8 +121,8 @@ def _step(value: float) -> str:
 def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     """Round values from at most `low` to at least `high`, about `wanted` steps apart."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
-        margin = abs(high) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(high) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
@@ -145,7 +145,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def dendrogram(linkage: Sequence[Sequence[float]], order: Sequence[int], labels: Sequence[str]) -> Html:
     """Leaves in the order given from top to bottom, distances from right to left."""
     row, width, left = 22, 220, 8
-    text = max(map(len, labels)) * 6.2 + 12
+    text = max(map(len, labels)) * 7.4 + 12
     highest = max(float(link[2]) for link in linkage) or 1.0
     height = row * len(labels) + 18
 

@@ -46,22 +46,32 @@ def table(
     caption: Child = None,
     class_: str | None = None,
 ) -> Html:
-    """A table; a cell that is not an element yet becomes one, the first of a row its header."""
+    """A table; a cell that is not an element yet becomes one, the first of a row its header.
+
+    The head of a column is aligned as the column's first cell is (`class="n..."`: numbers, to the right).
+    """
+    lines = [list(row) for row in rows]
+    first = lines[0] if lines else []
     body = [
         tag("tr", [_cell("th" if i == 0 else "td", cell, "row") for i, cell in enumerate(row)])
-        for row in rows
+        for row in lines
     ]
     return tag(
         "div",
         tag(
             "table",
             None if caption is None else tag("caption", caption),
-            tag("thead", tag("tr", [_cell("th", cell, "col") for cell in head])),
+            tag("thead", tag("tr", [_head(cell, first[i : i + 1]) for i, cell in enumerate(head)])),
             tag("tbody", body),
             class_=class_,
         ),
         class_="scroll",
     )
+
+
+def _head(content: Child, below: Iterable[Child]) -> Html:
+    is_number = any(isinstance(cell, Html) and cell.startswith('<td class="n') for cell in below)
+    return tag("th", content, scope="col", class_="n" if is_number else None)
 
 
 def _cell(name: str, content: Child, scope: str) -> Html:

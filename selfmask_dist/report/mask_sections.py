@@ -27,65 +27,72 @@ class _Shown:
 
 def sparsity(runs: Sequence[Run]) -> Html | None:
     """Shares of pruned weights, by kind of layer and by layer."""
-    shown = [mask for i, run in enumerate(runs) for mask in _masks_of(run, i)]
+    shown = [mask for run in runs for mask in _masks_of(run)]
     if not shown:
         return None
-    note = "Share of a layer's weights that the mask prunes, in percent. The darker, the more."
+    most = max((layer.share for mask in shown for layer in mask.layers if layer.kind != "bias"), default=0.0)
+    note = (
+        "Share of a layer's weights that the mask prunes, in percent; colours go up to the largest of them."
+    )
     if any(not mask.is_exact for mask in shown):
         note += " Masks in training are shown as they were last logged."
     return section(
         "Sparsity",
-        _kinds_table(shown),
-        tag("div", [_layer_map(mask) for mask in shown], class_="maps"),
+        _kinds_table(shown, most),
+        tag("div", [_layer_map(mask, most) for mask in shown], class_="maps"),
         note=note,
     )
 
 
-def _masks_of(run: Run, i: int) -> list[_Shown]:
+def _masks_of(run: Run) -> list[_Shown]:
     if run.subjects:
-        return [_Shown(subject.label, i, layers_of(subject.bits), True) for subject in run.subjects]
+        colours = {stage.path.name: stage.colour for stage in run.stages}
+        return [
+            _Shown(subject.label, colours.get(subject.role, run.colour), layers_of(subject.bits), True)
+            for subject in run.subjects
+        ]
     if run.stages:
-        return [mask for stage in run.stages for mask in _masks_of(stage, i)]
+        return [mask for stage in run.stages for mask in _masks_of(stage)]
     # of a mask in training only shares are known: each layer counts as one of a million weights
     logged = [
         Layer(name, 10**6, round(10**6 * (1 - active)), kind_of(name, _shape_by_name(name)), ())
         for name, active in run.active_by_parameter().items()
     ]
-    return [_Shown(run.label, i, logged, False)] if logged else []
+    return [_Shown(run.label, run.colour, logged, False)] if logged else []
 
 
 def _shape_by_name(name: str) -> tuple[int, ...]:
     return (1, 1, 1, 1) if re.search(r"conv|downsample", name) else (1, 1)
 
 
-def _kinds_table(shown: Sequence[_Shown]) -> Html:
+def _kinds_table(shown: Sequence[_Shown], most: float) -> Html:
     by_mask = [(mask, {kind.name: kind for kind in kinds_of(mask.layers)}) for mask in shown]
     names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
     lines = []
     for mask, kinds in by_mask:
         # without shapes, shares of kinds and of the whole would be means over layers, not over weights
         everything = total(mask.layers) if mask.is_exact else None
-        cells: list[Child] = [_heat(everything, mask.is_exact)]
-        cells += [_heat(kinds.get(name), mask.is_exact) for name in names]
+        cells: list[Child] = [_heat(everything, most, mask.is_exact)]
+        cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
         weights = count(everything.weights) if everything is not None else NONE
         lines.append([join(swatch(mask.colour), mask.label), tag("td", weights, class_="n"), *cells])
     return table(["mask", "weights", "all", *names], lines)
 
 
-def _heat(part: Pruned | None, is_exact: bool = True) -> Html:
+def _heat(part: Pruned | None, most: float, is_exact: bool) -> Html:
     if part is None:
         return tag("td", NONE, class_="n heat")
     weights = f"{part.pruned:,} of {part.weights:,} weights" if is_exact else "as logged"
     return tag(
         "td",
-        f"{100 * part.share:.1f}",
+        f"{100 * part.share:.{1 if most >= 0.05 else 2}f}",
         title=f"{part.name}: {weights}",
         class_="n heat",
-        style=f"--heat:{min(85.0, 90 * part.share):.0f}%",
+        style=f"--heat:{60 * min(part.share / (most or 1), 1):.0f}%",
     )
 
 
-def _layer_map(mask: _Shown) -> Html:
+def _layer_map(mask: _Shown, most: float) -> Html:
     """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
     cells: dict[str, dict[str, Layer]] = {}
     for layer in mask.layers:
@@ -94,7 +101,7 @@ def _layer_map(mask: _Shown) -> Html:
             cells.setdefault(block, {})[name] = layer
     columns = dict.fromkeys(name for row in cells.values() for name in row)
     lines = [
-        [block or NONE, *(_heat(row.get(name), mask.is_exact) for name in columns)]
+        [block or NONE, *(_heat(row.get(name), most, mask.is_exact) for name in columns)]
         for block, row in cells.items()
     ]
     return table(["", *columns], lines, caption=join(swatch(mask.colour), mask.label), class_="map")
@@ -124,8 +131,8 @@ def similarity(runs: Sequence[Run]) -> Html | None:
         parts.append(tag("p", text, class_="note"))
     note = (
         "Above the diagonal: correlation (phi) of the bits. Below: IoU of the pruned weights. Under each, in "
-        "small type, what chance gives to masks that prune as much in every layer. The dendrogram joins masks "
-        "by 1 - phi."
+        "small type, what chance gives to masks that prune as much in every layer. The dendrogram joins "
+        "masks by 1 - phi."
     )
     return section("What the masks say", *parts, note=note)
 
@@ -163,7 +170,7 @@ def _matrix(found: MaskResults, labels: Sequence[str]) -> Html:
             value, chance = values[name][i, j], values[f"{name}_chance"][i, j]
             text = NONE if value != value else f"{value:.2f}"
             under = None if chance != chance else tag("small", f"{chance:.2f}")
-            heat = 0.0 if value != value else max(0.0, min(85.0, 85 * value))
+            heat = 0.0 if value != value else max(0.0, 60 * value)
             cells.append(tag("td", text, under, class_="n heat", style=f"--heat:{heat:.0f}%"))
         lines.append([f"{row + 1}  {labels[i]}", *cells])
     return table(["", *(str(k + 1) for k in range(len(order)))], lines, class_="matrix")
@@ -176,8 +183,8 @@ def _groups(groups: Sequence[Group]) -> Html | None:
     if not groups:
         return None
     head = [
-        "group", "masks", "phi, mean of its pairs", "by chance", "with the other masks", "pruned by all / by some",
-        "by chance",
+        "group", "masks", "phi, mean of its pairs", "by chance", "with other tasks",
+        "pruned by all / by some", "by chance",
     ]  # fmt: skip
     lines = []
     for group in groups:

@@ -41,6 +41,8 @@ def size(value: Any) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None or seconds < 0:
         return NONE
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

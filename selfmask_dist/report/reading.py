@@ -6,7 +6,7 @@ What cannot be read is left out and named in `problems`; only a folder that is n
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Run:
 
     path: Path
     label: str
+    colour: int = 0  # its place among the curves
     config_text: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -122,8 +123,12 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         ValueError: a folder is not a run's.
     """
-    labels = labels_of(list(paths))
-    return [read_run(path, label) for path, label in zip(paths, labels, strict=True)]
+    runs = [read_run(path, label) for path, label in zip(paths, labels_of(list(paths)), strict=True)]
+    for colour, one in enumerate(stage for run in runs for stage in run.with_stages()):
+        one.colour = colour
+    for run in runs:
+        run.colour = run.with_stages()[0].colour
+    return runs
 
 
 def read_run(path: Path, label: str) -> Run:
@@ -174,8 +179,6 @@ def _read_masks(run: Run) -> list[Subject]:
 
 
 def _labelled(subject: Subject, label: str) -> Subject:
-    from dataclasses import replace
-
     name = f"{label}: {subject.role}" if subject.role else label
     return replace(subject, label=name, cascade=label if subject.cascade else None)
 

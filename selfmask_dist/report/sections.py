@@ -40,13 +40,13 @@ def section(title: str, *content: Child, note: Child = None) -> Html | None:
 def runs_table(runs: Sequence[Run]) -> Html | None:
     """One line for each run, with what it trains on what, and how far it is."""
     head = ["run", "state", "method", "backbone", "data", "step", "loss", "images/s", "wall time", "restarts"]
-    return section("Runs", table(head, [_run_row(i, run) for i, run in enumerate(runs)], class_="wide"))
+    return section("Runs", table(head, [_run_row(run) for run in runs]))
 
 
-def _run_row(i: int, run: Run) -> list[Child]:
+def _run_row(run: Run) -> list[Child]:
     objective = run.setting("objective", "name")
     return [
-        join(swatch(i), run.label),
+        named(run),
         state_badge(run),
         f"{run.method}, {objective}" if objective and run.method not in ("frozen", "probe") else run.method,
         str(run.setting("backbone", "name") or NONE),
@@ -66,8 +66,13 @@ def state_badge(run: Run) -> Html:
     return tag("span", text, class_=f"badge {re.sub('[^a-z]', '-', state)}")
 
 
-def swatch(i: int) -> Html:
-    return tag("i", class_=f"swatch s{i % COLOURS}" + (" again" if i >= COLOURS else ""))
+def swatch(colour: int) -> Html:
+    return tag("i", class_=f"swatch s{colour % COLOURS}" + (" again" if colour >= COLOURS else ""))
+
+
+def named(run: Run, view: str | None = None) -> Html:
+    """A run's label beside its colour."""
+    return join(swatch(run.colour), run.label if view is None else f"{run.label}: {view}")
 
 
 def complaints(runs: Sequence[Run]) -> Html | None:
@@ -124,36 +129,47 @@ def _masked(run: Run) -> str | None:
 
 def results(runs: Sequence[Run]) -> Html | None:
     """Accuracies of every view beside the frozen backbone's, then the paper's numbers if there are some."""
-    rows = [(i, run, view) for i, run in enumerate(runs) for view in run.views]
+    rows = [(run, view) for run in runs for view in run.views]
     if not rows:
         return None
-    columns = list(dict.fromkeys(name for _, run, view in rows for name in run.views[view]))
+    columns = list(dict.fromkeys(name for run, view in rows for name in run.views[view]))
     columns.sort(key=lambda name: not name.startswith("knn"))
-    best = {
-        name: max((run.views[view].get(name, -math.inf) for _, run, view in rows), default=None)
-        for name in columns
-    }
-    many = len(runs) > 1
+    best: dict[tuple[str, str], float] = {}
+    for run, view in rows:
+        for name, value in run.views[view].items():
+            best[_data(run), name] = max(value, best.get((_data(run), name), value))
     lines = []
-    for i, run, view in rows:
+    for run, view in rows:
         frozen = {} if view == "frozen" else run.views.get("frozen", {})
-        cells = [_value(run.views[view].get(name), frozen.get(name), best[name]) for name in columns]
-        lines.append([join(swatch(i), f"{run.label}: {view}") if many else view, *cells])
-    note = "Test accuracy; beside it, the difference to the frozen backbone. The best of a column is bold."
+        values = run.views[view]
+        cells = [_value(values.get(name), frozen.get(name), best.get((_data(run), name))) for name in columns]
+        lines.append([named(run, view) if len(runs) > 1 else view, *cells])
+    note = (
+        "Test accuracy; beside it, the difference to the frozen backbone. The best on the same data is bold."
+    )
     return section(
         "Results",
-        table(["", *map(measure_name, columns)], lines),
+        table(["", *map(_measure_head, columns)], lines),
         _paper_table(runs),
         note=f"{note}{_standard_error(runs)}",
     )
 
 
-def _value(value: float | None, frozen: float | None, best: float | None) -> Html:
+def _data(run: Run) -> str:
+    return str(run.setting("data", "test"))
+
+
+def _measure_head(name: str) -> Html:
+    return join(measure_name(name), tag("small"))
+
+
+def _value(value: float | None, frozen: float | None, best: float | None, *, signed: bool = True) -> Html:
     if value is None:
-        return _numeric(NONE)
+        return tag("td", NONE, tag("small"), class_="n")
     text = tag("b", accuracy(value)) if value == best else accuracy(value)
-    delta = None if frozen is None else tag("small", _delta(value - frozen), class_=_sign(value - frozen))
-    return tag("td", text, delta, class_="n")
+    delta = "" if frozen is None else _delta(value - frozen)
+    sign = _sign(value - frozen) if signed and frozen is not None else None
+    return tag("td", text, tag("small", delta, class_=sign), class_="n")
 
 
 def _delta(difference: float) -> str:
@@ -180,12 +196,12 @@ def _standard_error(runs: Sequence[Run]) -> str:
 def _paper_table(runs: Sequence[Run]) -> Html | None:
     lines = []
     titles: dict[str, None] = {}
-    for i, run in enumerate(runs):
+    for run in runs:
         for entry in paper.expected(run.config, run.views):
             here = run.views[entry.view][entry.measure]
             titles[entry.table] = None
             lines.append(
-                [join(swatch(i), f"{run.label}: {entry.view}"), measure_name(entry.measure),
+                [named(run, entry.view), measure_name(entry.measure),
                  _numeric(accuracy(here)), _numeric(accuracy(entry.value)),
                  tag("td", _delta(here - entry.value), class_="n")]
             )  # fmt: skip
@@ -217,29 +233,30 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> Html:
     rows = [
         row for row in found["rows"] if isinstance(row, Mapping) and isinstance(row.get("values"), Mapping)
     ]
-    baseline = next((row["values"] for row in rows if row.get("name") == found.get("baseline")), {})
+    baseline: Mapping[str, Any] = next(
+        (row["values"] for row in rows if row.get("name") == found.get("baseline")), {}
+    )
+    lower = _mapping(found.get("settings")).get("lower_is_better") or []
     lines = []
     for row in rows:
         before = {} if row["values"] is baseline else baseline
-        cells = [
-            _value_spread(row["values"].get(name), before.get(name), _mapping(row.get("spread")).get(name))
-            for name in columns
-        ]
+        cells = []
+        for name in columns:
+            known = (number(row["values"].get(name)), number(before.get(name)))
+            cell = _value(*known, None, signed=name not in lower)
+            spread = number(_mapping(row.get("spread")).get(name))
+            cells.append(cell if spread is None else _with_spread(cell, spread))
         lines.append([str(row.get("name")), *cells])
     notes = [str(note) for note in found.get("notes", []) if note]
     caption = [tag("b", f"{found.get('kind')}"), f" of {run.label}", _settings(found.get("settings"))]
     return join(
-        table(["", *map(measure_name, columns)], lines, caption=caption),
+        table(["", *map(_measure_head, columns)], lines, caption=caption),
         tag("p", " ".join(notes), class_="note") if notes else None,
     )
 
 
-def _value_spread(value: Any, before: Any, spread: Any) -> Html:
-    known, frozen, width = number(value), number(before), number(spread)
-    cell = _value(known, frozen, None)
-    if width is None or known is None:
-        return cell
-    return Html(cell.removesuffix("</td>") + tag("small", f"± {width:.3f}") + "</td>")
+def _with_spread(cell: Html, spread: float) -> Html:
+    return Html(cell.removesuffix("</td>") + tag("small", f"± {spread:.3f}") + "</td>")
 
 
 def _settings(settings: Any) -> str:
@@ -291,7 +308,10 @@ def curves(runs: Sequence[Run]) -> Html | None:
     shown = _expand(_LEARNING, known)
     rest = known - {name for name, _, _ in (*shown, *_TELEMETRY)} - set(_NOT_CURVES)
     figures = _figures(trained, [*shown, *((name, name, _short) for name in sorted(rest))])
-    return section("Curves", legend(trained), tag("div", figures, class_="charts") if figures else None)
+    if not figures:
+        return None
+    note = "Over training steps. Dashed: the frozen backbone. Dotted and upright: went on after a stop."
+    return section("Curves", legend(trained), tag("div", figures, class_="charts"), note=note)
 
 
 def _expand(charts: Iterable[_Curve], known: set[str]) -> list[_Curve]:
@@ -311,13 +331,13 @@ def _expand(charts: Iterable[_Curve], known: set[str]) -> list[_Curve]:
 def _figures(runs: Sequence[Run], charts: Iterable[_Curve]) -> list[Html]:
     figures = []
     for metric, title, format_fn in charts:
-        series = [_series(run, i, metric) for i, run in enumerate(runs)]
+        series = [_series(run, metric) for run in runs]
         if any(one.points for one in series):
             figures.append(line_chart(series, title=title, format_fn=format_fn))
     return figures
 
 
-def _series(run: Run, i: int, metric: str) -> Series:
+def _series(run: Run, metric: str) -> Series:
     if metric == "pruned":
         points = [(step, 1 - active) for step, active in run.series("mask/active")]
     else:
@@ -330,13 +350,13 @@ def _series(run: Run, i: int, metric: str) -> Series:
     baseline = (
         run.views.get("frozen", {}).get(metric.removeprefix("monitor/")) if "monitor/" in metric else None
     )
-    return Series(run.label, points, i, baseline, marks)
+    return Series(run.label, points, run.colour, baseline, marks)
 
 
 def legend(runs: Sequence[Run]) -> Html | None:
     if len(runs) < 2:
         return None
-    return tag("p", [tag("span", swatch(i), run.label) for i, run in enumerate(runs)], class_="legend")
+    return tag("p", [tag("span", named(run)) for run in runs], class_="legend")
 
 
 # ---- a cascade's clusters
@@ -395,14 +415,14 @@ def telemetry(runs: Sequence[Run]) -> Html | None:
     figures = _figures(trained, _TELEMETRY)
     return section(
         "Telemetry",
-        table(head, [_telemetry_row(i, run) for i, run in enumerate(trained)], class_="wide"),
+        table(head, [_telemetry_row(run) for run in trained], class_="wide"),
         tag("div", figures, class_="charts") if figures else None,
         [_timeline(run) for run in runs],
         note="Memory: of the main process, on its GPU if it has one, else resident. Wall time counts pauses.",
     )
 
 
-def _telemetry_row(i: int, run: Run) -> list[Child]:
+def _telemetry_row(run: Run) -> list[Child]:
     saves = [event for event in run.events if event.get("event") == "checkpoint"]
     seconds = [(0.0, value) for event in saves if (value := number(event.get("seconds"))) is not None]
     stalled = max((number(event.get("stalled")) or 0.0 for event in saves), default=None)
@@ -422,7 +442,7 @@ def _telemetry_row(i: int, run: Run) -> list[Child]:
         NONE if stalled is None else duration(stalled),
         count(broken[-1][1]) if broken else "0",
     ]
-    return [join(swatch(i), run.label), *map(_numeric, texts)]
+    return [named(run), *map(_numeric, texts)]
 
 
 def _timeline(run: Run) -> Html | None:
@@ -447,11 +467,8 @@ def _brief(value: Any) -> str:
 
 def sizes(runs: Sequence[Run]) -> Html | None:
     """What is stored for the task, and what a checkpoint takes."""
-    lines: list[list[Child]] = []
-    for i, run in enumerate(runs):
-        lines += [
-            _size_row(i, one) for one in (run, *run.stages) if one.result.get("mask") or one.checkpoints
-        ]
+    every = [one for run in runs for one in (run, *run.stages)]
+    lines = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
     if not lines:
         return None
     head = [
@@ -466,13 +483,13 @@ def sizes(runs: Sequence[Run]) -> Html | None:
     return section("Sizes", table(head, lines, class_="wide"), note=note)
 
 
-def _size_row(i: int, run: Run) -> list[Child]:
+def _size_row(run: Run) -> list[Child]:
     mask = _mapping(run.result.get("mask"))
     stored, bits, active = (number(mask.get(name)) for name in ("bytes", "bits_per_weight", "active"))
     weights, raw = number(mask.get("masked_weights")), number(mask.get("weight_bytes"))
     saved = run.checkpoints[-1].num_bytes if run.checkpoints else None
     return [
-        join(swatch(i), run.label),
+        named(run),
         _numeric(size(stored)),
         _numeric(count(weights)),
         _numeric(NONE if active is None else percent(1 - active)),
@@ -496,7 +513,7 @@ def settings(runs: Sequence[Run]) -> Html | None:
     lines = [
         [key, *(tag("td", str(values.get(key, NONE)), class_="text") for values in flat)] for key in apart
     ]
-    head = ["setting", *(join(swatch(i), run.label) for i, run in enumerate(runs))]
+    head = ["setting", *map(named, runs)]
     return section(
         "Settings",
         table(head, lines, caption="Where they differ") if lines else None,
