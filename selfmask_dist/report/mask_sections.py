@@ -9,8 +9,8 @@ from selfmask_dist.mask_comparison import Group, MaskResults, Pair, Subject, mas
 from selfmask_dist.report.charts import dendrogram
 from selfmask_dist.report.markup import Child, Html, join, table, tag
 from selfmask_dist.report.numbers import NONE, count, percent
+from selfmask_dist.report.parts import section, swatch
 from selfmask_dist.report.reading import Run
-from selfmask_dist.report.sections import section, swatch
 
 _MAX_COMPARED = 24
 

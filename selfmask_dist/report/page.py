@@ -5,8 +5,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfmask_dist.report import mask_sections, sections
+from selfmask_dist.report import curve_sections, mask_sections, result_sections, run_sections
 from selfmask_dist.report.markup import Html, join, tag
+from selfmask_dist.report.parts import state_badge
 from selfmask_dist.report.reading import Run, read_runs
 
 # a browser then refuses scripts and whatever is not in the file
@@ -31,16 +32,16 @@ def write_report(runs: Sequence[Path], path: Path) -> list[str]:
 def build_page(runs: Sequence[Run]) -> str:
     """The whole document."""
     parts = [
-        sections.runs_table(runs),
-        sections.results(runs),
-        sections.evaluations(runs),
-        sections.curves(runs),
+        run_sections.runs_table(runs),
+        result_sections.results(runs),
+        result_sections.evaluations(runs),
+        curve_sections.curves(runs),
         mask_sections.sparsity(runs),
         mask_sections.similarity(runs),
-        sections.clusters(runs),
-        sections.telemetry(runs),
-        sections.sizes(runs),
-        sections.settings(runs),
+        run_sections.clusters(runs),
+        run_sections.telemetry(runs),
+        run_sections.sizes(runs),
+        run_sections.settings(runs),
     ]
     title = ", ".join(run.label for run in runs)
     style = (Path(__file__).parent / "style.css").read_text()
@@ -56,7 +57,12 @@ def build_page(runs: Sequence[Run]) -> str:
     body = tag(
         "body",
         _header(runs),
-        tag("main", sections.complaints(runs), sections.tiles(runs[0]) if len(runs) == 1 else None, parts),
+        tag(
+            "main",
+            run_sections.complaints(runs),
+            result_sections.tiles(runs[0]) if len(runs) == 1 else None,
+            parts,
+        ),
         tag("footer", f"selfmask report of {', '.join(str(run.path) for run in runs)}"),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
@@ -65,7 +71,7 @@ def build_page(runs: Sequence[Run]) -> str:
 def _header(runs: Sequence[Run]) -> Html:
     if len(runs) == 1:
         run = runs[0]
-        title = join(run.label, " ", sections.state_badge(run))
+        title = join(run.label, " ", state_badge(run))
     else:
         title = join(f"{len(runs)} runs")
     written = time.strftime("%Y-%m-%d %H:%M", time.localtime())
