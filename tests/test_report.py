@@ -156,7 +156,7 @@ def test_a_running_run_shows_how_far_it_is(plain: Path, tmp_path: Path) -> None:
     text = report(running, out=tmp_path / "report.html")
     assert '<span class="badge running">running</span>' in text
     assert "3 / 8" in text
-    assert "Masks in training are shown as they were last logged." in text
+    assert "Masks in training are shown as they were last logged," in text
     assert "<h2>Results</h2>" not in text
     assert "could be read" not in text, "a line being written is no damage"
 

@@ -23,6 +23,7 @@ class _Shown:
     colour: int
     layers: list[Layer]
     is_exact: bool
+    everything: Pruned | None  # the whole mask
 
 
 def sparsity(runs: Sequence[Run]) -> Html | None:
@@ -35,7 +36,7 @@ def sparsity(runs: Sequence[Run]) -> Html | None:
         "Share of a layer's weights that the mask prunes, in percent; colours go up to the largest of them."
     )
     if any(not mask.is_exact for mask in shown):
-        note += " Masks in training are shown as they were last logged."
+        note += " Masks in training are shown as they were last logged, kinds as means over their layers."
     return section(
         "Sparsity",
         _kinds_table(shown, most),
@@ -48,17 +49,20 @@ def _masks_of(run: Run) -> list[_Shown]:
     if run.subjects:
         colours = {stage.path.name: stage.colour for stage in run.stages}
         return [
-            _Shown(subject.label, colours.get(subject.role, run.colour), layers_of(subject.bits), True)
+            _Shown(subject.label, colours.get(subject.role, run.colour), layers, True, total(layers, "all"))
             for subject in run.subjects
+            for layers in [layers_of(subject.bits)]
         ]
     if run.stages:
         return [mask for stage in run.stages for mask in _masks_of(stage)]
     # of a mask in training only shares are known: each layer counts as one of a million weights
+    size, whole = 10**6, run.series("mask/active")
     logged = [
-        Layer(name, 10**6, round(10**6 * (1 - active)), kind_of(name, _shape_by_name(name)), ())
+        Layer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
         for name, active in run.active_by_parameter().items()
     ]
-    return [_Shown(run.label, run.colour, logged, False)] if logged else []
+    everything = Pruned("all", size, round(size * (1 - whole[-1][1]))) if whole else None
+    return [_Shown(run.label, run.colour, logged, False, everything)] if logged else []
 
 
 def _shape_by_name(name: str) -> tuple[int, ...]:
@@ -70,11 +74,9 @@ def _kinds_table(shown: Sequence[_Shown], most: float) -> Html:
     names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
     lines = []
     for mask, kinds in by_mask:
-        # without shapes, shares of kinds and of the whole would be means over layers, not over weights
-        everything = total(mask.layers) if mask.is_exact else None
-        cells: list[Child] = [_heat(everything, most, mask.is_exact)]
+        cells: list[Child] = [_heat(mask.everything, most, mask.is_exact)]
         cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
-        weights = count(everything.weights) if everything is not None else NONE
+        weights = count(mask.everything.weights) if mask.is_exact and mask.everything else NONE
         lines.append([join(swatch(mask.colour), mask.label), tag("td", weights, class_="n"), *cells])
     return table(["mask", "weights", "all", *names], lines)
 

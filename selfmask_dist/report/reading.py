@@ -159,6 +159,8 @@ def read_run(path: Path, label: str) -> Run:
     run.stages = [
         read_run(folder, f"{label}: {folder.name}") for folder in folders if (folder / "config.yaml").exists()
     ]
+    for stage in run.stages:  # which do not measure the frozen backbone themselves
+        stage.frozen = stage.frozen or dict(run.views.get("frozen", {}))
     sizes = read.json("router/sizes.json", list)
     run.clusters = [size for size in sizes if type(size) is int] if isinstance(sizes, list) else []
     return run

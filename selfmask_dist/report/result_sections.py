@@ -56,10 +56,11 @@ def results(runs: Sequence[Run]) -> Html | None:
         return None
     columns = list(dict.fromkeys(name for run, view in rows for name in run.views[view]))
     columns.sort(key=lambda name: not name.startswith("knn"))
-    best: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for run, view in rows:
         for name, value in run.views[view].items():
-            best[_data(run), name] = max(value, best.get((_data(run), name), value))
+            found.setdefault((_data(run), name), []).append(value)
+    best = {key: max(values) for key, values in found.items() if len(values) > 1}
     lines = []
     for run, view in rows:
         frozen = {} if view == "frozen" else run.views.get("frozen", {})
