@@ -105,13 +105,12 @@ def _sign(difference: float) -> str | None:
 
 def _standard_error(runs: Sequence[Run]) -> str:
     """At an accuracy of one half, where it is largest."""
-    counts = {event["test_samples"] for run in runs for event in run.events if event.get("test_samples")}
-    known = [n for n in counts if number(n)]
-    if not known:
+    counts = [number(event.get("test_samples")) for run in runs for event in run.events]
+    smallest = min((n for n in counts if n and n > 0), default=None)
+    if smallest is None:
         return ""
-    smallest = min(known)
     return (
-        f" With {smallest:,} test images, one standard error of an accuracy is at most "
+        f" With {count(smallest)} test images, one standard error of an accuracy is at most "
         f"{0.5 / math.sqrt(smallest):.3f}."
     )
 
@@ -141,7 +140,7 @@ def evaluations(runs: Sequence[Run]) -> Html | None:
         for found in run.evaluations:
             parts.append(_evaluation(run, found))
             parts.extend(
-                picture(run, f"eval/{name}") for name in found.get("plots", []) if isinstance(name, str)
+                picture(run, f"eval/{name}") for name in found.get("plots") or () if isinstance(name, str)
             )
     return section("Evaluations", *parts)
 
@@ -165,7 +164,7 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> Html:
             spread = number(mapping(row.get("spread")).get(name))
             cells.append(cell if spread is None else _with_spread(cell, spread))
         lines.append([str(row.get("name")), *cells])
-    notes = [str(note) for note in found.get("notes", []) if note]
+    notes = [str(note) for note in found.get("notes") or () if note]
     caption = [tag("b", f"{found.get('kind')}"), f" of {run.label}", _settings(found.get("settings"))]
     return join(
         table(["", *map(_measure_head, columns)], lines, caption=caption),

@@ -51,17 +51,12 @@ def clusters(runs: Sequence[Run]) -> Html | None:
         if not run.clusters:
             continue
         total = sum(run.clusters) or 1
-        steps = next((e.get("steps") for e in reversed(run.events) if e.get("event") == "experts"), None)
-        steps = (
-            steps
-            if isinstance(steps, list) and len(steps) == len(run.clusters)
-            else [None] * len(run.clusters)
-        )
-        lines = [
-            [f"expert {k}", numeric(count(images)), bar(images / total, percent(images / total)),
-             numeric(count(steps[k]))]
-            for k, images in enumerate(run.clusters)
-        ]  # fmt: skip
+        planned = next((e.get("steps") for e in reversed(run.events) if e.get("event") == "experts"), None)
+        steps = dict(enumerate(planned)) if isinstance(planned, list) else {}
+        lines = []
+        for k, images in enumerate(run.clusters):
+            share = bar(images / total, percent(images / total))
+            lines.append([f"expert {k}", numeric(count(images)), share, numeric(count(steps.get(k)))])
         parts.append(table(["cluster", "training images", "share", "steps"], lines, caption=run.label))
         parts.append(picture(run, "cascade.png"))
     return section("Clusters", *parts)
