@@ -4,7 +4,7 @@ Tasks: digits 0-4 (what the backbone knows), 5-9 (what it has never seen) and 3-
 from equal scores, so seeds differ in the order of samples, in augmentation and in the head's first weights.
 Asked: are masks of one task more alike than masks of different tasks, and both more than chance?
 
-    python benchmarks/mask_similarity.py [--seeds 3] [--epochs 40] [--pictures DIR] [--keep DIR] [--quick]
+    python benchmarks/mask_similarity.py [--seeds 3] [--epochs 20] [--pictures DIR] [--keep DIR] [--quick]
 """
 
 import json
@@ -57,7 +57,7 @@ def data(folder: Path, name: str) -> list[str]:
 
 def main() -> int:
     bench = Benchmark("mask_similarity", __doc__)
-    bench.parser.add_argument("--epochs", type=float, default=40)
+    bench.parser.add_argument("--epochs", type=float, default=20)
     bench.parser.add_argument("--seeds", type=int, default=3)
     bench.parser.add_argument("--pictures", type=Path, help="folder for the two pictures")
     bench.parser.add_argument(
