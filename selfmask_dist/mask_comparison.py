@@ -275,6 +275,8 @@ def _experts(
         family = [subject for subject in subjects if subject.cascade == cascade]
         first = next(subject.label for subject in family if subject.role == DISPATCHER)
         labels = [subject.label for subject in family if subject.role != DISPATCHER]
+        if not labels:
+            continue
         inside = [pair for pair in pairs if pair.a in labels and pair.b in labels]
         changed = {label: changes(bits[label], bits[first]) for label in labels}
         yield Group(
