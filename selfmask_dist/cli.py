@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from selfmask_dist import eval_command, exit_status, mask_command, serve_command, status
+from selfmask_dist import eval_command, exit_status, mask_command, report, serve_command, status
 from selfmask_dist.config import describe, load_config, to_yaml
 
 
@@ -88,7 +88,12 @@ def _config(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact import describe_file
 
-    print(describe_file(options.path))
+    if len(options.paths) == 1:
+        print(describe_file(options.paths[0]))
+        return
+    from selfmask_dist.mask_comparison import masks, read_subjects, table
+
+    print(table(masks(read_subjects(options.paths))))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -156,13 +161,18 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
         )
         command.set_defaults(command=function)
-    inspect = commands.add_parser("inspect", help="show what a mask file holds")
-    inspect.add_argument("path", metavar="FILE")
+    inspect = commands.add_parser(
+        "inspect", help="show what a mask file holds, or how alike several masks are"
+    )
+    inspect.add_argument(
+        "paths", nargs="+", metavar="FILE", help="mask files; of several, also runs' folders"
+    )
     inspect.set_defaults(command=_inspect)
     mask_command.add_command(commands)
     serve_command.add_commands(commands)
     eval_command.add_command(commands)
     status.add_commands(commands)
+    report.add_command(commands)
     plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
     plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")

@@ -1,8 +1,11 @@
-"""Numbers of a training run between two log lines: running means, images per second, waiting for data.
+"""Numbers of a training run between two log lines: running means, images per second, waiting for data,
+memory.
 
 Knows nothing of what is trained. What was counted is part of a run's state.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -47,6 +50,7 @@ class Meter:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         values["images_per_second"] = self._images / elapsed
         values["data_wait"] = min(self._waited / elapsed, 1.0)
+        values["memory_mib"] = peak_memory(self._world.device) / 2**20
         self.seconds_per_step = elapsed / self._steps
         self._reset()
         return values
@@ -87,3 +91,11 @@ class Meter:
         self._steps = self._images = 0
         self._waited = 0.0
         self._start = time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of its GPU where it trains on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024

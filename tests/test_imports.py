@@ -82,6 +82,14 @@ TABLE = {
     ),
     "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
+    "mask_comparison": Rule(
+        ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
+    "mask_plot": Rule(("evals", "mask_comparison"), ("torch.distributed", "torch.optim", *MODELS)),
+    # reads files alone: a run's folder looks the same wherever it was trained
+    "report": Rule(
+        ("config_yaml", "evals", "mask_comparison", "status"), ("torch", "torch.distributed", *MODELS)
+    ),
     "cascade_plot": Rule(("artifact",), ("torch.distributed", "torch.optim", *MODELS)),
     # what wires the parts together
     "cascade_run": Rule((ALL,)),

@@ -1,0 +1,217 @@
+"""The parts of a report about masks: what they prune, layer by layer, and how alike they are."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from selfmask_dist.evals.mask_similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
+from selfmask_dist.mask_comparison import Group, MaskResults, Pair, Subject, masks, matrix
+from selfmask_dist.report.charts import dendrogram
+from selfmask_dist.report.markup import Child, Html, join, table, tag
+from selfmask_dist.report.numbers import NONE, count, percent
+from selfmask_dist.report.parts import section, swatch
+from selfmask_dist.report.reading import Run
+
+_MAX_COMPARED = 24
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One mask as a report shows it; `is_exact`: from a file, not from what was logged in training."""
+
+    label: str
+    colour: int
+    layers: list[Layer]
+    is_exact: bool
+    everything: Pruned | None  # the whole mask
+
+
+def sparsity(runs: Sequence[Run]) -> Html | None:
+    """Shares of pruned weights, by kind of layer and by layer."""
+    shown = [mask for run in runs for mask in _masks_of(run)]
+    if not shown:
+        return None
+    most = max((layer.share for mask in shown for layer in mask.layers if layer.kind != "bias"), default=0.0)
+    note = (
+        "Share of a layer's weights that the mask prunes, in percent; colours go up to the largest of them."
+    )
+    if any(not mask.is_exact for mask in shown):
+        note += " Masks in training are shown as they were last logged, kinds as means over their layers."
+    return section(
+        "Sparsity",
+        _kinds_table(shown, most),
+        tag("div", [_layer_map(mask, most) for mask in shown], class_="maps"),
+        note=note,
+    )
+
+
+def _masks_of(run: Run) -> list[_Shown]:
+    if run.subjects:
+        colours = {stage.path.name: stage.colour for stage in run.stages}
+        return [
+            _Shown(subject.label, colours.get(subject.role, run.colour), layers, True, total(layers, "all"))
+            for subject in run.subjects
+            for layers in [layers_of(subject.bits)]
+        ]
+    if run.stages:
+        return [mask for stage in run.stages for mask in _masks_of(stage)]
+    # of a mask in training only shares are known: each layer counts as one of a million weights
+    size, whole = 10**6, run.series("mask/active")
+    logged = [
+        Layer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
+        for name, active in run.active_by_parameter().items()
+    ]
+    everything = Pruned("all", size, round(size * (1 - whole[-1][1]))) if whole else None
+    return [_Shown(run.label, run.colour, logged, False, everything)] if logged else []
+
+
+def _shape_by_name(name: str) -> tuple[int, ...]:
+    return (1, 1, 1, 1) if re.search(r"conv|downsample", name) else (1, 1)
+
+
+def _kinds_table(shown: Sequence[_Shown], most: float) -> Html:
+    by_mask = [(mask, {kind.name: kind for kind in kinds_of(mask.layers)}) for mask in shown]
+    names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
+    lines = []
+    for mask, kinds in by_mask:
+        cells: list[Child] = [_heat(mask.everything, most, mask.is_exact)]
+        cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
+        weights = count(mask.everything.weights) if mask.is_exact and mask.everything else NONE
+        lines.append([join(swatch(mask.colour), mask.label), tag("td", weights, class_="n"), *cells])
+    return table(["mask", "weights", "all", *names], lines)
+
+
+def _heat(part: Pruned | None, most: float, is_exact: bool) -> Html:
+    if part is None:
+        return tag("td", NONE, class_="n heat")
+    weights = f"{part.pruned:,} of {part.weights:,} weights" if is_exact else "as logged"
+    return tag(
+        "td",
+        f"{100 * part.share:.{1 if most >= 0.05 else 2}f}",
+        title=f"{part.name}: {weights}",
+        class_="n heat",
+        style=f"--heat:{60 * min(part.share / (most or 1), 1):.0f}%",
+    )
+
+
+def _layer_map(mask: _Shown, most: float) -> Html:
+    """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
+    cells: dict[str, dict[str, Layer]] = {}
+    for layer in mask.layers:
+        if layer.kind != "bias":
+            block, name = split_name(layer.name)
+            cells.setdefault(block, {})[name] = layer
+    columns = dict.fromkeys(name for row in cells.values() for name in row)
+    lines = [
+        [block or NONE, *(_heat(row.get(name), most, mask.is_exact) for name in columns)]
+        for block, row in cells.items()
+    ]
+    return table(["", *columns], lines, caption=join(swatch(mask.colour), mask.label), class_="map")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`blocks.3.attn.qkv.weight` -> (`blocks.3`, `attn.qkv`): up to the first number, and the rest."""
+    short = re.sub(r"[._]weight$", "", name)
+    found = re.match(r"(.*?\.\d+)\.(.+)", short)
+    return (found[1], found[2]) if found else ("", short)
+
+
+# ---- similarity
+
+
+def similarity(runs: Sequence[Run]) -> Html | None:
+    """Masks of one backbone held against each other; nothing where there are fewer than two."""
+    subjects = [subject for run in runs for subject in run.subjects]
+    families: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        families.setdefault(subject.fingerprint or subject.weights_fingerprint, []).append(subject)
+    parts: list[Child] = [_compared(family) for family in families.values() if len(family) > 1]
+    if not parts:
+        return None
+    if len(families) > 1:
+        text = f"These masks are of {len(families)} backbones; masks of different ones are not compared."
+        parts.append(tag("p", text, class_="note"))
+    note = (
+        "Above the diagonal: correlation (phi) of the bits. Below: IoU of the pruned weights. Under each, in "
+        "small type, what chance gives to masks that prune as much in every layer. The dendrogram joins "
+        "masks by 1 - phi."
+    )
+    return section("What the masks say", *parts, note=note)
+
+
+def _compared(family: Sequence[Subject]) -> Html:
+    found = masks(family[:_MAX_COMPARED])
+    assert found.tree is not None
+    labels = [mask.label for mask in found.masks]
+    left = len(family) - len(found.masks)
+    text = f"The first {_MAX_COMPARED} masks; {left} more are not compared."
+    return join(
+        tag("p", text, class_="note") if left else None,
+        tag(
+            "div",
+            tag("figure", dendrogram(found.tree.linkage, found.tree.order, labels)),
+            _matrix(found, labels),
+            class_="pair",
+        ),
+        _groups(found.groups),
+    )
+
+
+def _matrix(found: MaskResults, labels: Sequence[str]) -> Html:
+    assert found.tree is not None
+    order = found.tree.order
+    values = {name: matrix(labels, found.pairs, name) for name in _WITH_CHANCE}
+    lines = []
+    for row, i in enumerate(order):
+        cells: list[Child] = []
+        for column, j in enumerate(order):
+            name = "phi" if column > row else "iou_pruned"
+            if i == j:
+                cells.append(tag("td", class_="n self"))
+                continue
+            value, chance = values[name][i, j], values[f"{name}_chance"][i, j]
+            text = NONE if value != value else f"{value:.2f}"
+            under = None if chance != chance else tag("small", f"{chance:.2f}")
+            heat = 0.0 if value != value else max(0.0, 60 * value)
+            cells.append(tag("td", text, under, class_="n heat", style=f"--heat:{heat:.0f}%"))
+        lines.append([f"{row + 1}  {labels[i]}", *cells])
+    return table(["", *(str(k + 1) for k in range(len(order)))], lines, class_="matrix")
+
+
+_WITH_CHANCE = ("phi", "phi_chance", "iou_pruned", "iou_pruned_chance")
+
+
+def _groups(groups: Sequence[Group]) -> Html | None:
+    if not groups:
+        return None
+    head = [
+        "group", "masks", "phi, mean of its pairs", "by chance", "with other tasks",
+        "pruned by all / by some", "by chance",
+    ]  # fmt: skip
+    lines = []
+    for group in groups:
+        numbers = (group.phi, group.phi_chance, group.phi_outside)
+        shares = (group.agreement.unanimous, group.agreement.unanimous_chance)
+        texts = [
+            str(len(group.masks)),
+            *(NONE if value is None else f"{value:.3f}" for value in numbers),
+            *(percent(value) for value in shares),
+        ]
+        lines.append([group.name, *(tag("td", text, class_="n") for text in texts)])
+    changed = [_changes(group) for group in groups if group.changed]
+    return join(table(head, lines, caption="Masks that belong together"), changed)
+
+
+def _changes(group: Group) -> Html:
+    lines = [
+        [label, tag("td", percent(share, 2), class_="n"), tag("td", _alike(label, group.changes), class_="n")]
+        for label, share in group.changed.items()
+    ]
+    head = ["expert", "bits that are not the dispatcher's", "IoU of these with the other experts', mean"]
+    return table(head, lines, caption=f"What the {group.name} changed")
+
+
+def _alike(label: str, pairs: Sequence[Pair]) -> str:
+    values = [pair.similarity.iou_pruned for pair in pairs if label in (pair.a, pair.b)]
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else NONE

@@ -1,0 +1,63 @@
+"""Numbers for people: as many digits as mean something, and a unit."""
+
+import math
+from typing import Any
+
+NONE = "–"  # noqa: RUF001 (an en dash: nothing was measured)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for whatever else a damaged file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def accuracy(value: Any) -> str:
+    found = number(value)
+    return NONE if found is None else f"{found:.3f}"
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    found = number(value)
+    return NONE if found is None else f"{100 * found:.{digits}f} %"
+
+
+def count(value: Any) -> str:
+    found = number(value)
+    return NONE if found is None else f"{found:,.0f}"
+
+
+def size(value: Any) -> str:
+    """Bytes with a unit of 1024."""
+    found = number(value)
+    if found is None:
+        return NONE
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log2(max(abs(found), 1)) // 10), len(units) - 1)
+    return f"{found:,.0f} B" if power == 0 else f"{found / 1024**power:,.1f} {units[power]}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or seconds < 0:
+        return NONE
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def compact(value: Any) -> str:
+    """Four digits that count."""
+    found = number(value)
+    if found is None:
+        return NONE
+    if found and not 1e-3 <= abs(found) < 1e5:
+        return f"{found:.2e}"
+    return f"{found:,.0f}" if abs(found) >= 1000 else f"{found:.4g}"

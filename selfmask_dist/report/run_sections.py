@@ -1,0 +1,194 @@
+"""What the runs are, and what they took: states, clusters, telemetry, sizes, settings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from selfmask_dist.report import paper
+from selfmask_dist.report.curve_sections import TELEMETRY, figures_of
+from selfmask_dist.report.markup import Child, Html, join, table, tag
+from selfmask_dist.report.numbers import NONE, compact, count, duration, number, percent, size
+from selfmask_dist.report.parts import bar, fold, mapping, named, numeric, picture, section, state_badge
+from selfmask_dist.report.reading import Run, median_of, seconds_of
+
+
+def runs_table(runs: Sequence[Run]) -> Html | None:
+    """One line for each run, with what it trains on what, and how far it is."""
+    head = ["run", "state", "method", "backbone", "data", "step", "loss", "images/s", "wall time", "restarts"]
+    return section("Runs", table(head, [_run_row(run) for run in runs]))
+
+
+def _run_row(run: Run) -> list[Child]:
+    objective = run.setting("objective", "name")
+    return [
+        named(run),
+        state_badge(run),
+        f"{run.method}, {objective}" if objective and run.method not in ("frozen", "probe") else run.method,
+        str(run.setting("backbone", "name") or NONE),
+        str(run.setting("data", "train") or NONE),
+        numeric(run.status["step"].replace("/", " / ")),
+        numeric(run.status["loss"]),
+        numeric(run.status["images/s"]),
+        numeric(duration(seconds_of(run))),
+        numeric(run.status["restarts"]),
+    ]
+
+
+def complaints(runs: Sequence[Run]) -> Html | None:
+    """Failures, and what could not be read."""
+    failures = [
+        tag("div", tag("b", f"{run.label} failed. "), run.error, class_="alarm") for run in runs if run.error
+    ]
+    problems = [problem for run in runs for problem in run.every_problem()]
+    items = tag("ul", [tag("li", problem) for problem in problems])
+    notes = tag("div", tag("b", "Not everything could be read. "), items, class_="warning")
+    return join(failures, notes if problems else None) or None
+
+
+def clusters(runs: Sequence[Run]) -> Html | None:
+    """The router's clusters and the cascade's picture."""
+    parts: list[Child] = []
+    for run in runs:
+        if not run.clusters:
+            continue
+        total = sum(run.clusters) or 1
+        planned = next((e.get("steps") for e in reversed(run.events) if e.get("event") == "experts"), None)
+        steps = dict(enumerate(planned)) if isinstance(planned, list) else {}
+        lines = []
+        for k, images in enumerate(run.clusters):
+            share = bar(images / total, percent(images / total))
+            lines.append([f"expert {k}", numeric(count(images)), share, numeric(count(steps.get(k)))])
+        parts.append(table(["cluster", "training images", "share", "steps"], lines, caption=run.label))
+        parts.append(picture(run, "cascade.png"))
+    return section("Clusters", *parts)
+
+
+def telemetry(runs: Sequence[Run]) -> Html | None:
+    """Speed, memory, waiting, stops and checkpoints, of every run that trained."""
+    trained = [stage for run in runs for stage in run.with_stages()]
+    head = [
+        "run", "processes", "images/s, median", "data wait, median", "peak memory", "wall time",
+        "stops", "checkpoints", "a save takes", "training stalled by saving", "broken images",
+    ]  # fmt: skip
+    figures = figures_of(trained, TELEMETRY)
+    return section(
+        "Telemetry",
+        table(head, [_telemetry_row(run) for run in trained], class_="wide"),
+        tag("div", figures, class_="charts") if figures else None,
+        [_timeline(run) for run in runs],
+        note="Memory: of the main process, on its GPU if it has one, else resident. Wall time counts pauses.",
+    )
+
+
+def _telemetry_row(run: Run) -> list[Child]:
+    saves = [event for event in run.events if event.get("event") == "checkpoint"]
+    seconds = [(0.0, value) for event in saves if (value := number(event.get("seconds"))) is not None]
+    stalled = max((number(event.get("stalled")) or 0.0 for event in saves), default=None)
+    sizes = [event.get("world_size") for event in run.events if event.get("event") == "start"]
+    memory = [value * 2**20 for _, value in run.series("memory_mib")]
+    stops = sum(event.get("event") == "preempted" for event in run.events)
+    wait, broken = median_of(run.series("data_wait")), run.series("quarantined")
+    texts = [
+        count(sizes[-1]) if sizes else NONE,
+        count(median_of(run.series("images_per_second"))),
+        percent(wait),
+        size(max(memory, default=None)),
+        duration(seconds_of(run)),
+        count(stops),
+        count(len(saves)),
+        duration(median_of(seconds)) if seconds else NONE,
+        NONE if stalled is None else duration(stalled),
+        count(broken[-1][1]) if broken else "0",
+    ]
+    return [named(run), *map(numeric, texts)]
+
+
+def _timeline(run: Run) -> Html | None:
+    events = [event for event in run.events if number(event.get("time")) is not None]
+    if not events:
+        return None
+    first = events[0]["time"]
+    lines = []
+    for event in events[-200:]:
+        rest = {key: value for key, value in event.items() if key not in ("event", "time")}
+        text = ", ".join(f"{key} {_brief(value)}" for key, value in rest.items())
+        lines.append(
+            [f"+ {duration(event['time'] - first)}", str(event["event"]), tag("td", text, class_="text")]
+        )
+    return fold(f"Events of {run.label} ({len(events)})", table(["time", "event", ""], lines))
+
+
+def _brief(value: Any) -> str:
+    text = compact(value) if isinstance(value, float) else str(value)
+    return text if len(text) < 300 else f"{text[:297]}..."
+
+
+def sizes(runs: Sequence[Run]) -> Html | None:
+    """What is stored for the task, and what a checkpoint takes."""
+    every = [one for run in runs for one in (run, *run.stages)]
+    lines = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
+    if not lines:
+        return None
+    head = [
+        "run", "file", "masked weights", "pruned", "bits per weight", "the weights themselves",
+        "weights / file", "a checkpoint", "bytes per masked weight", "kept checkpoints",
+    ]  # fmt: skip
+    stored = paper.paper()["storage"]
+    note = (
+        f"The paper stores {stored['raw']:g} bit per weight raw and {stored['compressed']:g} compressed "
+        f"({stored['setting']})."
+    )
+    return section("Sizes", table(head, lines, class_="wide"), note=note)
+
+
+def _size_row(run: Run) -> list[Child]:
+    mask = mapping(run.result.get("mask"))
+    stored, bits, active = (number(mask.get(name)) for name in ("bytes", "bits_per_weight", "active"))
+    weights, raw = number(mask.get("masked_weights")), number(mask.get("weight_bytes"))
+    saved = run.checkpoints[-1].num_bytes if run.checkpoints else None
+    return [
+        named(run),
+        numeric(size(stored)),
+        numeric(count(weights)),
+        numeric(NONE if active is None else percent(1 - active)),
+        numeric(NONE if bits is None else f"{bits:.3f}"),
+        numeric(size(raw)),
+        numeric(NONE if not stored or raw is None else f"{raw / stored:.1f}"),
+        numeric(size(saved)),
+        numeric(NONE if not weights or saved is None else f"{saved / weights:.2f}"),
+        numeric(count(len(run.checkpoints))),
+    ]
+
+
+def settings(runs: Sequence[Run]) -> Html | None:
+    """Where the configurations differ, then each whole one, folded."""
+    flat = [_flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    apart = [key for key in keys if len({str(values.get(key, NONE)) for values in flat}) > 1]
+    lines = [
+        [key, *(tag("td", str(values.get(key, NONE)), class_="text") for values in flat)] for key in apart
+    ]
+    head = ["setting", *map(named, runs)]
+    return section(
+        "Settings",
+        table(head, lines, caption="Where they differ") if lines else None,
+        [fold(f"config.yaml of {run.label}", tag("pre", run.config_text)) for run in runs],
+        [fold(f"Environment of {run.label}", _environment(run)) for run in runs if run.environment],
+    )
+
+
+def _environment(run: Run) -> Html:
+    rows = [[key, tag("td", _plain(value), class_="text")] for key, value in _flat(run.environment).items()]
+    return table(["", ""], rows)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        is_section = isinstance(value, Mapping) and value and name not in ("backbone.kwargs",)
+        found |= _flat(value, f"{name}.") if is_section else {name: value}
+    return found
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
