@@ -198,7 +198,9 @@ class Stages:
             path = folder / f"{mode}.safetensors"
             if not path.exists():
                 chunks = self._chunks("train", lambda store: store.chunks(self._world.rank, self._world.size))
-                fitted = Combination.fit(chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum)
+                fitted = Combination.fit(
+                    chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum
+                ).rounded()  # as the bundle holds it: both then give the same embeddings
                 self._life.check()
                 if self._world.is_main:
                     partial = path.with_name(f".{path.name}.partial")
@@ -295,13 +297,11 @@ class Stages:
     def draw(self) -> None:
         """The map of the test images by cluster, and what the masks prune."""
         if self._world.is_main:
-            rows = self._open(DISPATCHER, "test").read_slice()
-            masks = artifact.read_mask_file(self._directory / _BUNDLE).masks
-            clusters = np.load(self._directory / "router" / "test.npy")
+            router = Router.from_tensors(load_file(self._directory / "router" / "router.safetensors"))
             draw_cascade(
-                rows.features.float().numpy(),
-                clusters,
-                masks,
+                router.reduce(self._open(DISPATCHER, "test").read_slice().features).numpy(),
+                np.load(self._directory / "router" / "test.npy"),
+                artifact.read_mask_file(self._directory / _BUNDLE).masks,
                 self._directory / "cascade.png",
                 self._config.seed,
             )
@@ -312,6 +312,7 @@ class Stages:
             write_json(self._directory / "result.json", result)
 
     def _sum(self, tensor: Tensor) -> Tensor:
+        self._life.watchdog.beat()  # a fit of minutes sums again and again
         return self._world.sum(tensor.clone())
 
     def _say(self, stage: str, what: str) -> None:

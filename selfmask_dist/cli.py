@@ -32,7 +32,7 @@ def _train(options: argparse.Namespace) -> int:
     from selfmask_dist.run import run
 
     try:
-        run(config)
+        run(config, part=options.part)
     except Preempted:
         print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
         return exit_status.REQUEUE
@@ -113,6 +113,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
         )
+        if function is _train:
+            command.add_argument(
+                "--part",
+                metavar="PART",
+                help="of a cascade, only this: router (and all before it), expert-0, expert-1, ..., "
+                "combination (and all after it)",
+            )
         command.set_defaults(command=function)
     inspect = commands.add_parser("inspect", help="show what a mask file holds")
     inspect.add_argument("path", metavar="FILE")

@@ -17,7 +17,7 @@ from selfmask_dist.config import Config, load_config, to_yaml
 _OWN_FILES = (
     *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "result.json"),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
-    *("status.json", "frozen.json", "quarantine.jsonl", "checkpoints", "stacks"),
+    *("status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
     *("dispatcher", "router", "expert-*", "embeddings", "combination", "stop-*"),  # of a cascade
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")

@@ -115,9 +115,9 @@ def down() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
 
 
-def submitted_job(text: str) -> str:
-    """The id of the job that `launchers/submit.py` said it submitted."""
-    found = re.search(r"^submitted job (\d+)", text, re.MULTILINE)
+def submitted_job(text: str, part: str = "") -> str:
+    """The id of the job that `launchers/submit.py` said it submitted, of several the first with this part."""
+    found = re.search(rf"^submitted job (\d+).*{part}", text, re.MULTILINE)
     assert found is not None, text
     return found.group(1)
 
@@ -129,9 +129,9 @@ def job_state(job: str) -> str:
     ).stdout.strip()
 
 
-def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
-    """Take the nodes away from a running job by one of a higher partition until it has left them; then let
-    it start again at once (SLURM would wait for two minutes).
+def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
+    """Take the nodes away from running jobs by one of a higher partition until they have left them; then let
+    them start again at once (SLURM would wait for two minutes).
     """
     command = [
         "sbatch",
@@ -143,11 +143,14 @@ def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
     ]
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
     _wait(lambda: job_state(higher) == "RUNNING", seconds)
-    _wait(lambda: job_state(job) == "PENDING", seconds)
+    for job in jobs:
+        _wait(lambda job=job: job_state(job) == "PENDING", seconds)  # type: ignore[misc]
     _run("scancel", higher)
     time.sleep(1.1)  # a node refuses a start that was granted in the second in which it ended the one before
-    _run("scontrol", "update", f"JobId={job}", "StartTime=now")  # once: each update begins the wait anew
-    _wait(lambda: job_state(job) not in _WAITING, seconds)
+    for job in jobs:  # once: each update begins the wait anew
+        _run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    for job in jobs:
+        _wait(lambda job=job: job_state(job) not in _WAITING, seconds)  # type: ignore[misc]
 
 
 def cancel(job: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ from selfmask_dist.cascade_model import MaskSwitch, load_cascade
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.run import run
+from selfmask_dist.run_directory import create_run_directory
 from selfmask_dist.store import EmbeddingStore
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
@@ -171,6 +173,34 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
             run(load_config(None, settings(shards, tmp_path, change, "run.overwrite=true")))
 
 
+def test_parts_run_one_after_the_other_end_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
+    config = load_config(None, settings(cascade.parent / "shards", tmp_path, "run.name=parts"))
+    with pytest.raises(ValueError, match="parts has no router yet; run the part router first"):
+        run(config, part="expert-0")
+    assert run(config, part="router") == {}
+    assert not (tmp_path / "parts" / "expert-0").exists()
+    with pytest.raises(ValueError, match="a cascade has no part 'experts'; it has router, expert-0, "):
+        run(config, part="experts")
+    assert run(config, part="expert-1")["steps"] > 0
+    assert run(config, part="expert-7") == {}, "the router may find fewer clusters than it may look for"
+    with pytest.raises(ValueError, match="expert-0 must be trained before they are combined"):
+        run(config, part="combination")
+    run(config, part="expert-0")
+    result = run(config, part="combination")
+    assert result["views"] == result_of(cascade)["views"]
+    assert (tmp_path / "parts" / "cascade.mask").read_bytes() == (cascade / "cascade.mask").read_bytes()
+    with pytest.raises(ValueError, match="--part is of a cascade, and method is mask"):
+        run(load_config(cascade / "expert-0" / "config.yaml"), part="router")
+
+
+def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Path) -> None:
+    """A result that stays would be taken for the new run's."""
+    shutil.copytree(cascade, tmp_path / "one")
+    config = load_config(cascade / "config.yaml", [f"run.dir={tmp_path}", "run.overwrite=true"])
+    create_run_directory(config)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.yaml", "environment.json"]
+
+
 # ---- several processes
 
 
@@ -191,6 +221,22 @@ def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_p
         ours, theirs = (read_mask_file(two / name / "final.mask") for name in (f"expert-{k}", alone))
         for name, bits in ours.masks["default"].bits.items():
             assert torch.equal(theirs.masks["default"].bits[name], bits), name
+
+
+@pytest.mark.distributed
+def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, train=20, test=3)
+    few = ("cascade.clusters=[1]", "train.global_batch_size=32", "swav.queue_length=0", "eval.probe=false")
+    run_distributed(_run_rank, 4, settings(shards, tmp_path, "run.name=few", *few), backend="", timeout=120)
+    result = result_of(tmp_path / "few")
+    assert result["clusters"] == [20]
+    assert result_of(tmp_path / "few" / "expert-0")["steps"] == 3
+    assert (
+        EmbeddingStore.open(tmp_path / "few" / "embeddings" / "conditional" / "test")
+        .read_slice()
+        .features.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.distributed
