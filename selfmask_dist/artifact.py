@@ -34,7 +34,8 @@ _PREFIX = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
 _MAX_HEADER_BYTES = 64 * 2**20
 _STATISTICS_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64", "uint8", "bool")
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("float16", "float32", "float64", "int64", "uint8", "bool")
 }
 
 

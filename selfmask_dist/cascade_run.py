@@ -225,6 +225,13 @@ def _plan_experts(config: Config, life: Life) -> int:
         f"{num_processes() // number} process(es), busy {utilisation(costs, groups):.0%} of the time: "
         + "; ".join(", ".join(map(str, group)) for group in groups)
     )
+    batch = config.train.global_batch_size
+    for k, (size, steps) in enumerate(zip(sizes, costs, strict=True)):
+        if size < batch:
+            life.writer.message(
+                f"WARNING: expert {k} has {size} images, less than a batch of {batch}: {steps:g} steps of a "
+                "part of a batch, and no queue. Ask for fewer clusters, or a smaller train.global_batch_size"
+            )
     life.writer.event("experts", sizes=sizes, steps=costs, groups=groups)
     return number
 

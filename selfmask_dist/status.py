@@ -76,12 +76,14 @@ def read_status(run: Path) -> dict[str, str]:
     state = "finished" if (run / "result.json").exists() else status.get("state", "no heartbeat")
     if state == "running" and (age is None or age > _SILENT_SECONDS):
         state = "silent"
-    total = status.get("num_steps")
+    elif state == "running" and "stage" in status:
+        state = f"running {status['stage']}"
+    step, total = _progress(run, status)
     newest = _newest_checkpoint(run)
     return {
         "run": run.name,
         "state": state,
-        "step": "-" if status.get("step") is None else f"{status['step']}" + (f"/{total}" if total else ""),
+        "step": "-" if step is None else f"{step}" + (f"/{total}" if total else ""),
         "loss": "-" if status.get("loss") is None else f"{status['loss']:.4f}",
         "images/s": "-" if status.get("images_per_second") is None else f"{status['images_per_second']:.0f}",
         "restarts": str(status.get("restarts", "-")),
@@ -89,6 +91,36 @@ def read_status(run: Path) -> dict[str, str]:
         "heartbeat": "-" if age is None else f"{age:.0f} s ago",
         "job": str(status.get("job") or "-"),
     }
+
+
+def stages_of(run: Path) -> list[Path]:
+    """The runs of which a cascade is made, as far as they have begun; none of another run."""
+    names = (
+        "dispatcher",
+        *sorted((path.name for path in run.glob("expert-*")), key=lambda name: int(name[7:])),
+    )
+    return [run / name for name in names if (run / name / "config.yaml").exists()]
+
+
+def _progress(run: Path, status: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Steps made, and to make; of a cascade those of all masks, once the router has said how many."""
+    stages = stages_of(run)
+    if not stages:
+        return status.get("step"), status.get("num_steps")
+    parts = [_json(stage / "status.json") for stage in stages]
+    experts = _planned_steps(run)
+    total = parts[0].get("num_steps", 0) + sum(experts) if experts else parts[0].get("num_steps")
+    return sum(part.get("step") or 0 for part in parts), total
+
+
+def _planned_steps(run: Path) -> list[int]:
+    """Of each expert, as the cascade's newest plan has it."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines()
+        plans = [event for event in map(json.loads, lines) if event["event"] == "experts"]
+    except (OSError, ValueError):
+        return []
+    return [round(steps) for steps in plans[-1]["steps"]] if plans else []
 
 
 def _newest_checkpoint(run: Path) -> str:
@@ -132,7 +164,10 @@ def _status(options: argparse.Namespace) -> int:
     )
     if not runs:
         raise ValueError("there are no runs in ./runs; name their folders")
-    rows = [read_status(run) for run in runs]
+    rows = []
+    for run in runs:
+        rows.append(read_status(run))
+        rows += [{**row, "run": f"  {row['run']}"} for row in map(read_status, stages_of(run))]
     print(_table([list(_COLUMNS), *([row[name] for name in _COLUMNS] for row in rows)]))
     return 0
 

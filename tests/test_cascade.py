@@ -16,10 +16,12 @@ from selfmask_dist.artifact import MaskFileError, read_mask_file
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade_model import MaskSwitch, load_cascade
+from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.run import run
-from selfmask_dist.run_directory import create_run_directory
+from selfmask_dist.run_directory import create_run_directory, write_json
+from selfmask_dist.status import read_status
 from selfmask_dist.store import EmbeddingStore
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
@@ -153,6 +155,27 @@ def test_an_expert_is_an_ordinary_run(cascade: Path, tmp_path: Path) -> None:
     )
     for name, bits in first.masks["default"].bits.items():
         assert torch.equal(again.masks["default"].bits[name], bits), name
+
+
+def test_status_tells_the_progress_over_all_masks(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [result_of(cascade / name)["steps"] for name in ("dispatcher", "expert-0", "expert-1")]
+    assert main(["status", str(cascade)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows[1:]] == [
+        ["one", "finished", f"{sum(steps)}/{sum(steps)}"],
+        ["dispatcher", "finished", f"{steps[0]}/{steps[0]}"],
+        ["expert-0", "finished", f"{steps[1]}/{steps[1]}"],
+        ["expert-1", "finished", f"{steps[2]}/{steps[2]}"],
+    ]
+    shutil.copytree(cascade, tmp_path / "one")
+    (tmp_path / "one" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "one" / "expert-1")
+    status = json.loads((tmp_path / "one" / "status.json").read_text())
+    write_json(tmp_path / "one" / "status.json", {**status, "state": "running", "stage": "expert-0"})
+    row = read_status(tmp_path / "one")
+    assert (row["state"], row["step"]) == ("running expert-0", f"{steps[0] + steps[1]}/{sum(steps)}")
 
 
 def test_a_finished_cascade_is_not_run_again(cascade: Path) -> None:
