@@ -29,7 +29,7 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
-from selfmask_dist.config import Config
+from selfmask_dist.config import Config, load_config
 from selfmask_dist.evaluation import measure_knn
 from selfmask_dist.life import Life
 from selfmask_dist.run_directory import write_json
@@ -117,7 +117,9 @@ class Stages:
     def _create(
         self, view: str, split: str, made_with: Path | None, *, dim: int | None = None
     ) -> EmbeddingStore:
-        source, batch = self._sources[split], self._config.eval.batch_size
+        source = self._sources[split]
+        # that of the first start: a smaller one after a restart goes on with the chunks that are there
+        batch = load_config(self._directory / "config.yaml").eval.batch_size
         provenance = {
             "backbone": self._backbone.spec.fingerprint,
             "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),

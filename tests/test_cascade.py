@@ -216,6 +216,19 @@ def test_parts_run_one_after_the_other_end_with_the_same_file(cascade: Path, tmp
         run(load_config(cascade / "expert-0" / "config.yaml"), part="router")
 
 
+def test_a_smaller_batch_of_the_evaluation_goes_on_with_the_embeddings_there(
+    cascade: Path, tmp_path: Path
+) -> None:
+    """After running out of memory, say."""
+    shutil.copytree(cascade, tmp_path / "one")
+    for name in ("result.json", "views.json"):
+        (tmp_path / "one" / name).unlink()
+    shutil.rmtree(tmp_path / "one" / "embeddings" / "expert-1")
+    smaller = ["eval.batch_size=8", "eval.probe=false", f"run.dir={tmp_path}"]
+    result = run(load_config(cascade / "config.yaml", smaller), part="combination")
+    assert result["clusters"] == result_of(cascade)["clusters"]
+
+
 def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Path) -> None:
     """A result that stays would be taken for the new run's."""
     shutil.copytree(cascade, tmp_path / "one")
