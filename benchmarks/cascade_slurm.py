@@ -37,7 +37,7 @@ def array(overrides: list[str], run: Path) -> None:
     experts = slurm.submitted_job(done.stdout, "expert-0")
     for name in ("expert-0", "expert-1"):
         wait_until(lambda name=name: (run / name / "metrics.jsonl").exists(), 1200)  # type: ignore[misc]
-    slurm.preempt(f"{experts}_0", f"{experts}_1")
+    slurm.preempt(f"{experts}_0", f"{experts}_1", seconds=600)  # the other two may come first
     slurm.wait_for_end(slurm.submitted_job(done.stdout, "combination"), 1200)
 
 
