@@ -37,7 +37,7 @@ class MaskSwitch:
         self.encoder = encoder.eval()
         self._frozen: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._checked: set[int] = set()
+        self._checked: dict[int, Mask] = {}  # keeps them alive: ids of the dead are given again
         self._current: Mask | None = None
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class MaskSwitch:
         for name, tensor in artifact.check_fits(self.encoder, mask).items():
             if name not in self._frozen:
                 self._tensors[name], self._frozen[name] = tensor, tensor.detach().clone()
-        self._checked.add(id(mask))
+        self._checked[id(mask)] = mask
 
 
 class Cascade:
