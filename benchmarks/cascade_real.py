@@ -10,13 +10,13 @@ are measured whitened as well: what experts add is the difference to those.
     python benchmarks/cascade_real.py [--dataset digits] [--seeds 3] [--epochs N] [--quick] --json [key=value]
 """
 
+import contextlib
 import itertools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ WEIGHTS = {
 def digits_settings(folder: Path) -> list[str]:
     """Train and freeze the small ViT on digits 0-4; settings of the cascade on 5-9."""
     for name, digits in (("old", OLD_DIGITS), ("new", NEW_DIGITS)):
-        write_digits(folder / "digits" / name, folder / "shards" / name, list(digits))
+        if not (folder / "shards" / name / "test").exists():
+            write_digits(folder / "digits" / name, folder / "shards" / name, list(digits))
     backbone = [f"backbone.{key}={_yaml(value)}" for key, value in BACKBONE.items()]
     pretrain = [
         *backbone,
@@ -98,7 +99,7 @@ def digits_settings(folder: Path) -> list[str]:
         *("method=finetune", "data.crop_scale=[0.7, 1.0]", "data.flip=false", "train.epochs=50"),
         *("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=2", "eval.knn_every=0"),
         *("eval.frozen_baseline=false", "eval.probe=false", "engine.workers=0", "engine.threads=2"),
-        *(f"run.dir={folder}", "run.name=pretrain", "run.progress=false"),
+        *(f"run.dir={folder}", "run.name=pretrain", "run.progress=false", "run.resume=true"),
     ]
     run(load_config(None, pretrain))
     new = _data(folder / "shards" / "new" / "train", folder / "shards" / "new" / "test")
@@ -159,6 +160,9 @@ def main() -> int:
     bench.parser.add_argument("--image-size", type=int, default=64, help="pixels, of the photographs")
     bench.parser.add_argument("--epochs", type=float, default=50)
     bench.parser.add_argument("--seeds", type=int, default=3)
+    bench.parser.add_argument(
+        "--keep", type=Path, help="work in this folder, and go on with what is there (a temporary one)"
+    )
     bench.parser.add_argument("--picture", type=Path, help="where the first seed's picture goes")
     bench.parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over this benchmark's"
@@ -168,26 +172,25 @@ def main() -> int:
         bench.skip(f"no weights and images at {options.data}; give their folder with --data")
         return bench.finish()
     epochs, seeds = (2.0, 1) if options.quick else (options.epochs, options.seeds)
-    results, seconds, roundings = [], [], []
-    with tempfile.TemporaryDirectory() as folder:
+    results, roundings = [], []
+    with contextlib.ExitStack() as stack:
+        folder = str(options.keep or stack.enter_context(tempfile.TemporaryDirectory()))
         if options.dataset == "digits":
             base = digits_settings(Path(folder))
         else:
             base = photo_settings(options.data, options.dataset, options.backbone, options.image_size)
         for seed in range(seeds):
-            start = time.perf_counter()
             own = ["method=cascade", f"seed={seed}", f"train.epochs={epochs}", f"run.dir={folder}"]
             queue = [f"swav.queue_start_epoch={epochs / 5}", "run.progress=false", f"run.name=seed-{seed}"]
+            queue.append("run.resume=true")
             overrides = [*base, *COMMON, *own, *queue, *options.overrides]
             results.append(run(load_config(None, overrides)))
-            seconds.append(time.perf_counter() - start)
             roundings.append(rounding(Path(folder) / f"seed-{seed}"))
         if options.picture:
             shutil.copy(Path(folder) / "seed-0" / "cascade.png", options.picture)
     bench.figure("dataset", options.dataset)
     bench.figure("epochs", epochs)
     bench.figure("seeds", seeds)
-    bench.figure("seconds_per_seed", statistics.mean(seconds))
     bench.figure(
         "settings", [entry for entry in overrides if folder not in entry and str(options.data) not in entry]
     )
