@@ -45,7 +45,9 @@ def draw_cascade(
         left.scatter(*points.T, s=size, label=label, color=f"C{k % 10}", linewidths=0)
     left.set(title="Test images by the expert that the router chooses\n(t-SNE of the router's components)")
     left.set(xticks=[], yticks=[])
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False)
+    left.legend(
+        loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False, markerscale=(40 / size) ** 0.5
+    )
     first = next(iter(masks.values()))
     layers = [name for name in first.bits if name.endswith("weight")]
     pruned = [[1 - float(mask.bits[name].double().mean()) for mask in masks.values()] for name in layers]
