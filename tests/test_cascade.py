@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def test_status_tells_the_progress_over_all_masks(
     (tmp_path / "one" / "result.json").unlink()
     shutil.rmtree(tmp_path / "one" / "expert-1")
     status = json.loads((tmp_path / "one" / "status.json").read_text())
-    write_json(tmp_path / "one" / "status.json", {**status, "state": "running", "stage": "expert-0"})
+    running = {**status, "state": "running", "stage": "expert-0", "time": time.time()}
+    write_json(tmp_path / "one" / "status.json", running)
     row = read_status(tmp_path / "one")
     assert (row["state"], row["step"]) == ("running expert-0", f"{steps[0] + steps[1]}/{sum(steps)}")
 
