@@ -3,6 +3,9 @@
     sbatch -> srun -> Task on every rank -> `selfmask train`
     told to stop (USR2, TERM) -> the process saves and ends with REQUEUE -> `scontrol requeue` -> once more
 
+A cascade may also be three jobs, each after the one before: up to the router, the experts as a job array with
+a task for each, and the rest. They are the same command, restricted to a part.
+
 Ranks meet on the first host of the job's node list, at a port derived from the job id: nothing is asked of
 the cluster from inside the job but the requeue itself. Knows nothing of training.
 """
@@ -56,9 +59,7 @@ class Task:
         ]
         self.logs.mkdir(parents=True, exist_ok=True)
         with open(log_path(self.logs, int(place["RANK"])), "ab") as log:
-            log.write(
-                f"---- start {place['SELFMASK_RESTARTS']} of job {os.environ['SLURM_JOB_ID']}\n".encode()
-            )
+            log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 command,
@@ -90,7 +91,7 @@ class Task:
         tasks as soon as one has ended, and a job that ends by itself is not requeued by a preemption that is
         under way.
         """
-        job_id, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        job_id, restarts = own_job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", 0))
         verdict, claimed, requeued = (self._note(name) for name in ("failed", "claimed", "requeued"))
         if not is_restartable(status):
             if status == FAILED:
@@ -125,7 +126,7 @@ class Task:
 
     def _note(self, name: str) -> Path:
         """A file by which the tasks of this start of the job tell each other something."""
-        start = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        start = f"{own_job_id(os.environ)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         return self.logs / f".{name}-{start}"
 
 
@@ -142,6 +143,13 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+
+
+def own_job_id(environment: Mapping[str, str]) -> str:
+    """What SLURM's commands call this job: of an array, the id alone would mean all of its tasks."""
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
 
 
 def requeue(job_id: str, *, is_announced: bool) -> bool:
@@ -190,29 +198,66 @@ def port_of(job_id: int, restart: int = 0) -> int:
     return _FIRST_PORT + (31 * job_id + restart) % _NUM_PORTS
 
 
-def submit(config: Config, *, num_nodes: int, train_arguments: Sequence[str]) -> str:
-    """Submit the job and print where it writes; returns its id."""
+@dataclass(frozen=True)
+class Job:
+    """A job to submit: the runs or parts of one that it makes, several as the tasks of an array."""
+
+    folders: tuple[Path, ...]  # in which `logs` are written
+    parts: tuple[str, ...] = ()  # of a cascade; empty for all of it
+
+
+def jobs_of(config: Config, *, experts_array: bool) -> list[Job]:
+    """The jobs of a run, each to start when the one before has ended well."""
     run = run_path(config).resolve()
-    task = Task(
-        tuple(train_arguments),
-        run / "logs",
-        config.launch.container,
-        config.launch.master_port,
-        config.engine.threads,
-        config.launch.max_restarts,
-    )
+    if not experts_array:
+        return [Job((run,))]
+    experts = tuple(f"expert-{k}" for k in range(max(config.cascade.clusters)))
+    return [
+        Job((run,), ("router",)),
+        Job(tuple(run / name for name in experts), experts),
+        Job((run,), ("combination",)),
+    ]
+
+
+def submit(
+    config: Config, *, num_nodes: int, train_arguments: Sequence[str], experts_array: bool = False
+) -> str:
+    """Submit the run's jobs and print where they write; returns the id of the last one."""
+    run = run_path(config).resolve()
     if config.launch.snapshot:
         take_snapshot(run)
     (run / "slurm").mkdir(parents=True, exist_ok=True)
-    job = _executor(config, run / "slurm", num_nodes).submit(task)
-    print(f"submitted job {job.job_id}; its processes write to {run / 'logs'}", flush=True)
-    return str(job.job_id)
+    after = ""
+    for job in jobs_of(config, experts_array=experts_array):
+        tasks = [
+            Task(
+                (*train_arguments, *(f"--part={part}" for part in job.parts[index : index + 1])),
+                folder / "logs",
+                config.launch.container,
+                config.launch.master_port,
+                config.engine.threads,
+                config.launch.max_restarts,
+            )
+            for index, folder in enumerate(job.folders)
+        ]
+        submitted = _executor(config, run / "slurm", num_nodes, after=after).map_array(Task.__call__, tasks)
+        after = str(submitted[0].job_id).partition("_")[0]
+        what = f" ({', '.join(job.parts)})" if job.parts else ""
+        places = ", ".join(str(task.logs) for task in tasks)
+        print(f"submitted job {after}{what}; its processes write to {places}", flush=True)
+    return after
 
 
-def batch_script(config: Config, *, num_nodes: int) -> str:
+def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False) -> str:
     """What sbatch would get; submitit has no public way to show it."""
-    executor = _executor(config, run_path(config).resolve() / "slurm", num_nodes)
-    return str(executor._make_submission_file_text("<task>", "dry-run"))
+    scripts, after = [], ""
+    for job in jobs_of(config, experts_array=experts_array):
+        executor = _executor(config, run_path(config).resolve() / "slurm", num_nodes, after=after)
+        if len(job.folders) > 1:
+            executor.parameters["map_count"] = len(job.folders)
+        scripts.append(str(executor._make_submission_file_text("<task>", "dry-run")))
+        after = "<the job before>"
+    return "\n".join(scripts)
 
 
 def wait_for(job_id: str) -> int:
@@ -230,7 +275,8 @@ def job_state(job_id: str) -> str:
     return (done.stdout.split() or ["UNKNOWN"])[0]
 
 
-def _executor(config: Config, folder: Path, num_nodes: int) -> Any:
+def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "") -> Any:
+    """`after`: the id of the job that must have ended well before this one starts."""
     import submitit
 
     launch = config.launch
@@ -243,6 +289,7 @@ def _executor(config: Config, folder: Path, num_nodes: int) -> Any:
 
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
     options: dict[str, Any] = {
         "job_name": config.run.name,
         "nodes": num_nodes,
@@ -261,7 +308,7 @@ def _executor(config: Config, folder: Path, num_nodes: int) -> Any:
         "mail_type": "END,FAIL,REQUEUE" if launch.mail else None,
         "setup": [*launch.setup, *exports],
         "srun_args": srun,
-        "additional_parameters": {"requeue": True, **launch.sbatch},
+        "additional_parameters": {"requeue": True, **launch.sbatch, **more},
     }
     executor = submitit.SlurmExecutor(folder=folder)
     executor.update_parameters(**{name: value for name, value in options.items() if value is not None})

@@ -81,6 +81,8 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
     cluster = options.cluster
     if cluster == "auto":
         cluster = "slurm" if shutil.which("sbatch") and _has_slurm_configuration() else "local"
+    if options.experts_array:
+        _check_array(runs, cluster)
     _preflight(runs, cluster, options.nodes)
     if options.dry_run:
         _show(runs, cluster, options)
@@ -89,7 +91,13 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
         from launchers import slurm
 
         jobs = [
-            slurm.submit(run.config, num_nodes=options.nodes, train_arguments=run.arguments) for run in runs
+            slurm.submit(
+                run.config,
+                num_nodes=options.nodes,
+                train_arguments=run.arguments,
+                experts_array=options.experts_array,
+            )
+            for run in runs
         ]
         return max(slurm.wait_for(job) for job in jobs) if options.wait else 0
     statuses = []
@@ -98,6 +106,14 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
         if statuses[-1] in _ASKED_TO_STOP:
             return statuses[-1]
     return next((status for status in statuses if status), 0)
+
+
+def _check_array(runs: Sequence[Run], cluster: str) -> None:
+    if cluster != "slurm":
+        raise ValueError("--experts-array makes SLURM jobs; on this machine groups of processes do the same")
+    for run in runs:
+        if run.config.method != "cascade":
+            raise ValueError(f"--experts-array is for method=cascade, and method is {run.config.method}")
 
 
 def _preflight(runs: Sequence[Run], cluster: str, num_nodes: int) -> None:
@@ -118,7 +134,10 @@ def _show(runs: Sequence[Run], cluster: str, options: argparse.Namespace) -> Non
         if cluster == "slurm":
             from launchers import slurm
 
-            print(slurm.batch_script(run.config, num_nodes=options.nodes))
+            scripts = slurm.batch_scripts(
+                run.config, num_nodes=options.nodes, experts_array=options.experts_array
+            )
+            print(scripts)
         else:
             for process in local.plan_processes(
                 run.config, num_nodes=options.nodes, train_arguments=run.arguments
@@ -224,6 +243,11 @@ def _parser() -> argparse.ArgumentParser:
         default=120.0,
         metavar="S",
         help="dry run: longest time for `selfmask plan`, memory and traffic of each engine; 0: without (120)",
+    )
+    parser.add_argument(
+        "--experts-array",
+        action="store_true",
+        help="SLURM: a cascade as three jobs, its experts as a job array with a task of N nodes for each",
     )
     parser.add_argument("--wait", action="store_true", help="SLURM: return when the job has ended")
     parser.add_argument(

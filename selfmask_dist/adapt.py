@@ -57,8 +57,7 @@ def adapt(
     )
     loader = _open_loader(config, life, backbone, train, quarantine)
     objective, engine, trained = _build(config, life, backbone, train, steps_per_epoch=len(loader))
-    schedule_steps = max(round(config.train.epochs * len(loader)), 1)
-    steps = min(schedule_steps, config.train.max_steps or schedule_steps)
+    steps, schedule = _plan_steps(config, len(loader))
     identity = {
         "backbone": backbone.spec.fingerprint,
         "method": config.method,
@@ -78,9 +77,7 @@ def adapt(
         engine=engine,
         optimizer=engine.optimizer,
         num_steps=steps,
-        schedule=Schedule(
-            schedule_steps, round(config.optim.warmup_epochs * len(loader)), config.optim.schedule
-        ),
+        schedule=schedule,
         epoch_batches=batches_of,
         writer=life.writer,
         directory=life.directory,
@@ -98,6 +95,13 @@ def adapt(
     trainer.run(start, meter)
     keeper.finish()
     return _conclude(config, life, backbone, objective, engine, trained, evaluation) | {"steps": steps}
+
+
+def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
+    """How many steps to make, and the learning rates' course, which `train.max_steps` does not shorten."""
+    steps = max(round(config.train.epochs * per_epoch), 1)
+    schedule = Schedule(steps, round(config.optim.warmup_epochs * per_epoch), config.optim.schedule)
+    return min(steps, config.train.max_steps or steps), schedule
 
 
 def _open_loader(

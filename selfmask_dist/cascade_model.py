@@ -22,7 +22,7 @@ from selfmask_dist.cascade import Combination, Router
 DISPATCHER = "dispatcher"
 
 
-def expert_name(k: int) -> str:
+def expert_name(k: int | str) -> str:
     return f"expert-{k}"
 
 
@@ -37,7 +37,7 @@ class MaskSwitch:
         self.encoder = encoder.eval()
         self._frozen: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._checked: set[int] = set()
+        self._checked: dict[int, Mask] = {}  # keeps them alive: ids of the dead are given again
         self._current: Mask | None = None
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class MaskSwitch:
         for name, tensor in artifact.check_fits(self.encoder, mask).items():
             if name not in self._frozen:
                 self._tensors[name], self._frozen[name] = tensor, tensor.detach().clone()
-        self._checked.add(id(mask))
+        self._checked[id(mask)] = mask
 
 
 class Cascade:
@@ -143,7 +143,8 @@ def save_cascade(
 ) -> int:
     """Write a cascade to one mask file; returns its bytes.
 
-    Experts are stored as flips of the dispatcher's bits where that is smaller.
+    Experts are stored as flips of the dispatcher's bits where that is smaller, combinations as
+    `Combination.rounded` has them.
 
     Args:
         about: of `MaskFile`: backbone, backbone_fingerprint, preprocessing, metrics.
@@ -154,8 +155,9 @@ def save_cascade(
     tensors = {f"router.{name}": tensor for name, tensor in router.tensors().items()}
     for mode, combination in combinations.items():
         for name, tensor in combination.tensors().items():
-            # its matrix is the largest part of the file, and embeddings are float32 anyway
-            tensors[f"{mode}.{name}"] = tensor.float() if tensor.dtype == torch.float64 else tensor
+            # its matrix is the largest part of the file
+            small = tensor.half() if name == "pca.components" else tensor.float()
+            tensors[f"{mode}.{name}"] = small if tensor.dtype == torch.float64 else tensor
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
 
@@ -175,7 +177,7 @@ def cascade_parts(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, 
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor.double() if tensor.dtype == torch.float32 else tensor
+        parts.setdefault(part, {})[rest] = tensor.double() if tensor.is_floating_point() else tensor
     if "router" not in parts or DISPATCHER not in file.masks:
         raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
     router = Router.from_tensors(parts.pop("router"))

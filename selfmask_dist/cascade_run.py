@@ -5,12 +5,14 @@
 
 Dispatcher and experts are ordinary runs in folders of their own, with configurations of their own
 (`dispatcher/config.yaml`, `expert-0/config.yaml`, ...). Experts train at the same time on groups of
-processes. Every stage goes on where it was when the run is started again, and is skipped when it is done. The
+processes. Every stage goes on where it was when the run is started again, and is skipped when it is done. One
+part of the cascade can be run by itself: up to the router, one expert, or what comes after the experts. The
 stages themselves are in `cascade_stages`.
 """
 
 import json
 import os
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +30,7 @@ from selfmask_dist.parallel.world import group_of, num_processes
 from selfmask_dist.preempt import Preempted, StopRequest
 from selfmask_dist.run_directory import create_run_directory, run_path
 
+ROUTER, COMBINATION = "router", "combination"  # parts of a cascade, beside expert-K
 _POLL_SECONDS = 0.2
 
 
@@ -58,41 +61,74 @@ class Worlds:
         return self._world
 
 
-def run_cascade(config: Config, stop: StopRequest, *, is_restart: bool) -> dict[str, Any]:
+def run_cascade(
+    config: Config, stop: StopRequest, *, is_restart: bool, part: str | None = None
+) -> dict[str, Any]:
     """Run a cascade to its end; returns what its `result.json` holds. Every process of the run calls this.
 
+    Args:
+        part: only `router` (and all before it), `expert-K`, or `combination` (and all after it). Returns
+            nothing of the router, and the run's result of an expert. An expert that the router did not find
+            is no error: where it chooses their number, nobody knows it before.
+
     Raises:
-        ValueError: configuration, data or backbone cannot be used, or the router found a cluster too small.
+        ValueError: configuration, data or backbone cannot be used, the router found a cluster too small, or
+            the part needs another one first.
         Preempted: asked to stop; started again, it goes on.
     """
     directory = run_path(config)
     stop_path = directory / f"stop-{os.environ.get('SELFMASK_RESTARTS', 0)}"
+    if part is not None:
+        _check_part(part, directory)
     with ExitStack() as stack:
         worlds = Worlds(config, stack)
         world = worlds.join()
         if world.is_main:
-            create_run_directory(config, is_restart=is_restart)
-            stop_path.unlink(missing_ok=True)
+            create_run_directory(config, is_restart=is_restart or part not in (None, ROUTER))
         world.barrier()
         if (directory / "result.json").exists():  # requeued after its end
             finished: dict[str, Any] = json.loads((directory / "result.json").read_text())
             return finished
-        _start(config, world, stop)
-        _train(dispatcher_config(config), world, stop, parent=directory)
-        with open_life(config, directory, world, stop, ends_as="training experts") as life:
-            stages = Stages(config, life)
-            stages.embed(DISPATCHER)
-            stages.route()
-            num_groups = _plan_experts(config, life)
-        stop.watch(stop_path)
-        try:
-            _train_experts(config, worlds.join(num_groups), stop, num_groups)
-        except Preempted:
-            stop_path.touch()  # groups share no step in which they could agree
-            raise
-        stop.watch(None)
+        if part is not None and part.startswith(expert_name("")):
+            return _train_expert(config, int(part.removeprefix(expert_name(""))), world, stop)
+        if part != COMBINATION:
+            if world.is_main:
+                stop_path.unlink(missing_ok=True)
+            num_groups = _prepare_experts(config, world, stop)
+            if part == ROUTER:
+                return {}
+            stop.watch(stop_path)
+            try:
+                _train_experts(config, worlds.join(num_groups), stop, num_groups)
+            except Preempted:
+                stop_path.touch()  # groups share no step in which they could agree
+                raise
+            stop.watch(None)
         with open_life(config, directory, worlds.join(), stop) as life:
             return _finish(config, life)
+
+
+def _check_part(part: str, directory: Path) -> None:
+    if part != ROUTER and part != COMBINATION and not re.fullmatch(expert_name(r"\d+"), part):
+        raise ValueError(f"a cascade has no part {part!r}; it has {ROUTER}, expert-0, ..., {COMBINATION}")
+    if part != ROUTER and not (directory / "router" / "sizes.json").exists():
+        raise ValueError(f"{directory} has no router yet; run the part {ROUTER} first")
+    if part == COMBINATION:
+        names = [expert_name(k) for k in range(len(read_sizes(directory)))]
+        if missing := [name for name in names if not (directory / name / "result.json").exists()]:
+            raise ValueError(f"{directory}: {', '.join(missing)} must be trained before they are combined")
+
+
+def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
+    """Everything up to the router; returns in how many groups experts train."""
+    directory = run_path(config)
+    _start(config, world, stop)
+    _train(dispatcher_config(config), world, stop, parent=directory)
+    with open_life(config, directory, world, stop, ends_as="training experts") as life:
+        stages = Stages(config, life)
+        stages.embed(DISPATCHER)
+        stages.route()
+        return _plan_experts(config, life)
 
 
 def _start(config: Config, world: World, stop: StopRequest) -> None:
@@ -151,10 +187,16 @@ def _changed(config: Config, name: str, changes: dict[str, dict[str, Any]]) -> C
     return Config.model_validate({**values, "method": "mask"})
 
 
-def _train(config: Config, world: World, stop: StopRequest, *, parent: Path) -> None:
+def _train(config: Config, world: World, stop: StopRequest, *, parent: Path | None = None) -> dict[str, Any]:
     from selfmask_dist.run import run_in  # which imports this module
 
-    run_in(config, world, stop, is_restart=True, parent=parent)
+    return run_in(config, world, stop, is_restart=True, parent=parent)
+
+
+def _train_expert(config: Config, k: int, world: World, stop: StopRequest) -> dict[str, Any]:
+    """One expert by itself; its status is its own, as others may train at the same time."""
+    sizes = read_sizes(run_path(config))
+    return _train(expert_config(config, k, sizes), world, stop) if k < len(sizes) else {}
 
 
 def expert_costs(config: Config, sizes: list[int]) -> list[float]:
@@ -183,6 +225,13 @@ def _plan_experts(config: Config, life: Life) -> int:
         f"{num_processes() // number} process(es), busy {utilisation(costs, groups):.0%} of the time: "
         + "; ".join(", ".join(map(str, group)) for group in groups)
     )
+    batch = config.train.global_batch_size
+    for k, (size, steps) in enumerate(zip(sizes, costs, strict=True)):
+        if size < batch:
+            life.writer.message(
+                f"WARNING: expert {k} has {size} images, less than a batch of {batch}: {steps:g} steps of a "
+                "part of a batch, and no queue. Ask for fewer clusters, or a smaller train.global_batch_size"
+            )
     life.writer.event("experts", sizes=sizes, steps=costs, groups=groups)
     return number
 

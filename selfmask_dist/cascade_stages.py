@@ -29,7 +29,7 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
-from selfmask_dist.config import Config
+from selfmask_dist.config import Config, load_config
 from selfmask_dist.evaluation import measure_knn, measure_probe
 from selfmask_dist.life import Life
 from selfmask_dist.run_directory import write_json
@@ -117,7 +117,9 @@ class Stages:
     def _create(
         self, view: str, split: str, made_with: Path | None, *, dim: int | None = None
     ) -> EmbeddingStore:
-        source, batch = self._sources[split], self._config.eval.batch_size
+        source = self._sources[split]
+        # that of the first start: a smaller one after a restart goes on with the chunks that are there
+        batch = load_config(self._directory / "config.yaml").eval.batch_size
         provenance = {
             "backbone": self._backbone.spec.fingerprint,
             "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),
@@ -198,7 +200,9 @@ class Stages:
             path = folder / f"{mode}.safetensors"
             if not path.exists():
                 chunks = self._chunks("train", lambda store: store.chunks(self._world.rank, self._world.size))
-                fitted = Combination.fit(chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum)
+                fitted = Combination.fit(
+                    chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum
+                ).rounded()  # as the bundle holds it: both then give the same embeddings
                 self._life.check()
                 if self._world.is_main:
                     partial = path.with_name(f".{path.name}.partial")
@@ -307,13 +311,11 @@ class Stages:
     def draw(self) -> None:
         """The map of the test images by cluster, and what the masks prune."""
         if self._world.is_main:
-            rows = self._open(DISPATCHER, "test").read_slice()
-            masks = artifact.read_mask_file(self._directory / _BUNDLE).masks
-            clusters = np.load(self._directory / "router" / "test.npy")
+            router = Router.from_tensors(load_file(self._directory / "router" / "router.safetensors"))
             draw_cascade(
-                rows.features.float().numpy(),
-                clusters,
-                masks,
+                router.reduce(self._open(DISPATCHER, "test").read_slice().features).numpy(),
+                np.load(self._directory / "router" / "test.npy"),
+                artifact.read_mask_file(self._directory / _BUNDLE).masks,
                 self._directory / "cascade.png",
                 self._config.seed,
             )
@@ -324,6 +326,7 @@ class Stages:
             write_json(self._directory / "result.json", result)
 
     def _sum(self, tensor: Tensor) -> Tensor:
+        self._life.watchdog.beat()  # a fit of minutes sums again and again
         return self._world.sum(tensor.clone())
 
     def _say(self, stage: str, what: str) -> None:

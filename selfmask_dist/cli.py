@@ -49,7 +49,7 @@ def _train(options: argparse.Namespace) -> int:
 
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
         try:
-            run(config)
+            run(config, part=options.part)
         except Preempted:
             print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
             return exit_status.REQUEUE
@@ -160,6 +160,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
         )
+        if function is _train:
+            command.add_argument(
+                "--part",
+                metavar="PART",
+                help="of a cascade, only this: router (and all before it), expert-0, expert-1, ..., "
+                "combination (and all after it)",
+            )
         command.set_defaults(command=function)
     inspect = commands.add_parser(
         "inspect", help="show what a mask file holds, or how alike several masks are"

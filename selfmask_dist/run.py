@@ -31,9 +31,12 @@ from selfmask_dist.preempt import StopRequest
 from selfmask_dist.run_directory import create_run_directory, drop_metrics_after, run_path, write_json
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     """Run a configuration to its end and return what `result.json` holds. Every process of the run calls
     this.
+
+    Args:
+        part: of a cascade, the only one to run; see `run_cascade`.
 
     Raises:
         ValueError: the configuration, the data or the backbone cannot be used; the message says which and how
@@ -47,7 +50,9 @@ def run(config: Config) -> dict[str, Any]:
         if config.method == "cascade":
             from selfmask_dist.cascade_run import run_cascade
 
-            return run_cascade(config, stop, is_restart=is_restart)
+            return run_cascade(config, stop, is_restart=is_restart, part=part)
+        if part is not None:
+            raise ValueError(f"--part is of a cascade, and method is {config.method}")
         with join_world(
             config.engine.device, threads=config.engine.threads, needs_group=config.engine.name != "ddp"
         ) as world:

@@ -17,7 +17,7 @@ from selfmask_dist.config import Config, load_config, to_yaml
 _OWN_FILES = (
     *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "result.json"),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
-    *("report.html", "status.json", "frozen.json", "quarantine.jsonl", "checkpoints", "stacks"),
+    *("report.html", "status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
     *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
     *("embeddings", "eval"),
 )

@@ -76,13 +76,11 @@ def read_status(run: Path) -> dict[str, str]:
     status = _json(run / "status.json")
     numbers = {name: value for name, value in status.items() if isinstance(value, int | float)}
     age = time.time() - numbers["time"] if "time" in numbers else None
-    step = f"{numbers['step']}" if "step" in numbers else "-"
-    if step != "-" and "num_steps" in numbers:
-        step += f"/{numbers['num_steps']}"
+    step, total = _progress(run, status)
     return {
         "run": run.name,
         "state": _state(run, status, age, numbers.get("silence", 0.0)),
-        "step": step,
+        "step": "-" if step is None else f"{step}" + (f"/{total}" if total else ""),
         "loss": f"{numbers['loss']:.4f}" if "loss" in numbers else "-",
         "images/s": f"{numbers['images_per_second']:.0f}" if "images_per_second" in numbers else "-",
         "restarts": str(numbers.get("restarts", "-")),
@@ -102,6 +100,36 @@ def _state(run: Path, status: dict[str, Any], age: float | None, silence: float)
         if silence > _SILENT_SECONDS:  # the process lives, and no step or batch was done
             state = f"still for {_duration(silence)}"
     return f"{state} ({status['stage']})" if "stage" in status else state
+
+
+def stages_of(run: Path) -> list[Path]:
+    """The runs of which a cascade is made, as far as they have begun; none of another run."""
+    names = (
+        "dispatcher",
+        *sorted((path.name for path in run.glob("expert-*")), key=lambda name: int(name[7:])),
+    )
+    return [run / name for name in names if (run / name / "config.yaml").exists()]
+
+
+def _progress(run: Path, status: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Steps made, and to make; of a cascade those of all masks, once the router has said how many."""
+    stages = stages_of(run)
+    if not stages:
+        return status.get("step"), status.get("num_steps")
+    parts = [_json(stage / "status.json") for stage in stages]
+    experts = _planned_steps(run)
+    total = parts[0].get("num_steps", 0) + sum(experts) if experts else parts[0].get("num_steps")
+    return sum(part.get("step") or 0 for part in parts), total
+
+
+def _planned_steps(run: Path) -> list[int]:
+    """Of each expert, as the cascade's newest plan has it."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines()
+        plans = [event for event in map(json.loads, lines) if event["event"] == "experts"]
+    except (OSError, ValueError):
+        return []
+    return [round(steps) for steps in plans[-1]["steps"]] if plans else []
 
 
 def _newest_checkpoint(run: Path) -> str:
@@ -176,11 +204,13 @@ def _status(options: argparse.Namespace) -> int:
     for run in runs:
         try:
             rows.append({**read_status(run), "path": str(run)})
+            stages = map(read_status, stages_of(run))
+            rows += [{**row, "run": f"  {row['run']}", "path": ""} for row in stages]
         except ValueError as error:  # the others are shown all the same
             complaints.append(str(error))
-    names = [row["run"] for row in rows]
+    names = [row["run"] for row in rows if row["path"]]
     for row in rows:
-        if names.count(row["run"]) > 1:
+        if row["path"] and names.count(row["run"]) > 1:
             row["run"] = row["path"]
     if rows:
         print(_table([list(_COLUMNS), *([row[name] for name in _COLUMNS] for row in rows)]))

@@ -175,9 +175,9 @@ def _processes() -> dict[int, str]:
     return found
 
 
-def submitted_job(text: str) -> str:
-    """The id of the job that `launchers/submit.py` said it submitted."""
-    found = re.search(r"^submitted job (\d+)", text, re.MULTILINE)
+def submitted_job(text: str, part: str = "") -> str:
+    """The id of the job that `launchers/submit.py` said it submitted, of several the first with this part."""
+    found = re.search(rf"^submitted job (\d+).*{part}", text, re.MULTILINE)
     assert found is not None, text
     return found.group(1)
 
@@ -189,9 +189,9 @@ def job_state(job: str) -> str:
     ).stdout.strip()
 
 
-def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
-    """Take the nodes away from a running job by one of a higher partition until it has left them; then let
-    it start again at once (SLURM would wait for two minutes).
+def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
+    """Take the nodes away from running jobs by one of a higher partition until they have left them; then let
+    them start again at once (SLURM would wait for two minutes).
     """
     command = [
         "sbatch",
@@ -203,17 +203,21 @@ def preempt(job: str, *, nodes: int = 4, seconds: float = 120.0) -> None:
     ]
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
     _wait(lambda: job_state(higher) == "RUNNING", seconds)
-    wait_for_state(job, "PENDING", seconds)
+    for job in jobs:
+        wait_for_state(job, "PENDING", seconds)
     _run("scancel", higher)
-    start_again(job, seconds)
+    start_again(*jobs, seconds=seconds)
 
 
-def start_again(job: str, seconds: float = 120.0) -> None:
-    """Spare a requeued job the minute or two that SLURM lets it wait."""
-    wait_for_state(job, "PENDING", seconds)
+def start_again(*jobs: str, seconds: float = 120.0) -> None:
+    """Spare requeued jobs the minute or two that SLURM lets them wait."""
+    for job in jobs:
+        wait_for_state(job, "PENDING", seconds)
     time.sleep(1.1)  # a node refuses a start that was granted in the second in which it ended the one before
-    _run("scontrol", "update", f"JobId={job}", "StartTime=now")  # once: each update begins the wait anew
-    _wait(lambda: job_state(job) not in _WAITING, seconds)
+    for job in jobs:  # once: each update begins the wait anew
+        _run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    for job in jobs:
+        _wait(lambda job=job: job_state(job) not in _WAITING, seconds)  # type: ignore[misc]
 
 
 def fail_node(node: str) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from selfmask_dist.artifact import MaskFileError, read_mask_file
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade_model import MaskSwitch, load_cascade
+from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.run import run
+from selfmask_dist.run_directory import create_run_directory, write_json
+from selfmask_dist.status import read_status
 from selfmask_dist.store import EmbeddingStore
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
@@ -154,6 +158,28 @@ def test_an_expert_is_an_ordinary_run(cascade: Path, tmp_path: Path) -> None:
         assert torch.equal(again.masks["default"].bits[name], bits), name
 
 
+def test_status_tells_the_progress_over_all_masks(
+    cascade: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [result_of(cascade / name)["steps"] for name in ("dispatcher", "expert-0", "expert-1")]
+    assert main(["status", str(cascade)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows[1:]] == [
+        ["one", "finished", f"{sum(steps)}/{sum(steps)}"],
+        ["dispatcher", "finished", f"{steps[0]}/{steps[0]}"],
+        ["expert-0", "finished", f"{steps[1]}/{steps[1]}"],
+        ["expert-1", "finished", f"{steps[2]}/{steps[2]}"],
+    ]
+    shutil.copytree(cascade, tmp_path / "one")
+    (tmp_path / "one" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "one" / "expert-1")
+    status = json.loads((tmp_path / "one" / "status.json").read_text())
+    running = {**status, "state": "running", "stage": "expert-0", "time": time.time()}
+    write_json(tmp_path / "one" / "status.json", running)
+    row = read_status(tmp_path / "one")
+    assert (row["state"], row["step"]) == ("running expert-0", f"{steps[0] + steps[1]}/{sum(steps)}")
+
+
 def test_a_finished_cascade_is_not_run_again(cascade: Path) -> None:
     before = result_of(cascade)
     config = load_config(cascade / "config.yaml", ["run.resume=true"])
@@ -170,6 +196,47 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
     ):
         with pytest.raises(ValueError, match=message):
             run(load_config(None, settings(shards, tmp_path, change, "run.overwrite=true")))
+
+
+def test_parts_run_one_after_the_other_end_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
+    config = load_config(None, settings(cascade.parent / "shards", tmp_path, "run.name=parts"))
+    with pytest.raises(ValueError, match="parts has no router yet; run the part router first"):
+        run(config, part="expert-0")
+    assert run(config, part="router") == {}
+    assert not (tmp_path / "parts" / "expert-0").exists()
+    with pytest.raises(ValueError, match="a cascade has no part 'experts'; it has router, expert-0, "):
+        run(config, part="experts")
+    assert run(config, part="expert-1")["steps"] > 0
+    assert run(config, part="expert-7") == {}, "the router may find fewer clusters than it may look for"
+    with pytest.raises(ValueError, match="expert-0 must be trained before they are combined"):
+        run(config, part="combination")
+    run(config, part="expert-0")
+    result = run(config, part="combination")
+    assert result["views"] == result_of(cascade)["views"]
+    assert (tmp_path / "parts" / "cascade.mask").read_bytes() == (cascade / "cascade.mask").read_bytes()
+    with pytest.raises(ValueError, match="--part is of a cascade, and method is mask"):
+        run(load_config(cascade / "expert-0" / "config.yaml"), part="router")
+
+
+def test_a_smaller_batch_of_the_evaluation_goes_on_with_the_embeddings_there(
+    cascade: Path, tmp_path: Path
+) -> None:
+    """After running out of memory, say."""
+    shutil.copytree(cascade, tmp_path / "one")
+    for name in ("result.json", "views.json"):
+        (tmp_path / "one" / name).unlink()
+    shutil.rmtree(tmp_path / "one" / "embeddings" / "expert-1")
+    smaller = ["eval.batch_size=8", "eval.probe=false", f"run.dir={tmp_path}"]
+    result = run(load_config(cascade / "config.yaml", smaller), part="combination")
+    assert result["clusters"] == result_of(cascade)["clusters"]
+
+
+def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Path) -> None:
+    """A result that stays would be taken for the new run's."""
+    shutil.copytree(cascade, tmp_path / "one")
+    config = load_config(cascade / "config.yaml", [f"run.dir={tmp_path}", "run.overwrite=true"])
+    create_run_directory(config)
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.yaml", "environment.json"]
 
 
 # ---- several processes
@@ -192,6 +259,22 @@ def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_p
         ours, theirs = (read_mask_file(two / name / "final.mask") for name in (f"expert-{k}", alone))
         for name, bits in ours.masks["default"].bits.items():
             assert torch.equal(theirs.masks["default"].bits[name], bits), name
+
+
+@pytest.mark.distributed
+def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, train=20, test=3)
+    few = ("cascade.clusters=[1]", "train.global_batch_size=32", "swav.queue_length=0", "eval.probe=false")
+    run_distributed(_run_rank, 4, settings(shards, tmp_path, "run.name=few", *few), backend="", timeout=120)
+    result = result_of(tmp_path / "few")
+    assert result["clusters"] == [20]
+    assert result_of(tmp_path / "few" / "expert-0")["steps"] == 3
+    assert (
+        EmbeddingStore.open(tmp_path / "few" / "embeddings" / "conditional" / "test")
+        .read_slice()
+        .features.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.distributed

@@ -294,6 +294,41 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
+def test_a_cascade_as_three_jobs_with_its_experts_as_an_array(config_path: Path, tmp_path: Path) -> None:
+    cascade = ["method=cascade", "objective.name=swav", "cascade.clusters=[2, 4]", "cascade.components=4"]
+    options = ["--dry-run", "--plan-seconds=0", "--experts-array"]
+    done = submit(config_path, *options, *cascade, "launch.sbatch={dependency: singleton}", cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    first, experts, last = done.stdout.split("#!/bin/bash")[1:]
+    assert "#SBATCH --dependency=singleton" in first
+    assert "--array" not in first + last
+    assert "#SBATCH --array=0-3%4" in experts, "as many as the router may find"
+    for script in (experts, last):
+        assert "#SBATCH --dependency='afterok:<the job before>'" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes" in script
+    config = load_config(config_path, cascade)
+    jobs = slurm.jobs_of(config, experts_array=True)
+    assert [job.parts for job in jobs] == [
+        ("router",),
+        ("expert-0", "expert-1", "expert-2", "expert-3"),
+        ("combination",),
+    ]
+    assert jobs[1].folders[3] == tmp_path / "run" / "expert-3", "tasks at the same time log apart"
+    for wrong, cluster, message in (
+        (cascade, "local", "--experts-array makes SLURM jobs"),
+        ([], "slurm", "--experts-array is for method=cascade, and method is mask"),
+    ):
+        done = submit(config_path, *options, *wrong, cluster=cluster)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_a_task_of_an_array_is_requeued_by_its_own_name() -> None:
+    array = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
+    assert slurm.own_job_id(array) == "70_3", "70 alone would be all tasks"
+    assert slurm.own_job_id({"SLURM_JOB_ID": "71"}) == "71"
+
+
 def test_the_default_time_limit_is_not_submitits_five_minutes(config_path: Path) -> None:
     done = submit(config_path, "--dry-run", "--plan-seconds=0", cluster="slurm")
     assert "#SBATCH --time=1440" in done.stdout

@@ -229,6 +229,33 @@ def test_collapse_and_the_queues_jump_are_said_once() -> None:
     assert metrics["concentration"] == pytest.approx(1.0)
 
 
+def test_a_loss_that_says_that_nothing_is_learned_is_said_once() -> None:
+    objective = objective_of()
+    flat = {"loss": float(np.log(6)) + 0.001, "concentration": 0.99, "queue": 0.0}
+    said = [
+        objective.remarks(values) for values in (flat, flat, flat | {"loss": 1.7}, flat, flat, flat, flat)
+    ]
+    assert [len(remarks) for remarks in said] == [0, 0, 0, 0, 0, 1, 0], "three logged means in a row"
+    assert "the loss stays at 1.792" in said[5][0]
+    assert "swav.epsilon" in said[5][0]
+
+
+def test_a_step_makes_no_all_reduce_beside_sinkhorns() -> None:
+    shapes = []
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    objective = objective_of(Context(0, 1, ROWS, all_reduce))
+    _, metrics = objective(Encoder(), batch_of(0))
+    assert shapes == [(2 * 6 + 5 + 1,), (2, 1, 6), (2, 1, 6)], "the mean embedding travels with the first"
+    projector, bias = (parameter.detach() for parameter in objective.projector.parameters())
+    features = views_of(0)[0].flatten(1) @ Encoder().weight.detach()
+    mean = unit((features @ projector.T + bias).numpy()).mean(axis=0)
+    assert metrics["concentration"] == pytest.approx(np.linalg.norm(mean))
+
+
 def test_numbers_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="queue_length 10 is not divisible by world size 4; set it to 8"):
         objective_of(Context(0, 4, ROWS), queue_length=10)

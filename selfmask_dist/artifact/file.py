@@ -21,7 +21,8 @@ MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while th
 Weights = Callable[[str], Tensor]  # the frozen weights, by a parameter's name
 
 _ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "int64", "uint8", "bool")
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("float16", "float32", "float64", "int64", "uint8", "bool")
 }
 _MISTAKES = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 

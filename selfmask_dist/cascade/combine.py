@@ -161,6 +161,13 @@ class Combination:
                 f"{self.num_experts - 1}"
             )
 
+    def rounded(self) -> Combination:
+        """With components of 11 significant bits, which float16 holds, and the rest as float32: what is kept
+        in a file, so a run's results are of this too."""
+        if self.pca is None:
+            return self
+        return replace(self, pca=self.pca.rounded())
+
     def to(self, device: torch.device | str) -> Combination:
         """The same on another device: that of the embeddings it is to be given."""
         return self if self.pca is None else replace(self, pca=self.pca.to(device))

@@ -92,6 +92,15 @@ class PCA:
                 f"components cannot be whitened; take at most {self.rank}, or more different images"
             )
 
+    def rounded(self) -> PCA:
+        """Components as float16 holds them, mean and variance as float32 does; still float64 tensors."""
+        return replace(
+            self,
+            mean=self.mean.float().double(),
+            components=self.components.half().double(),
+            explained_variance=self.explained_variance.float().double(),
+        )
+
     def to(self, device: torch.device | str) -> PCA:
         """The same on another device."""
         return replace(

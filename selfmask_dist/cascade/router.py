@@ -92,13 +92,17 @@ class Router:
     def num_clusters(self) -> int:
         return len(self.sizes)
 
+    def reduce(self, embeddings: Tensor) -> Tensor:
+        """What is clustered: the whitened components (n, num_components) float64."""
+        return _reduce(embeddings, self.pca)
+
     def assign(self, embeddings: Tensor) -> Tensor:
         """The cluster (n,) int64 of each embedding (n, dim)."""
-        return self.clusters.assign(_reduce(embeddings, self.pca))
+        return self.clusters.assign(self.reduce(embeddings))
 
     def probabilities(self, embeddings: Tensor) -> Tensor:
         """(n, K) float64, rows summing to 1; zeros and ones with k-means."""
-        return self.clusters.probabilities(_reduce(embeddings, self.pca))
+        return self.clusters.probabilities(self.reduce(embeddings))
 
     def to(self, device: torch.device | str) -> Router:
         """The same on another device: that of the embeddings it is to be given."""

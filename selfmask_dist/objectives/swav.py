@@ -34,6 +34,8 @@ AllReduce = Callable[[Tensor], Tensor]
 SMALLEST_EPSILON = 0.005
 _COLLAPSED = 0.999  # length of the mean unit embedding
 _JUMP = 1.25  # a loss that grows by this factor where the queue comes in
+_FLAT = 0.002  # a loss that stays as near, as a share, to that of an encoder that tells nothing apart ...
+_FLAT_LOGS = 3  # ... for so many logged means
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Swav(Objective):
         self._queue_rows = 0  # pushed so far by all ranks; not a tensor: reading one would stop a GPU
         self._step = 0
         self._loss_before_queue: float | None = None
+        self._flat_logs = 0
         self._told: set[str] = set()
 
     # ---- a step
@@ -138,15 +141,17 @@ class Swav(Objective):
             queued = self.prototypes(self.queue.to(embeddings.dtype))
             chosen = torch.cat([chosen, queued], dim=1)
             columns = torch.cat([columns, self.queue.any(dim=2).to(columns)], dim=1)
+        first = weights[:, None] * embeddings[0].detach()
+        mean = torch.cat([first.sum(0), weights.sum()[None].to(first)])
+        passenger = Passenger(self.context.all_reduce, mean)  # for no all-reduce of its own
         targets = sinkhorn(
             chosen,
             columns,
             epsilon=self.options.epsilon,
             iterations=self.options.iterations,
-            all_reduce=self.context.all_reduce,
+            all_reduce=passenger,
         )
-        first = weights[:, None] * embeddings[0].detach()
-        total = self.context.all_reduce(torch.cat([first.sum(0), weights.sum()[None].to(first)]))
+        total = passenger.total
         return targets[:, : len(weights)], total[:-1].norm() / total[-1].clamp(min=1)
 
     # ---- the queue
@@ -196,13 +201,21 @@ class Swav(Objective):
         return [self.prototypes.weight]
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """A collapse, and a jump of the loss where the queue comes in; each is said once."""
+        """A collapse, a loss that says that nothing is learned, and a jump of the loss where the queue comes
+        in; each is said once."""
         found: dict[str, str] = {}
         loss, before = values["loss"], self._loss_before_queue
+        trivial = math.log(self.options.num_prototypes)
+        self._flat_logs = self._flat_logs + 1 if abs(loss - trivial) < _FLAT * trivial else 0
+        if self._flat_logs == _FLAT_LOGS:
+            found["flat"] = (
+                f"SwAV learns nothing: the loss stays at {trivial:.3f}, the log of the number of prototypes, "
+                "as if every image were as near to all of them. Lower swav.epsilon (0.02, 0.01)"
+            )
         if (length := values["concentration"]) > _COLLAPSED:
             found["collapse"] = (
                 f"SwAV collapsed: all embeddings point one way (mean length {length:.4f}, loss {loss:.3f}, "
-                f"log of the number of prototypes {math.log(self.options.num_prototypes):.3f}). Lower "
+                f"log of the number of prototypes {trivial:.3f}). Lower "
                 "optim.score_lr or optim.head_lr, or raise train.global_batch_size"
             )
         if not values["queue"]:
@@ -245,6 +258,22 @@ def encode_views(encoder: nn.Module, views: tuple[Tensor, ...]) -> Tensor:
             features.append(encoder(torch.cat(views[start:end])))
             start = end
     return torch.cat(features)
+
+
+class Passenger:
+    """An `all_reduce` whose first call sums a small tensor along with its own."""
+
+    def __init__(self, all_reduce: AllReduce, tensor: Tensor) -> None:
+        self._all_reduce = all_reduce
+        self._waiting: Tensor | None = tensor
+        self.total = tensor
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if self._waiting is None:
+            return self._all_reduce(tensor)
+        both = self._all_reduce(torch.cat([tensor.flatten(), self._waiting.to(tensor)]))
+        self.total, self._waiting = both[tensor.numel() :].to(self._waiting), None
+        return both[: tensor.numel()].view_as(tensor)
 
 
 @torch.no_grad()
