@@ -83,10 +83,10 @@ class Step(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-def batch_of(step: int, rank: int, size: int, *, dtype: torch.dtype, views: int = 1) -> Batch:
+def batch_of(step: int, rank: int, size: int, *, dtype: torch.dtype, views: int = 1, side: int = 16) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
     images = tuple(
-        torch.randn(ROWS, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)[rank::size]
+        torch.randn(ROWS, 3, side, side, generator=generator, dtype=torch.float64).to(dtype)[rank::size]
         for _ in range(views)
     )
     labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)[rank::size]
