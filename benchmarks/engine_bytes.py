@@ -165,7 +165,7 @@ def vote_share(rounds: int) -> float:
 def check_memory(bench: Benchmark, worlds: tuple[int, ...]) -> None:
     """Peak memory of a rank against the planner's number.
 
-    Buckets of 4 MiB, as the default of 25 MiB would be a third of this model; gloo copies each one on its way.
+    Buckets of 4 MiB, as 25 MiB, the default, is a third of this model; gloo copies each one on its way.
     """
     with torch.device("meta"):
         shape = measure_shape(make_encoder(LARGE), 16, "vit")

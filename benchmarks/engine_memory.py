@@ -1,4 +1,4 @@
-"""What a rank needs at start: a backbone that is built whole and then cut, against one that stays in its file.
+"""What a rank needs at start: a backbone built whole and then cut, against one that stays in its file.
 
 Each rank loads a ViT-L/16 (303 million weights, 1.2 GB as safetensors) and shards it under fsdp, on CPU
 processes of one machine. Counted is the growth of a rank's resident memory at its highest, pages of the file

@@ -1,10 +1,10 @@
 """Masked against full fine-tuning on a GPU: step time and memory for ViT-B/32, ViT-L/14 and ResNet-50.
 
 In bf16 autocast, compiled and not, three variants in one run and in turns: `full` (SGD with momentum on the
-same weights), `masked` (this package) and `replaced` (theta computed from the scores in every forward and put in
-the place of the parameters, the semantics of the authors' code). One process, random weights, images of 224
-pixels. Without a GPU only `--quick` runs, with small models on the CPU: it shows that all of this works, and its
-figures mean nothing.
+same weights), `masked` (this package) and `replaced` (theta computed from the scores in every forward and put
+in the place of the parameters, the semantics of the authors' code). One process, random weights, images of
+224 pixels. Without a GPU only `--quick` runs, with small models on the CPU: it shows that all of this works,
+and its figures mean nothing.
 
     python -m benchmarks.step_time_gpu [--batch-size 64] [--quick] --json
 """

@@ -46,7 +46,7 @@ def write_files(folder: Path) -> dict[str, Path]:
         if family == "swin":
             kwargs = {**kwargs, "window_size": 4}
         encoder = load_backbone(name, pretrained=False, kwargs=kwargs, seed=3, **options).encoder
-        for index, (key, value) in enumerate(encoder.state_dict().items()):
+        for index, value in enumerate(encoder.state_dict().values()):
             if value.is_floating_point():  # running statistics and biases are not all alike
                 noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(index))
                 value.add_(0.02 * noise)

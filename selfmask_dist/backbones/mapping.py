@@ -2,8 +2,8 @@
 
 Both safetensors and `torch.load(mmap=True)` give tensors that are pages of the file, read when touched. A
 model built inside `leave_in_files` takes those tensors as its parameters instead of copying them, so loading
-costs no memory; an engine that shards then reads the rows it keeps. Values, names and conversions are those of
-an ordinary load. Knows nothing of architectures, masks or process groups.
+costs no memory; an engine that shards then reads the rows it keeps. Values, names and conversions are those
+of an ordinary load. Knows nothing of architectures, masks or process groups.
 """
 
 import ctypes

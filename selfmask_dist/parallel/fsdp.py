@@ -91,7 +91,7 @@ class FSDPEngine(Engine):
 
 
 def _widen(module: nn.Module) -> None:
-    """Half-precision weights, as a file may hold them, become float32; block by block, as each is cut then."""
+    """Half-precision weights, as a file may hold them, become float32; called before each block is cut."""
     for parameter in module.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
