@@ -85,7 +85,6 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
         "own_peak": most_own - own_before,
         "kept": resident("VmRSS") - before,
         "fingerprint": backbone.spec.fingerprint,
-        "trainable": len(engine.trained),
     }
 
 

@@ -41,7 +41,7 @@ def leave_in_files() -> Iterator[None]:
                 child._buffers[name] = (buffer.float() if buffer.is_floating_point() else buffer).clone()
         return result
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     nn.Module.load_state_dict = load_assigning  # type: ignore[method-assign,assignment]
     try:
         yield
