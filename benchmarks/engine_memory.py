@@ -71,7 +71,7 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
     own.start()
     backbone = load_backbone(f"timm:{name}", weights=path, in_file=in_file)
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
-    engine = build_engine(
+    build_engine(
         step,
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,

@@ -116,6 +116,8 @@ def main() -> int:
             label = f"{key}_{mode}_masked"
             bench.figure(f"{label}_over_full", ratios["masked"], max=1.03, quick=False)
             bench.figure(f"{label}_over_replaced", ratios["masked"] / ratios["replaced"])
+            if options.quick and compiled:  # each needs a process of its own, which takes seconds to start
+                continue
             memory = {
                 v: peak_memory(measure_memory, model_of, v, compiled=compiled, **common) for v in VARIANTS
             }
