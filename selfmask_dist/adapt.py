@@ -43,11 +43,13 @@ def adapt(
     train: data.Source,
     evaluation: Evaluation,
     found: Checkpoint | None,
+    measure_frozen: Callable[[], None],
 ) -> dict[str, Any]:
     """Train, measure and save; returns what `result.json` is to hold of it. Collective: every rank must call.
 
     Args:
         found: the checkpoint to go on from.
+        measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
     quarantine = data.Quarantine(
         life.directory / "quarantine.jsonl",
@@ -56,7 +58,12 @@ def adapt(
         rank=life.world.rank,
     )
     loader = _open_loader(config, life, backbone, train, quarantine)
-    objective, engine, trained = _build(config, life, backbone, train, steps_per_epoch=len(loader))
+    objective, engine = _build(config, life, backbone, train, steps_per_epoch=len(loader))
+    measure_frozen()
+    trained = prepare(config, engine, objective)
+    if config.mask.init_from is not None:
+        load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
+    life.writer.message(trained.summary)
     steps, schedule = _plan_steps(config, len(loader))
     identity = {
         "backbone": backbone.spec.fingerprint,
@@ -122,7 +129,7 @@ def _open_loader(
 
 def _build(
     config: Config, life: Life, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
-) -> tuple[Objective, Engine, Trained]:
+) -> tuple[Objective, Engine]:
     world = life.world
     context = Context(world.rank, world.size, config.train.global_batch_size, world.sum)
     objective = build_objective(config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch)
@@ -136,11 +143,7 @@ def _build(
         world=world,
         options=engine_options(config),
     )
-    trained = prepare(config, engine, objective)
-    if config.mask.init_from is not None:
-        load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
-    life.writer.message(trained.summary)
-    return objective, engine, trained
+    return objective, engine
 
 
 def _conclude(

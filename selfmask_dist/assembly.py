@@ -60,8 +60,12 @@ def _read_subset(path: str, num_samples: int) -> npt.NDArray[np.int64]:
     return places.astype(np.int64)
 
 
-def build_backbone(config: Config) -> Backbone:
-    """The frozen encoder; one that takes the crops' sizes where the objective is on crops."""
+def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
+    """The frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
+
+    Args:
+        in_file: leave the weights in their file, for an engine that takes its share of them.
+    """
     section = config.backbone
     backbone = load_backbone(
         section.name,
@@ -74,6 +78,7 @@ def build_backbone(config: Config) -> Backbone:
         std=section.std,
         crop_pct=section.crop_pct,
         seed=config.seed,
+        in_file=in_file,
     )
     if config.objective.name == "swav" and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm

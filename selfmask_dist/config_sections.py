@@ -297,8 +297,8 @@ class EngineConfig(Section):
     )
     precision: Literal["float32", "bf16"] = science(
         "float32",
-        "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs, and "
-        "about 0.2 % of the mask's bits come out different.",
+        "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs; "
+        "some of the mask's bits come out different, the more the higher optim.score_lr is.",
     )
     reduce_dtype: Literal["float32", "bf16"] = science(
         "float32", "Of gradients while they are summed over processes (fsdp, bits). bf16: half the bytes."

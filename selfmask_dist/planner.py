@@ -205,6 +205,7 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
     gathers = 2 if engine.reshard_after_forward else 1
     held = 2 * shape.largest_block if engine.reshard_after_forward else n + f
     block = min(2 * shape.largest_block, n)
+    bucket = min(engine.bucket_mb * 2**18, n)  # in numbers
     gathered = gathered_bytes * held + (gathered_bytes + reduced) * min(shape.largest_block, n)
 
     def second(scores_gradients: float, gone: float) -> float:
@@ -227,6 +228,8 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
         )
 
     buckets = full * n if w > 1 else 0.0  # DistributedDataParallel's copies of gradients
+    sending = reduced * min(3 * bucket, n)  # bits: one bucket being filled, two on their way
+    zero_gradients = full * max(block, bucket)  # they come as theta goes
     return [
         one("ddp", weights=full * (2 * n + f), scores=full * n, momentum=full * n,
             gradients=full * n + buckets + second(full * n, activations), sent=2 * x * full * n),
@@ -234,15 +237,15 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
             gradients=full * n / w + second(full * n / w, gathered + activations), gathered=gathered,
             sent=x * (gathers * gathered_bytes * (n + f) + reduced * n)),
         one("bits", weights=full * (2 * n + f), scores=full * n / w, momentum=full * n / w,
-            gradients=reduced * n * (1 + 1 / w) + second(full * n / w, activations),
+            gradients=reduced * n / w + sending + second(full * n / w, sending + activations),
             sent=x * (reduced * n + n / 8)),
         # theta is made in the forward and kept for backward; partitions have float32 copies of the scores
         one("deepspeed-1", weights=full * (2 * n + f), scores=full * n * (1 + 1 / w), momentum=full * n / w,
-            gradients=full * n, sent=2 * x * full * n),
+            gradients=zero_gradients, sent=2 * x * full * n),
         one("deepspeed-2", weights=full * (2 * n + f), scores=full * n * (1 + 1 / w), momentum=full * n / w,
-            gradients=full * (n / w + block), sent=2 * x * full * n),
+            gradients=zero_gradients, sent=2 * x * full * n),
         one("deepspeed-3", weights=full * ((n + f) / w + n), scores=2 * full * n / w, momentum=full * n / w,
-            gradients=full * (n / w + block), gathered=2 * full * block,
+            gradients=full * n / w + zero_gradients, gathered=2 * full * block,
             sent=x * (2 * full * (2 * n + f) + full * n)),
     ]  # fmt: skip
 

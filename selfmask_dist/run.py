@@ -1,6 +1,6 @@
 """One run from its configuration to its result: the place where all parts are wired.
 
-    frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
+    engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
 
 `method` picks what is trained: mask (scores), cascade (several masks, see `cascade_run`), finetune (all
 weights), probe (a linear probe on frozen features) or frozen (nothing). Every other module knows only its own
@@ -97,8 +97,11 @@ def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
 
 def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]:
     train, test = open_data(config)
-    backbone = build_backbone(config)
-    backbone.encoder.to(life.world.device)
+    trains = config.method in ("mask", "finetune")
+    cuts_weights = trains and config.engine.name == "fsdp"
+    backbone = build_backbone(config, in_file=cuts_weights)
+    if not cuts_weights:  # that engine moves what it keeps
+        backbone.encoder.to(life.world.device)
     evaluation = Evaluation(config, backbone, train, test, life.world, on_batch=life.check)
     writer = life.writer
     writer.event("start", world_size=life.world.size, train_samples=len(train), test_samples=len(test))
@@ -109,15 +112,20 @@ def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]
         "backbone": backbone.spec.name,
         "fingerprint": backbone.spec.fingerprint,
     }
-    if config.eval.frozen_baseline or config.method in ("probe", "frozen"):
-        result["frozen"] = _once(
-            life.directory / "frozen.json",
-            life.world,
-            lambda: evaluation.full(probe=config.eval.probe or config.method == "probe"),
-        )
-        writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
-    if config.method in ("mask", "finetune"):
-        result |= adapt(config, life, backbone, train, evaluation, found)
+
+    def measure_frozen() -> None:
+        if config.eval.frozen_baseline or not trains:
+            result["frozen"] = _once(
+                life.directory / "frozen.json",
+                life.world,
+                lambda: evaluation.full(probe=config.eval.probe or config.method == "probe"),
+            )
+            writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
+
+    if trains:
+        result |= adapt(config, life, backbone, train, evaluation, found, measure_frozen)
+    else:
+        measure_frozen()
     if life.world.is_main:
         write_json(life.directory / "result.json", result)
     life.world.barrier()  # nobody looks for a file that is not there yet

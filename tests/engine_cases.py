@@ -46,6 +46,7 @@ class Case:
     views: int = 1
     batchnorm: str = "frozen"
     masked_head: bool = False
+    is_reversed: bool = False  # the same rows in another order: equal but for rounding
     start: int = 0  # first step: batches are a function of the step
     state: EngineState | None = None
 
@@ -83,14 +84,25 @@ class Step(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-def batch_of(step: int, rank: int, size: int, *, dtype: torch.dtype, views: int = 1) -> Batch:
+def batch_of(
+    step: int,
+    rank: int,
+    size: int,
+    *,
+    dtype: torch.dtype,
+    views: int = 1,
+    side: int = 16,
+    is_reversed: bool = False,
+) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
     images = tuple(
-        torch.randn(ROWS, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)[rank::size]
+        torch.randn(ROWS, 3, side, side, generator=generator, dtype=torch.float64).to(dtype)[rank::size]
         for _ in range(views)
     )
     labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)[rank::size]
     ids = torch.arange(ROWS)[rank::size]
+    if is_reversed:
+        images, labels, ids = tuple(view.flip(0) for view in images), labels.flip(0), ids.flip(0)
     return Batch(images, labels, torch.ones(len(labels)), ids, ROWS)
 
 
@@ -145,7 +157,8 @@ def run_case(case: Case) -> Outcome:
     losses = []
     for step in range(case.start, case.start + case.steps):
         rank, size = engine.world.rank, engine.world.size
-        metrics = engine.forward_backward(batch_of(step, rank, size, dtype=case.dtype, views=case.views))
+        batch = batch_of(step, rank, size, dtype=case.dtype, views=case.views, is_reversed=case.is_reversed)
+        metrics = engine.forward_backward(batch)
         losses.append(engine.world.sum(metrics["loss"].clone()).item())
         engine.step()
     state = engine.state()

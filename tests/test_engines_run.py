@@ -1,9 +1,13 @@
 """Whole runs on sharded engines leave the files that one process leaves."""
 
+import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from selfmask_dist.assembly import build_backbone
+from selfmask_dist.config import load_config
 from tests.distributed import run_distributed
 from tests.test_run import _run_rank, losses_of, run_here, settings, shards
 
@@ -12,15 +16,21 @@ __all__ = ["shards"]  # the fixture
 
 @pytest.mark.distributed
 def test_sharded_runs_equal_one_process(shards: Path, tmp_path: Path) -> None:
-    common = settings(shards, tmp_path, "train.epochs=1", "eval.knn_every=0.5", "optim.score_lr=50")
+    more = ("train.epochs=1", "eval.knn_every=0.5", "eval.frozen_baseline=true", "optim.score_lr=50")
+    common = settings(shards, tmp_path, *more)
+    encoder = build_backbone(load_config(None, common)).encoder
+    save_file(encoder.state_dict(), tmp_path / "weights.safetensors")  # for fsdp to leave them in
+    common.append(f"backbone.weights={tmp_path / 'weights.safetensors'}")
     whole = run_here([*common, "run.name=whole"])
+    expected = json.loads((whole / "result.json").read_text())
     names = ("fsdp", "bits", "deepspeed")
     for name in names:  # new processes for each: one store serves one process group
         keys = [f"run.name={name}", f"engine.name={name}", "engine.zero_stage=3"]
         run_distributed(_run_rank, 2, [*common, *keys], backend="", timeout=240)
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(whole), rel=1e-4)
         assert (tmp_path / name / "final.mask").stat().st_size > 0
-        assert (tmp_path / name / "result.json").exists()
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert (result["fingerprint"], result["frozen"]) == (expected["fingerprint"], expected["frozen"])
 
 
 @pytest.mark.distributed

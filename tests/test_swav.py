@@ -346,7 +346,7 @@ def prototypes_of(run: Path) -> Tensor:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "bits", "deepspeed"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "bits", "deepspeed", "deepspeed engine.zero_stage=3"])
 def test_a_run_without_labels_does_not_depend_on_ranks_or_engine(
     shards: Path,  # noqa: F811
     tmp_path: Path,
@@ -359,9 +359,8 @@ def test_a_run_without_labels_does_not_depend_on_ranks_or_engine(
     assert not (alone / "head.safetensors").exists(), "projector and prototypes are thrown away"
     assert "head" not in json.loads((alone / "result.json").read_text())["adapted"]
     assert torch.allclose(prototypes_of(alone).norm(dim=1), torch.ones(10))
-    run_distributed(
-        _run_rank, 2, settings(shards, tmp_path, *SWAV, "run.name=two", f"engine.name={engine}"), backend=""
-    )
+    keys = f"engine.name={engine}".split()
+    run_distributed(_run_rank, 2, settings(shards, tmp_path, *SWAV, "run.name=two", *keys), backend="")
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=2e-4)
     assert torch.allclose(prototypes_of(tmp_path / "two"), prototypes_of(alone), atol=1e-3)
 

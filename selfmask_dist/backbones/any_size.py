@@ -8,9 +8,10 @@ own (`dynamic_img_size`), and images of the first size are computed as before. N
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from timm.layers import Format
 from torch import nn
+
+from selfmask_dist.backbones.structure import run_on_meta
 
 
 def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None:
@@ -20,12 +21,9 @@ def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None
         ValueError: it cannot; the message says which size.
     """
     _open_up(encoder)
-    parameter = next(encoder.parameters())
     for size in sorted(set(sizes)):
-        images = torch.zeros(2, 3, size, size, dtype=parameter.dtype, device=parameter.device)
         try:
-            with torch.no_grad():
-                encoder(images)
+            run_on_meta(encoder, (2, 3, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{name} cannot take crops of {size} pixels: {error}. Choose crops.local_size and "

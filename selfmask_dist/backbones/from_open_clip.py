@@ -152,6 +152,7 @@ def _create(model_name: str, tag: str, is_from_hub: bool, model_kwargs: dict[str
             return open_clip.create_model(
                 model_name,
                 pretrained=tag if is_from_hub else None,
+                device=None,  # where it is built; parameters may be without storage yet
                 force_quick_gelu=bool(model_kwargs.get("quick_gelu")),
                 force_preprocess_cfg={key: tag_cfg[key] for key in _PREPROCESS_KEYS if key in tag_cfg},
                 pretrained_text=False,

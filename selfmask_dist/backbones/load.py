@@ -8,13 +8,15 @@ their names. Knows nothing of masks, data or process groups.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.backbones.structure import find_blocks
+from selfmask_dist.backbones.mapping import leave_in_files
+from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
 from selfmask_dist.preprocessing import Preprocessing
 
@@ -76,6 +78,7 @@ def load_backbone(
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
     seed: int = 0,
+    in_file: bool = False,
 ) -> Backbone:
     """Build a frozen encoder by name.
 
@@ -96,35 +99,32 @@ def load_backbone(
         crop_pct: fraction of the resized short side that the centre crop keeps; None for the model's own,
             also where `image_size` differs from the model's.
         seed: of the random weights. The global generators are left as they were.
+        in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
+            copies each process's share of them; see `mapping`. Random weights, and files that cannot be
+            mapped, are loaded as without it.
 
     Raises:
         ValueError: unknown name, tag or module (naming the nearest), a hub that cannot be reached, a file
             that is missing, unreadable or does not fit (listing what differs), or a model whose output is not
             (n, dim).
     """
-    family, _, model_name = name.partition(":")
-    options = dict(kwargs or {})
-    # imported here: timm and open_clip take seconds to import, and each is needed by its own models only
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs as well
-        if family == "timm" and model_name:
-            from selfmask_dist.backbones import from_timm
-
-            built = from_timm.build(model_name, pretrained, weights, image_size, options, remove)
-        elif family == "open_clip" and model_name:
-            from selfmask_dist.backbones import from_open_clip
-
-            built = from_open_clip.build(model_name, pretrained, weights, image_size, options, remove)
-        else:
-            raise ValueError(f"backbone {name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
+    build = partial(_build, name, pretrained, weights, image_size, dict(kwargs or {}), remove, seed)
+    in_file = in_file and (pretrained or weights is not None)
+    if in_file:
+        with leave_in_files():
+            built = build()
+        in_file = not any(parameter.is_meta for parameter in built.encoder.parameters())
+    if not in_file:
+        built = build()
+        built.encoder.float()
     given: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
     preprocessing = replace(
         built.preprocessing, **{key: value for key, value in given.items() if value is not None}
     )
-    encoder = built.encoder.float().eval().requires_grad_(False)
+    encoder = built.encoder.eval().requires_grad_(False)
     spec = BackboneSpec(
         name=name,
-        dim=_measure_dim(encoder, name, preprocessing.image_size),
+        dim=_measure_dim(encoder, name, preprocessing.image_size, on_meta=in_file),
         blocks=find_blocks(encoder),
         preprocessing=preprocessing,
         fingerprint=fingerprint(encoder.state_dict().items()),
@@ -133,11 +133,35 @@ def load_backbone(
     return Backbone(encoder, spec, built.text_embeddings, built.logit_scale)
 
 
+def _build(
+    name: str,
+    pretrained: bool,
+    weights: str | Path | None,
+    image_size: int | None,
+    kwargs: dict[str, Any],
+    remove: Sequence[str],
+    seed: int,
+) -> Built:
+    family, _, model_name = name.partition(":")
+    # imported here: timm and open_clip take seconds to import, and each is needed by its own models only
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs as well
+        if family == "timm" and model_name:
+            from selfmask_dist.backbones import from_timm
+
+            return from_timm.build(model_name, pretrained, weights, image_size, dict(kwargs), remove)
+        if family == "open_clip" and model_name:
+            from selfmask_dist.backbones import from_open_clip
+
+            return from_open_clip.build(model_name, pretrained, weights, image_size, dict(kwargs), remove)
+    raise ValueError(f"backbone {name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
+
+
 @torch.no_grad()
-def _measure_dim(encoder: nn.Module, name: str, image_size: int) -> int:
-    images = torch.zeros(2, 3, image_size, image_size, device="cpu")
+def _measure_dim(encoder: nn.Module, name: str, image_size: int, *, on_meta: bool = False) -> int:
+    shape = (2, 3, image_size, image_size)
     try:
-        output = encoder(images)
+        output = run_on_meta(encoder, shape) if on_meta else encoder(torch.zeros(shape, device="cpu"))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"{name} cannot run on {image_size} px images: {error}; set backbone.image_size"

@@ -6,8 +6,9 @@ Knows no architecture by name, and nothing of masks, files or process groups.
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -67,6 +68,20 @@ def remove_modules(model: nn.Module, names: Sequence[str]) -> None:
                 f"backbone.remove names {name!r}, which the model does not have; near: {', '.join(near)}"
             )
         model.set_submodule(name, nn.Identity())
+
+
+@torch.no_grad()
+def run_on_meta(model: nn.Module, shape: Sequence[int]) -> Any:
+    """What the model's forward of images (n, 3, H, W) returns, as tensors without storage: nothing is read
+    or computed.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # float32: a file's half precision is not what the model will compute in
+    on_meta = {
+        name: torch.empty_like(t, device="meta", dtype=torch.float32 if t.is_floating_point() else t.dtype)
+        for name, t in tensors.items()
+    }
+    return torch.func.functional_call(model, on_meta, (torch.empty(*shape, device="meta"),))
 
 
 def set_train_mode(encoder: nn.Module, *, batchnorm: Literal["train", "frozen"] = "train") -> None:

@@ -5,6 +5,7 @@ Knows nothing of architectures, hubs, masks or process groups.
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from selfmask_dist.backbones.mapping import FilePages
 
 _NESTED_UNDER = ("state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -25,7 +28,7 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+    for name, tensor in FilePages().one_by_one(dict(named)):
         if name.endswith(_COUNTER):
             continue
         digest.update(json.dumps([name, list(tensor.shape)]).encode())
@@ -68,7 +71,8 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # mapped like safetensors: what is read once needs no memory of its own; older formats cannot be
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _check_is_state_dict(content: Any, path: Path) -> None:
@@ -141,7 +145,8 @@ def load_exactly(
             "of; backbone.remove takes modules out of the model"
         )
     module.load_state_dict(state, strict=True)
-    bad = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
+    whole = FilePages().one_by_one(module.state_dict())
+    bad = [name for name, value in whole if not value.isfinite().all()]
     if bad:
         raise ValueError(
             f"{source} holds values that are not finite:\n{_listing('not finite', bad)}The file is damaged"

@@ -5,8 +5,8 @@
     after it    one all-gather of packed bits (and of sum M), theta rewritten from bits on every rank
 
 A rank sends 2 bytes a weight for gradients in bf16 (4 in float32) and 1/8 byte for bits, where FSDP sends 6
-in bf16. Memory per weight: theta, W and its gradient everywhere; scores, their gradient and momentum as
-1/world. Knows nothing of objectives or architectures.
+in bf16. Memory per weight: theta and W everywhere; gradients, scores and momentum as 1/world, and three
+buckets. Knows nothing of objectives or architectures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _BITS = 8
+_IN_FLIGHT = 2  # buckets on their way at once; with the one being filled, all the memory that sending takes
 
 
 class BitsEngine(Engine):
@@ -212,8 +213,7 @@ class BucketReducer:
         while self._next < len(self._shards.buckets):
             self._send(self._shards.buckets[self._next])
         for bucket in self._shards.buckets:
-            if bucket.work is not None:
-                bucket.work.wait()
+            self._settle(bucket)
             assert bucket.output is not None
             for name in bucket.offsets:
                 self._shards.gradients[name] = bucket.output[self._shards.place(name)]
@@ -241,6 +241,8 @@ class BucketReducer:
         return bucket.buffer
 
     def _send(self, bucket: Bucket) -> None:
+        if self._next >= _IN_FLIGHT:
+            self._settle(self._shards.buckets[self._next - _IN_FLIGHT])
         buffer = self._buffer(bucket, self._shards._scores)
         if self._shards.world.size == 1:
             bucket.output = buffer
@@ -249,11 +251,17 @@ class BucketReducer:
             bucket.work = _reduce_scatter(bucket.output, buffer, async_op=True)
         self._next += 1
 
+    def _settle(self, bucket: Bucket) -> None:
+        """Wait for a bucket and let go of all but this rank's chunk of it."""
+        if bucket.work is not None:
+            bucket.work.wait()
+        bucket.work = bucket.buffer = None
+
     def _restart(self) -> None:
         self._next = 0
         for bucket in self._shards.buckets:
             bucket.pending = set(bucket.offsets)
-            bucket.work = bucket.buffer = bucket.output = None
+            bucket.output = None
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ class Engine:
 
     Args:
         module: batch -> (rank's share of the loss, metrics). It holds the encoder and the objective.
-        encoder: the part of it that masks go on, already on its device. Everything else is replicated.
+        encoder: the part of it that masks go on, already on its device (fsdp moves it there itself).
+            Everything else is replicated.
         blocks: names of the encoder's repeated blocks, each wrapped by itself.
     """
 

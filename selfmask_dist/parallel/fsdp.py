@@ -4,7 +4,10 @@
 frozen weight, the scores and their momentum all lie as the same piece on the same rank. Only theta is
 gathered: a rank sends what full fine-tuning sends, plus one small all-reduce a step, of sum M for all tensors
 at once; <G, theta> travels with the heads' gradients. (Sum M depends on <G, theta> through the step, so the
-two cannot be one.) Heads and objectives are replicated. Knows nothing of objectives or architectures.
+two cannot be one.) Heads and objectives are replicated.
+
+A backbone whose weights are left in their file is cut block by block: each process copies its rows, and none
+holds more than its share and a block. Knows nothing of objectives or architectures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +47,10 @@ class FSDPEngine(Engine):
             reduce_dtype=self.options.reduce_type() or (torch.float32 if is_bf16 else None),
         )
         for name in blocks:
+            block = self.encoder.get_submodule(name)
+            _widen(block)
             fully_shard(
-                self.encoder.get_submodule(name),
+                block,
                 reshard_after_forward=self.options.reshard_after_forward,
                 mp_policy=policy,
                 **shared,
@@ -53,6 +58,7 @@ class FSDPEngine(Engine):
         if is_bf16:
             policy = replace(policy, output_dtype=torch.float32)  # embeddings, for objectives
         self.encoder.forward = _owning(self.encoder.forward)
+        _widen(self.encoder)
         # always resharded: after an evaluation it would keep its gathered theta, and miss the next rewrite
         fully_shard(self.encoder, reshard_after_forward=True, mp_policy=policy, **shared)
 
@@ -82,6 +88,13 @@ class FSDPEngine(Engine):
             if isinstance(module, FSDPModule):
                 module.reshard()  # or a block that stays gathered would keep its old theta
         super()._after_load()
+
+
+def _widen(module: nn.Module) -> None:
+    """Half-precision weights, as a file may hold them, become float32; called before each block is cut."""
+    for parameter in module.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
 
 
 def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:

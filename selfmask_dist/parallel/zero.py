@@ -161,6 +161,7 @@ class DeepSpeedEngine(Engine):
 
     def _make_config(self) -> dict[str, Any]:
         micro_batch, parts = 1, self.options.accumulate
+        bucket = max(int(self.options.bucket_mb * 2**18), 1)  # in numbers
         config: dict[str, Any] = {
             # only their product is checked: batches come from the loader
             "train_batch_size": micro_batch * parts * self.world.size,
@@ -172,7 +173,11 @@ class DeepSpeedEngine(Engine):
             "zero_optimization": {
                 "stage": self.options.zero_stage,
                 "stage3_param_persistence_threshold": 0,
-                "reduce_bucket_size": max(int(self.options.bucket_mb * 2**18), 1),
+                "reduce_bucket_size": bucket,
+                # by default it keeps up to a billion gathered weights: all of most backbones
+                "stage3_prefetch_bucket_size": bucket,
+                "stage3_max_live_parameters": 2 * bucket,
+                "stage3_max_reuse_distance": 0,
             },
         }
         return _overlay(config, self.options.deepspeed)
