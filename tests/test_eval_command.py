@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from selfmask_dist.artifact import read_mask_file
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.eval_command import subject as subject_module
@@ -144,6 +145,21 @@ def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: 
     assert list(rows(tmp_path, "knn")) == ["frozen", "a", "b", "mean of embeddings"]
     assert list(rows(tmp_path, "probe")) == ["frozen", "a", "b", "mean of embeddings", "mean of logits"]
     assert main(["eval", *files, "knn"]) == 2
+
+
+def test_what_masks_say_needs_no_images(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["eval", str(finished / "a"), str(finished / "b"), "masks", "--out", str(out)]
+    assert main([*command, "data.train=nowhere", "data.test=nowhere"]) == 0
+    found = result(out, "masks")
+    assert found["plots"] == ["masks.png"]
+    assert (out / "eval" / "masks.png").stat().st_size > 5000
+    for name in ("a", "b"):
+        mask = read_mask_file(finished / name / "final.mask").masks["default"]
+        assert rows(out, "masks")[name]["pruned"] == pytest.approx(1 - mask.num_kept() / mask.num_weights())
+    (note,) = found["notes"]
+    assert note.startswith("a and b: phi ")
+    assert found["details"]["pairs"][0]["similarity"]["weights"] == mask.num_weights()
 
 
 def test_data_without_labels_gives_label_free_numbers_and_says_so(

@@ -90,7 +90,8 @@ def measure_all(subject: Any, kinds: Sequence[str], choices: Any, *, report: Any
         if subject.world.is_main:
             path = write_results(results, subject, seconds)
             report(f"\n{format_table(results)}\n{path}, {seconds:.1f} s")
-        found.append(results)
+        if results.baseline is not None:  # masks are not compared with the frozen backbone
+            found.append(results)
     if len(found) > 1:
         report(f"\n{format_table(join(found))}")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist import evals
+from selfmask_dist.eval_command.masks import measure_masks
 from selfmask_dist.eval_command.plots import draw_bars, draw_lines
 from selfmask_dist.eval_command.results import Results, Row, UnavailableError
 from selfmask_dist.eval_command.subject import Subject
@@ -304,6 +305,7 @@ KINDS: dict[str, Callable[[Subject, Options], Results]] = {
     "lowshot": measure_low_shot,
     "zeroshot": measure_zero_shot,
     "labelfree": measure_label_free,
+    "masks": measure_masks,
 }
 
 
