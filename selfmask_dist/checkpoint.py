@@ -92,7 +92,7 @@ def _disk_full(folder: Path, needed: int) -> OSError:
     free = shutil.disk_usage(folder).free
     return OSError(
         errno.ENOSPC,
-        f"no space left on device: it takes {needed / 1e6:.1f} MB and {folder} has {free / 1e6:.1f} MB free "
+        f"No space left on device: it takes {needed / 1e6:.1f} MB and {folder} has {free / 1e6:.1f} MB free "
         f"(a quota may leave less); make room, or keep fewer checkpoints (checkpoint.keep_last)",
     )
 

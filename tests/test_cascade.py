@@ -177,7 +177,7 @@ def test_status_tells_the_progress_over_all_masks(
     running = {**status, "state": "running", "stage": "expert-0", "time": time.time()}
     write_json(tmp_path / "one" / "status.json", running)
     row = read_status(tmp_path / "one")
-    assert (row["state"], row["step"]) == ("running expert-0", f"{steps[0] + steps[1]}/{sum(steps)}")
+    assert (row["state"], row["step"]) == ("running (expert-0)", f"{steps[0] + steps[1]}/{sum(steps)}")
 
 
 def test_a_finished_cascade_is_not_run_again(cascade: Path) -> None:

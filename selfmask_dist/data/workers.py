@@ -93,13 +93,18 @@ def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iter
 
 
 def naming_lost_workers(loader: DataLoader[T]) -> Iterator[T]:
-    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly."""
+    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly, or
+    that a tensor whose sender is gone cannot be received.
+    """
     try:
         yield from loader
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
+    except (RuntimeError, EOFError, OSError) as error:
         workers = getattr(getattr(loader, "_iterator", None), "_workers", [])
+        for worker in workers:
+            worker.join(timeout=0.1)  # it may be about to be known
+        is_told = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+        if not is_told and not any(worker.exitcode for worker in workers):
+            raise
         codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
         how = ", ".join(signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes)
         raise WorkerLostError(
