@@ -134,10 +134,17 @@ def make(path: Path, turn: int, generator: np.random.Generator) -> bytes:
     return signed(header, sections + section)
 
 
-def is_well_formed(file: MaskFile) -> bool:
-    return all(
-        bits.dtype == torch.bool for mask in file.masks.values() for bits in mask.bits.values()
-    ) and all(isinstance(name, str) for name in file.masks)
+def is_well_formed(file: MaskFile, path: Path) -> bool:
+    """Whether what was read has the shapes and counts that the header states."""
+    for name, described in container.read(path).header["masks"].items():
+        entries = {entry["name"]: entry for entry in described["parameters"]}
+        bits = file.masks[name].bits
+        if bits.keys() != entries.keys():
+            return False
+        for key, entry in entries.items():
+            if list(bits[key].shape) != entry["shape"] or int(bits[key].sum()) != sum(entry["kept"]):
+                return False
+    return True
 
 
 def fuzz(num_files: int, seed: int = 0) -> dict[str, Any]:
@@ -165,7 +172,7 @@ def fuzz(num_files: int, seed: int = 0) -> dict[str, Any]:
                 print(f"{path.name}, turn {turn}: {type(error).__name__}: {error}", file=sys.stderr)
             else:
                 found["read"] += 1
-                found["malformed"] += not is_well_formed(file)
+                found["malformed"] += not is_well_formed(file, mutated)
                 found["wrong"] += turn % 3 == 0 and data != contents[path]
             slowest = max(slowest, time.perf_counter() - start)
             largest = max(largest, tracemalloc.get_traced_memory()[1] - before)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.artifact import Mask, MaskFile, codec, read_mask_file, write_mask_file
+from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.config import load_config
 from selfmask_dist.demo import run_demo
@@ -53,18 +54,54 @@ def entropy_bytes(bits: Mapping[str, Tensor]) -> float:
     return total / 8
 
 
+ClassesOf = Callable[[str, np.ndarray], np.ndarray]
+
+
+def entropy_given(bits: Mapping[str, Tensor], classes_of: ClassesOf) -> float:
+    """Bytes if every class of places had its own share of ones and stating it cost nothing: a bound."""
+    total = 0.0
+    for name, tensor in bits.items():
+        array = tensor.numpy().reshape(len(tensor), -1)
+        classes = np.broadcast_to(classes_of(name, array), array.shape).reshape(-1)
+        sizes = np.bincount(classes)
+        ones = np.bincount(classes, weights=array.reshape(-1), minlength=len(sizes))[sizes > 0]
+        shares = np.stack([ones, sizes[sizes > 0] - ones]) / sizes[sizes > 0]
+        terms = np.where(shares > 0, shares * np.log2(np.where(shares > 0, shares, 1)), 0.0)
+        total -= float((sizes[sizes > 0] * terms.sum(axis=0)).sum())
+    return total / 8
+
+
+def contexts(weights: Mapping[str, Tensor]) -> dict[str, ClassesOf]:
+    """What both sides may know of a place, each with at most 16 classes."""
+
+    def matrix(name: str) -> np.ndarray:
+        weight: np.ndarray = weights[name].float().numpy()
+        return weight.reshape(len(weight), -1)
+
+    def by_share(pruned: np.ndarray) -> np.ndarray:  # sixteenths of the rows or columns, most pruned last
+        ranks = np.argsort(np.argsort(pruned, kind="stable"), kind="stable")
+        classes: np.ndarray = ranks * 16 // len(ranks)
+        return classes
+
+    def neighbours(_name: str, bits: np.ndarray) -> np.ndarray:
+        above, left = np.ones_like(bits), np.ones_like(bits)
+        above[1:], left[:, 1:] = bits[:-1], bits[:, :-1]
+        classes: np.ndarray = 2 * above.astype(np.int64) + left
+        return classes
+
+    return {
+        "magnitude": lambda name, _bits: codec.magnitude_classes(matrix(name)).astype(np.int64),
+        "sign": lambda name, _bits: (matrix(name) > 0).astype(np.int64),
+        "row": lambda _name, bits: by_share((~bits).sum(axis=1))[:, None],
+        "column": lambda _name, bits: by_share((~bits).sum(axis=0))[None, :],
+        "neighbours": neighbours,
+    }
+
+
 def trained(run: Path) -> tuple[Mask, dict[str, Tensor]]:
     """A run's mask and the frozen weights under it."""
     mask = next(iter(read_mask_file(run / "final.mask").masks.values()))
-    config = load_config(run / "config.yaml").backbone
-    encoder = load_backbone(
-        config.name,
-        pretrained=config.pretrained,
-        weights=config.weights,
-        image_size=config.image_size,
-        kwargs=config.kwargs,
-        remove=config.remove,
-    ).encoder
+    encoder = build_backbone(load_config(run / "config.yaml")).encoder
     return mask, {name: value.detach() for name, value in encoder.named_parameters() if name in mask.bits}
 
 
@@ -116,6 +153,10 @@ def measure(mask: Mask, weights: Mapping[str, Tensor]) -> dict[str, float]:
         )
         / file,
     }
+    matrices = {name: bits for name, bits in mask.bits.items() if bits.ndim > 1}
+    alone = entropy_bytes(matrices)
+    for name, classes_of in contexts(weights).items():
+        found[f"entropy of matrices given {name} / entropy"] = entropy_given(matrices, classes_of) / alone
     found |= speeds(arrays, coded, classes, num_weights)
     packed = b"".join(np.packbits(array, axis=None).tobytes() for array in arrays.values())
     for name, compress in PEERS.items():

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from selfmask_dist import artifact
 from selfmask_dist.artifact import Mask, MaskFileError, codec
-from selfmask_dist.cascade import Combination, Router
 from selfmask_dist.cascade_model import Cascade, cascade_parts
 from selfmask_dist.masking import core
 
@@ -79,6 +78,9 @@ class MaskBank:
 
     def __len__(self) -> int:
         return len(self._coded)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._coded
 
     @property
     def names(self) -> list[str]:
@@ -192,7 +194,7 @@ class MaskBank:
             for key in added:
                 self.remove(key)
             raise
-        return _BankedCascade(self, name, masks, router, combinations)
+        return Cascade(lambda part, images: self.embed(images, f"{name}/{part}"), masks, router, combinations)
 
     # ---- putting a mask on
 
@@ -238,26 +240,6 @@ class MaskBank:
         while self.cached_bytes > self._cache_bytes and self._decoded:
             self._decoded.popitem(last=False)
         return decoded
-
-
-class _BankedCascade(Cascade):
-    """A cascade whose masks lie in a bank."""
-
-    def __init__(
-        self,
-        bank: MaskBank,
-        name: str,
-        masks: Mapping[str, Mask],
-        router: Router,
-        combinations: Mapping[str, Combination],
-    ) -> None:
-        self.masks = dict(masks)
-        self.router = router
-        self.combinations = dict(combinations)
-        self._bank, self._name = bank, name
-
-    def _encode(self, name: str, images: Tensor) -> Tensor:
-        return self._bank.embed(images, f"{self._name}/{name}").float()
 
 
 def _size(decoded: Mapping[str, _Decoded]) -> int:

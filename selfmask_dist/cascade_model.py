@@ -7,7 +7,7 @@ The frozen weights are kept beside the encoder's parameters, and a mask is put o
 Knows nothing of training, files' layout or process groups.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,14 @@ class Cascade:
         masks: the dispatcher's and the experts', by name.
         router: dispatcher's embeddings -> cluster.
         combinations: by mode, `conditional` and `unconditional`.
-        switch: puts the masks on the encoder; the frozen weights are under none.
+
+    Args:
+        encode: (name of a mask, images) -> embeddings (n, dim) under it.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encode: Callable[[str, Tensor], Tensor],
         masks: Mapping[str, Mask],
         router: Router,
         combinations: Mapping[str, Combination],
@@ -93,7 +95,7 @@ class Cascade:
         self.masks = dict(masks)
         self.router = router
         self.combinations = dict(combinations)
-        self.switch = MaskSwitch(encoder)
+        self._encode_under = encode
 
     @torch.no_grad()
     def embed(self, images: Tensor, *, mode: str = "conditional") -> Tensor:
@@ -129,9 +131,7 @@ class Cascade:
         return self.router.to(images.device).assign(self._encode(DISPATCHER, images))
 
     def _encode(self, name: str, images: Tensor) -> Tensor:
-        self.switch.use(self.masks[name])
-        features: Tensor = self.switch.encoder(images)
-        return features.float()
+        return self._encode_under(name, images).float()
 
 
 def save_cascade(
@@ -162,13 +162,21 @@ def save_cascade(
     return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
 
 
-def load_cascade(path: str | Path, backbone: nn.Module) -> Cascade:
+def load_cascade(path: str | Path, backbone: nn.Module | MaskSwitch) -> Cascade:
     """A cascade from its file, on a backbone that holds the frozen weights (a timm or open_clip encoder).
 
     Raises:
         MaskFileError: the file is damaged or holds no cascade; once used, that it does not fit the backbone.
     """
-    return Cascade(backbone, *cascade_parts(path))
+    masks, router, combinations = cascade_parts(path)
+    switch = backbone if isinstance(backbone, MaskSwitch) else MaskSwitch(backbone)
+
+    def encode(name: str, images: Tensor) -> Tensor:
+        switch.use(masks[name])
+        features: Tensor = switch.encoder(images)
+        return features
+
+    return Cascade(encode, masks, router, combinations)
 
 
 def cascade_parts(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:

@@ -81,7 +81,7 @@ def _serve(options: argparse.Namespace) -> None:
         from selfmask_dist.service import Limits, create_app
     except ImportError as error:
         raise ValueError(
-            f"the service needs starlette and uvicorn ({error}): pip install 'selfmask_dist[serve]'"
+            f"the service needs starlette and uvicorn ({error}): pip install -e '.[serve]'"
         ) from error
     bank, preprocessing = _bank(options)
     app = create_app(bank, preprocessing, Limits(max_waiting=options.max_waiting))

@@ -113,7 +113,7 @@ class _Service:
         return self._answer({"mask": mask, "embedding": embedding}, 200)
 
     async def _embed(self, request: Request, mask: str | None) -> list[float]:
-        if mask is not None and mask not in self._bank.names:
+        if mask is not None and mask not in self._bank:
             known = ", ".join(self._bank.names[:20]) or "none"
             raise _RefusedError(404, f"there is no mask {mask!r}; there is {known} (all: GET /masks)")
         if self._waiting >= self._limits.max_waiting:

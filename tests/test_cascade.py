@@ -114,7 +114,8 @@ def test_experts_start_from_the_dispatcher(cascade: Path) -> None:
 def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
     config = load_config(cascade / "config.yaml")
     backbone, (_, test) = build_backbone(config), open_data(config)
-    loaded = load_cascade(cascade / "cascade.mask", backbone.encoder)
+    switch = MaskSwitch(backbone.encoder)
+    loaded = load_cascade(cascade / "cascade.mask", switch)
     transform = eval_transform(backbone.spec.preprocessing)
     (batch,) = eval_loader(test, transform, batch_size=32)
     clusters = torch.from_numpy(np.load(cascade / "router" / "test.npy"))
@@ -125,7 +126,7 @@ def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
         found = loaded.embed(batch.views[0], mode=mode)
         assert torch.allclose(found, stored.features, atol=1e-4), mode
     frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
-    loaded.switch.use(None)
+    switch.use(None)
     with torch.no_grad():
         assert torch.allclose(backbone.encoder(batch.views[0]), frozen.features, atol=1e-6)
     with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):

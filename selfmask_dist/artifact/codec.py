@@ -102,7 +102,7 @@ def magnitude_classes(values: np.ndarray) -> np.ndarray:
     """Places of like magnitude, as classes: uint8, the shape of `values`, which are read as float32.
 
     Class 0 holds the binary exponent of the largest value, each next one the exponent below; the last, the
-    rest. Finer classes and more of them made files larger.
+    rest.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     exponents = (bits & np.uint32(0x7FFFFFFF)) >> np.uint32(23)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfmask_dist.artifact import codec, container
 from selfmask_dist.artifact.container import Container, Sections
-from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
+from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 from selfmask_dist.backbones import fingerprint
 
 MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while they are read
@@ -95,11 +95,10 @@ def verify_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> str
     Raises:
         MaskFileError: as in `read_mask_file`, but for weights that are not given.
     """
-    whole = container.read(Path(path))
-    entries = [entry for mask in whole.header["masks"].values() for entry in mask["parameters"]]
-    if any(entry.get("context") == "weights" for entry in entries):
+    try:
+        file = read_mask_file(path, max_weights=max_weights)
+    except WithoutWeightsError:
         return "checksums hold; its bits were not decoded, which takes its backbone"
-    file = read_mask_file(path, max_weights=max_weights)
     count = sum(mask.num_weights() for mask in file.masks.values())
     return f"whole; {len(file.masks)} masks of {count:,} weights in all"
 
@@ -137,7 +136,7 @@ def read_parameter(
 
 def _refusal(path: str | Path, error: Exception) -> MaskFileError:
     if isinstance(error, MaskFileError):
-        return error if str(path) in str(error) else MaskFileError(f"{path}: {error}")
+        return error if str(path) in str(error) else type(error)(f"{path}: {error}")
     return MaskFileError(f"{path} has an inconsistent header or section: {error}")
 
 
@@ -206,12 +205,16 @@ class _Reading:
         self._weights = weights
         self._done: dict[tuple[str, str], Tensor] = {}
         self._checked: set[str] = set()
+        self._parameters: dict[str, dict[str, Any]] = {}
         self.order: list[str] = whole.header["order"]
         if sorted(self.order) != sorted(self._masks) or not self.order:
             raise ValueError("order and masks name different masks, or none")
 
     def parameters(self, mask: str) -> dict[str, Any]:
-        return {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
+        """Their entries in the header, by name."""
+        if mask not in self._parameters:
+            self._parameters[mask] = {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
+        return self._parameters[mask]
 
     def mask(self, name: str) -> Mask:
         described = self._masks[name]
@@ -271,7 +274,7 @@ class _Reading:
     def _checked_weights(self, mask: str) -> Weights:
         """The frozen weights, if they are those of the mask: with others it would decode to nonsense."""
         if self._weights is None:
-            raise MaskFileError(
+            raise WithoutWeightsError(
                 "it was made smaller by its backbone's weights and cannot be read without them; apply it to "
                 "the backbone, or give `weights=weights_of(backbone)`"
             )

@@ -10,6 +10,10 @@ class MaskFileError(ValueError):
     """A mask file that cannot be read, or does not fit the model at hand."""
 
 
+class WithoutWeightsError(MaskFileError):
+    """A file that is read only together with its backbone's weights, and they were not given."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """One mask: bits per parameter and what is needed to turn them into theta again."""

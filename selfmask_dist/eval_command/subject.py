@@ -248,11 +248,11 @@ class Subject:
     @cached_property
     def _cascade(self) -> Cascade:
         (path,) = self._files
-        return load_cascade(path, self.backbone.encoder)
+        return load_cascade(path, self._switch)
 
     @cached_property
     def _switch(self) -> MaskSwitch:
-        return self._cascade.switch if self.kind == "cascade" else MaskSwitch(self.backbone.encoder)
+        return MaskSwitch(self.backbone.encoder)
 
     def _encoder(self, view: View) -> Callable[[Tensor], Tensor]:
         def encode(images: Tensor) -> Tensor:
