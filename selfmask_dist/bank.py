@@ -4,29 +4,27 @@
     bank.add("pets", "pets.mask")
     bank.embed(images, ["pets", "birds", None, "pets"])    # each image under its own mask
 
-    coded bits of every mask, as small as its file -> decoded, for those used last -> theta, in the encoder
+    coded bits of every mask, as small as its file -> decoded layers, for the masks used last -> theta
 
-Knows nothing of training, the command line or HTTP.
+Knows nothing of cascades, training, the command line or HTTP.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from selfmask_dist import artifact
 from selfmask_dist.artifact import Mask, MaskFileError, codec
-from selfmask_dist.cascade_model import Cascade, cascade_parts
 from selfmask_dist.masking import core
+from selfmask_dist.rewrite import Change, Layer, decoded, rewrite
 
 CACHE_MIB = 512
-_SPARSE = 32  # a parameter whose rare value takes less than one place in so many is kept as its places
 
 
 @dataclass(frozen=True)
@@ -34,23 +32,14 @@ class _Coded:
     """A mask as it waits: coded bits by parameter, and what does not change by coding."""
 
     sections: dict[str, bytes]
-    scales: dict[str, list[Tensor]]  # a of each scaled part along the first dimension, 0-d
+    scales: dict[str, tuple[float, ...]]  # a of each scaled part along the first dimension
     statistics: dict[str, Tensor]
 
     @property
     def num_bytes(self) -> int:
-        arrays = sum(tensor.numel() * tensor.element_size() for tensor in self.statistics.values())
-        return arrays + sum(len(section) for section in self.sections.values())
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """The bits of one parameter, on the backbone's device: places of the rare value, or all bits packed."""
-
-    places: Tensor | None  # int32
-    rare: bool
-    packed: Tensor | None  # uint8, eight bits each
-    num_bytes: int
+        return sum(tensor.nbytes for tensor in self.statistics.values()) + sum(
+            len(section) for section in self.sections.values()
+        )
 
 
 class MaskBank:
@@ -58,7 +47,11 @@ class MaskBank:
 
     Args:
         backbone: the encoder with its frozen weights; it is put in eval mode, its parameters are rewritten.
-        cache_mib: memory for decoded masks, on the backbone's device.
+        cache_mib: memory for decoded layers, on the backbone's device; one mask more while it is put on.
+
+    Attributes:
+        cached_bytes: what decoded layers take now.
+        layers_decoded: how often a layer's bits were decoded so far.
     """
 
     def __init__(self, backbone: nn.Module, *, cache_mib: float = CACHE_MIB) -> None:
@@ -66,8 +59,10 @@ class MaskBank:
         self._tensors: dict[str, Tensor] = {}  # what masks write, by their names for it
         self._frozen: dict[str, Tensor] = {}
         self._coded: dict[str, _Coded] = {}
-        self._decoded: OrderedDict[str, dict[str, _Decoded]] = OrderedDict()
+        self._decoded: OrderedDict[str, dict[str, Layer]] = OrderedDict()  # the mask used last at the end
         self._cache_bytes = cache_mib * 2**20
+        self.cached_bytes = 0
+        self.layers_decoded = 0
         self._current: str | None = None
         self._lock = RLock()
 
@@ -89,12 +84,7 @@ class MaskBank:
     @property
     def num_bytes(self) -> int:
         """What the coded masks take, without the backbone and the decoded ones."""
-        return sum(coded.num_bytes for coded in self._coded.values())
-
-    @property
-    def cached_bytes(self) -> int:
-        """What the decoded masks take."""
-        return sum(_size(decoded) for decoded in self._decoded.values())
+        return sum(coded.num_bytes for coded in list(self._coded.values()))
 
     @torch.no_grad()
     def add(self, name: str, mask: Mask | str | Path) -> None:
@@ -115,7 +105,8 @@ class MaskBank:
                 mask = next(iter(file.masks.values()))
             for key, tensor in artifact.check_fits(self._encoder, mask).items():
                 if key not in self._frozen:
-                    self._tensors[key], self._frozen[key] = tensor, tensor.detach().clone()
+                    self._tensors[key] = tensor
+                    self._frozen[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
             self._coded[name] = _Coded(
                 sections={key: codec.encode(bits.numpy()) for key, bits in mask.bits.items()},
                 scales={key: self._scales(mask, key) for key in mask.bits},
@@ -133,7 +124,7 @@ class MaskBank:
             if self._current == name:
                 self._put(None)
             del self._coded[name]
-            self._decoded.pop(name, None)
+            self.cached_bytes -= sum(layer.num_bytes for layer in self._decoded.pop(name, {}).values())
 
     @contextmanager
     def under(self, name: str | None) -> Iterator[nn.Module]:
@@ -178,24 +169,6 @@ class MaskBank:
             raise ValueError("there are no images")
         return found
 
-    def add_cascade(self, name: str, path: str | Path) -> Cascade:
-        """Take a cascade's masks in as `NAME/dispatcher`, `NAME/expert-0`, ...; returns it on this bank.
-
-        Raises:
-            MaskFileError: as in `load_cascade` and `add`.
-        """
-        masks, router, combinations = cascade_parts(path)
-        added: list[str] = []
-        try:
-            for part, mask in masks.items():
-                self.add(f"{name}/{part}", mask)
-                added.append(f"{name}/{part}")
-        except ValueError:
-            for key in added:
-                self.remove(key)
-            raise
-        return Cascade(lambda part, images: self.embed(images, f"{name}/{part}"), masks, router, combinations)
-
     # ---- putting a mask on
 
     def _check(self, name: str | None) -> None:
@@ -214,61 +187,44 @@ class MaskBank:
         for key in self._frozen.keys() - written.keys():
             self._tensors[key].copy_(self._frozen[key])
         if coded is not None and name is not None:
-            for key, decoded in self._decode(name).items():
-                _write(self._tensors[key], self._frozen[key], decoded, coded.scales[key])
+            layers = self._layers(name, coded)
+            rewrite(
+                [
+                    Change(self._tensors[key], self._frozen[key], layer, coded.scales[key])
+                    for key, layer in layers.items()
+                ]
+            )
             for key, statistic in coded.statistics.items():
                 self._tensors[key].copy_(statistic)
         self._current = name
 
-    def _scales(self, mask: Mask, key: str) -> list[Tensor]:
-        weight = self._frozen[key]
+    def _scales(self, mask: Mask, key: str) -> tuple[float, ...]:
+        bits, dtype = mask.bits[key], self._frozen[key].dtype
         if not mask.scaled:
-            return [weight.new_ones(())]
-        parts = mask.bits[key].chunk(mask.num_segments.get(key, 1))
-        factors = [core.scale_factor(core.count_kept(part), part.numel(), weight.dtype) for part in parts]
-        return [factor.to(weight.device) for factor in factors]
+            return (1.0,)
+        parts = bits.chunk(mask.num_segments.get(key, 1))
+        return tuple(core.scale_factor(core.count_kept(part), part.numel(), dtype).item() for part in parts)
 
-    def _decode(self, name: str) -> dict[str, _Decoded]:
-        """A mask's bits out of the cache, or decoded into it; those used longest ago make room."""
-        if name in self._decoded:
-            self._decoded.move_to_end(name)
-            return self._decoded[name]
-        decoded = {
-            key: _decode(section, self._frozen[key]) for key, section in self._coded[name].sections.items()
-        }
-        self._decoded[name] = decoded
-        while self.cached_bytes > self._cache_bytes and self._decoded:
-            self._decoded.popitem(last=False)
-        return decoded
+    def _layers(self, name: str, coded: _Coded) -> dict[str, Layer]:
+        """A mask's layers out of the cache, or decoded into it.
 
-
-def _size(decoded: Mapping[str, _Decoded]) -> int:
-    return sum(part.num_bytes for part in decoded.values())
-
-
-def _decode(section: bytes, weight: Tensor) -> _Decoded:
-    bits = codec.decode(section, weight.numel())
-    ones = int(np.count_nonzero(bits))
-    rare = ones < bits.size - ones
-    if min(ones, bits.size - ones) * _SPARSE <= bits.size and bits.size < 2**31:
-        places = torch.from_numpy(np.flatnonzero(bits == rare).astype(np.int32)).to(weight.device)
-        return _Decoded(places, rare, None, places.numel() * 4)
-    packed = torch.from_numpy(np.packbits(bits)).to(weight.device)
-    return _Decoded(None, rare, packed, packed.numel())
-
-
-def _write(theta: Tensor, weight: Tensor, decoded: _Decoded, scales: list[Tensor]) -> None:
-    """theta = a * W * M in place."""
-    for part, source, scale in zip(theta.chunk(len(scales)), weight.chunk(len(scales)), scales, strict=True):
-        torch.mul(source, scale, out=part)
-    flat = theta.view(-1)
-    if decoded.packed is not None:
-        bits = (decoded.packed[:, None] >> torch.arange(7, -1, -1, device=theta.device)) & 1
-        flat.mul_(bits.view(-1)[: flat.numel()].to(flat.dtype))
-    elif decoded.places is not None and decoded.rare:
-        places = decoded.places.long()
-        values = flat[places]
-        flat.zero_()
-        flat[places] = values
-    elif decoded.places is not None:
-        flat.index_fill_(0, decoded.places.long(), 0.0)
+        Where room is short, the mask that was on longest ago gives up its layers one by one and keeps those
+        that are not in the way. Of masks that come round in turn a part then stays decoded; by whole masks,
+        each would be gone when its turn comes.
+        """
+        kept = self._decoded.setdefault(name, {})
+        self._decoded.move_to_end(name)
+        for key, section in coded.sections.items():
+            if key not in kept:
+                weight = self._frozen[key]
+                kept[key] = decoded(codec.decode(section, weight.numel()), weight)
+                self.cached_bytes += kept[key].num_bytes
+                self.layers_decoded += 1
+        layers = dict(kept)
+        while self.cached_bytes > self._cache_bytes:
+            oldest = next(iter(self._decoded))
+            _, layer = self._decoded[oldest].popitem()
+            self.cached_bytes -= layer.num_bytes
+            if not self._decoded[oldest]:
+                del self._decoded[oldest]
+        return layers

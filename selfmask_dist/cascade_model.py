@@ -3,8 +3,8 @@
     cascade = load_cascade("cascade.mask", encoder)
     cascade.embed(images, mode="conditional")       # two forwards for each image, grouped by expert
 
-The frozen weights are kept beside the encoder's parameters, and a mask is put on by rewriting those in place.
-Knows nothing of training, files' layout or process groups.
+Its masks are put on by a `MaskBank`, which may hold others too. Knows nothing of training, files' layout or
+process groups.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selfmask_dist import artifact
 from selfmask_dist.artifact import Mask, MaskFile, MaskFileError
+from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import Combination, Router
 
 DISPATCHER = "dispatcher"
@@ -26,58 +27,10 @@ def expert_name(k: int | str) -> str:
     return f"expert-{k}"
 
 
-class MaskSwitch:
-    """An encoder under one mask at a time.
-
-    Args:
-        encoder: holds the frozen weights; it is put in eval mode, and its parameters are rewritten in place.
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        self.encoder = encoder.eval()
-        self._frozen: dict[str, Tensor] = {}
-        self._tensors: dict[str, Tensor] = {}
-        self._checked: dict[int, Mask] = {}  # keeps them alive: ids of the dead are given again
-        self._current: Mask | None = None
-
-    @torch.no_grad()
-    def use(self, mask: Mask | None) -> None:
-        """Put a mask on in place of the one before; None: the frozen weights.
-
-        Raises:
-            MaskFileError: it does not fit this encoder.
-        """
-        if mask is self._current:
-            return
-        if mask is not None:
-            self._check(mask)
-        written = {} if mask is None else {**mask.bits, **mask.statistics}
-        for name in self._frozen.keys() - written.keys():
-            self._tensors[name].copy_(self._frozen[name])
-        if mask is not None:
-            for name in mask.bits:
-                self._tensors[name].copy_(artifact.materialize(mask, name, self._frozen[name]))
-            for name, statistic in mask.statistics.items():
-                self._tensors[name].copy_(statistic)
-        self._current = mask
-
-    def _check(self, mask: Mask) -> None:
-        """Once for each mask: fingerprint its weights, and keep what it will overwrite."""
-        if id(mask) in self._checked:
-            return
-        for name, weight in self._frozen.items():
-            self._tensors[name].copy_(weight)
-        for name, tensor in artifact.check_fits(self.encoder, mask).items():
-            if name not in self._frozen:
-                self._tensors[name], self._frozen[name] = tensor, tensor.detach().clone()
-        self._checked[id(mask)] = mask
-
-
 class Cascade:
     """See the module's docstring. Made by `load_cascade`.
 
     Attributes:
-        masks: the dispatcher's and the experts', by name.
         router: dispatcher's embeddings -> cluster.
         combinations: by mode, `conditional` and `unconditional`.
 
@@ -88,11 +41,9 @@ class Cascade:
     def __init__(
         self,
         encode: Callable[[str, Tensor], Tensor],
-        masks: Mapping[str, Mask],
         router: Router,
         combinations: Mapping[str, Combination],
     ) -> None:
-        self.masks = dict(masks)
         self.router = router
         self.combinations = dict(combinations)
         self._encode_under = encode
@@ -162,24 +113,31 @@ def save_cascade(
     return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
 
 
-def load_cascade(path: str | Path, backbone: nn.Module | MaskSwitch) -> Cascade:
+def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str = "cascade") -> Cascade:
     """A cascade from its file, on a backbone that holds the frozen weights (a timm or open_clip encoder).
 
+    Args:
+        backbone: or a bank, which takes the masks in as `NAME/dispatcher`, `NAME/expert-0`, ...
+
     Raises:
-        MaskFileError: the file is damaged or holds no cascade; once used, that it does not fit the backbone.
+        MaskFileError: the file is damaged, holds no cascade, or does not fit the backbone.
+        ValueError: the bank has masks of these names; it is left as it was.
     """
-    masks, router, combinations = cascade_parts(path)
-    switch = backbone if isinstance(backbone, MaskSwitch) else MaskSwitch(backbone)
+    masks, router, combinations = _read(path)
+    bank = backbone if isinstance(backbone, MaskBank) else MaskBank(backbone)
+    added: list[str] = []
+    try:
+        for part, mask in masks.items():
+            bank.add(f"{name}/{part}", mask)
+            added.append(f"{name}/{part}")
+    except ValueError:
+        for key in added:
+            bank.remove(key)
+        raise
+    return Cascade(lambda part, images: bank.embed(images, f"{name}/{part}"), router, combinations)
 
-    def encode(name: str, images: Tensor) -> Tensor:
-        switch.use(masks[name])
-        features: Tensor = switch.encoder(images)
-        return features
 
-    return Cascade(encode, masks, router, combinations)
-
-
-def cascade_parts(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
+def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
     """Masks, router and combinations by mode; errors as in `load_cascade`."""
     file = artifact.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}

@@ -26,8 +26,9 @@ from torch import Tensor
 from selfmask_dist import artifact, data
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import Combination, Router, fit_pca
-from selfmask_dist.cascade_model import DISPATCHER, MaskSwitch, expert_name, save_cascade
+from selfmask_dist.cascade_model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evaluation import measure_knn, measure_probe
@@ -49,7 +50,6 @@ class Stages:
         self._life = life
         self._world = life.world
         self._directory = life.directory
-        self._masks: dict[Path, artifact.Mask] = {}
         self._sources = dict(zip(SPLITS, open_data(config), strict=True))
 
     @cached_property
@@ -59,8 +59,8 @@ class Stages:
         return backbone
 
     @cached_property
-    def _switch(self) -> MaskSwitch:
-        return MaskSwitch(self._backbone.encoder)
+    def _bank(self) -> MaskBank:
+        return MaskBank(self._backbone.encoder)
 
     def check(self) -> None:
         """What would fail only after the dispatcher has been trained.
@@ -89,16 +89,12 @@ class Stages:
     def embed(self, view: str) -> None:
         """Embeddings of both splits: `frozen`, or under the mask of the run `view`."""
         mask_path = None if view == "frozen" else self._directory / view / "final.mask"
+        if mask_path is not None and view not in self._bank:
+            self._bank.add(view, mask_path)
         for split in SPLITS:
             store = self._create(view, split, mask_path)
-
-            def encode(images: Tensor, mask_path: Path | None = mask_path) -> Tensor:
-                self._switch.use(None if mask_path is None else self._mask(mask_path))
-                features: Tensor = self._switch.encoder(images)
-                return features
-
             embed_to_store(
-                encode,
+                lambda images: self._bank.embed(images, None if mask_path is None else view),
                 self._sources[split],
                 data.eval_transform(self._backbone.spec.preprocessing),
                 store,
@@ -141,11 +137,6 @@ class Stages:
 
     def _open(self, view: str, split: str) -> EmbeddingStore:
         return EmbeddingStore.open(self._store_path(view, split))
-
-    def _mask(self, path: Path) -> artifact.Mask:
-        if path not in self._masks:
-            self._masks[path] = next(iter(artifact.read_mask_file(path).masks.values()))
-        return self._masks[path]
 
     # ---- router
 

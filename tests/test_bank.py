@@ -194,10 +194,14 @@ def test_a_cascade_is_served_from_a_bank(tmp_path: Path) -> None:
     model, path = write_cascade(tmp_path)
     expected = load_cascade(path, copy.deepcopy(model))
     bank = MaskBank(model)
-    cascade = bank.add_cascade("birds", path)
-    assert {f"birds/{part}" for part in expected.masks} == {*bank.names}
+    cascade = load_cascade(path, bank, name="birds")
+    assert bank.names == ["birds/dispatcher", "birds/expert-0", "birds/expert-1"]
     for mode in ("conditional", "unconditional", "dispatcher"):
         assert torch.equal(cascade.embed(images(), mode=mode), expected.embed(images(), mode=mode)), mode
     with pytest.raises(ValueError, match="holds a mask 'birds/dispatcher' already"):
-        bank.add_cascade("birds", path)
-    assert len(bank) == len(expected.masks), "what is there stays"
+        load_cascade(path, bank, name="birds")
+    assert len(bank) == 3, "what is there stays"
+    bank.remove("birds/dispatcher")
+    with pytest.raises(ValueError, match="holds a mask 'birds/expert-0' already"):
+        load_cascade(path, bank, name="birds")
+    assert bank.names == ["birds/expert-0", "birds/expert-1"], "what was added goes again"

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from selfmask_dist import apply_masks
 from selfmask_dist.artifact import MaskFileError, read_mask_file
 from selfmask_dist.assembly import build_backbone, open_data
+from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
-from selfmask_dist.cascade_model import MaskSwitch, load_cascade
+from selfmask_dist.cascade_model import load_cascade
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
@@ -114,8 +116,8 @@ def test_experts_start_from_the_dispatcher(cascade: Path) -> None:
 def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
     config = load_config(cascade / "config.yaml")
     backbone, (_, test) = build_backbone(config), open_data(config)
-    switch = MaskSwitch(backbone.encoder)
-    loaded = load_cascade(cascade / "cascade.mask", switch)
+    bank = MaskBank(backbone.encoder)
+    loaded = load_cascade(cascade / "cascade.mask", bank)
     transform = eval_transform(backbone.spec.preprocessing)
     (batch,) = eval_loader(test, transform, batch_size=32)
     clusters = torch.from_numpy(np.load(cascade / "router" / "test.npy"))
@@ -126,28 +128,29 @@ def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
         found = loaded.embed(batch.views[0], mode=mode)
         assert torch.allclose(found, stored.features, atol=1e-4), mode
     frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
-    switch.use(None)
-    with torch.no_grad():
-        assert torch.allclose(backbone.encoder(batch.views[0]), frozen.features, atol=1e-6)
+    assert torch.allclose(bank.embed(batch.views[0], None), frozen.features, atol=1e-6)
     with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):
         loaded.embed(batch.views[0], mode="both")
     with pytest.raises(MaskFileError, match="no router: it is no cascade"):
         load_cascade(cascade / "dispatcher" / "final.mask", backbone.encoder)
 
 
-def test_a_switch_leaves_no_trace_of_the_mask_before(cascade: Path) -> None:
+def test_a_cascades_masks_leave_no_trace_of_each_other(cascade: Path) -> None:
     config = load_config(cascade / "config.yaml")
     encoder = build_backbone(config).encoder
-    masks = read_mask_file(cascade / "cascade.mask").masks
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    switch = MaskSwitch(encoder)
-    switch.use(masks["expert-0"])
-    direct = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    for name in ("dispatcher", "expert-1", "expert-0"):
-        switch.use(masks[name])
-    assert all(torch.equal(tensor, direct[name]) for name, tensor in encoder.state_dict().items())
-    switch.use(None)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    masked = build_backbone(config).encoder
+    apply_masks(masked, cascade / "cascade.mask", name="expert-0")
+    bank = MaskBank(encoder)
+    load_cascade(cascade / "cascade.mask", bank)
+    for name in ("expert-0", "dispatcher", "expert-1", "expert-0"):
+        with bank.under(f"cascade/{name}"):
+            pass
+    with bank.under("cascade/expert-0"):
+        state = masked.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+    with bank.under(None):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
 def test_an_expert_is_an_ordinary_run(cascade: Path, tmp_path: Path) -> None:

@@ -76,10 +76,9 @@ TABLE = {
         ("config", "data", "metrics", "parallel", "preempt", "status", "watchdog"),
         ("submitit", "torch.optim", *MODELS),
     ),
-    "cascade_model": Rule(("artifact", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
-    "bank": Rule(
-        ("artifact", "cascade", "cascade_model", "masking"), ("torch.distributed", "torch.optim", *MODELS)
-    ),
+    "rewrite": Rule((), ("torch.distributed", "torch.optim", *MODELS)),
+    "bank": Rule(("artifact", "masking", "rewrite"), ("torch.distributed", "torch.optim", *MODELS)),
+    "cascade_model": Rule(("artifact", "bank", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
     "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
     "mask_comparison": Rule(

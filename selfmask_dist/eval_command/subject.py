@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from selfmask_dist import artifact, data, evals
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import fit_pca
-from selfmask_dist.cascade_model import DISPATCHER, Cascade, MaskSwitch, load_cascade
+from selfmask_dist.cascade_model import DISPATCHER, Cascade, load_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.parallel import World
@@ -248,21 +249,19 @@ class Subject:
     @cached_property
     def _cascade(self) -> Cascade:
         (path,) = self._files
-        return load_cascade(path, self._switch)
+        return load_cascade(path, self._bank)
 
     @cached_property
-    def _switch(self) -> MaskSwitch:
-        return MaskSwitch(self.backbone.encoder)
+    def _bank(self) -> MaskBank:
+        return MaskBank(self.backbone.encoder)
 
     def _encoder(self, view: View) -> Callable[[Tensor], Tensor]:
-        def encode(images: Tensor) -> Tensor:
-            if view.mode is not None:
-                return self._cascade.embed(images, mode=view.mode)
-            self._switch.use(view.mask)
-            features: Tensor = self._switch.encoder(images)
-            return features
-
-        return encode
+        if view.mode is not None:
+            return partial(self._cascade.embed, mode=view.mode)
+        name = None if view.mask is None else view.name
+        if view.mask is not None and view.name not in self._bank:
+            self._bank.add(view.name, view.mask)
+        return lambda images: self._bank.embed(images, name)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.world.sum(tensor.clone())
