@@ -276,7 +276,8 @@ class Stages:
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Write `cascade.mask`; returns its sizes."""
         names = [DISPATCHER, *map(expert_name, range(len(read_sizes(self._directory))))]
-        masks = {name: self._mask(self._directory / name / "final.mask") for name in names}
+        files = {name: artifact.read_mask_file(self._directory / name / "final.mask") for name in names}
+        masks = {name: next(iter(file.masks.values())) for name, file in files.items()}
         if self._world.is_main:
             spec = self._backbone.spec
             save_cascade(

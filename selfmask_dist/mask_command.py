@@ -1,7 +1,7 @@
-"""`selfmask mask diff | merge | convert | verify | export`: work on mask files.
+"""`selfmask mask diff | merge | interpolate | convert | verify | export | import`: work on mask files.
 
-Only `convert --against-weights` and `export` build the backbone, from the configuration of the run that
-trained the mask.
+Only `convert --against-weights`, `export` and `import` build the backbone, from the configuration of a run on
+it.
 """
 
 import argparse
@@ -14,7 +14,9 @@ HOW = ("majority", "intersection", "union", "collect")
 
 def add_command(commands: Any) -> None:
     """Add `mask` to the command line."""
-    actions = commands.add_parser("mask", help="compare, combine, convert, verify and export mask files")
+    actions = commands.add_parser(
+        "mask", help="compare, combine, convert, verify, export and import mask files"
+    )
     actions = actions.add_subparsers(required=True, metavar="ACTION")
 
     diff = actions.add_parser("diff", help="where two masks of one backbone differ, by parameter")
@@ -32,6 +34,15 @@ def add_command(commands: Any) -> None:
         help="keep what at least half, all, or any of them keep; or collect them side by side",
     )
     merge.set_defaults(command=_merge)
+
+    between = actions.add_parser("interpolate", help="masks between two runs', by the scores in checkpoints")
+    between.add_argument("first", type=Path, metavar="RUN", help="folder of a finished run; at 0 its mask")
+    between.add_argument("second", type=Path, metavar="RUN", help="at 1 this one's")
+    between.add_argument("--at", type=float, nargs="+", default=[0.5], metavar="T", help="from 0 to 1 (0.5)")
+    between.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="masks of several T: by them"
+    )
+    between.set_defaults(command=_interpolate)
 
     convert = actions.add_parser("convert", help="write a mask file with another coding")
     convert.add_argument("file", type=Path, metavar="FILE")
@@ -56,6 +67,19 @@ def add_command(commands: Any) -> None:
     export.add_argument("out", type=Path, metavar="FOLDER")
     _add_config(export, "of the run that trained the mask")
     export.set_defaults(command=_export)
+
+    importing = actions.add_parser("import", help="a mask out of scores that Piggyback's code trained")
+    importing.add_argument("scores", type=Path, metavar="SCORES", help="state dict, .pt or .safetensors")
+    importing.add_argument("--out", "-o", type=Path, required=True, metavar="FILE")
+    importing.add_argument("--backbone", metavar="NAME", help="as backbone.name: timm:resnet50")
+    importing.add_argument("--weights", metavar="PATH", help="as backbone.weights; else pretrained ones")
+    importing.add_argument("--threshold", type=float, default=5e-3, metavar="MU", help="(0.005)")
+    importing.add_argument(
+        "--key", default="mask_real", metavar="NAME", help="of a module's scores (mask_real)"
+    )
+    importing.add_argument("--scaled", action="store_true", help="theta = a W M in place of Piggyback's W M")
+    _add_config(importing, "of a run on the backbone, in place of --backbone")
+    importing.set_defaults(command=_import)
 
 
 def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
@@ -136,6 +160,31 @@ def _merge(options: argparse.Namespace) -> None:
     print(f"{options.out}: {size:,} bytes; {', '.join(kept)}")
 
 
+def _interpolate(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import MaskFile, write_mask_file
+    from selfmask_dist.interpolation import interpolate, read_trained
+
+    first, second = read_trained(options.first), read_trained(options.second)
+    masks = {f"{at:g}": interpolate(first, second, at) for at in options.at}
+    if len(masks) == 1:
+        masks = {"default": next(iter(masks.values()))}
+    about = {key: getattr(first.file, key) for key in ("backbone", "backbone_fingerprint", "preprocessing")}
+    size = write_mask_file(options.out, MaskFile(masks, **about))
+    print(f"{options.out}: {size:,} bytes")
+    for name, mask in masks.items():
+        far = [_share_apart(mask, end.mask) for end in (first, second)]
+        kept = mask.num_kept() / mask.num_weights()
+        print(
+            f"{name}: keeps {kept:.2%}; {far[0]:.2%} of its bits are not the first's, {far[1]:.2%} not the "
+            "second's"
+        )
+
+
+def _share_apart(mask: Any, other: Any) -> float:
+    apart = sum(int((bits ^ other.bits[name]).sum()) for name, bits in mask.bits.items())
+    return float(apart / mask.num_weights())
+
+
 def _convert(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact import read_mask_file, weights_of, write_mask_file
     from selfmask_dist.assembly import build_backbone
@@ -177,3 +226,32 @@ def _export(options: argparse.Namespace) -> None:
     kwargs = {**(size if takes_size else {}), **config.backbone.kwargs}
     for path in export(options.out, name, mask, file, build_backbone(config), kwargs=kwargs):
         print(path)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import MaskFile, write_mask_file
+    from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.config import load_config
+    from selfmask_dist.score_import import import_scores, read_state
+
+    if (options.config is None) == (options.backbone is None):
+        raise ValueError("the backbone is needed: give either --backbone NAME or --config RUN/config.yaml")
+    given = {"backbone.name": options.backbone, "backbone.weights": options.weights}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    state = read_state(options.scores)
+    backbone = build_backbone(load_config(options.config, overrides))
+    found = import_scores(
+        state, backbone.encoder, key=options.key, threshold=options.threshold, scaled=options.scaled
+    )
+    file = MaskFile(
+        {"default": found.mask},
+        backbone=backbone.spec.name,
+        backbone_fingerprint=backbone.spec.fingerprint,
+        preprocessing=backbone.spec.preprocessing.to_dict(),
+    )
+    size, kept = write_mask_file(options.out, file), found.mask.num_kept() / found.mask.num_weights()
+    print(f"{options.out}: {size:,} bytes; {len(found.mask.bits)} parameters, {kept:.2%} kept")
+    if found.mask.statistics:
+        print(f"with {len(found.mask.statistics)} running statistics that moved")
+    if found.left_out:
+        print(f"left out, as the backbone has none of these names: {', '.join(found.left_out)}")

@@ -80,6 +80,10 @@ TABLE = {
     "bank": Rule(("artifact", "masking", "rewrite"), ("torch.distributed", "torch.optim", *MODELS)),
     "cascade_model": Rule(("artifact", "bank", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
     "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
+    "interpolation": Rule(
+        ("artifact", "checkpoint", "masking"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
+    "score_import": Rule(("artifact", "backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
     "mask_comparison": Rule(
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)

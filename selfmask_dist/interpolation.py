@@ -1,0 +1,92 @@
+"""Masks on the way from one run's to another's, by the scores that the runs' checkpoints still have.
+
+    M_t = 1[(1 - t) S_a + t S_b > (1 - t) mu_a + t mu_b]        t from 0 to 1
+
+At 0 and 1 these are the two runs' masks, bit for bit. Between two masks alone there is no such way: bits say
+nothing of how close a weight was to the threshold. Knows nothing of backbones or configurations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from selfmask_dist.artifact import Mask, MaskFile, read_mask_file
+from selfmask_dist.artifact.arithmetic import check_same_backbone
+from selfmask_dist.checkpoint import load_newest
+from selfmask_dist.masking import binarize
+
+_SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A mask and the scores it was made from, by parameter; `file` says where it comes from."""
+
+    mask: Mask
+    scores: dict[str, Tensor]
+    file: MaskFile
+
+
+def read_trained(run: Path) -> Trained:
+    """The mask and the scores of a finished run's folder.
+
+    Raises:
+        FileNotFoundError: it has no final.mask.
+        ValueError: it has no valid checkpoint, or the newest does not have the scores of that mask.
+    """
+    path = run / "final.mask"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run} holds no final.mask: give folders of finished runs that learned a mask"
+        )
+    file = read_mask_file(path)
+    mask = next(iter(file.masks.values()))
+    problems: list[str] = []
+    found = load_newest(run / "checkpoints", report=problems.append, set_aside=False)
+    if found is None:
+        raise ValueError("; ".join([f"{run} has no valid checkpoint, and so no scores", *problems]))
+    checkpoint, place = found
+    scores = {
+        key.removeprefix(_SCORES): tensor
+        for key, tensor in checkpoint.tensors.items()
+        if key.startswith(_SCORES) and key.removeprefix(_SCORES) in mask.bits
+    }
+    for name, bits in mask.bits.items():
+        if name not in scores or not torch.equal(binarize(scores[name], mask.threshold), bits):
+            raise ValueError(
+                f"{place} does not have the scores of {path}: they differ at {name}; the newest checkpoint "
+                f"must be of the run's last step, and its mask one of scores above a threshold"
+            )
+    return Trained(mask, scores, file)
+
+
+def interpolate(first: Trained, second: Trained, at: float) -> Mask:
+    """The mask at `at` of the way from the first to the second; running statistics are interpolated alike.
+
+    Raises:
+        MaskFileError: the masks are of different weights or scales.
+        ValueError: `at` is not from 0 to 1, or only one of the runs moved running statistics.
+    """
+    if not 0 <= at <= 1:
+        raise ValueError(f"there is a way from 0 to 1 between two masks, and {at:g} is not on it")
+    a, b = first.mask, second.mask
+    check_same_backbone([a, b])
+    if a.statistics.keys() != b.statistics.keys():
+        raise ValueError("only one of the runs moved running statistics: what lies between is not defined")
+    threshold = (1 - at) * a.threshold + at * b.threshold
+    return Mask(
+        {name: binarize(first.scores[name].lerp(second.scores[name], at), threshold) for name in a.bits},
+        a.weights_fingerprint,
+        scaled=a.scaled,
+        num_segments=dict(a.num_segments),
+        statistics={name: _between(value, b.statistics[name], at) for name, value in a.statistics.items()},
+        threshold=threshold,
+    )
+
+
+def _between(first: Tensor, second: Tensor, at: float) -> Tensor:
+    if first.is_floating_point():
+        return first.lerp(second, at)
+    return first.double().lerp(second.double(), at).round().to(first.dtype)  # a count of batches

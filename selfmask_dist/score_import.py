@@ -1,0 +1,144 @@
+"""Masks out of real-valued scores that other code trained, as Piggyback's (Mallya et al. 2018, 1801.06519).
+
+    M = 1[S > mu]        theta = W * M        S: `<module>.mask_real` beside <module>'s weight, mu = 0.005
+
+A state dict is read, from safetensors or by torch with `weights_only`: nothing in a file is executed. Its
+frozen weights, where it has them, must be the backbone's; running statistics that moved come along.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from selfmask_dist.artifact import Mask
+from selfmask_dist.backbones import fingerprint
+from selfmask_dist.masking import binarize
+
+KEY = "mask_real"
+THRESHOLD = 5e-3
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A mask, and the names in the file that are no part of the encoder (a head, say)."""
+
+    mask: Mask
+    left_out: list[str]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict by name; one under `state_dict` or `model` in a torch file is found too.
+
+    Raises:
+        ValueError: it is no such file, or would have to be executed to be read.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, a whole model perhaps, and reading it would execute what is in "
+            "it. Where you trust it, write its tensors alone: torch.save(model.state_dict(), 'scores.pt')"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a torch file: {str(error)[:200]}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path} holds a {type(found).__name__} and no state dict")
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def import_scores(
+    state: Mapping[str, Tensor],
+    encoder: nn.Module,
+    *,
+    key: str = KEY,
+    threshold: float = THRESHOLD,
+    scaled: bool = False,
+) -> Imported:
+    """A mask of `encoder`, which holds the frozen weights, out of the scores in `state`.
+
+    Args:
+        key: what a module calls its scores; they belong to its `weight`.
+        threshold: mu.
+        scaled: theta = a W M of this project in place of Piggyback's W M.
+
+    Raises:
+        ValueError: there are no scores, they fit other names or shapes, are not finite, or the state has
+            other weights than the encoder.
+    """
+    scores = {name: value for name, value in state.items() if name.endswith(f".{key}")}
+    if not scores:
+        raise ValueError(
+            f"there are no scores among the {len(state)} tensors: none is called *.{key}, but "
+            f"{', '.join(list(state)[:5]) or 'nothing'}; name them with --key"
+        )
+    ours = {**dict(encoder.named_parameters()), **dict(encoder.named_buffers())}
+    prefix = _prefix([name.removesuffix(key) + "weight" for name in scores], ours)
+    bits: dict[str, Tensor] = {}
+    for name, value in scores.items():
+        target = name.removeprefix(prefix).removesuffix(key) + "weight"
+        shape = tuple(ours[target].shape)
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, and {target} of the backbone {shape}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite: such scores say nothing")
+        bits[target] = binarize(value, threshold)
+    bits = {name: bits[name] for name in ours if name in bits}  # in the encoder's order
+    rest = {name.removeprefix(prefix): value for name, value in state.items() if name not in scores}
+    statistics = _moved(rest, ours, {name for name, _ in encoder.named_buffers()})
+    return Imported(
+        mask=Mask(
+            bits,
+            fingerprint((name, ours[name]) for name in bits),
+            scaled=scaled,
+            statistics=statistics,
+            threshold=threshold,
+        ),
+        left_out=[name for name in rest if name not in ours],
+    )
+
+
+def _prefix(targets: list[str], ours: Mapping[str, Tensor]) -> str:
+    """What the file puts before the encoder's names (`shared.`): the one for which all of them are there."""
+    parts = targets[0].split(".")
+    prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts))]
+    for prefix in prefixes:
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in ours for name in targets):
+            return prefix
+    lacking = [name for name in targets if not any(name.removeprefix(prefix) in ours for prefix in prefixes)]
+    raise ValueError(
+        f"the backbone has no parameters for scores of {', '.join(lacking[:3] or targets[:3])}; it has "
+        f"{', '.join(list(ours)[:3])}, ...: is it another architecture?"
+    )
+
+
+def _moved(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], buffers: set[str]) -> dict[str, Tensor]:
+    """Buffers that differ from the encoder's.
+
+    Raises:
+        ValueError: a parameter differs.
+    """
+    moved = {}
+    for name, value in state.items():
+        if name not in ours or torch.equal(value.to(ours[name].dtype), ours[name].cpu()):
+            continue
+        if name not in buffers:
+            raise ValueError(
+                f"{name} of the file is not the backbone's: it was trained beside the masks (no mask file "
+                f"holds that), or the backbone has other pretrained weights"
+            )
+        moved[name] = value.to(ours[name].dtype)
+    return moved
