@@ -58,6 +58,7 @@ class MaskBank:
         self._encoder = backbone.eval()
         self._tensors: dict[str, Tensor] = {}  # what masks write, by their names for it
         self._frozen: dict[str, Tensor] = {}
+        self._fingerprints: dict[frozenset[str], str] = {}  # of the frozen weights of these names
         self._coded: dict[str, _Coded] = {}
         self._decoded: OrderedDict[str, dict[str, Layer]] = OrderedDict()  # the mask used last at the end
         self._cache_bytes = cache_mib * 2**20
@@ -103,10 +104,12 @@ class MaskBank:
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
-            for key, tensor in artifact.check_fits(self._encoder, mask).items():
+            known = self._fingerprints.get(frozenset(mask.bits))
+            for key, tensor in artifact.check_fits(self._encoder, mask, known=known).items():
                 if key not in self._frozen:
                     self._tensors[key] = tensor
                     self._frozen[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            self._fingerprints[frozenset(mask.bits)] = mask.weights_fingerprint
             self._coded[name] = _Coded(
                 sections={key: codec.encode(bits.numpy()) for key, bits in mask.bits.items()},
                 scales={key: self._scales(mask, key) for key in mask.bits},
@@ -125,6 +128,12 @@ class MaskBank:
                 self._put(None)
             del self._coded[name]
             self.cached_bytes -= sum(layer.num_bytes for layer in self._decoded.pop(name, {}).values())
+
+    def forget_decoded(self) -> None:
+        """Empty the cache of decoded layers; the mask that is on stays on."""
+        with self._lock:
+            self._decoded.clear()
+            self.cached_bytes = 0
 
     @contextmanager
     def under(self, name: str | None) -> Iterator[nn.Module]:
@@ -209,8 +218,7 @@ class MaskBank:
         """A mask's layers out of the cache, or decoded into it.
 
         Where room is short, the mask that was on longest ago gives up its layers one by one and keeps those
-        that are not in the way. Of masks that come round in turn a part then stays decoded; by whole masks,
-        each would be gone when its turn comes.
+        that are not in the way: whole masks would leave room for up to one of them empty.
         """
         kept = self._decoded.setdefault(name, {})
         self._decoded.move_to_end(name)

@@ -33,6 +33,9 @@ from selfmask_dist.data import eval_transform
 from selfmask_dist.data.decode import decode
 from selfmask_dist.preprocessing import Preprocessing
 
+# PIL would hand others to programs of the machine (EPS to Ghostscript)
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -72,6 +75,7 @@ class _Counts:
             f"selfmask_masks {len(bank)}",
             f"selfmask_mask_bytes {bank.num_bytes}",
             f"selfmask_cached_bytes {bank.cached_bytes}",
+            f"selfmask_layers_decoded_total {bank.layers_decoded}",
         ]
         return "\n".join(lines) + "\n"
 
@@ -137,15 +141,19 @@ class _Service:
 
     def _prepare(self, data: bytes) -> Tensor:
         """(3, size, size), decoded only once its size is known to be allowed."""
+        most = self._limits.max_pixels
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 width, height = image.size
+        except Image.DecompressionBombError as error:
+            raise _RefusedError(
+                413, f"the picture is too large: {error}; at most {most:,} are taken"
+            ) from error
         except Exception as error:  # broken files make PIL's plug-ins raise almost anything
             raise _RefusedError(
                 400, "the body is no picture that can be read; send a JPEG, PNG or WebP"
             ) from error
-        if width * height > self._limits.max_pixels:
-            most = self._limits.max_pixels
+        if width * height > most:
             raise _RefusedError(413, f"the picture has {width} x {height} pixels, at most {most:,} are taken")
         try:
             return self._transform(decode(data), np.random.default_rng(0))[0]

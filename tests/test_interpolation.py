@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate("ab"):
         config = write_config(folder / f"{name}.yaml", data)
         weights = f"backbone.weights={folder / 'weights.pt'}"
-        overrides = [weights, f"run.name={name}", f"seed={seed}", "optim.score_lr=20", "run.log_every=8"]
+        overrides = [weights, f"run.name={name}", f"seed={seed}", "optim.score_lr=2000", "run.log_every=8"]
         run(load_config(config, overrides))
     return folder
 

@@ -2,9 +2,12 @@
 
 import asyncio
 import io
+import os
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +28,7 @@ from selfmask_dist.service import Limits, create_app
 from tests.models import make
 
 PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+MAX_POOL = 40  # threads of Starlette's pool
 LIMITS = Limits(max_bytes=20_000, max_pixels=10_000, max_waiting=24, max_batch=8)
 
 
@@ -33,6 +37,19 @@ def picture(seed: int, *, side: int = 20, kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
+
+
+def png_of_many_pixels() -> bytes:
+    """A few bytes that state 20,000 x 20,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(b"")
+    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def eps() -> bytes:
+    """PIL would give it to Ghostscript, a program that does what the picture says."""
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
 def make_bank() -> MaskBank:
@@ -109,6 +126,8 @@ def test_a_picture_gets_its_embedding(server: Server) -> None:
         ({}, picture(0, kind="JPEG")[:200], 400, "picture"),
         ({}, b"\0" * 20_001, 413, "more than 20,000 bytes"),
         ({}, picture(0, side=101, kind="JPEG"), 413, "101 x 101 pixels, at most 10,000"),
+        ({}, png_of_many_pixels(), 413, "at most 10,000 are taken"),
+        ({}, eps(), 400, "no picture that can be read"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_a_reason(
@@ -123,7 +142,14 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
     data = [picture(seed) for seed in range(6)]
     masks = ["a", "b", "c", None]
     right = {(seed, mask): expected(data[seed], mask) for seed in range(6) for mask in masks}
+    bad = {
+        "broken": (b"broken", 400),
+        "cut off": (data[0][:-400], 400),
+        "too many bytes": (b"\0" * 30_000, 413),
+        "too many pixels": (png_of_many_pixels(), 413),
+    }
     passes, pictures = metric(server, "selfmask_passes_total"), metric(server, "selfmask_pictures_total")
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     outcomes: list[str] = []
 
     def client(turn: int) -> None:
@@ -132,8 +158,9 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
                 seed, mask = (turn * 5 + step) % 6, masks[(turn + step) % 4]
                 kind = (turn + step) % 6
                 if kind == 4:
-                    answer = http.post("/embed", content=b"broken")
-                    outcomes.append("refused" if answer.status_code == 400 else answer.text)
+                    body, status = list(bad.values())[(turn + step // 6) % 4]
+                    answer = http.post("/embed", content=body)
+                    outcomes.append("refused" if answer.status_code == status else answer.text)
                 elif kind == 5:
                     answer = http.post("/embed", params={"mask": "nobody"}, content=data[seed])
                     outcomes.append("refused" if answer.status_code == 404 else answer.text)
@@ -151,6 +178,12 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
     assert metric(server, "selfmask_passes_total") - passes < served, "no two pictures shared a pass"
     assert metric(server, "selfmask_waiting") == 0
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    deadline = time.monotonic() + 30
+    while len(os.listdir("/proc/self/fd")) > files + 2:  # connections close when the loop comes to it
+        assert time.monotonic() < deadline, "files or connections are left open"
+        time.sleep(0.02)
+    # the loop keeps the threads that decode, a fixed number of them at most
+    assert threading.active_count() <= max(threads, 2 + MAX_POOL)
 
 
 def test_more_than_can_wait_is_told_to_come_back(server: Server) -> None:

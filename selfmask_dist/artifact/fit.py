@@ -70,8 +70,12 @@ def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
     return torch.cat([core.materialize(piece, bits, scaled=mask.scaled) for piece, bits in pieces])
 
 
-def check_fits(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    """The tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`."""
+def check_fits(model: nn.Module, mask: Mask, *, known: str | None = None) -> dict[str, Tensor]:
+    """The tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`.
+
+    Args:
+        known: the fingerprint of the weights under the mask, where it was taken before.
+    """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     prefix = _find_prefix(mask.bits, tensors)
     for name, bits in mask.bits.items():
@@ -81,7 +85,7 @@ def check_fits(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
                 f"{tuple(bits.shape)} in the mask; "
                 f"build the backbone as it was when the mask was trained"
             )
-    found = fingerprint((name, tensors[prefix + name]) for name in mask.bits)
+    found = known or fingerprint((name, tensors[prefix + name]) for name in mask.bits)
     if found != mask.weights_fingerprint:
         raise MaskFileError(
             f"wrong backbone: the model's weights under the mask have fingerprint {found[:12]}, the mask was "
