@@ -169,9 +169,8 @@ def test_threads_do_not_see_each_others_masks() -> None:
     assert not wrong
 
 
-def write_cascade(folder: Path) -> tuple[nn.Module, Path]:
-    """A backbone, and a cascade of a dispatcher and two experts fitted to random pictures."""
-    model, preset = make("timm_vit", dtype=torch.float32)
+def write_cascade(model: nn.Module, preset: str, folder: Path) -> Path:
+    """A cascade of a dispatcher and two experts, fitted to random pictures."""
     names = [DISPATCHER, expert_name(0), expert_name(1)]
     masks = dict(zip(names, random_masks(model, preset).values(), strict=True))
     pictures = images(60, seed=1)
@@ -187,11 +186,12 @@ def write_cascade(folder: Path) -> tuple[nn.Module, Path]:
         for mode in ("conditional", "unconditional")
     }
     save_cascade(folder / "cascade.mask", masks, router, combinations)
-    return model, folder / "cascade.mask"
+    return folder / "cascade.mask"
 
 
 def test_a_cascade_is_served_from_a_bank(tmp_path: Path) -> None:
-    model, path = write_cascade(tmp_path)
+    model, preset = make("timm_vit", dtype=torch.float32)
+    path = write_cascade(model, preset, tmp_path)
     expected = load_cascade(path, copy.deepcopy(model))
     bank = MaskBank(model)
     cascade = load_cascade(path, bank, name="birds")

@@ -70,7 +70,7 @@ def train(encoder: nn.Module, name: str, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     bits = masks.masks().values()
-    assert sum(int((~mask).sum()) for mask in bits) > 0.02 * sum(mask.numel() for mask in bits)
+    assert sum(int((~mask).sum()) for mask in bits) > 0.01 * sum(mask.numel() for mask in bits)
     masks.save(folder / f"{name}.mask")
 
 
