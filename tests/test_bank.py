@@ -117,6 +117,35 @@ def test_the_cache_keeps_to_its_bound_and_changes_no_result() -> None:
             assert tight.cached_bytes <= bound
 
 
+def test_a_mask_gives_up_no_more_layers_than_are_in_the_way() -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    masks = random_masks(model, preset)
+    num_layers = len(masks["half"].bits)
+    roomy = MaskBank(copy.deepcopy(model))
+    for name in ("half", "other"):
+        roomy.add(name, masks["half"])
+        roomy.embed(images(), name)
+    assert roomy.layers_decoded == 2 * num_layers
+    size = roomy.cached_bytes // 2
+    tight = MaskBank(model, cache_mib=1.5 * size / 2**20)
+    tight.add("half", masks["half"])
+    tight.add("other", masks["half"])
+    for turn in range(6):
+        name = ("half", "other")[turn % 2]
+        before = tight.layers_decoded
+        assert torch.equal(tight.embed(images(), name), roomy.embed(images(), name))
+        again = tight.layers_decoded - before
+        assert again == num_layers if turn < 2 else 0 < again < num_layers, turn
+        assert size < tight.cached_bytes <= 1.5 * size or turn == 0
+    tight.remove("half")
+    tight.embed(images(), "other")
+    assert tight.cached_bytes == size
+    tight.forget_decoded()
+    assert tight.cached_bytes == 0
+    assert torch.equal(tight.embed(images(), None), roomy.embed(images(), None))
+    assert torch.equal(tight.embed(images(), "other"), roomy.embed(images(), "other"))
+
+
 def test_memory_of_a_mask_is_that_of_its_file(tmp_path: Path) -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
     mask = random_masks(model, preset)["dense"]
@@ -139,7 +168,7 @@ def test_masks_come_from_files_and_go(tmp_path: Path) -> None:
         bank.add("half", masks["sparse"])
     with pytest.raises(MaskFileError, match=r"holds the masks \['a', 'b'\], not one"):
         bank.add("two", tmp_path / "two.mask")
-    with pytest.raises(MaskFileError, match="wrong backbone"):
+    with pytest.raises(MaskFileError, match="wrong backbone"):  # known by the fingerprint of the first
         bank.add("other", replace(masks["half"], weights_fingerprint="0" * 64))
     bank.remove("again")
     assert bank.names == ["half"]
