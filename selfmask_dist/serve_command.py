@@ -24,7 +24,11 @@ def add_commands(commands: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="config.yaml of a run on the backbone"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config.yaml of a run on the backbone; without it, the one beside the first mask, or the "
+        "backbone that the mask names, pretrained",
     )
     parser.add_argument("--masks", type=Path, nargs="+", default=[], metavar="FILE", help="mask files")
     parser.add_argument("--device", default=None, metavar="NAME", help="cuda where there is one, else cpu")
@@ -36,14 +40,31 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
 
     from selfmask_dist.assembly import build_backbone
     from selfmask_dist.bank import MaskBank
-    from selfmask_dist.config import load_config
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = build_backbone(load_config(options.config))
+    backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:
         bank.add(path.parent.name if path.name == "final.mask" else path.stem, path)
     return bank, backbone.spec.preprocessing
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """The settings of the backbone; whether it is the masks' is told by their fingerprints."""
+    from selfmask_dist.artifact import read_backbone_name
+    from selfmask_dist.config import load_config
+
+    if options.config is not None:
+        return load_config(options.config)
+    if not options.masks:
+        raise ValueError("which backbone? give masks with --masks, or a run's config.yaml with --config")
+    first: Path = options.masks[0]
+    if (first.parent / "config.yaml").exists():
+        return load_config(first.parent / "config.yaml")
+    name = read_backbone_name(first)
+    if not name:
+        raise ValueError(f"{first} does not name its backbone; give a run's config.yaml with --config")
+    return load_config(None, [f"backbone.name={name}"])
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Every line of docs/serving.md that can be run is run, in a folder that has what it names."""
 
+import argparse
 import glob
 import re
 import shlex
@@ -17,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from selfmask_dist import cli
+from selfmask_dist import cli, exit_status, serve_command
 from selfmask_dist.artifact import MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config
 from selfmask_dist.run import run
 from tests.test_bank import images, random_masks, write_cascade
-from tests.tiny_run import write_config, write_tiny_data
+from tests.tiny_run import child_environment, write_config, write_tiny_data
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -102,6 +103,21 @@ def test_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_mask_file("imported.mask").masks["default"].threshold == 5e-3
 
 
+def test_which_backbone_without_a_configuration(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, reason in (
+        ([], "which backbone? give masks with --masks"),
+        (["--masks", "pets.mask"], "pets.mask does not name its backbone"),
+        (["--masks", "none.mask"], "none.mask"),
+        (["--masks", "photo.jpg"], "photo.jpg"),
+    ):
+        assert cli.main(["embed", "photo.jpg", "--out", "x.npz", *words]) == exit_status.BAD_INPUT
+        assert reason in capsys.readouterr().err
+    mask = read_mask_file("pets.mask").masks["default"]
+    write_mask_file("named.mask", MaskFile({"default": mask}, backbone="timm:resnet50"))
+    config = serve_command._config(argparse.Namespace(config=None, masks=[Path("named.mask")]))
+    assert (config.backbone.name, config.backbone.pretrained) == ("timm:resnet50", True)
+
+
 def test_http(place: Path) -> None:
     install, serve, ask = commands("Over HTTP")
     assert install == "pip install -e '.[serve]'"
@@ -109,7 +125,8 @@ def test_http(place: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     words = shlex.split(serve.replace("8000", port))
-    process = subprocess.Popen([sys.executable, "-m", "selfmask_dist.cli", *words[1:]])
+    command = [sys.executable, "-m", "selfmask_dist.cli", *words[1:]]
+    process = subprocess.Popen(command, env=child_environment())
     try:
         url, deadline = f"http://localhost:{port}", time.monotonic() + 60
         while True:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from selfmask_dist import attach
+from tests.tiny_run import child_environment
 
 CLIP = {
     "embed_dim": 16,
@@ -87,7 +88,13 @@ def test_masks_apply_with_the_libraries_alone(tmp_path: Path, monkeypatch: pytes
         expected[name] = here["embed"](model)
         assert not torch.equal(expected[name], frozen), name
     script = f"import torch\n{APPLY}"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for name, embeddings in expected.items():
         assert torch.equal(torch.load(tmp_path / f"{name}.pt"), embeddings), name

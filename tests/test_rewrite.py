@@ -1,7 +1,6 @@
 """Theta rewritten from decoded bits: bit for bit what `core.materialize` makes, by passes and by kernel."""
 
 import copy
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from selfmask_dist.rewrite import Change, decoded, rewrite
 from tests.models import make
 from tests.rewrite_cases import DTYPES, INTEGERS, cases
 from tests.test_bank import images, random_masks
+from tests.tiny_run import ROOT, child_environment
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -88,10 +88,9 @@ print(len(thetas), "parameters")
 
 
 def run_with_triton(script: str, folder: Path, **environment: str) -> str:
-    given = {**os.environ, "TRITON_CACHE_DIR": str(folder), **environment}
-    root = Path(__file__).resolve().parents[1]
+    given = child_environment(TRITON_CACHE_DIR=str(folder), **environment)
     done = subprocess.run(
-        [sys.executable, "-c", script], env=given, cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script], env=given, cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

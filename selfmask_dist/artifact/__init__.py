@@ -7,6 +7,7 @@ nothing of optimizers or process groups.
 
 from selfmask_dist.artifact.file import (
     MAX_WEIGHTS,
+    read_backbone_name,
     read_mask_file,
     read_parameter,
     verify_mask_file,
@@ -32,6 +33,7 @@ __all__ = [
     "describe_file",
     "from_masks",
     "materialize",
+    "read_backbone_name",
     "read_mask_file",
     "read_parameter",
     "verify_mask_file",

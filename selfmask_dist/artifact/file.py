@@ -89,6 +89,18 @@ def read_mask_file(
         raise _refusal(path, error) from error
 
 
+def read_backbone_name(path: str | Path) -> str:
+    """The name of the backbone that a mask file is of, empty where it is not stated; reads the header alone.
+
+    Raises:
+        MaskFileError: as in `read_mask_file`, for the header.
+    """
+    try:
+        return str(container.open_part(Path(path)).header["backbone"]["name"])
+    except _MISTAKES as error:
+        raise _refusal(path, error) from error
+
+
 def verify_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> str:
     """Check every byte, and that what can be decoded without the backbone decodes; returns what was checked.
 
