@@ -86,6 +86,8 @@ TABLE = {
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
     ),
     "mask_plot": Rule(("evals", "mask_comparison"), ("torch.distributed", "torch.optim", *MODELS)),
+    # what trains, and from where data come, is handed in
+    "procedures": Rule(("artifact", "evals", "masking"), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     # reads files alone: a run's folder looks the same wherever it was trained
     "report": Rule(
         ("config_yaml", "evals", "mask_comparison", "status"), ("torch", "torch.distributed", *MODELS)
