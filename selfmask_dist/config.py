@@ -12,7 +12,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfmask_dist import config_help, config_loading, config_sections, config_selfsupervised, config_yaml
+from selfmask_dist import (
+    config_help,
+    config_loading,
+    config_procedures,
+    config_sections,
+    config_selfsupervised,
+    config_yaml,
+)
 from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
 from selfmask_dist.config_sections import Section, science
 
@@ -23,12 +30,15 @@ class Config(Section):
     """A run, whole: the same object on every rank, and saved with the run."""
 
     seed: int = science(0, "Seed of sample order, augmentation and new heads.", ge=0, le=2**32 - 1)
-    method: Literal["mask", "cascade", "finetune", "probe", "frozen"] = science(
-        "mask",
-        "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router and "
-        "one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
-        "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features (baseline). "
-        "Keys that only another method uses are ignored, so that one file serves them all.",
+    method: Literal["mask", "cascade", "finetune", "probe", "frozen", "packnet", "lottery", "evolution"] = (
+        science(
+            "mask",
+            "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router "
+            "and one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
+            "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
+            "(baseline). packnet, lottery, evolution: chains of finetune runs, see procedure. "
+            "Keys that only another method uses are ignored, so that one file serves them all.",
+        )
     )
     backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
     mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
@@ -37,6 +47,7 @@ class Config(Section):
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
     swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
+    procedure: config_procedures.ProcedureConfig = Field(default_factory=config_procedures.ProcedureConfig)
     optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
@@ -47,7 +58,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        if conflicts := [*_backbone_conflicts(self), *_objective_conflicts(self), *_number_conflicts(self)]:
+        if conflicts := [
+            *_backbone_conflicts(self),
+            *_objective_conflicts(self),
+            *_number_conflicts(self),
+            *_procedure_conflicts(self),
+        ]:
             raise ConflictError(conflicts)
         return self
 
@@ -132,6 +148,30 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
             ("mask.init", "mask.threshold"),
             f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
             "weight starts pruned",
+        )
+
+
+def _procedure_conflicts(config: Config) -> Iterator[Conflict]:
+    holds = config.procedure.hold is not None or config.method in ("packnet", "lottery")
+    if holds and config.engine.name != "ddp":
+        yield Conflict(
+            ("method", "engine.name"),
+            f"engine.name={config.engine.name} cuts weights over processes, and single weights cannot be "
+            "kept there; set engine.name=ddp",
+        )
+    if config.procedure.hold is not None and config.method != "finetune":
+        yield Conflict(
+            ("method", "procedure.hold"), "procedure.hold is of method=finetune, which trains weights"
+        )
+    if config.method in config_procedures.PROCEDURES and config.objective.name != "supervised":
+        yield Conflict(
+            ("method", "objective.name"),
+            f"method={config.method} compares classifiers by accuracy; set objective.name=supervised",
+        )
+    if config.method == "lottery" and config.procedure.rewind_steps >= (config.train.max_steps or 2**62):
+        yield Conflict(
+            ("procedure.rewind_steps", "train.max_steps"),
+            "procedure.rewind_steps leaves nothing to train before train.max_steps",
         )
 
 

@@ -1,5 +1,6 @@
 """Scanned digits as rows of pixels, small networks on them, and a few lines that train one."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,7 +22,7 @@ def mlp(*widths: int, seed: int = 0, norm: bool = False, bias: bool = True) -> n
     layers: list[nn.Module] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Linear(before, after, bias=bias))
             if index < len(widths) - 2:
                 layers += [nn.BatchNorm1d(after), nn.ReLU()] if norm else [nn.ReLU()]

@@ -33,11 +33,20 @@ TABLE = {
     # module            may import of the project                             must not know
     "__init__": Rule(("api",), TRAINING),
     "config": Rule(
-        ("config_help", "config_loading", "config_sections", "config_selfsupervised", "config_yaml"), TRAINING
+        (
+            "config_help",
+            "config_loading",
+            "config_procedures",
+            "config_sections",
+            "config_selfsupervised",
+            "config_yaml",
+        ),
+        TRAINING,
     ),
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_sections": Rule((), TRAINING),
+    "config_procedures": Rule(("config_sections",), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
     "preprocessing": Rule((), TRAINING),
@@ -97,6 +106,7 @@ TABLE = {
     # what wires the parts together
     "cascade_run": Rule((ALL,)),
     "cascade_stages": Rule((ALL,)),
+    "procedure_run": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),

@@ -1,6 +1,7 @@
-"""Procedures that train: PackNet, lottery tickets and Knowledge Evolution, on digits, against their papers."""
+"""Procedures that train: PackNet, lottery tickets, Knowledge Evolution, on digits, against their papers."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -62,7 +63,10 @@ def test_the_largest_are_kept_per_tensor_and_over_all() -> None:
     allowed["b"][0, 1] = False
     per_tensor = keep_largest(weights, allowed, 0.5)
     assert per_tensor["a"].tolist() == [False, True, True, False]
-    assert per_tensor["b"].tolist() == [[True, False], [True, False]]  # round(1.5) of 3; the first of equal ones
+    assert per_tensor["b"].tolist() == [
+        [True, False],
+        [True, False],
+    ]  # round(1.5) of 3; the first of equal ones
     overall = keep_largest(weights, allowed, 3 / 7, scope="global")
     assert overall["a"].tolist() == [False] * 4
     assert overall["b"].tolist() == [[True, False], [True, True]]
@@ -159,7 +163,7 @@ def test_lottery_tickets_are_rewound_and_beat_a_random_mask() -> None:
 
     total = sum(at_k[name].numel() for name in names)
     assert [round(ticket.left * total) for ticket in tickets] == [total // 2**r for r in range(4)]
-    for before, after in zip(tickets, tickets[1:], strict=False):
+    for before, after in itertools.pairwise(tickets):
         kept_size = torch.cat([before.end[n][after.mask[n]].abs() for n in names]).min()
         gone = {n: before.mask[n] & ~after.mask[n] for n in names}
         assert torch.cat([before.end[n][gone[n]].abs() for n in names]).max() <= kept_size
@@ -205,7 +209,7 @@ def test_the_slim_network_is_the_masked_dense_one(rate: float) -> None:
     for name, tensor in model.state_dict().items():  # every term counts: batch statistics, biases, scales
         if tensor.is_floating_point() and tensor.ndim == 1:
             tensor.uniform_(0.5, 1.5)
-            if name.endswith("bias") or name.endswith("mean"):
+            if name.endswith(("bias", "mean")):
                 tensor.sub_(1)
     model.eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -253,7 +257,9 @@ def test_generations_keep_the_fit_half_and_renew_the_rest() -> None:
 
 
 def test_what_kels_cannot_split_is_named() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2
+    )
     with pytest.raises(ValueError, match="split by weights"):
         knowledge_evolution.kels(vit, 0.5)
     with pytest.raises(ValueError, match="split rate"):

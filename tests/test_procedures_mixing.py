@@ -155,7 +155,7 @@ def test_permuting_changes_nothing_and_is_found_again(kind: str) -> None:
 
 
 def test_matching_lowers_the_barrier_between_two_trained_networks() -> None:
-    pixels, labels, test_pixels, test_labels = digits()
+    pixels, _, test_pixels, test_labels = digits()
     first, second = trained(64, 128, 64, 10, seed=0), trained(64, 128, 64, 10, seed=1)
     model, spec = copy.deepcopy(first), permutation_spec(first)
 
