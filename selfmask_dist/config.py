@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from selfmask_dist import (
     config_help,
     config_loading,
+    config_masks,
     config_procedures,
     config_sections,
     config_selfsupervised,
@@ -41,7 +42,7 @@ class Config(Section):
         )
     )
     backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
-    mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
+    mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
     data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
@@ -61,8 +62,21 @@ class Config(Section):
         if conflicts := [
             *_backbone_conflicts(self),
             *_objective_conflicts(self),
+            *config_masks.conflicts(
+                self.mask,
+                method=self.method,
+                engine=self.engine.name,
+                objective=self.objective.name,
+                head=self.objective.head,
+            ),
+            *config_procedures.conflicts(
+                self.procedure,
+                method=self.method,
+                engine=self.engine.name,
+                objective=self.objective.name,
+                max_steps=self.train.max_steps,
+            ),
             *_number_conflicts(self),
-            *_procedure_conflicts(self),
         ]:
             raise ConflictError(conflicts)
         return self
@@ -114,6 +128,12 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
             f"backbone.name {backbone.name!r} names no pretrained weights; write open_clip:{model}/<tag>, "
             "give a file as backbone.weights, or set backbone.pretrained=false for random weights",
         )
+    if backbone.random != "library" and (wants_weights or backbone.weights is not None):
+        yield Conflict(
+            ("backbone.random", "backbone.pretrained"),
+            f"backbone.random={backbone.random} draws weights, and pretrained ones are asked for; set "
+            "backbone.pretrained=false and backbone.weights=null",
+        )
     if (backbone.mean is None) != (backbone.std is None):
         yield Conflict(
             ("backbone.mean", "backbone.std"),
@@ -122,7 +142,7 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _objective_conflicts(config: Config) -> Iterator[Conflict]:
-    objective, mask = config.objective, config.mask
+    objective = config.objective
     if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
         yield Conflict(
             ("objective.head", "backbone.name"),
@@ -142,36 +162,6 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("method", "objective.name"),
             f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
-        )
-    if mask.init <= mask.threshold:
-        yield Conflict(
-            ("mask.init", "mask.threshold"),
-            f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
-            "weight starts pruned",
-        )
-
-
-def _procedure_conflicts(config: Config) -> Iterator[Conflict]:
-    holds = config.procedure.hold is not None or config.method in ("packnet", "lottery")
-    if holds and config.engine.name != "ddp":
-        yield Conflict(
-            ("method", "engine.name"),
-            f"engine.name={config.engine.name} cuts weights over processes, and single weights cannot be "
-            "kept there; set engine.name=ddp",
-        )
-    if config.procedure.hold is not None and config.method != "finetune":
-        yield Conflict(
-            ("method", "procedure.hold"), "procedure.hold is of method=finetune, which trains weights"
-        )
-    if config.method in config_procedures.PROCEDURES and config.objective.name != "supervised":
-        yield Conflict(
-            ("method", "objective.name"),
-            f"method={config.method} compares classifiers by accuracy; set objective.name=supervised",
-        )
-    if config.method == "lottery" and config.procedure.rewind_steps >= (config.train.max_steps or 2**62):
-        yield Conflict(
-            ("procedure.rewind_steps", "train.max_steps"),
-            "procedure.rewind_steps leaves nothing to train before train.max_steps",
         )
 
 

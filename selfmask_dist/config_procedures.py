@@ -3,8 +3,10 @@
 Each stage is a `method=finetune` run of its own, with its own folder. Knows nothing of torch.
 """
 
+from collections.abc import Iterator
 from typing import Literal
 
+from selfmask_dist.config_loading import Conflict
 from selfmask_dist.config_sections import NonEmpty, Section, SomeStrings, science
 
 PROCEDURES = ("packnet", "lottery", "evolution")
@@ -85,3 +87,30 @@ class ProcedureConfig(Section):
         "Folder of a run from whose newest checkpoint this one goes on as if it were its own; null: from the "
         "start. The stages set it.",
     )
+
+
+def conflicts(
+    section: ProcedureConfig, *, method: str, engine: str, objective: str, max_steps: int | None
+) -> Iterator[Conflict]:
+    """What does not go together with the rest of a configuration."""
+    if (section.hold is not None or method in ("packnet", "lottery")) and engine != "ddp":
+        yield Conflict(
+            ("method", "engine.name"),
+            f"engine.name={engine} cuts weights over processes, and single weights cannot be kept there; set "
+            "engine.name=ddp",
+        )
+    if section.hold is not None and method != "finetune":
+        yield Conflict(
+            ("method", "procedure.hold"), "procedure.hold is of method=finetune, which trains weights"
+        )
+    if method in PROCEDURES and objective != "supervised":
+        yield Conflict(
+            ("method", "objective.name"),
+            f"method={method} compares classifiers by accuracy; set objective.name=supervised",
+        )
+    if method == "lottery" and max_steps is not None and section.rewind_steps >= max_steps:
+        yield Conflict(
+            ("procedure.rewind_steps", "train.max_steps"),
+            f"procedure.rewind_steps ({section.rewind_steps}) leaves nothing to train before train.max_steps "
+            f"({max_steps})",
+        )

@@ -71,20 +71,28 @@ class Supermasks:
         """Take in a task's mask, and further parameters of the model that the task has for itself.
 
         Raises:
-            ValueError: the name is taken, the mask is of other weights, or masks differ in what they mask.
+            ValueError: the name is taken, the mask is of other weights or has running statistics of its own,
+                or masks differ in what they mask.
         """
         if task in self._tasks:
             raise ValueError(f"there is a task {task!r} already; take another name")
-        artifact.check_fits(self._model, mask)
-        names = {*mask.bits, *(own or {})}
+        if mask.statistics:
+            raise ValueError(
+                f"the mask of task {task!r} brings running statistics of its own, which cannot be "
+                f"superposed; learn it with backbone.batchnorm=frozen"
+            )
+        full = {id(p): name for name, p in self._model.named_parameters()}
+        places = {name: full[id(p)] for name, p in artifact.check_fits(self._model, mask).items()}
+        names = {*places.values(), *(own or {})}
         if self._tasks and names != self._parameters():
             raise ValueError(
                 f"task {task!r} changes other parameters than the tasks before it: "
                 f"{sorted(names ^ self._parameters())[:3]}; superposed masks lie on the same ones"
             )
-        bits = {name: np.packbits(tensor.cpu().numpy().ravel()) for name, tensor in mask.bits.items()}
+        bits = {places[name]: np.packbits(tensor.cpu().numpy().ravel()) for name, tensor in mask.bits.items()}
+        segments = {places[name]: number for name, number in mask.num_segments.items()}
         kept = {name: tensor.detach().clone() for name, tensor in (own or {}).items()}
-        self._tasks[task] = _Packed(replace(mask, bits={}), bits, kept)
+        self._tasks[task] = _Packed(replace(mask, bits={}, num_segments=segments), bits, kept)
 
     def stored_bytes(self, task: str) -> int:
         """What the task takes in memory: a bit for each masked weight, and what it has for itself."""
