@@ -76,7 +76,7 @@ class Chain:
         from selfmask_dist.run import run_in  # which imports this module
 
         values = self.config.model_dump(mode="json")
-        common = {
+        common: dict[str, dict[str, Any]] = {
             "run": {"dir": str(self.folder), "name": stage, "overwrite": False, "resume": False},
             "eval": {"frozen_baseline": False},
         }

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,8 +95,15 @@ def resnet(kind: str, num_classes: int = 5) -> nn.Module:
     return timm.create_model(kind, num_classes=num_classes, channels=(8, 8, 12, 16), stem_width=8)
 
 
-def vit(**options: object) -> nn.Module:
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 5}
+def vit(**options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 4,
+        "num_classes": 5,
+    }
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options})
 
 
