@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -97,6 +98,14 @@ class Chain:
         self._world.barrier()
         return path
 
+    def places(self, name: str, is_chosen: npt.NDArray[np.bool_]) -> str:
+        """A file with the numbers of the chosen samples; its path."""
+        path = self.folder / name
+        if self._world.is_main:
+            np.save(path, np.flatnonzero(is_chosen))
+        self._world.barrier()
+        return str(path)
+
     def measure(self, name: str, measure_fn: Callable[[Life], dict[str, float]]) -> dict[str, float]:
         """Numbers that all processes measure together, kept in a file."""
         path = self.folder / name
@@ -130,7 +139,7 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
     for task, classes in enumerate(groups, start=1):
         places = {}
         for key, source in (("subset", train), ("test_subset", test)):
-            places[key] = _write_places(chain, f"task-{task}-{key}.npy", source.labels, classes)
+            places[key] = chain.places(f"task-{task}-{key}.npy", np.isin(source.labels, classes))
         common: dict[str, Any] = {
             "data": places,
             # statistics are the first task's
@@ -168,16 +177,6 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
         "stored_bytes": math.ceil(bits / 8) + sum(t.numel() * t.element_size() for t in last.values()),
         "packed_bytes": packed.stat().st_size,
     }
-
-
-def _write_places(chain: Chain, name: str, labels: Any, classes: Any) -> str:
-    """The numbers of the samples of some classes, as a file."""
-    path = chain.folder / name
-    if not path.exists():
-        partial = path.with_name(f".{path.stem}.{id(chain)}.npy")  # every process writes the same one
-        np.save(partial, np.flatnonzero(np.isin(labels, classes)))
-        partial.replace(path)
-    return str(path)
 
 
 # ---- lottery tickets

@@ -13,7 +13,7 @@ from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.procedures import packnet
 from selfmask_dist.run import run
-from tests.tiny_run import result_of, steps_of, write_config, write_tiny_data
+from tests.tiny_run import result_of, steps_of, submit, write_config, write_tiny_data
 
 RESNET = {
     "name": "timm:resnet18",
@@ -103,6 +103,23 @@ def test_lottery_goes_on_from_step_k_under_each_mask(tmp_path: Path, data: dict[
         torch.equal(tensor, end[name])
         for name, tensor in load_file(folder / "round-2" / "encoder.safetensors").items()
     )
+
+
+@pytest.mark.distributed
+def test_two_processes_hold_the_same_weights(tmp_path: Path, data: dict[str, str]) -> None:
+    options: dict[str, Any] = {"method": "lottery", "optim": {"weight_lr": 0.05}, "train": {"epochs": 0.5}}
+    options["procedure"] = {"rounds": 1, "prune": 0.5, "rewind_steps": 1}
+    alone, folder = start(tmp_path / "alone", data, "ticket", **options)
+    done = submit(write_config(tmp_path / "both" / "x.yaml", data, **options), "run.name=ticket")
+    assert done.returncode == 0, done.stdout + done.stderr
+    both = tmp_path / "both" / "ticket"
+    codes = load_file(both / "round-1-codes.safetensors")
+    first, second = (load_file(run / "round-1" / "encoder.safetensors") for run in (folder, both))
+    for name, tensor in second.items():
+        torch.testing.assert_close(tensor, first[name], rtol=1e-4, atol=1e-5)
+        if name in codes:
+            assert not tensor[codes[name] != 1].any()
+    assert [r["left"] for r in result_of(both)["rounds"]] == [r["left"] for r in alone["rounds"]]
 
 
 def test_evolution_ends_in_a_slim_network(tmp_path: Path, data: dict[str, str]) -> None:

@@ -28,7 +28,7 @@ from selfmask_dist.procedures import permutation as permutations
 from selfmask_dist.procedures.permutation_specs import permutation_spec
 
 GROUP = "procedures"
-WEIGHTS = ("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=0", "optim.weight_decay=0")
+WEIGHTS = ("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=0", "objective.head_norm=l2")
 SCRATCH = ("backbone.weights=null", "backbone.pretrained=false")
 QUIET = ("eval.knn_every=0", "eval.frozen_baseline=false")
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selfmask_dist import artifact
-from selfmask_dist.artifact.fit import materialize
 
 Method = Literal["one-shot", "binary"]
 
@@ -108,7 +107,7 @@ class Supermasks:
             weight = self._model.get_parameter(name)
             flat = np.unpackbits(bits, count=weight.numel()).astype(bool)
             mask = replace(packed.mask, bits={name: torch.from_numpy(flat).view(weight.shape)})
-            theta[name] = materialize(mask, name, weight)
+            theta[name] = artifact.materialize(mask, name, weight)
         return {**theta, **packed.own}
 
     def logits(self, task: str, images: Tensor) -> Tensor:
