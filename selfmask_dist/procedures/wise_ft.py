@@ -4,8 +4,8 @@
 
 Some alpha in between is often better under a shift than both ends, and as good on the new data (Wortsman et
 al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903, eq. 1). The same line between the
-scores of two threshold masks stays one bit per weight: M(alpha) = 1[(1 - alpha) S_0 + alpha S_1 > mu]. Pure functions on
-state dicts.
+scores of two threshold masks stays one bit per weight: M(alpha) = 1[(1 - alpha) S_0 + alpha S_1 > mu]. Pure
+functions on state dicts.
 """
 
 import math
