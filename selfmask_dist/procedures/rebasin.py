@@ -5,13 +5,14 @@
     barrier = max over alpha of  L(theta(alpha)) - [(1 - alpha) L(theta_A) + alpha L(theta_B)]
 
 Each step is a linear assignment. (Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo
-Permutation Symmetries", ICLR 2023, arXiv 2209.04836, section 3 and definition 2.2.) In between, activations
+Permutation Symmetries", ICLR 2023, arXiv 2209.04836, section 3.) In between, activations
 of networks with batch normalisation lose variance; `reset_batchnorm` measures its statistics anew (Jordan et
 al., "REPAIR", ICLR 2023, arXiv 2211.08403).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def match_weights(
         is_better = False
         for index in torch.randperm(len(spec), generator=generator).tolist():
             group = spec[index]
-            others = permutation.apply(second, spec, found, leave_out=group.name)
+            others = permutation.apply(*_near(second, spec, group), found, leave_out=group.name)
             gain = sum(
                 permutation.rows(first, group, axis).double()
                 @ permutation.rows(others, group, axis).double().T
@@ -91,7 +92,7 @@ def loss_barrier(
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> float:
-    """How far the loss rises over the line between its two ends (definition 2.2); 0 where it never does.
+    """How far the loss rises over the line between its two ends (Frankle et al. 2020); 0 where it never does.
 
     Args:
         loss_fn: the loss of the model as it stands; may reset its normalisation first.
@@ -125,6 +126,13 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _near(state: Mapping[str, Tensor], spec: Spec, group: Group) -> tuple[dict[str, Tensor], Spec]:
+    """The tensors that a group indexes, and what permutes them."""
+    names = {axis.tensor for axis in group.axes}
+    touching = tuple(replace(g, axes=tuple(a for a in g.axes if a.tensor in names)) for g in spec)
+    return {name: state[name] for name in names}, touching
 
 
 class _Moments:

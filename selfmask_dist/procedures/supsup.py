@@ -9,7 +9,7 @@ is the one: with G = dH/dtheta, one backward gives every task's gradient at once
 
 One-shot: the largest -dH/dalpha_t at alpha = 1/T. Binary: the better half stays, alpha is uniform over it,
 until one is left, log2 T steps. (Wortsman et al., "Supermasks in Superposition", NeurIPS 2020, arXiv
-2006.14769, sections 3.3 and 3.4.) The network may be random or pretrained. Masks are learned like any other
+2006.14769, section 3.) The network may be random or pretrained. Masks are learned like any other
 mask, one run or `attach` for each task; a task costs its mask's bits. Knows no training loop.
 """
 
@@ -171,7 +171,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def is_new(inference: Inference, *, margin: float = 1.0) -> bool:
-    """Whether no task stands out: softmax of the one-shot scores is nearly uniform (section 3.5, GNu).
+    """Whether no task stands out: softmax of the one-shot scores is nearly uniform (the paper's scenario GNu).
 
     Args:
         margin: the largest share must exceed (1 + margin) / tasks to count as known.
