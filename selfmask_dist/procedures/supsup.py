@@ -171,7 +171,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def is_new(inference: Inference, *, margin: float = 1.0) -> bool:
-    """Whether no task stands out: softmax of the one-shot scores is nearly uniform (the paper's scenario GNu).
+    """Whether no task stands out: softmax of the one-shot scores is nearly uniform (scenario GNu).
 
     Args:
         margin: the largest share must exceed (1 + margin) / tasks to count as known.
