@@ -16,6 +16,7 @@ from selfmask_dist.assembly import (
     TrainStep,
     build_objective,
     engine_options,
+    hold_weights,
     load_first_state,
     prepare,
     train_transform,
@@ -77,6 +78,7 @@ def adapt(
 
     state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(life.world)
     start = _resume(state, found, engine, batches_of, meter, life)
+    hold_weights(config, engine)
     keeper = build_keeper(config, state, life)
     life.tell(num_steps=steps)
     monitor_every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
@@ -24,6 +26,7 @@ from selfmask_dist.masking import Family, build_family, measure
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.engine import EngineState
 from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.procedures.hold import Hold
 from selfmask_dist.trainer import NonFiniteError
 
 
@@ -37,24 +40,26 @@ def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Sour
     assert config.data.test is not None
     whole = data.open_source(config.data.train, require_labels=require_labels)
     test = data.open_source(config.data.test, classes=whole.classes, require_labels=require_labels)
-    if config.data.subset is None:
-        return whole, test
-    return data.Subset(whole, _read_subset(config.data.subset, len(whole))), test
+    chosen = _subset("data.subset", config.data.subset, whole)
+    return chosen, _subset("data.test_subset", config.data.test_subset, test)
 
 
-def _read_subset(path: str, num_samples: int) -> npt.NDArray[np.int64]:
+def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
+    return source if path is None else data.Subset(source, _read_subset(key, path, len(source)))
+
+
+def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]:
     try:
         places = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.subset {path} cannot be read as a .npy file: {error}") from error
+        raise ValueError(f"{key} {path} cannot be read as a .npy file: {error}") from error
     if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer) or not len(places):
         raise ValueError(
-            f"data.subset {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
+            f"{key} {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
         )
     if places.min() < 0 or places.max() >= num_samples:
         raise ValueError(
-            f"data.subset {path} names samples {places.min()} to {places.max()}; data.train has 0 to "
-            f"{num_samples - 1}"
+            f"{key} {path} names samples {places.min()} to {places.max()}; there are 0 to {num_samples - 1}"
         )
     return places.astype(np.int64)
 
@@ -282,6 +287,22 @@ def _weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]
 def _hold(objective: objectives.Objective, *_: Any) -> None:
     for parameter in objective.held_parameters():
         parameter.grad = None
+
+
+def hold_weights(config: Config, engine: Engine) -> None:
+    """Keep what `procedure.hold` says, from the engine's present weights on.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the encoder.
+    """
+    path = config.procedure.hold
+    if path is None:
+        return
+    try:
+        codes = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"procedure.hold: {path} cannot be read: {error}") from error
+    Hold(engine.encoder, codes).bind(engine.optimizer)
 
 
 def load_first_state(engine: Engine, run: Path, *, fingerprint: str) -> None:

@@ -16,6 +16,7 @@ from selfmask_dist import (
     config_help,
     config_loading,
     config_masks,
+    config_procedures,
     config_sections,
     config_selfsupervised,
     config_yaml,
@@ -30,12 +31,15 @@ class Config(Section):
     """A run, whole: the same object on every rank, and saved with the run."""
 
     seed: int = science(0, "Seed of sample order, augmentation and new heads.", ge=0, le=2**32 - 1)
-    method: Literal["mask", "cascade", "finetune", "probe", "frozen"] = science(
-        "mask",
-        "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router and "
-        "one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
-        "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features (baseline). "
-        "Keys that only another method uses are ignored, so that one file serves them all.",
+    method: Literal["mask", "cascade", "finetune", "probe", "frozen", "packnet", "lottery", "evolution"] = (
+        science(
+            "mask",
+            "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router "
+            "and one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
+            "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
+            "(baseline). packnet, lottery, evolution: chains of finetune runs, see procedure. "
+            "Keys that only another method uses are ignored, so that one file serves them all.",
+        )
     )
     backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
     mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
@@ -44,6 +48,7 @@ class Config(Section):
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
     swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
+    procedure: config_procedures.ProcedureConfig = Field(default_factory=config_procedures.ProcedureConfig)
     optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
@@ -63,6 +68,13 @@ class Config(Section):
                 engine=self.engine.name,
                 objective=self.objective.name,
                 head=self.objective.head,
+            ),
+            *config_procedures.conflicts(
+                self.procedure,
+                method=self.method,
+                engine=self.engine.name,
+                objective=self.objective.name,
+                max_steps=self.train.max_steps,
             ),
             *_number_conflicts(self),
         ]:

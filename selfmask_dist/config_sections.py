@@ -111,6 +111,9 @@ class DataConfig(Section):
     subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
     )
+    test_subset: NonEmpty | None = science(
+        None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
+    )
     crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )

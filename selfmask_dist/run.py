@@ -3,8 +3,8 @@
     engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
 
 `method` picks what is trained: mask (scores), cascade (several masks, see `cascade_run`), finetune (all
-weights), probe (a linear probe on frozen features) or frozen (nothing). Every other module knows only its own
-part.
+weights), packnet, lottery or evolution (chains of those, see `procedure_run`), probe (a linear probe on
+frozen features) or frozen (nothing). Every other module knows only its own part.
 """
 
 import faulthandler
@@ -24,6 +24,7 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, load_newest, read_checkpoint
 from selfmask_dist.config import Config
+from selfmask_dist.config_procedures import PROCEDURES
 from selfmask_dist.evaluation import Evaluation
 from selfmask_dist.life import Life, open_life, stacks_path
 from selfmask_dist.parallel import World, join_world
@@ -51,6 +52,11 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
             from selfmask_dist.cascade_run import run_cascade
 
             return run_cascade(config, stop, is_restart=is_restart, part=part)
+        if config.method in PROCEDURES:
+            from selfmask_dist.procedure_run import run_procedure
+
+            if part is None:
+                return run_procedure(config, stop, is_restart=is_restart)
         if part is not None:
             raise ValueError(f"--part is of a cascade, and method is {config.method}")
         with join_world(
@@ -76,6 +82,8 @@ def run_in(
         finished: dict[str, Any] = json.loads((directory / "result.json").read_text())
         return finished
     found = find_checkpoint(directory, world)
+    if found is None and config.procedure.start_from is not None:
+        found = find_checkpoint(Path(config.procedure.start_from), world)
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
     with open_life(config, directory, world, stop, parent=parent) as life:

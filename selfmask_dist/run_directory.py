@@ -19,6 +19,7 @@ _OWN_FILES = (
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
     *("report.html", "status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
     *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
+    *("task-*", "rewind", "round-*", "generation-*", "fit.json"),  # of a procedure
     *("embeddings", "eval"),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")

@@ -37,6 +37,7 @@ TABLE = {
             "config_help",
             "config_loading",
             "config_masks",
+            "config_procedures",
             "config_sections",
             "config_selfsupervised",
             "config_yaml",
@@ -47,6 +48,7 @@ TABLE = {
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_masks": Rule(("config_loading", "config_sections"), TRAINING),
     "config_sections": Rule((), TRAINING),
+    "config_procedures": Rule(("config_loading", "config_sections"), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
     "preprocessing": Rule((), TRAINING),
@@ -99,6 +101,8 @@ TABLE = {
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
     ),
     "mask_plot": Rule(("evals", "mask_comparison"), ("torch.distributed", "torch.optim", *MODELS)),
+    # what trains, and from where data come, is handed in
+    "procedures": Rule(("artifact", "evals", "masking"), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     # reads files alone: a run's folder looks the same wherever it was trained
     "report": Rule(
         ("config_yaml", "evals", "mask_comparison", "status"), ("torch", "torch.distributed", *MODELS)
@@ -107,6 +111,7 @@ TABLE = {
     # what wires the parts together
     "cascade_run": Rule((ALL,)),
     "cascade_stages": Rule((ALL,)),
+    "procedure_run": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "saving": Rule((ALL,)),

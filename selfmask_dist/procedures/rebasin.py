@@ -1,0 +1,196 @@
+"""Git Re-Basin: permute one network's units so that the straight line to another one stays low in loss.
+
+    weights      max over P of  sum over layers of <W_A, P W_B P_prev^T>     (group by group, again and again)
+    activations  max over P of  sum over samples of <z_A, P z_B>             (each group by itself)
+    barrier = max over alpha of  L(theta(alpha)) - [(1 - alpha) L(theta_A) + alpha L(theta_B)]
+
+Each step is a linear assignment. (Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo
+Permutation Symmetries", ICLR 2023, arXiv 2209.04836, section 3.) In between, activations
+of networks with batch normalisation lose variance; `reset_batchnorm` measures its statistics anew (Jordan et
+al., "REPAIR", ICLR 2023, arXiv 2211.08403).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from selfmask_dist.procedures import permutation
+from selfmask_dist.procedures.permutation import Group, Permutations, Spec
+from selfmask_dist.procedures.wise_ft import ALPHAS, check_same, curve
+
+_MAX_ROUNDS = 100
+
+
+@torch.no_grad()
+def match_weights(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], spec: Spec, *, seed: int = 0
+) -> Permutations:
+    """Permutations that bring `second` next to `first` (algorithm 1), by coordinate descent.
+
+    Args:
+        first, second: states of one architecture. Running statistics are permuted with the rest, but do not
+            take part in the choice.
+        seed: of the order of groups in each round. It may end in a local optimum: try several.
+    """
+    check_same(first, second)
+    generator = torch.Generator().manual_seed(seed)
+    found = permutation.identity(spec)
+    for _ in range(_MAX_ROUNDS):
+        is_better = False
+        for index in torch.randperm(len(spec), generator=generator).tolist():
+            group = spec[index]
+            others = permutation.apply(*_near(second, spec, group), found, leave_out=group.name)
+            gain = sum(
+                permutation.rows(first, group, axis).double()
+                @ permutation.rows(others, group, axis).double().T
+                for axis in group.axes
+                if not _is_statistic(axis.tensor)
+            )
+            assert isinstance(gain, Tensor)
+            best = _assign(gain)
+            units = torch.arange(group.size)
+            # by more than rounding, or two equal optima would change places for ever
+            if gain[units, best].sum() > gain[units, found[group.name]].sum() + 1e-9 * gain.abs().max():
+                found[group.name], is_better = best, True
+        if not is_better:
+            break
+    return found
+
+
+@torch.no_grad()
+def match_activations(
+    first: nn.Module, second: nn.Module, batches: Iterable[Tensor], spec: Spec
+) -> Permutations:
+    """Permutations of `second`'s units by how they correlate with `first`'s on data (section 3.1).
+
+    Activations are centred and scaled over the samples, so that strong units do not decide alone.
+
+    Args:
+        first, second: of one architecture; both run in eval mode, and are left in the mode they were in.
+        batches: what they take, each (n, ...).
+    """
+    totals = {group.name: _Moments(group.size) for group in spec}
+    with _watch(first, spec) as seen_first, _watch(second, spec) as seen_second:
+        for batch in batches:
+            first(batch)
+            second(batch)
+            for group in spec:
+                totals[group.name].add(seen_first[group.name], seen_second[group.name])
+    return {name: _assign(moments.correlation()) for name, moments in totals.items()}
+
+
+def loss_barrier(
+    model: nn.Module,
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    loss_fn: Callable[[nn.Module], float],
+    *,
+    alphas: Sequence[float] = ALPHAS,
+) -> float:
+    """How far the loss rises over the line between its two ends (Frankle et al. 2020); 0 where it never does.
+
+    Args:
+        loss_fn: the loss of the model as it stands; may reset its normalisation first.
+        alphas: where to look; 0 and 1 are added.
+    """
+    points = curve(
+        model,
+        first,
+        second,
+        lambda network: {"loss": loss_fn(network)},
+        alphas=sorted({0.0, 1.0, *alphas}),
+    )
+    start, end = points[0].values["loss"], points[-1].values["loss"]
+    return max(p.values["loss"] - ((1 - p.alpha) * start + p.alpha * end) for p in points)
+
+
+@torch.no_grad()
+def reset_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure the running statistics of batch normalisation anew, as the mean over batches, in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta, modes = [norm.momentum for norm in norms], {m: m.training for m in model.modules()}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative
+        norm.train()
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _near(state: Mapping[str, Tensor], spec: Spec, group: Group) -> tuple[dict[str, Tensor], Spec]:
+    """The tensors that a group indexes, and what permutes them."""
+    names = {axis.tensor for axis in group.axes}
+    touching = tuple(replace(g, axes=tuple(a for a in g.axes if a.tensor in names)) for g in spec)
+    return {name: state[name] for name in names}, touching
+
+
+class _Moments:
+    """Sums over samples from which the correlation of two networks' units follows."""
+
+    def __init__(self, size: int) -> None:
+        self._count = 0
+        self._sums = torch.zeros(2, size, dtype=torch.float64)
+        self._squares = torch.zeros(2, size, dtype=torch.float64)
+        self._products = torch.zeros(size, size, dtype=torch.float64)
+
+    def add(self, first: Tensor, second: Tensor) -> None:
+        """Activations (units, samples) of both."""
+        self._count += first.shape[1]
+        for index, activations in enumerate((first, second)):
+            self._sums[index] += activations.sum(dim=1)
+            self._squares[index] += activations.square().sum(dim=1)
+        self._products += first @ second.T
+
+    def correlation(self) -> Tensor:
+        if not self._count:
+            raise ValueError("activations can only be matched on data; there was no batch")
+        means = self._sums / self._count
+        deviations = (self._squares / self._count - means.square()).clamp(min=1e-24).sqrt()
+        covariance = self._products / self._count - means[0].outer(means[1])
+        return covariance / deviations[0].outer(deviations[1])
+
+
+@contextmanager
+def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
+    """What the groups' units give in the last forward: {group: (units, samples) float64 on the CPU}."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for group in spec:
+
+        def look(module: nn.Module, inputs: Any, output: Any = None, group: Group = group) -> None:
+            value = inputs[0] if group.probe.is_input else output
+            units = value.detach().movedim(group.probe.dim, 0).unflatten(0, (group.size, group.probe.after))
+            # a copy: activations that work in place would change it
+            seen[group.name] = units.reshape(group.size, -1).to("cpu", torch.float64, copy=True)
+
+        module = model.get_submodule(group.probe.module)
+        register = module.register_forward_pre_hook if group.probe.is_input else module.register_forward_hook
+        handles.append(register(look))
+    was_training = model.training
+    model.eval()
+    try:
+        yield seen
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
+def _assign(gain: Tensor) -> Tensor:
+    """perm with the largest sum of gain[i, perm[i]]."""
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith((".running_mean", ".running_var"))

@@ -1,0 +1,245 @@
+"""Procedures that mix trained networks: WiSE-FT, Git Re-Basin, ensembles."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selfmask_dist.masking import attach
+from selfmask_dist.procedures import ensembles, permutation, rebasin, wise_ft
+from selfmask_dist.procedures.permutation_specs import permutation_spec
+from tests.models import make
+from tests.procedure_cases import accuracy, digits, mlp, train
+
+# ---- WiSE-FT
+
+
+def trained(*widths: int, seed: int, norm: bool = False, steps: int = 150) -> nn.Sequential:
+    pixels, labels, *_ = digits()
+    model = mlp(*widths, seed=seed, norm=norm)
+    train(model, model.parameters(), pixels, labels, steps=steps, lr=0.1, seed=seed)
+    return model.eval()
+
+
+def test_the_ends_of_the_curve_are_the_two_models() -> None:
+    *_, pixels, labels = digits()
+    frozen, adapted = trained(64, 32, 10, seed=0, norm=True, steps=10), trained(64, 32, 10, seed=1, norm=True)
+    first, second = copy.deepcopy(frozen.state_dict()), copy.deepcopy(adapted.state_dict())
+    outputs: dict[float, Tensor] = {}
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        outputs[len(outputs)] = model(pixels).detach()
+        return {"accuracy": accuracy(model, pixels, labels)}
+
+    model = copy.deepcopy(frozen)
+    points = wise_ft.curve(model, first, second, measure)
+    assert [point.alpha for point in points] == pytest.approx(np.linspace(0, 1, 11))
+    assert torch.equal(outputs[0], frozen(pixels))
+    assert torch.equal(outputs[10], adapted(pixels))
+    assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items())
+    assert points[0].values["accuracy"] == accuracy(frozen, pixels, labels)
+    assert wise_ft.best(points, "accuracy").values["accuracy"] == max(p.values["accuracy"] for p in points)
+    for alpha in (0.0, 1.0):
+        ends = wise_ft.interpolate(first, second, alpha)
+        assert all(torch.equal(ends[name], (second if alpha else first)[name]) for name in first)
+
+
+def test_the_line_is_the_formula() -> None:
+    first = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(10)}
+    second = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(20)}
+    middle = wise_ft.interpolate(first, second, 0.3)
+    torch.testing.assert_close(middle["w"], 0.7 * first["w"] + 0.3 * second["w"])
+    assert middle["n"] == 10
+    with pytest.raises(ValueError, match="only one has w"):
+        wise_ft.interpolate({"n": first["n"]}, second, 0.3)
+    with pytest.raises(ValueError, match=r"\(5,\) in one model and \(4,\)"):
+        wise_ft.interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
+
+
+def test_masks_between_two_scores_end_in_the_two_masks() -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    weights, ends = None, []
+    for seed in (0, 1):
+        network = copy.deepcopy(model)
+        masks = attach(network, include=preset)
+        generator = torch.Generator().manual_seed(seed)
+        scores = {
+            name: torch.randn(s.shape, generator=generator, dtype=s.dtype)
+            for name, s in masks.state_dict().items()
+        }
+        masks.load_state_dict(scores)
+        weights = masks.weights()
+        thetas = {entry.name: entry.theta.detach().clone() for entry in masks.entries}
+        ends.append((scores, thetas))
+    (first, first_theta), (second, second_theta) = ends
+    assert weights is not None
+    for alpha, expected in ((0.0, first_theta), (1.0, second_theta)):
+        found = wise_ft.interpolate_masks(weights, first, second, alpha)
+        assert all(torch.equal(found[name], theta) for name, theta in expected.items())
+    between = wise_ft.interpolate_masks(weights, first, second, 0.4)
+    for name, weight in weights.items():
+        mask = (0.6 * first[name] + 0.4 * second[name] > 0).float()
+        torch.testing.assert_close(between[name], weight * mask * (mask.numel() / mask.sum()).sqrt())
+
+
+# ---- Git Re-Basin
+
+
+def resnet(kind: str, num_classes: int = 5) -> nn.Module:
+    return timm.create_model(kind, num_classes=num_classes, channels=(8, 8, 12, 16), stem_width=8)
+
+
+def vit(**options: Any) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 4,
+        "num_classes": 5,
+    }
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options})
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: mlp(64, 24, 16, 10),
+    "mlp with batch normalisation": lambda: mlp(64, 24, 16, 10, norm=True),
+    "resnet18": lambda: resnet("resnet18"),
+    "resnet18 encoder": lambda: resnet("resnet18", num_classes=0),
+    "resnet50": lambda: resnet("resnet50"),
+    "vit": vit,
+    "vit encoder": lambda: vit(num_classes=0),
+    "vit with scales, registers": lambda: vit(
+        init_values=0.5, reg_tokens=2, qk_norm=True, global_pool="avg", fc_norm=True
+    ),
+}
+
+
+def lively(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network in eval mode and float64 in which every tensor differs from unit to unit."""
+    torch.manual_seed(seed)
+    model = build().double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and (tensor.ndim == 1 or not tensor.any()):
+            tensor.uniform_(0.5, 1.5)
+            if name.endswith(("bias", "mean")):
+                tensor.sub_(1)
+    return model
+
+
+def inputs_of(model: nn.Module, number: int = 8) -> Tensor:
+    shape = (number, 64) if isinstance(model, nn.Sequential) else (number, 3, 16, 16)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_permuting_changes_nothing_and_is_found_again(kind: str) -> None:
+    model = lively(NETWORKS[kind])
+    images, spec = inputs_of(model), permutation_spec(model)
+    truth = permutation.random(spec, seed=3)
+    assert all(len(p) > 1 for p in truth.values())
+    state = model.state_dict()
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(permutation.apply(state, spec, truth))
+    changed = [name for name, tensor in moved.state_dict().items() if not torch.equal(tensor, state[name])]
+    assert {axis.tensor for group in spec for axis in group.axes} == set(changed)
+    with torch.no_grad():
+        torch.testing.assert_close(moved(images), model(images), rtol=1e-9, atol=1e-9)
+    back = permutation.apply(moved.state_dict(), spec, permutation.inverse(truth))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+
+    by_weights = rebasin.match_weights(state, moved.state_dict(), spec)
+    by_activations = rebasin.match_activations(model, moved, [images, -images], spec)
+    for found in (by_weights, by_activations):
+        assert {n: p.tolist() for n, p in found.items()} == {
+            n: p.tolist() for n, p in permutation.inverse(truth).items()
+        }
+
+
+def test_matching_lowers_the_barrier_between_two_trained_networks() -> None:
+    pixels, _, test_pixels, test_labels = digits()
+    first, second = trained(64, 128, 64, 10, seed=0), trained(64, 128, 64, 10, seed=1)
+    model, spec = copy.deepcopy(first), permutation_spec(first)
+
+    def loss(network: nn.Module) -> float:
+        with torch.no_grad():
+            return float(F.cross_entropy(network(test_pixels), test_labels))
+
+    def barrier(permutations: permutation.Permutations) -> float:
+        moved = permutation.apply(second.state_dict(), spec, permutations)
+        return rebasin.loss_barrier(model, first.state_dict(), moved, loss, alphas=(0.25, 0.5, 0.75))
+
+    before = barrier(permutation.identity(spec))
+    by_weights = barrier(rebasin.match_weights(first.state_dict(), second.state_dict(), spec))
+    by_activations = barrier(rebasin.match_activations(first, second, pixels.split(500), spec))
+    assert before > 0.1
+    assert by_weights < before / 2
+    assert by_activations < before / 2
+
+
+def test_the_barrier_is_the_definition() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    start, end = {"weight": torch.tensor([[-1.0]])}, {"weight": torch.tensor([[2.0]])}
+
+    def loss(network: nn.Module) -> float:  # w^4 - 3 w^2: two valleys and a hill at 0
+        w = network.get_parameter("weight").item()
+        return w**4 - 3 * w**2
+
+    found = rebasin.loss_barrier(model, start, end, loss, alphas=[a / 30 for a in range(31)])
+    grid = torch.linspace(0, 1, 31, dtype=torch.float64)
+    w = -1 + 3 * grid
+    assert found == pytest.approx(float((w**4 - 3 * w**2 - (-2 * (1 - grid) + 4 * grid)).max()), abs=1e-5)
+
+
+def test_batchnorm_is_reset_to_the_data() -> None:
+    pixels, *_ = digits()
+    model = mlp(64, 24, 10, norm=True).eval()
+    rebasin.reset_batchnorm(model, pixels[:1000].split(250))
+    with torch.no_grad():
+        hidden = model[0](pixels[:1000])
+    norm = model[1]
+    torch.testing.assert_close(norm.running_mean, hidden.mean(dim=0))
+    expected = torch.stack([part.var(dim=0) for part in hidden.split(250)]).mean(dim=0)
+    torch.testing.assert_close(norm.running_var, expected)
+    assert not model.training
+    assert norm.momentum == 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "complaint"),
+    [
+        (lambda: nn.Conv2d(3, 3, 1), "neither a Sequential MLP"),
+        (lambda: timm.create_model("resnext50_32x4d"), "grouped"),
+        (lambda: timm.create_model("seresnet18"), "no rule here covers"),
+        (lambda: timm.create_model("vit_tiny_patch16_224", mlp_layer=timm.layers.GluMlp), "needs"),
+    ],
+)
+def test_unknown_parts_are_refused(model: Callable[[], nn.Module], complaint: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=complaint):
+        permutation_spec(model())
+
+
+# ---- ensembles
+
+
+def test_ensembles_stand_beside_each_other_with_their_bits() -> None:
+    pixels, labels, test_pixels, test_labels = digits()
+    pixels, labels = pixels[:400], labels[:400]
+    bodies = [trained(64, 16, 10, seed=seed, steps=40)[0] for seed in range(3)]
+    with torch.no_grad():
+        members = [ensembles.Member(b(pixels), b(test_pixels), stored_bits=64 * 16 * 32) for b in bodies]
+    alone = ensembles.measure("one", members[:1], labels, test_labels, k=5)
+    three = ensembles.measure("three", members, labels, test_labels, k=5, shared_bits=1000)
+    assert alone.single == pytest.approx(alone.logits)
+    assert alone.total_bits == 64 * 16 * 32
+    assert three.total_bits == 3 * 64 * 16 * 32 + 1000
+    assert three.logits > three.single
+    assert "three" in ensembles.compare([alone, three])
+    with pytest.raises(ValueError, match="no members"):
+        ensembles.measure("none", [], labels, test_labels)
