@@ -113,6 +113,11 @@ class MaskBank:
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
+            if mask.kind != "threshold":
+                raise MaskFileError(
+                    f"{name} is of kind {mask.kind}; a bank holds masks of kind threshold, put this one on a "
+                    f"backbone of its own with apply_masks"
+                )
             for key, tensor in artifact.check_fits(self._encoder, mask).items():
                 if key not in self._frozen:
                     self._tensors[key], self._frozen[key] = tensor, tensor.detach().clone()

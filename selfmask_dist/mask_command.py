@@ -92,12 +92,15 @@ def _diff(options: argparse.Namespace) -> None:
 
     (first_name, first, _), (second_name, second, _) = _load(options.first), _load(options.second)
     check_same_backbone([first, second])
+    if first.kind != second.kind:
+        raise ValueError(f"{first_name} is of kind {first.kind}, {second_name} of kind {second.kind}")
+    ours, theirs = ({**mask.bits, **_positive(mask)} for mask in (first, second))
     print(
         f"{'parameter':40s} {'weights':>12s} {'only first':>12s} {'only second':>12s} {'pruned alike':>13s}"
     )
     totals = [0, 0, 0, 0, 0]
-    for name, bits in first.bits.items():
-        other = second.bits[name]
+    for name, bits in ours.items():
+        other = theirs[name]
         only_first, only_second = int((bits & ~other).sum()), int((other & ~bits).sum())
         both, either = int((~bits & ~other).sum()), int((~bits | ~other).sum())
         row = [bits.numel(), only_first, only_second, both, either]
@@ -109,6 +112,19 @@ def _diff(options: argparse.Namespace) -> None:
         f"\nfirst: {first_name}, second: {second_name}. only first: weights that only it keeps. pruned "
         "alike: of the weights that either prunes, the share that both do."
     )
+    if first.kind != "threshold":
+        print(_NOTES.get(first.kind, "What the kept weights are worth is not compared."))
+
+
+_NOTES = {
+    "sign": "A sign mask keeps every weight: here, kept stands for positive and pruned for negative.",
+    "ternary": "Signs of weights that both keep, and scales, are not compared.",
+}
+
+
+def _positive(mask: Any) -> dict[str, Any]:
+    """Where a sign mask is positive; it keeps every weight, so its bits tell nothing."""
+    return {name: ~signs for name, signs in mask.signs.items()} if mask.kind == "sign" else {}
 
 
 def _row(name: str, row: list[int]) -> str:
