@@ -1,6 +1,6 @@
-"""`selfmask mask diff | merge | convert | verify | export`: work on mask files.
+"""`selfmask mask diff | merge | convert | verify | export | shrink`: work on mask files.
 
-Only `convert --against-weights` and `export` build the backbone, from the configuration of the run that
+Only `convert --against-weights`, `export` and `shrink` build the backbone, from the configuration of the run that
 trained the mask.
 """
 
@@ -57,6 +57,15 @@ def add_command(commands: Any) -> None:
     _add_config(export, "of the run that trained the mask")
     export.set_defaults(command=_export)
 
+    shrink = actions.add_parser(
+        "shrink",
+        help="a smaller dense network: heads and hidden units that the mask leaves without effect go",
+    )
+    shrink.add_argument("file", metavar="FILE[:MASK]")
+    shrink.add_argument("out", type=Path, metavar="FOLDER", help="gets model.safetensors and sizes.json")
+    _add_config(shrink, "of the run that trained the mask")
+    shrink.set_defaults(command=_shrink)
+
 
 def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"config.yaml {what}")
@@ -91,9 +100,9 @@ def _diff(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact.arithmetic import check_same_backbone
 
     (first_name, first, _), (second_name, second, _) = _load(options.first), _load(options.second)
-    check_same_backbone([first, second])
     if first.kind != second.kind:
         raise ValueError(f"{first_name} is of kind {first.kind}, {second_name} of kind {second.kind}")
+    check_same_backbone([first, second])
     ours, theirs = ({**mask.bits, **_positive(mask)} for mask in (first, second))
     print(
         f"{'parameter':40s} {'weights':>12s} {'only first':>12s} {'only second':>12s} {'pruned alike':>13s}"
@@ -192,4 +201,22 @@ def _export(options: argparse.Namespace) -> None:
     takes_size = config.backbone.name.startswith("timm:vit")
     kwargs = {**(size if takes_size else {}), **config.backbone.kwargs}
     for path in export(options.out, name, mask, file, build_backbone(config), kwargs=kwargs):
+        print(path)
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import apply_mask
+    from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.shrink import save_smaller, shrink
+
+    _, mask, _ = _load(options.file)
+    encoder = build_backbone(_config(options)).encoder
+    before = sum(parameter.numel() for parameter in encoder.parameters())
+    apply_mask(encoder, mask)
+    left = shrink(encoder)
+    after = sum(parameter.numel() for parameter in encoder.parameters())
+    for name, number in left.items():
+        print(f"{name:40s} {number:8,d} left")
+    print(f"{after:,} of {before:,} weights are left ({after / before:.1%})")
+    for path in save_smaller(encoder, left, options.out):
         print(path)
