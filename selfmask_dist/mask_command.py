@@ -1,7 +1,7 @@
 """`selfmask mask diff | merge | convert | verify | export | shrink`: work on mask files.
 
-Only `convert --against-weights`, `export` and `shrink` build the backbone, from the configuration of the run that
-trained the mask.
+Only `convert --against-weights`, `export` and `shrink` build the backbone, from the configuration of the run
+that trained the mask.
 """
 
 import argparse
