@@ -110,11 +110,12 @@ class RunState:
         for key, tensor in checkpoint.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}))
+        position = Position(**checkpoint.values["position"])
+        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}, step=position.step))
         moved = parts["buffers"]
         self._objective.load_buffers(self._buffers | moved)
         telemetry.load_state(checkpoint.values["telemetry"])
-        return Position(**checkpoint.values["position"])
+        return position
 
 
 class Keeper:

@@ -7,9 +7,10 @@ from typing import Any
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.objectives import supervised, swav
-from selfmask_dist.objectives.base import Context, Objective, named_generator
+from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.supervised import Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
+from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",

@@ -57,6 +57,7 @@ class EngineState:
     parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
     momentum: dict[str, Tensor]
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
+    step: int = 0  # steps that masks have made, for schedules
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Engine:
             parameters[name] = value
             if buffer is not None:
                 momentum[name] = buffer
-        return EngineState(parameters, momentum, self._statistics.state())
+        step = max((masks.step for masks in self.masks.values()), default=0)
+        return EngineState(parameters, momentum, self._statistics.state(), step)
 
     def load_state(self, state: EngineState) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
@@ -219,6 +221,8 @@ class Engine:
         for name, trained in self.trained.items():
             self._write(trained, state.parameters[name], state.momentum.get(name))
         self._statistics.load(state.statistics)
+        for masks in self.masks.values():
+            masks.step = state.step
         self._after_load()
 
     @torch.no_grad()
@@ -249,16 +253,15 @@ class Engine:
     def _finish_backward(self) -> None:
         """Sum over ranks what backward left on each, and pull masks' gradients back.
 
-        One collective carries the gradients of all that is replicated and <G, theta> of sharded masks.
+        One collective carries the gradients of all that is replicated and sums (<G, theta>) of sharded masks.
         """
         grads = [p.grad for p in self._replicated if p.grad is not None]
-        sharded = [masks for masks in self.masks.values() if not masks.shards.is_whole]
-        dots = [masks.inner_products() / masks.shards.copies for masks in sharded if masks.scale == "through"]
-        if self.world.size > 1 and (grads or dots):
-            _sum_together(self.world, [*grads, *dots])
+        sharded = [masks for masks in self.masks.values() if _sums_over_ranks(masks)]
+        sums = [masks.back_sums() / masks.shards.copies for masks in sharded]
+        if self.world.size > 1 and (grads or sums):
+            _sum_together(self.world, [*grads, *sums])
         for masks in self.masks.values():
-            is_summed = not masks.shards.is_whole and masks.scale == "through"
-            masks.pull_back(dots.pop(0) if is_summed else None)
+            masks.pull_back(sums.pop(0) if _sums_over_ranks(masks) else None)
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
         buffer = self.optimizer.state.get(trained.tensor, {}).get("momentum_buffer")
@@ -291,10 +294,17 @@ class Engine:
         found: dict[str, TrainedParameter] = {}
         for prefix, masks in self.masks.items():
             for entry in masks.entries:
-                if held.pop(id(entry.scores), None) is not None:
-                    first_row = masks.shards.first_row(entry.name, entry.theta)
-                    found[f"{prefix}.{entry.name}"] = TrainedParameter(
-                        entry.scores, entry.name, entry.theta.shape, masks.shards, first_row
+                first_row = masks.shards.first_row(entry.name, entry.theta)
+                name = f"{prefix}.{entry.name}"
+                # no parameter's name has a colon
+                for tensor, key in ((entry.scores, name), (entry.weight, f"{name}:weight")):
+                    if held.pop(id(tensor), None) is not None:
+                        found[key] = TrainedParameter(
+                            tensor, entry.name, entry.theta.shape, masks.shards, first_row
+                        )
+                if entry.numbers is not None and held.pop(id(entry.numbers), None) is not None:
+                    found[f"{name}:numbers"] = TrainedParameter(
+                        entry.numbers, entry.name, entry.numbers.shape, Shards()
                     )
         whole, inside = Shards(), {id(p) for p in self.encoder.parameters()}
         for name, parameter in self.module.named_parameters():
@@ -335,6 +345,10 @@ def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
             )
+
+
+def _sums_over_ranks(masks: Any) -> bool:
+    return not masks.shards.is_whole and masks.is_trained and masks.family.has_back_sums
 
 
 def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:

@@ -59,6 +59,8 @@ class DeepSpeedEngine(Engine):
     def step(self) -> None:
         """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
         self._runner.step()
+        for masks in self.masks.values():
+            masks.step += 1
         self._normalise_rows()
 
     @torch.no_grad()
