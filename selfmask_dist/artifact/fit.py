@@ -7,22 +7,49 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.artifact.file import Weights, read_mask_file
-from selfmask_dist.artifact.forms import materialize
+from selfmask_dist.artifact.forms import as_kind, materialize, take_apart
 from selfmask_dist.artifact.mask import Mask, MaskFileError
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.masking import Masks
 
 
 def from_masks(masks: Masks) -> Mask:
-    """The file's view of masks in training."""
+    """The file's view of masks in training. Collective where they are sharded: every rank must call.
+
+    Raises:
+        MaskFileError: a family's form does not hold its theta.
+    """
+    bits = {name: kept.cpu() for name, kept in masks.masks().items()}
+    segments = {entry.name: entry.num_segments for entry in masks.entries}
+    weights, kind = masks.first_weights(), as_kind(masks.family.form)
+    parts: dict[str, dict[str, Tensor]] = {}
+    if kind != "threshold":
+        for name, theta in masks.thetas().items():
+            given = (theta.cpu(), bits[name], weights[name].cpu())
+            for part, tensor in take_apart(kind, *given, num_parts=segments[name]).items():
+                parts.setdefault(part, {})[name] = tensor
     return Mask(
-        bits={name: bits.cpu() for name, bits in masks.masks().items()},
-        weights_fingerprint=fingerprint(masks.weights().items()),
-        scaled=masks.scale != "none",
-        num_segments={entry.name: entry.num_segments for entry in masks.entries if entry.num_segments > 1},
+        bits=bits,
+        weights_fingerprint=fingerprint(weights.items()),
+        scaled=masks.family.is_scaled,
+        num_segments={name: number for name, number in segments.items() if number > 1},
+        kind=kind,
+        **parts,
+        blocks=_blocks(masks),
         statistics={name: statistic.cpu() for name, statistic in masks.moved_statistics().items()},
         threshold=masks.threshold,
     )
+
+
+def _blocks(masks: Masks) -> dict[str, tuple[int, int]]:
+    """Blocks that share a bit, where those of a parameter's segments line up with its own."""
+    found = {}
+    for entry in masks.entries:
+        rows = len(entry.theta) // entry.num_segments
+        block = masks.family.block(torch.Size((rows, *entry.theta.shape[1:])))
+        if block is not None and (entry.num_segments == 1 or rows % block[0] == 0):
+            found[entry.name] = block
+    return found
 
 
 @torch.no_grad()

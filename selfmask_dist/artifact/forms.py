@@ -23,6 +23,18 @@ WITH_SIGNS = ("sign", "ternary")
 WITH_VALUES = ("values", "graft")
 
 
+def as_kind(name: str) -> Kind:
+    """A kind by its name.
+
+    Raises:
+        MaskFileError: there is none of that name.
+    """
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise MaskFileError(f"there is no kind of mask {name!r}; a family's form is one of {', '.join(KINDS)}")
+
+
 def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
     """Theta of one parameter, in a new tensor of the frozen weight's shape, dtype and device."""
     bits = mask.bits[name].to(weight.device)

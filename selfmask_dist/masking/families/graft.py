@@ -24,6 +24,7 @@ class Graft(Family):
     name: ClassVar[str] = "graft"
     form: ClassVar[str] = "graft"
     is_mask: ClassVar[bool] = False
+    has_threshold: ClassVar[bool] = True
     needs_other: ClassVar[bool] = True
 
     @property
@@ -32,6 +33,9 @@ class Graft(Family):
 
     def mask(self, segment: Segment) -> Tensor:
         return core.binarize(segment.scores, self.options.threshold)
+
+    def distance(self, segment: Segment) -> Tensor:
+        return segment.scores - self.options.threshold
 
     def write(self, segment: Segment) -> Tensor:
         assert segment.other is not None

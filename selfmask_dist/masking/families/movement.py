@@ -67,7 +67,7 @@ class SoftMovement(Family):
 
     def progress(self, step: int) -> float:
         """How far tau has come at a step, from 0 to 1, by the schedule of the kept share."""
-        return 1 - self.schedule(step)
+        return 1 - self.left(step)
 
     def mask(self, segment: Segment) -> Tensor:
         tau = self.options.threshold * self.progress(segment.whole.step)
