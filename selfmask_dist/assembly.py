@@ -159,6 +159,14 @@ def build_objective(
             "label_smoothing": supervised.label_smoothing,
             "prompts": supervised.prompts,
         }
+        if supervised.distill_from is not None:
+            from selfmask_dist.teacher import Teacher  # which makes a run's parts with this module
+
+            options["distillation"] = objectives.Distillation(
+                Teacher(Path(supervised.distill_from), classes),
+                weight=supervised.distill_weight,
+                temperature=supervised.distill_temperature,
+            )
     return objectives.build_objective(
         config.objective.name, backbone=backbone, classes=classes, context=context, **options
     )

@@ -186,6 +186,22 @@ class ObjectiveConfig(Section):
         ("a photo of a {}.",), "Sentences for clip_text with {} for the class name; several are averaged."
     )
 
+    distill_from: NonEmpty | None = science(
+        None,
+        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits are "
+        "learned beside the labels; null: labels alone.",
+    )
+    distill_weight: float = science(
+        0.5,
+        "Share of the loss that is learned from objective.distill_from; the labels have the rest.",
+        unit="fraction of the loss",
+        gt=0,
+        le=1,
+    )
+    distill_temperature: float = science(
+        2.0, "Both logits are divided by it: larger shows more of the teacher's doubts.", unit="logit", gt=0
+    )
+
 
 class OptimConfig(Section):
     """SGD with momentum; a learning rate for each kind of parameter. Scores never have weight decay."""

@@ -99,6 +99,7 @@ TABLE = {
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "run": Rule((ALL,)),
+    "teacher": Rule((ALL,)),
     "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),
     "mask_command": Rule((ALL,)),

@@ -135,7 +135,7 @@ def attached(
     model: nn.Module, family: Family, *, include: Any = WEIGHTS, split_qkv: bool = True, **more: Any
 ) -> Masks:
     """Masks with scores that prune something."""
-    other = {"other": second(model)} if family.needs_other else {}
+    other: dict[str, Any] = {"other": second(model)} if family.needs_other else {}
     masks = attach(model, include=include, family=family, init=1.0, split_qkv=split_qkv, **other, **more)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_theta_gradients_and_a_step_equal_the_published_formulas(name: str) -> N
                 torch.testing.assert_close(
                     gradient(found), gradient(expected[entry.name]), rtol=1e-9, atol=1e-13
                 )
-                checked += gradient(found).abs().max() > 0
+                checked += int(gradient(found).abs().max() > 0)
                 with torch.no_grad():
                     expected[entry.name].sub_(0.01 * gradient(expected[entry.name]))
                     if family.name == "binary_connect" and found is entry.scores:
@@ -217,7 +217,7 @@ def test_theta_gradients_and_a_step_equal_the_published_formulas(name: str) -> N
 # ---- values as published
 
 
-def one(values: list[Any], family: Family, **options: Any) -> tuple[nn.Module, Masks]:
+def one(values: list[Any], family: Family, **options: Any) -> tuple[nn.Linear, Masks]:
     layer = nn.Linear(len(values), 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([values]))
