@@ -157,8 +157,8 @@ class ObjectiveConfig(Section):
 
     distill_from: NonEmpty | None = science(
         None,
-        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits are "
-        "learned beside the labels; null: labels alone.",
+        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits "
+        "are learned beside the labels; null: labels alone.",
     )
     distill_weight: float = science(
         0.5,
@@ -184,7 +184,8 @@ class OptimConfig(Section):
     )
     weight_lr: float = science(
         0.01,
-        "Peak learning rate of the backbone's weights (method=finetune).",
+        "Peak learning rate of the backbone's weights (method=finetune, and families of masks that train "
+        "them).",
         unit="weight per unit of gradient",
         gt=0,
     )
@@ -199,7 +200,7 @@ class OptimConfig(Section):
     )
     weight_decay: float = science(
         0.0,
-        "L2 penalty on the backbone's weights (method=finetune).",
+        "L2 penalty on the backbone's weights, where they are trained.",
         unit="gradient per unit of weight",
         ge=0,
     )

@@ -37,8 +37,8 @@ class Teacher:
         config = load_config(run / "config.yaml", ["objective.distill_from=null"])
         if config.objective.name != "supervised":
             raise ValueError(
-                f"objective.distill_from: {run} was trained by {config.objective.name}, which tells no classes "
-                "apart; name a supervised run"
+                f"objective.distill_from: {run} was trained by {config.objective.name}, which tells no "
+                "classes apart; name a supervised run"
             )
         backbone = assembly.build_backbone(config)
         if weights.exists():
@@ -54,7 +54,8 @@ class Teacher:
                 self._objective.load_state_dict(load_file(head))
             except RuntimeError as error:  # torch's, with all keys and shapes
                 raise ValueError(
-                    f"objective.distill_from: the head of {run} is not one for {len(classes)} classes: {error}"
+                    f"objective.distill_from: the head of {run} is not one for {len(classes)} classes: "
+                    f"{error}"
                 ) from error
         self._objective.requires_grad_(False).eval()
         self._device = torch.device("cpu")

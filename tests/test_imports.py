@@ -93,6 +93,9 @@ TABLE = {
     "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
     "shrink": Rule((), ("torch.distributed", "torch.optim", *MODELS)),
+    "mask_groups": Rule(
+        ("api", "backbones", "config", "masking"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
     "mask_comparison": Rule(
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
     ),

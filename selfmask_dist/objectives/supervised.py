@@ -5,8 +5,8 @@
     clip_text  logits = t * T x / |x|      T: text embeddings of the classes, t: CLIP's scale; nothing trained
 
 With a teacher, a share w of the loss is T^2 KL(teacher | student) of both logits over T (Hinton, Vinyals,
-Dean 2015, arXiv 1503.02531; movement pruning's w is 0.5, its T 2). Knows neither masks, optimizers nor process
-groups.
+Dean 2015, arXiv 1503.02531; movement pruning's w is 0.5, its T 2). Knows neither masks, optimizers nor
+process groups.
 """
 
 from collections.abc import Callable, Sequence
