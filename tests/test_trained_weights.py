@@ -326,7 +326,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_the_mask_file_gives_theta_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     _, family = CASES[name]
     model, _ = make("timm_vit", dtype=torch.float32)
-    fresh = copy.deepcopy(model)
+    fresh, backbone = copy.deepcopy(model), copy.deepcopy(model)
     masks = attached(model, family)
     optimizer = torch.optim.SGD(trained_of(masks), lr=0.05, momentum=0.9)
     masks.bind(optimizer)
@@ -354,6 +354,13 @@ def test_the_mask_file_gives_theta_back_bit_for_bit(name: str, tmp_path: Path) -
         if name == "block_movement"
         else {}
     )
+    again = attached(copy.deepcopy(backbone), family)
+    again.load_state_dict(masks.state_dict())
+    again.detach()
+    for entry, copied in zip(masks.entries, again.entries, strict=True):
+        assert torch.equal(entry.scores, copied.scores)
+        assert torch.equal(entry.weight, copied.weight)
+        assert torch.equal(copied.theta, backbone.get_parameter(entry.name)), "the pretrained weights again"
     other, _ = make("timm_vit", seed=9, dtype=torch.float32)
     with pytest.raises(MaskFileError, match="wrong backbone"):
         apply_masks(other, tmp_path / "a.mask")

@@ -224,29 +224,36 @@ class Masks(MaskSet[MaskedParameter]):
         masked = sum(entry.theta.numel() for entry in self.entries)
         others = sum(p.numel() for p in self.other_parameters())
         total = sum(p.numel() for p in self._model.parameters())
+        changes = self.family.trains_weight or self.family.starts_from_weight
+        frozen = total - masked - others
+        others += masked if changes else 0
         return (
             f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%}), "
             f"family {self.family.name}\n"
-            f"frozen   {total - masked - others:,} weights\n"
+            f"frozen   {frozen:,} weights\n"
             f"trained  {others:,} weights"
         )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy scores (of the parameters' shapes) in and rewrite theta. Collective under `shards`.
+        """Copy what `state_dict` gave in and rewrite theta. Collective under `shards`.
 
         Raises:
             ValueError: names or shapes differ from the masked parameters'.
         """
-        checks.check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
-        for entry in self.entries:
-            if state[entry.name].shape != entry.theta.shape:
+        shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
+        checks.check_same_names(set(state), set(shapes), "scores")
+        for key, shape in shapes.items():
+            if state[key].shape != shape:
                 raise ValueError(
-                    f"scores of {entry.name} have shape {tuple(state[entry.name].shape)}, "
-                    f"the parameter has {tuple(entry.theta.shape)}"
+                    f"scores of {key} have shape {tuple(state[key].shape)}, the parameter has {tuple(shape)}"
                 )
         for entry in self.entries:
             entry.fill(state[entry.name])
+            if f"{entry.name}:weight" in shapes:
+                entry.fill(state[f"{entry.name}:weight"], of=entry.weight)
+            if entry.numbers is not None:
+                entry.numbers.copy_(state[f"{entry.name}:numbers"])
         self.rewrite()
 
     # ---- ending
@@ -256,8 +263,7 @@ class Masks(MaskSet[MaskedParameter]):
         """Take the masks off the model: hooks go, and theta becomes the frozen weight again, bit for bit.
 
         Args:
-            restore: False leaves theta in place, as plain weights. True puts trained weights in place where a
-                family trains them.
+            restore: False leaves theta in place, as plain weights.
         """
         if not self._attached:
             raise ValueError("these masks are detached already")
@@ -266,7 +272,7 @@ class Masks(MaskSet[MaskedParameter]):
             hook.remove()
         for entry in self.entries:
             if restore:
-                entry.theta.copy_(entry.weight)
+                entry.piece(entry.theta.detach()).copy_(entry.piece(entry.first_weight))
             entry.theta.grad = None
             entry.theta.requires_grad_(False)
             delattr(entry.theta, checks.MARK)

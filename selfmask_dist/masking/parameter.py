@@ -111,13 +111,24 @@ class MaskedParameter:
         return [Segment(*part) for part in parts]
 
     @torch.no_grad()
-    def fill(self, values: float | Tensor) -> None:
-        """Set the scores: to one number, or to this process's piece of a whole tensor (parameter's shape)."""
-        piece = self.piece(self.scores)
+    def fill(self, values: float | Tensor, *, of: Tensor | None = None) -> None:
+        """Set the scores, or the trained weight: to one number, or to this process's piece of a whole tensor
+        (parameter's shape).
+        """
+        piece = self.piece(self.scores if of is None else of)
         if not isinstance(values, Tensor):
             piece.fill_(values)
             return
         piece.copy_(self._part_of(values, piece))
+
+    def state_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the whole tensors that `state_dict` has of this parameter, by their keys."""
+        shapes = {self.name: self.theta.shape}
+        if isinstance(self.weight, nn.Parameter):
+            shapes[f"{self.name}:weight"] = self.theta.shape
+        if self.numbers is not None:
+            shapes[f"{self.name}:numbers"] = self.numbers.shape
+        return shapes
 
     def _part_of(self, values: Tensor, piece: Tensor) -> Tensor:
         """The part of a whole tensor, or of a piece, that lies where `piece` does."""

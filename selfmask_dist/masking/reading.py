@@ -78,9 +78,16 @@ class MaskSet(Generic[E]):
     def state_dict(self) -> dict[str, Tensor]:
         """The scores, {parameter name: tensor of its shape}: all there is to save of a mask in training.
 
+        Families that train more have `name:weight` (its shape) and `name:numbers` (segments, numbers) too.
         Collective under `shards`: every rank must call.
         """
-        return {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
+        state = {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
+        for entry in self.entries:
+            if self.family.trains_weight:
+                state[f"{entry.name}:weight"] = self.shards.whole(entry.name, entry.weight).detach()
+            if entry.numbers is not None:
+                state[f"{entry.name}:numbers"] = entry.numbers.detach()
+        return state
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
