@@ -105,6 +105,11 @@ class MaskBank:
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
+            if mask.kind != "threshold":
+                raise MaskFileError(
+                    f"{name} is of kind {mask.kind}; a bank holds masks of kind threshold, put this one on a "
+                    f"backbone of its own with apply_masks"
+                )
             known = self._fingerprints.get(frozenset(mask.bits))
             for key, tensor in artifact.check_fits(self._encoder, mask, known=known).items():
                 if key not in self._frozen:

@@ -29,8 +29,8 @@ tags: [self-masking-networks, image-feature-extraction]
 # {name}: {backbone}, adapted by a mask
 
 The pretrained weights of `{backbone}` with {pruned:.2%} of {weights:,} masked weights switched off and
-the rest scaled, after *Self-Masking Networks for Unsupervised Adaptation* (arXiv 2409.07577). The mask
-alone takes {mask_bytes:,} bytes ({bits:.3f} bits per weight), `model.safetensors` {dense_bytes:,}.
+{rest}.
+The mask alone takes {mask_bytes:,} bytes ({bits:.3f} bits per weight), `model.safetensors` {dense_bytes:,}.
 
 {metrics}
 ![Share of weights switched off, by parameter](sparsity.png)
@@ -106,6 +106,7 @@ def export(
             fingerprint=mask.weights_fingerprint,
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
+            rest=_RESTS[mask.kind],
             two_of_four=two_of_four({key: parameters[key] for key in mask.bits}),
             version=__version__,
         )
@@ -130,6 +131,17 @@ def _metrics(metrics: dict[str, float]) -> str:
         return "No metrics were stored with the mask.\n"
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     return f"| measured in training | |\n|---|---|\n{rows}\n"
+
+
+_RESTS = {
+    "threshold": "the rest scaled, after *Self-Masking Networks for Unsupervised Adaptation* "
+    "(arXiv 2409.07577)",
+    "frozen_sign": "of the rest only the signs, all of one size in each tensor",
+    "sign": "the rest of one size in each tensor, with trained signs",
+    "ternary": "the rest of one positive and one negative value in each tensor",
+    "values": "the rest trained",
+    "graft": "the rest replaced by fine-tuned ones",
+}
 
 
 def _usage(model: str, kwargs: Mapping[str, Any], *, is_timm: bool) -> str:

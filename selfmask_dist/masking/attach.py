@@ -46,6 +46,9 @@ class Masks(MaskSet[MaskedParameter]):
         self._is_pull_queued = False
         self._hooks: list[Any] = []
         self._passes = Passes(family, shards)
+        wholes = [whole for entry in self.entries for whole in entry.wholes]
+        for whole in wholes:
+            whole.num_tensors = len(wholes)
         for entry in self.entries:
             setattr(entry.theta, checks.MARK, True)
             if auto and entry.theta.requires_grad:
@@ -66,6 +69,7 @@ class Masks(MaskSet[MaskedParameter]):
         scale: core.Scale = "through",
         split_qkv: bool = False,
         allow_norm: bool = False,
+        other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
@@ -85,6 +89,8 @@ class Masks(MaskSet[MaskedParameter]):
                 the graph, or `none` (Piggyback: a = 1).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
                 paper's CLIP).
+            other: second frozen weights by parameter name, for families that need them (`graft`); those of
+                further parameters are passed over.
             freeze: make every other parameter of the model frozen; False leaves their `requires_grad` as it
                 is.
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
@@ -105,12 +111,16 @@ class Masks(MaskSet[MaskedParameter]):
             init=init,
             family=family,
         )
+        seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
         for name in names:
             start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
             num_segments = checks.num_segments(name, split_qkv=split_qkv)
-            entries.append(MaskedParameter(name, parameters.pop(name), start, num_segments, shards, family))
+            theta = parameters.pop(name)
+            entries.append(
+                MaskedParameter(name, theta, start, num_segments, shards, family, seconds.get(name))
+            )
         is_trained = family.trains_scores or family.trains_weight
         for entry in entries:
             entry.theta.requires_grad_(is_trained)
@@ -141,6 +151,8 @@ class Masks(MaskSet[MaskedParameter]):
             )
         scores = {id(entry.scores) for entry in self.entries}
         for group in optimizer.param_groups:
+            if self.family.starts_from_weight:
+                break  # a latent weight may decay
             if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
                 raise ValueError(
                     f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
@@ -212,29 +224,36 @@ class Masks(MaskSet[MaskedParameter]):
         masked = sum(entry.theta.numel() for entry in self.entries)
         others = sum(p.numel() for p in self.other_parameters())
         total = sum(p.numel() for p in self._model.parameters())
+        changes = self.family.trains_weight or self.family.starts_from_weight
+        frozen = total - masked - others
+        others += masked if changes else 0
         return (
             f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%}), "
             f"family {self.family.name}\n"
-            f"frozen   {total - masked - others:,} weights\n"
+            f"frozen   {frozen:,} weights\n"
             f"trained  {others:,} weights"
         )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy scores (of the parameters' shapes) in and rewrite theta. Collective under `shards`.
+        """Copy what `state_dict` gave in and rewrite theta. Collective under `shards`.
 
         Raises:
             ValueError: names or shapes differ from the masked parameters'.
         """
-        checks.check_same_names(set(state), {entry.name for entry in self.entries}, "scores")
-        for entry in self.entries:
-            if state[entry.name].shape != entry.theta.shape:
+        shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
+        checks.check_same_names(set(state), set(shapes), "scores")
+        for key, shape in shapes.items():
+            if state[key].shape != shape:
                 raise ValueError(
-                    f"scores of {entry.name} have shape {tuple(state[entry.name].shape)}, "
-                    f"the parameter has {tuple(entry.theta.shape)}"
+                    f"scores of {key} have shape {tuple(state[key].shape)}, the parameter has {tuple(shape)}"
                 )
         for entry in self.entries:
             entry.fill(state[entry.name])
+            if f"{entry.name}:weight" in shapes:
+                entry.fill(state[f"{entry.name}:weight"], of=entry.weight)
+            if entry.numbers is not None:
+                entry.numbers.copy_(state[f"{entry.name}:numbers"])
         self.rewrite()
 
     # ---- ending
@@ -253,7 +272,7 @@ class Masks(MaskSet[MaskedParameter]):
             hook.remove()
         for entry in self.entries:
             if restore:
-                entry.theta.copy_(entry.weight)
+                entry.piece(entry.theta.detach()).copy_(entry.piece(entry.first_weight))
             entry.theta.grad = None
             entry.theta.requires_grad_(False)
             delattr(entry.theta, checks.MARK)

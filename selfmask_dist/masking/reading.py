@@ -28,6 +28,8 @@ class Entry(Protocol):
     def theta(self) -> Tensor: ...
     @property
     def weight(self) -> Tensor: ...
+    @property
+    def first_weight(self) -> Tensor: ...
     def segments(self) -> list[Segment]: ...
 
 
@@ -76,9 +78,16 @@ class MaskSet(Generic[E]):
     def state_dict(self) -> dict[str, Tensor]:
         """The scores, {parameter name: tensor of its shape}: all there is to save of a mask in training.
 
+        Families that train more have `name:weight` (its shape) and `name:numbers` (segments, numbers) too.
         Collective under `shards`: every rank must call.
         """
-        return {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
+        state = {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
+        for entry in self.entries:
+            if self.family.trains_weight:
+                state[f"{entry.name}:weight"] = self.shards.whole(entry.name, entry.weight).detach()
+            if entry.numbers is not None:
+                state[f"{entry.name}:numbers"] = entry.numbers.detach()
+        return state
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
@@ -104,6 +113,21 @@ class MaskSet(Generic[E]):
     def weights(self) -> dict[str, Tensor]:
         """The weights under the masks, {parameter name: tensor}. Collective under `shards`."""
         return {entry.name: self._whole_weight(entry) for entry in self.entries}
+
+    @torch.no_grad()
+    def first_weights(self) -> dict[str, Tensor]:
+        """The weights as they were before training, {parameter name: tensor}. Collective under `shards`."""
+        if not self.family.trains_weight:
+            return self.weights()
+        pieces = ((entry, entry.first_weight.to(entry.weight.device)) for entry in self.entries)
+        return {entry.name: self.shards.whole(entry.name, piece) for entry, piece in pieces}
+
+    @torch.no_grad()
+    def thetas(self) -> dict[str, Tensor]:
+        """The effective weights, {parameter name: tensor}. Collective under `shards`."""
+        return {
+            entry.name: self.shards.whole_weight(entry.name, entry.theta).detach() for entry in self.entries
+        }
 
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""
