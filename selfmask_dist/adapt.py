@@ -17,6 +17,7 @@ from selfmask_dist.assembly import (
     build_objective,
     engine_options,
     load_first_state,
+    lora_options,
     prepare,
     save,
     train_transform,
@@ -25,6 +26,7 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.config import Config
 from selfmask_dist.evaluation import Evaluation
+from selfmask_dist.finetune import add_lora
 from selfmask_dist.life import Life
 from selfmask_dist.meter import Meter
 from selfmask_dist.objectives import Context, Objective
@@ -70,6 +72,8 @@ def adapt(
         "method": config.method,
         "steps in an epoch": len(loader),
     }
+    if config.optim.kind != "sgd":  # older checkpoints do not say it
+        identity["optimizer"] = config.optim.kind
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
@@ -136,6 +140,8 @@ def _build(
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":
         synchronise_batchnorm(backbone.encoder)
+    if config.method == "finetune" and config.finetune.train == "lora":
+        add_lora(backbone.encoder, **lora_options(config))  # before an engine cuts or wraps it
     engine = build_engine(
         TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
         encoder=backbone.encoder,
@@ -162,7 +168,7 @@ def _conclude(
             result["adapted"] |= evaluation.head(objective)
         life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
     metrics = result.get("adapted", {})
-    return result | save(trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
+    return result | save(config, trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
 
 
 def _resume(

@@ -5,7 +5,8 @@ own.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from selfmask_dist.api import Masks, attach, save_masks
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
+from selfmask_dist.finetune import choose_weights, save_changed
 from selfmask_dist.masking import measure
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.engine import EngineState
@@ -171,6 +173,8 @@ class Trained:
     masks: Masks | None
     head_masks: Masks | None
     summary: str
+    weights: tuple[str, ...] = ()  # names of the backbone's that are trained as they are
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # the backbone's, before training
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -198,6 +202,7 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
     """
     optim, groups = config.optim, []
     masks = head_masks = None
+    names: list[str] = []
     if config.method == "mask":
         section = config.mask
         attach_masks = partial(
@@ -222,7 +227,8 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
             )
         summary = masks.summary()
     else:
-        weights = engine.free(engine.encoder)
+        names = choose_weights(engine.encoder, config.finetune.train, freeze=config.finetune.freeze)
+        weights = engine.free(engine.encoder, names)
         groups.append(
             {
                 "name": "weights",
@@ -231,7 +237,9 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
                 "weight_decay": optim.weight_decay,
             }
         )
-        summary = f"trained  {sum(p.numel() for p in weights):,} weights of the backbone"
+        summary = (
+            f"trained  {sum(p.numel() for p in weights):,} weights of the backbone ({len(names)} tensors)"
+        )
     if head_masks is None and (head := objective.head_parameters()):
         group = {
             "name": "head",
@@ -243,11 +251,20 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
     for group in groups:
         group["lr"] = group["base_lr"]
-    optimizer = torch.optim.SGD(groups, momentum=optim.momentum)
+    optimizer = _build_optimizer(config, groups)
     optimizer.register_step_pre_hook(partial(_hold, objective))
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
-    return Trained(masks, head_masks, summary)
+    statistics = {name: buffer.clone() for name, buffer in engine.encoder.named_buffers()} if names else {}
+    return Trained(masks, head_masks, summary, tuple(names), statistics)
+
+
+def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    optim = config.optim
+    if optim.kind == "adamw":
+        # weight decay is each group's own; torch's default for AdamW would pull the scores to the threshold
+        return torch.optim.AdamW(groups, betas=(optim.momentum, optim.beta2), weight_decay=0.0)
+    return torch.optim.SGD(groups, momentum=optim.momentum)
 
 
 def _hold(objective: objectives.Objective, *_: Any) -> None:
@@ -334,6 +351,7 @@ class MaskTelemetry:
 
 
 def save(
+    config: Config,
     trained: Trained,
     backbone: Backbone,
     objective: objectives.Objective,
@@ -367,15 +385,42 @@ def save(
             "weight_bytes": num_weights * 4,
         }
     else:
-        weights = engine.whole_weights()
-        if is_main:
-            save_file(_plain(weights), directory / "encoder.safetensors")
+        sizes["weights"] = _save_weights(config, trained, engine, directory)
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
     head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
     if head and is_main:
         save_file(head, directory / "head.safetensors")
     return sizes
+
+
+def _save_weights(config: Config, trained: Trained, engine: Engine, directory: Path) -> dict[str, Any]:
+    """Write the encoder, or what changed of it where that is less; returns sizes. Collective."""
+    section, buffers = config.finetune, dict(engine.encoder.named_buffers())
+    moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
+    is_all = section.train == "all" and not section.freeze
+    path = directory / ("encoder.safetensors" if is_all else "finetuned.safetensors")
+    weights = engine.whole_weights(None if is_all else {*trained.weights, *moved})
+    if engine.world.is_main and is_all:
+        save_file(_plain(weights), path)
+    elif engine.world.is_main:
+        save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
+    return {
+        "trained": sum(tensor.numel() for name, tensor in weights.items() if name in trained.weights),
+        "file": path.name,
+        "bytes": path.stat().st_size if engine.world.is_main else 0,
+    }
+
+
+def lora_options(config: Config) -> dict[str, Any]:
+    """The arguments of `add_lora`."""
+    section = config.finetune
+    return {
+        "rank": section.lora_rank,
+        "alpha": section.lora_alpha,
+        "targets": list(section.lora_targets),
+        "seed": config.seed,
+    }
 
 
 def _pruned(masks: Masks) -> list[float]:

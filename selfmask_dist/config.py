@@ -12,7 +12,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfmask_dist import config_help, config_loading, config_sections, config_selfsupervised, config_yaml
+from selfmask_dist import (
+    config_help,
+    config_loading,
+    config_sections,
+    config_selfsupervised,
+    config_training,
+    config_yaml,
+)
 from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
 from selfmask_dist.config_sections import Section, science
 
@@ -26,7 +33,7 @@ class Config(Section):
     method: Literal["mask", "cascade", "finetune", "probe", "frozen"] = science(
         "mask",
         "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router and "
-        "one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
+        "one expert's mask for each of its clusters. finetune: weights, see finetune (baselines). probe: a "
         "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features (baseline). "
         "Keys that only another method uses are ignored, so that one file serves them all.",
     )
@@ -37,7 +44,8 @@ class Config(Section):
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
     swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
-    optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
+    finetune: config_training.FinetuneConfig = Field(default_factory=config_training.FinetuneConfig)
+    optim: config_training.OptimConfig = Field(default_factory=config_training.OptimConfig)
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
     engine: config_sections.EngineConfig = Field(default_factory=config_sections.EngineConfig)
@@ -47,7 +55,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        if conflicts := [*_backbone_conflicts(self), *_objective_conflicts(self), *_number_conflicts(self)]:
+        checks = (_backbone_conflicts, _objective_conflicts, _engine_conflicts, _number_conflicts)
+        if conflicts := [conflict for check in checks for conflict in check(self)]:
             raise ConflictError(conflicts)
         return self
 
@@ -133,6 +142,27 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
             f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
             "weight starts pruned",
         )
+
+
+def _engine_conflicts(config: Config) -> Iterator[Conflict]:
+    engine = config.engine.name
+    if config.optim.kind == "adamw" and engine == "deepspeed":
+        yield Conflict(
+            ("optim.kind", "engine.name"),
+            "optim.kind=adamw is not wired for engine.name=deepspeed; use engine.name=fsdp or optim.kind=sgd",
+        )
+    if config.method == "finetune" and config.finetune.train == "lora":
+        if engine == "deepspeed":
+            yield Conflict(
+                ("finetune.train", "engine.name"),
+                "finetune.train=lora is not wired for engine.name=deepspeed; use engine.name=ddp or fsdp",
+            )
+        if config.finetune.freeze:
+            yield Conflict(
+                ("finetune.train", "finetune.freeze"),
+                "finetune.train=lora trains additions alone; choose them by finetune.lora_targets and leave "
+                "finetune.freeze empty",
+            )
 
 
 def _number_conflicts(config: Config) -> Iterator[Conflict]:

@@ -187,52 +187,6 @@ class ObjectiveConfig(Section):
     )
 
 
-class OptimConfig(Section):
-    """SGD with momentum; a learning rate for each kind of parameter. Scores never have weight decay."""
-
-    score_lr: float = science(
-        50.0,
-        "Peak learning rate of the scores (method=mask): larger flips more weights per step. Paper: 50 for "
-        "ResNets, 10 for CLIP ViT-B/32.",
-        unit="score per unit of gradient",
-        gt=0,
-    )
-    weight_lr: float = science(
-        0.01,
-        "Peak learning rate of the backbone's weights (method=finetune).",
-        unit="weight per unit of gradient",
-        gt=0,
-    )
-    head_lr: float = science(
-        0.1, "Peak learning rate of a linear head.", unit="weight per unit of gradient", gt=0
-    )
-    momentum: float = science(
-        0.9, "Momentum of every group. Paper: 0.9.", unit="share kept from step to step", ge=0, lt=1
-    )
-    head_weight_decay: float = science(
-        0.0, "L2 penalty on a linear head.", unit="gradient per unit of weight", ge=0
-    )
-    weight_decay: float = science(
-        0.0,
-        "L2 penalty on the backbone's weights (method=finetune).",
-        unit="gradient per unit of weight",
-        ge=0,
-    )
-    schedule: Literal["cosine", "constant"] = science(
-        "cosine",
-        "Learning rates after warm-up. cosine: to zero at the end of train.epochs. constant: unchanged.",
-    )
-    warmup_epochs: float = science(
-        0.0, "Learning rates rise linearly from zero for so long. Paper: 40 for ResNets.", unit="epochs", ge=0
-    )
-    clip_norm: float | None = science(
-        None,
-        "The gradient of all trained parameters together is scaled down to this norm; null: never.",
-        unit="L2 norm of the gradient",
-        gt=0,
-    )
-
-
 class TrainConfig(Section):
     """How long, and how many images at once."""
 

@@ -33,12 +33,21 @@ TABLE = {
     # module            may import of the project                             must not know
     "__init__": Rule(("api",), TRAINING),
     "config": Rule(
-        ("config_help", "config_loading", "config_sections", "config_selfsupervised", "config_yaml"), TRAINING
+        (
+            "config_help",
+            "config_loading",
+            "config_sections",
+            "config_selfsupervised",
+            "config_training",
+            "config_yaml",
+        ),
+        TRAINING,
     ),
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_sections": Rule((), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
+    "config_training": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
     "preprocessing": Rule((), TRAINING),
     "backbones": Rule(("preprocessing",), ("torch.distributed", "torch.optim")),
@@ -47,6 +56,7 @@ TABLE = {
     "objectives": Rule(("backbones", "data"), ("torch.distributed", "torch.optim", *MODELS)),
     "planner": Rule(("backbones", "config", "masking"), ("torch.distributed", "torch.optim")),
     "schedule": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
+    "finetune": Rule(("masking",), ("torch.distributed", "torch.optim", *MODELS)),
     "parallel": Rule(("data", "masking"), MODELS),
     "artifact": Rule(("backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "api": Rule(("artifact", "masking"), ("torch.distributed", "torch.optim", *MODELS)),

@@ -13,7 +13,7 @@ An engine knows neither objectives nor architectures. What is trained is gathere
 any engine at any world size can load.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,8 +55,18 @@ class EngineState:
     """All that is trained, whole and on the CPU, by parameter name; nothing frozen is in it."""
 
     parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
-    momentum: dict[str, Tensor]
+    momentum: dict[str, Tensor]  # SGD's, or AdamW's first moment
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
+    second_moment: dict[str, Tensor] = field(default_factory=dict)  # AdamW's
+    num_updates: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # AdamW's, 0-d: it corrects the moments by it
+
+
+# what torch's optimizers call the parts of an EngineState that are theirs
+_SGD_SLOTS = {"momentum": "momentum_buffer"}
+_ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
+MOMENTS = tuple(_ADAMW_SLOTS)
 
 
 @dataclass(frozen=True)
@@ -128,10 +138,13 @@ class Engine:
         self.masks[self._name_of(model)] = masks
         return masks
 
-    def free(self, model: nn.Module) -> list[nn.Parameter]:
-        """Make every weight of `model` trainable (full fine-tuning); returns them."""
-        model.requires_grad_(True)
-        return list(model.parameters())
+    def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
+        """Make weights of `model` trainable, all of them or those of these names; returns them."""
+        found = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names is None or name in names)
+            found += [parameter] if parameter.requires_grad else []
+        return found
 
     def keep_unit_rows(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replicated parameters whose rows are put back to unit length after each step (prototypes)."""
@@ -201,13 +214,13 @@ class Engine:
 
     def state(self) -> EngineState:
         """What is trained, whole, by parameter name. Collective: every rank must call."""
-        parameters, momentum = {}, {}
+        parameters: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
         for name, trained in self.trained.items():
-            value, buffer = self._read(trained)
-            parameters[name] = value
-            if buffer is not None:
-                momentum[name] = buffer
-        return EngineState(parameters, momentum, self._statistics.state())
+            parameters[name], found = self._read(trained)
+            for part, tensor in found.items():
+                moments[part][name] = tensor
+        return EngineState(parameters, statistics=self._statistics.state(), **moments)
 
     def load_state(self, state: EngineState) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
@@ -217,15 +230,21 @@ class Engine:
         """
         check_fits(state, {name: trained.shape for name, trained in self.trained.items()})
         for name, trained in self.trained.items():
-            self._write(trained, state.parameters[name], state.momentum.get(name))
+            found = {part: getattr(state, part).get(name) for part in MOMENTS}
+            moments = {part: tensor for part, tensor in found.items() if tensor is not None}
+            self._write(trained, state.parameters[name], moments)
         self._statistics.load(state.statistics)
         self._after_load()
 
     @torch.no_grad()
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The encoder's tensors as they stand, whole, by name. Collective: every rank must call."""
+    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The encoder's tensors as they stand, whole, by name: all, or those of these names.
+
+        Collective: every rank must call.
+        """
         shards = self._shards_of(self.encoder, {})
-        return {name: shards.whole_weight(name, tensor) for name, tensor in self.encoder.state_dict().items()}
+        state = self.encoder.state_dict()
+        return {n: shards.whole_weight(n, state[n]) for n in state if names is None or n in names}
 
     # ---- what engines override
 
@@ -260,17 +279,30 @@ class Engine:
             is_summed = not masks.shards.is_whole and masks.scale == "through"
             masks.pull_back(dots.pop(0) if is_summed else None)
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
-        buffer = self.optimizer.state.get(trained.tensor, {}).get("momentum_buffer")
-        return trained.whole(trained.tensor), None if buffer is None else trained.whole(buffer)
+    def _slots(self) -> dict[str, str]:
+        return _ADAMW_SLOTS if "betas" in self.optimizer.defaults else _SGD_SLOTS
 
-    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
+        """A trained tensor and what the optimizer keeps of it, whole, by the names of `EngineState`."""
+        own = self.optimizer.state.get(trained.tensor, {})
+        moments = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
+        return trained.whole(trained.tensor), {
+            # a count is a number for the whole tensor
+            part: trained.whole(tensor) if tensor.ndim else tensor.detach().cpu().clone()
+            for part, tensor in moments.items()
+        }
+
+    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
         trained.fill(trained.tensor, value)
         self.optimizer.state.pop(trained.tensor, None)
-        if momentum is not None:
-            buffer = torch.empty_like(trained.tensor, requires_grad=False)
-            trained.fill(buffer, momentum)
-            self.optimizer.state[trained.tensor]["momentum_buffer"] = buffer
+        for part, slot in self._slots().items():
+            if part not in moments:
+                continue
+            buffer = moments[part].clone()
+            if part != "num_updates":
+                buffer = torch.empty_like(trained.tensor, requires_grad=False)
+                trained.fill(buffer, moments[part])
+            self.optimizer.state[trained.tensor][slot] = buffer
 
     def _after_load(self) -> None:
         for masks in self.masks.values():

@@ -10,7 +10,7 @@ Knows nothing of objectives or architectures.
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class DeepSpeedEngine(Engine):
         return masks
 
     def start(self, optimizer: Optimizer) -> None:
+        if "betas" in optimizer.defaults:
+            raise ValueError(
+                "engine.name=deepspeed is wired for SGD alone; set optim.kind=sgd, or use engine.name=fsdp"
+            )
         self.trained = self._find_trained(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -81,22 +85,20 @@ class DeepSpeedEngine(Engine):
     def _finish_backward(self) -> None:
         """DeepSpeed has reduced everything."""
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
         value = self._utils.safe_get_full_fp32_param(trained.tensor)
         momentum = self._utils.safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
         assert value is not None, trained.name
         shape = trained.shape
-        return (
-            value.detach().cpu().clone().view(shape),
-            None if momentum is None else momentum.detach().cpu().clone().view(shape),
-        )
+        moments = {} if momentum is None else {"momentum": momentum.detach().cpu().clone().view(shape)}
+        return value.detach().cpu().clone().view(shape), moments
 
     @torch.no_grad()
-    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
         parameter: Any = trained.tensor
         device = self.world.device
         value = value.to(device)
-        buffer = torch.zeros_like(value) if momentum is None else momentum.to(device)
+        buffer = moments["momentum"].to(device) if "momentum" in moments else torch.zeros_like(value)
         self._set(parameter, value)
         if self.options.zero_stage < 3:
             self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
@@ -124,7 +126,7 @@ class DeepSpeedEngine(Engine):
         """Theta follows from the scores."""
 
     @torch.no_grad()
-    def whole_weights(self) -> dict[str, Tensor]:
+    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """See `Engine`; parametrised ones appear as their parts."""
         named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(
             self.encoder.named_buffers()
@@ -132,6 +134,7 @@ class DeepSpeedEngine(Engine):
         return {
             name: self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
             for name, tensor in named.items()
+            if names is None or name in names
         }
 
     @torch.no_grad()
