@@ -135,7 +135,9 @@ def _build(
     config: Config, life: Life, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
 ) -> tuple[Objective, Engine]:
     world = life.world
-    context = Context(world.rank, world.size, config.train.global_batch_size, world.sum)
+    context = Context(
+        world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
+    )
     objective = build_objective(config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch)
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":

@@ -22,8 +22,10 @@ from selfmask_dist.api import Masks, attach, save_masks
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
+from selfmask_dist.config_objectives import VIEWS
 from selfmask_dist.finetune import choose_weights, save_changed
 from selfmask_dist.masking import measure
+from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.engine import EngineState
 from selfmask_dist.preprocessing import Preprocessing
@@ -82,7 +84,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         seed=config.seed,
         in_file=in_file,
     )
-    if config.objective.name == "swav" and config.method in ("mask", "finetune", "cascade"):
+    if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
 
         sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
@@ -101,11 +103,11 @@ def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops
 
 
 def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    """The views of training: multi-crops for SwAV, else one crop, or the evaluation's where `data.augment` is
-    off.
+    """The views of training: crops for objectives without labels, else one crop, or the evaluation's where
+    `data.augment` is off.
     """
     section = config.data
-    if config.objective.name == "swav":
+    if config.objective.name in VIEWS:
         return _multicrop(config, preprocessing)
     if not section.augment:
         return data.eval_transform(preprocessing)
@@ -140,27 +142,7 @@ def build_objective(
     *,
     steps_per_epoch: int,
 ) -> objectives.Objective:
-    options: dict[str, Any] = {"seed": config.seed}
-    if config.objective.name == "swav":
-        section = config.swav
-        options["options"] = objectives.SwavOptions(
-            num_prototypes=section.prototypes,
-            dim=section.dim,
-            temperature=section.temperature,
-            epsilon=section.epsilon,
-            iterations=section.sinkhorn_iterations,
-            queue_length=section.queue_length,
-            queue_start=round(section.queue_start_epoch * steps_per_epoch),
-            freeze_steps=section.freeze_steps,
-        )
-    else:
-        supervised = config.objective
-        options |= {
-            "head": supervised.head,
-            "head_norm": supervised.head_norm,
-            "label_smoothing": supervised.label_smoothing,
-            "prompts": supervised.prompts,
-        }
+    options = objective_options(config, steps_per_epoch=steps_per_epoch)
     return objectives.build_objective(
         config.objective.name, backbone=backbone, classes=classes, context=context, **options
     )
@@ -255,6 +237,8 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
     optimizer.register_step_pre_hook(partial(_hold, objective))
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
+    if (heads := objective.teacher_parameters()) is not None:
+        objective.teacher = engine.keep_teacher(heads)
     statistics = {name: buffer.clone() for name, buffer in engine.encoder.named_buffers()} if names else {}
     return Trained(masks, head_masks, summary, tuple(names), statistics)
 

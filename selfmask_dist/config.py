@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from selfmask_dist import (
     config_help,
     config_loading,
+    config_objectives,
     config_sections,
     config_selfsupervised,
     config_training,
@@ -43,6 +44,10 @@ class Config(Section):
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
     swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
+    simclr: config_objectives.SimclrConfig = Field(default_factory=config_objectives.SimclrConfig)
+    moco_v2: config_objectives.MocoV2Config = Field(default_factory=config_objectives.MocoV2Config)
+    moco_v3: config_objectives.MocoV3Config = Field(default_factory=config_objectives.MocoV3Config)
+    dino: config_objectives.DinoConfig = Field(default_factory=config_objectives.DinoConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
     finetune: config_training.FinetuneConfig = Field(default_factory=config_training.FinetuneConfig)
     optim: config_training.OptimConfig = Field(default_factory=config_training.OptimConfig)
@@ -55,7 +60,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        checks = (_backbone_conflicts, _objective_conflicts, _engine_conflicts, _number_conflicts)
+        checks = (
+            _backbone_conflicts,
+            _objective_conflicts,
+            _views_conflicts,
+            _engine_conflicts,
+            _number_conflicts,
+        )
         if conflicts := [conflict for check in checks for conflict in check(self)]:
             raise ConflictError(conflicts)
         return self
@@ -141,6 +152,28 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
             ("mask.init", "mask.threshold"),
             f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
             "weight starts pruned",
+        )
+
+
+def _views_conflicts(config: Config) -> Iterator[Conflict]:
+    name, crops = config.objective.name, config.crops
+    if name in config_objectives.TWO_VIEWS and (crops.global_count != 2 or crops.local_count):
+        yield Conflict(
+            ("objective.name", "crops.global_count", "crops.local_count"),
+            f"objective.name={name} is on two views of an image; set crops.global_count=2 and "
+            "crops.local_count=0",
+        )
+    if name not in ("supervised", "swav") and config.train.accumulate > 1:
+        yield Conflict(
+            ("objective.name", "train.accumulate"),
+            f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
+            "train.accumulate=1 (engine.checkpoint_activations=true saves memory)",
+        )
+    if name in config_objectives.WITH_TEACHER and config.engine.name == "deepspeed":
+        yield Conflict(
+            ("objective.name", "engine.name"),
+            f"objective.name={name} has a teacher, a moving average that engine.name=deepspeed does not "
+            "keep; use engine.name=fsdp",
         )
 
 

@@ -36,6 +36,7 @@ TABLE = {
         (
             "config_help",
             "config_loading",
+            "config_objectives",
             "config_sections",
             "config_selfsupervised",
             "config_training",
@@ -47,6 +48,7 @@ TABLE = {
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_sections": Rule((), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
+    "config_objectives": Rule(("config_sections",), TRAINING),
     "config_training": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
     "preprocessing": Rule((), TRAINING),
@@ -54,6 +56,7 @@ TABLE = {
     "masking": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "data": Rule(("preprocessing",), ("torch.distributed", "torch.optim", *MODELS)),
     "objectives": Rule(("backbones", "data"), ("torch.distributed", "torch.optim", *MODELS)),
+    "objective_options": Rule(("config", "objectives"), ("torch.distributed", "torch.optim", *MODELS)),
     "planner": Rule(("backbones", "config", "masking"), ("torch.distributed", "torch.optim")),
     "schedule": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "finetune": Rule(("masking",), ("torch.distributed", "torch.optim", *MODELS)),

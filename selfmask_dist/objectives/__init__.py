@@ -6,18 +6,31 @@ from collections.abc import Callable
 from typing import Any
 
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.objectives import supervised, swav
-from selfmask_dist.objectives.base import Context, Objective, named_generator
+from selfmask_dist.objectives import dino, moco_v2, moco_v3, simclr, supervised, swav
+from selfmask_dist.objectives.base import Context, Objective, Teacher, named_generator
+from selfmask_dist.objectives.dino import Dino, DinoOptions
+from selfmask_dist.objectives.moco_v2 import MocoV2, MocoV2Options
+from selfmask_dist.objectives.moco_v3 import MocoV3, MocoV3Options
+from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
 from selfmask_dist.objectives.supervised import Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
 
 __all__ = [
     "OBJECTIVES",
     "Context",
+    "Dino",
+    "DinoOptions",
+    "MocoV2",
+    "MocoV2Options",
+    "MocoV3",
+    "MocoV3Options",
     "Objective",
+    "Simclr",
+    "SimclrOptions",
     "Supervised",
     "Swav",
     "SwavOptions",
+    "Teacher",
     "build_objective",
     "named_generator",
 ]
@@ -25,6 +38,10 @@ __all__ = [
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "supervised": supervised.build,
     "swav": swav.build,
+    "simclr": simclr.build,
+    "moco_v2": moco_v2.build,
+    "moco_v3": moco_v3.build,
+    "dino": dino.build,
 }
 
 

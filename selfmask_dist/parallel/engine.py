@@ -23,7 +23,10 @@ from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
+from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
+from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.trained import TrainedParameter
 from selfmask_dist.parallel.world import World
 
 
@@ -58,40 +61,14 @@ class EngineState:
     momentum: dict[str, Tensor]  # SGD's, or AdamW's first moment
     statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
     second_moment: dict[str, Tensor] = field(default_factory=dict)  # AdamW's
-    num_updates: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # AdamW's, 0-d: it corrects the moments by it
+    num_updates: dict[str, Tensor] = field(default_factory=dict)  # AdamW's, 0-d each
+    teacher: dict[str, Tensor] = field(default_factory=dict)  # moving averages, where an objective has one
 
 
 # what torch's optimizers call the parts of an EngineState that are theirs
 _SGD_SLOTS = {"momentum": "momentum_buffer"}
 _ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
 MOMENTS = tuple(_ADAMW_SLOTS)
-
-
-@dataclass(frozen=True)
-class TrainedParameter:
-    """One tensor that the optimizer holds, and how it relates to the whole one."""
-
-    tensor: nn.Parameter
-    name: str  # within the model that `shards` was made for
-    shape: torch.Size  # of the whole tensor
-    shards: Shards
-    first_row: int = 0
-
-    @torch.no_grad()
-    def whole(self, tensor: Tensor) -> Tensor:
-        """The whole of this parameter, or of something shaped like it, on the CPU. Collective."""
-        return self.shards.whole(self.name, tensor.detach()).cpu().clone()
-
-    @torch.no_grad()
-    def fill(self, tensor: Tensor, whole: Tensor) -> None:
-        """Copy this process's part of a whole tensor into `tensor`."""
-        piece = self.shards.piece(self.name, tensor.detach())
-        if piece.shape != whole.shape:
-            rows = whole.reshape(-1, *piece.shape[1:])
-            whole = rows[self.first_row : self.first_row + len(piece)]
-        piece.copy_(whole)
 
 
 class Engine:
@@ -120,6 +97,7 @@ class Engine:
         self.masks: dict[str, Any] = {}  # by the name of the model they are on
         self.trained: dict[str, TrainedParameter] = {}
         self.optimizer: Optimizer
+        self.teacher: Teacher | None = None
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
@@ -159,6 +137,20 @@ class Engine:
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+        """Keep a moving average of what is trained of the encoder, and of these parameters. After `start`."""
+        inside = f"{self._name_of(self.encoder)}."
+        chosen = {id(parameter) for parameter in heads}
+        kept = {
+            name: trained
+            for name, trained in self.trained.items()
+            if name.startswith(inside) or id(trained.tensor) in chosen
+        }
+        statistics = {f"{inside}{name}": buffer for name, buffer in norm_statistics(self.encoder)}
+        teacher = self.teacher = Teacher(kept, statistics, self.refresh)
+        self.optimizer.register_step_post_hook(lambda *_: teacher.update())
+        return teacher
+
     # ---- a step
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
@@ -197,7 +189,7 @@ class Engine:
         for trained in self.trained.values():
             if trained.tensor.grad is None:
                 continue
-            piece = trained.shards.piece(trained.name, trained.tensor.grad)
+            piece = trained.piece(trained.tensor.grad)
             grads.append(piece)
             squares[trained.shards.is_whole].append(piece.double().square().sum())
             shards = shards if trained.shards.is_whole else trained.shards
@@ -220,7 +212,8 @@ class Engine:
             parameters[name], found = self._read(trained)
             for part, tensor in found.items():
                 moments[part][name] = tensor
-        return EngineState(parameters, statistics=self._statistics.state(), **moments)
+        teacher = self.teacher.state() if self.teacher is not None else {}
+        return EngineState(parameters, statistics=self._statistics.state(), teacher=teacher, **moments)
 
     def load_state(self, state: EngineState) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
@@ -234,7 +227,9 @@ class Engine:
             moments = {part: tensor for part, tensor in found.items() if tensor is not None}
             self._write(trained, state.parameters[name], moments)
         self._statistics.load(state.statistics)
-        self._after_load()
+        if self.teacher is not None:
+            self.teacher.load(state.teacher)
+        self.refresh()
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -245,6 +240,11 @@ class Engine:
         shards = self._shards_of(self.encoder, {})
         state = self.encoder.state_dict()
         return {n: shards.whole_weight(n, state[n]) for n in state if names is None or n in names}
+
+    def refresh(self) -> None:
+        """Make theta follow what was written into the trained tensors. Collective: every rank must call."""
+        for masks in self.masks.values():
+            masks.rewrite()
 
     # ---- what engines override
 
@@ -303,10 +303,6 @@ class Engine:
                 buffer = torch.empty_like(trained.tensor, requires_grad=False)
                 trained.fill(buffer, moments[part])
             self.optimizer.state[trained.tensor][slot] = buffer
-
-    def _after_load(self) -> None:
-        for masks in self.masks.values():
-            masks.rewrite()
 
     # ---- shared parts
 

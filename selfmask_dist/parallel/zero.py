@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine, TrainedParameter
+from selfmask_dist.parallel.teacher import Teacher
 
 _MOMENTUM = "momentum_buffer"
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -59,6 +60,12 @@ class DeepSpeedEngine(Engine):
             group["lr"], group["weight_decay"] = rate, decay
         self.optimizer = self._runner.optimizer
         self._make_momentum()
+
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+        raise ValueError(
+            "engine.name=deepspeed lays parameters out in partitions of its own, and keeps no moving average "
+            "of them (objective.name=moco_v2, moco_v3, dino); use engine.name=fsdp"
+        )
 
     def step(self) -> None:
         """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
@@ -122,8 +129,8 @@ class DeepSpeedEngine(Engine):
         padding = length * self.world.size - whole.numel()
         return nn.functional.pad(whole.flatten(), (0, padding)).split(length)[self.world.rank]
 
-    def _after_load(self) -> None:
-        """Theta follows from the scores."""
+    def refresh(self) -> None:
+        """Theta follows from the scores in every forward."""
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
