@@ -27,7 +27,7 @@ from selfmask_dist.finetune import choose_weights, save_changed
 from selfmask_dist.masking import measure
 from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
-from selfmask_dist.parallel.engine import EngineState
+from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.preprocessing import Preprocessing
 from selfmask_dist.trainer import NonFiniteError
 

@@ -238,6 +238,8 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
     buckets = full * n if w > 1 else 0.0  # DistributedDataParallel's copies of gradients
     sending = reduced * min(3 * bucket, n)  # bits: one bucket being filled, two on their way
     zero_gradients = full * max(block, bucket)  # they come as theta goes
+    # stage 3 looks ahead by two buckets at most, beside the weights and scores of the module at work
+    zero_live = min(2 * bucket + shape.largest_block, 2 * (n + f))
     return [
         one("ddp", weights=full * (2 * n + f), scores=full * n, momentum=full * n,
             gradients=full * n + buckets + second(full * n, activations), sent=2 * x * full * n),
@@ -253,7 +255,7 @@ def estimate(shape: Shape, config: Config, hardware: Hardware) -> list[Estimate]
         one("deepspeed-2", weights=full * (2 * n + f), scores=full * n * (1 + 1 / w), momentum=full * n / w,
             gradients=zero_gradients, sent=2 * x * full * n),
         one("deepspeed-3", weights=full * ((n + f) / w + n), scores=2 * full * n / w, momentum=full * n / w,
-            gradients=full * n / w + zero_gradients, gathered=2 * full * block,
+            gradients=full * n / w + zero_gradients, gathered=full * zero_live,
             sent=x * (2 * full * (2 * n + f) + full * n)),
     ]  # fmt: skip
 

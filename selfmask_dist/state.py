@@ -18,10 +18,10 @@ from torch import Tensor
 from selfmask_dist.checkpoint import Checkpoint, Saver
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
-from selfmask_dist.parallel.engine import EngineState
+from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.preempt import Preempted, StopRequest
 
-_PARTS = tuple(part.name for part in fields(EngineState))
+_PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")  # tensors by name
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ class RunState:
         for key, tensor in checkpoint.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}))
+        position = Position(**checkpoint.values["position"])
+        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}, step=position.step))
         moved = parts["buffers"]
         self._objective.load_buffers(self._buffers | moved)
         telemetry.load_state(checkpoint.values["telemetry"])
-        return Position(**checkpoint.values["position"])
+        return position
 
 
 class Keeper:

@@ -9,7 +9,6 @@ has an exact similarity of at most (the smallest of the k' rounded ones) + e; wh
 exact one, nothing is missed.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ Precision = Literal["float32", "bf16"]
 NO_ID = 2**31 - 1
 _BF16_ROUNDING = 2.0**-9  # relative, to nearest; similarities are at most 1
 _RERANK_BYTES = 32 * 2**20
+_QUERIES, _ROWS = 512, 4096  # of a product on a CPU
 
 
 @torch.no_grad()
@@ -35,68 +35,120 @@ def nearest(
     """
     if precision == "bf16" and len(bank) > k:
         return _nearest_by_candidates(bank, bank_ids, queries, k, block)
-    sims = queries.new_full((len(queries), k), -torch.inf)
-    ids = torch.full((len(queries), k), NO_ID, dtype=torch.int32, device=queries.device)
-    for start, similarities in _similarities(bank, queries, block, torch.float32):
-        block_sims, columns = top(similarities, k)
-        block_ids = bank_ids[start : start + block].int()[columns]
-        # both parts are in order and the ids so far are smaller: a stable sort keeps the smaller id first
-        sims, order = torch.cat([sims, block_sims], dim=1).sort(dim=1, descending=True, stable=True)
-        ids = torch.cat([ids, block_ids], dim=1).gather(1, order)
-        sims, ids = sims[:, :k], ids[:, :k]
-    return sims.contiguous(), ids.contiguous()
+    sims, rows = _scan(bank, queries, k, block, torch.float32)
+    sims, rows = _in_order(sims, rows)
+    return sims, F.pad(bank_ids.int(), (0, 1), value=NO_ID)[rows]  # -1 is the last one
 
 
-def top(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row in order, equal ones by column: a stable sort at the price of topk."""
-    if sims.shape[1] <= k:
-        return sims.sort(dim=1, descending=True, stable=True)
-    values, columns = sims.topk(k + 1, dim=1)
-    is_cut_tied = values[:, k - 1] == values[:, k]  # which of the equal ones topk kept is then undefined
-    values, columns = _in_order(values[:, :k], columns[:, :k])
-    if is_cut_tied.any():  # device sync, once for each block
-        values_tied, columns_tied = sims[is_cut_tied].sort(dim=1, descending=True, stable=True)
-        values[is_cut_tied], columns[is_cut_tied] = values_tied[:, :k], columns_tied[:, :k]
-    return values, columns
-
-
-def _in_order(sims: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest first, equal ones by place."""
-    places, order = places.sort(dim=1)
-    sims, order = sims.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return sims, places.gather(1, order)
-
-
-def _similarities(
-    bank: Tensor, queries: Tensor, block: int, dtype: torch.dtype
-) -> Iterator[tuple[int, Tensor]]:
-    """First row and similarities (m, rows) of each block; overwritten by the next."""
+def _scan(bank: Tensor, queries: Tensor, k: int, block: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The k nearest by products in `dtype`, in no order: similarities (m, k) in it, and rows of the bank,
+    -infinity and -1 where it has fewer than k.
+    """
     left = queries.to(dtype)
+    # on a CPU few queries at a time: their similarities then stay in the cache from product to comparison
+    at_once = _QUERIES if queries.device.type == "cpu" else max(len(queries), 1)
+    parts = [(part, _Best(part, k)) for part in left.split(at_once)]
+    block = min(block, _ROWS) if queries.device.type == "cpu" else block
     # one buffer: fresh pages for each block cost a tenth of the product
-    buffer = left.new_empty(len(left) * min(block, len(bank)))
+    buffer = left.new_empty(at_once * min(block, len(bank)))
     for start in range(0, len(bank), block):
-        right = F.normalize(bank[start : start + block].float()).to(dtype)
-        out = buffer[: len(left) * len(right)].view(len(left), len(right))
-        yield start, torch.mm(left, right.T, out=out)
+        rows = F.normalize(bank[start : start + block].float()).to(dtype)
+        for part, best in parts:
+            sims = buffer[: len(part) * len(rows)].view(len(part), len(rows))
+            best.add(torch.mm(part, rows.T, out=sims), start)
+    found = [best.settle() for _, best in parts]
+    return torch.cat([sims for sims, _ in found]), torch.cat([rows for _, rows in found])
+
+
+class _Best:
+    """The k best rows of the bank so far for a few queries, and room for as many that may be better.
+
+    A row enters where it beats the k-th best of the last time that room ran out. So of a bank in random order
+    all but about k log(n / k) rows are passed over by one comparison.
+    """
+
+    def __init__(self, queries: Tensor, k: int) -> None:
+        count, device = len(queries), queries.device
+        self._k = k
+        self._sims = queries.new_full((count, 2 * k), -torch.inf)
+        self._rows = torch.full((count, 2 * k), -1, dtype=torch.int64, device=device)
+        self._used = torch.zeros(count, dtype=torch.int64, device=device)
+        self._bar = queries.new_full((count, 1), -torch.inf)
+
+    def add(self, sims: Tensor, first: int) -> None:
+        """Look at similarities (m, n) to n rows of the bank, of numbers from `first`, which only rises."""
+        for _ in range(2 if first else 0):  # at first all are better
+            # as good as the k-th best is not better: of equal ones the first stays
+            query, column = (sims > self._bar).nonzero(as_tuple=True)  # device sync
+            counts = torch.bincount(query, minlength=len(sims))
+            if int((self._used + counts).max()) <= self._sims.shape[1]:
+                before = counts.cumsum(0) - counts
+                place = torch.arange(len(query), device=query.device) + (self._used - before)[query]
+                self._sims[query, place] = sims[query, column]
+                self._rows[query, place] = column + first
+                self._used += counts
+                return
+            self.settle()
+        best, columns = _top(sims, torch.arange(sims.shape[1], device=sims.device).expand_as(sims), self._k)
+        self._keep(torch.cat([self._sims, best], dim=1), torch.cat([self._rows, columns + first], dim=1))
+
+    def settle(self) -> tuple[Tensor, Tensor]:
+        """Keep the k best alone; returns them, in no order."""
+        self._keep(self._sims, self._rows)
+        return self._sims[:, : self._k], self._rows[:, : self._k]
+
+    def _keep(self, sims: Tensor, rows: Tensor) -> None:
+        sims, rows = _top(sims, rows, self._k)
+        self._sims[:, : self._k], self._rows[:, : self._k] = sims, rows
+        self._sims[:, self._k :], self._rows[:, self._k :] = -torch.inf, -1
+        self._used.fill_(self._k)
+        self._bar = sims.amin(dim=1, keepdim=True)
+
+
+def _top(sims: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `sims`, in no order, and their numbers in `rows`; of equal ones those of
+    the smallest numbers, but for bf16, where equal says little.
+    """
+    if sims.shape[1] <= k:
+        return F.pad(sims, (0, k - sims.shape[1]), value=-torch.inf), F.pad(
+            rows, (0, k - rows.shape[1]), value=-1
+        )
+    values, columns = sims.topk(k + 1, dim=1)
+    found = values[:, :k], rows.gather(1, columns[:, :k])
+    if sims.dtype == torch.bfloat16:
+        return found
+    is_tied = (values[:, k - 1] == values[:, k]) & values[:, k].isfinite()  # topk may have kept either
+    if is_tied.any():  # device sync
+        cut, tied, numbers = values[is_tied, k - 1 : k], sims[is_tied], rows[is_tied]
+        # all above the cut, then those at it by number
+        rank = torch.where(tied > cut, -1, torch.where(tied == cut, numbers, NO_ID))
+        columns = rank.topk(k, dim=1, largest=False).indices
+        found[0][is_tied], found[1][is_tied] = tied.gather(1, columns), numbers.gather(1, columns)
+    return found
+
+
+def _in_order(sims: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest first, equal ones by their numbers in `rows` (which rise with ids)."""
+    sims, order = sims.sort(dim=1, descending=True)
+    rows = rows.gather(1, order)
+    is_tied = (sims[:, 1:] == sims[:, :-1]).any(dim=1)
+    if is_tied.any():  # device sync; a sort of integers costs more than one of floats
+        by_row, order = rows[is_tied].sort(dim=1)
+        sims[is_tied], best = sims[is_tied].gather(1, order).sort(dim=1, descending=True, stable=True)
+        rows[is_tied] = by_row.gather(1, best)
+    return sims, rows
 
 
 def _nearest_by_candidates(
     bank: Tensor, bank_ids: Tensor, queries: Tensor, k: int, block: int
 ) -> tuple[Tensor, Tensor]:
     width = min(num_candidates(k), len(bank))
-    rounded = queries.new_empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start, similarities in _similarities(bank, queries, block, torch.bfloat16):
-        found, columns = similarities.topk(min(width, similarities.shape[1]), dim=1, sorted=False)
-        rounded, rows = torch.cat([rounded, found.float()], dim=1), torch.cat([rows, columns + start], dim=1)
-        if rounded.shape[1] > width:
-            rounded, order = rounded.topk(width, dim=1, sorted=False)
-            rows = rows.gather(1, order)
+    rounded, rows = _scan(bank, queries, width, block, torch.bfloat16)
     sims, rows = _in_order(_exact(bank, queries, rows), rows)
-    # ids rise with rows: what was ordered by row is ordered by id
-    sims, ids = sims[:, :k].contiguous(), bank_ids[rows[:, :k]].int()
+    sims, ids = sims[:, :k].contiguous(), bank_ids.int()[rows[:, :k]]
     if width < len(bank):
-        unsure = rounded.amin(dim=1) + _rounding_error(bank, queries, block) >= sims[:, -1]
+        smallest = rounded.amin(dim=1).float()
+        unsure = smallest + _rounding_error(bank, queries, block) >= sims[:, -1]
         if unsure.any():  # device sync
             sims[unsure], ids[unsure] = nearest(
                 bank, bank_ids, queries[unsure], k, block=block, precision="float32"

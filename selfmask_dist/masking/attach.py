@@ -15,28 +15,18 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, core
-from selfmask_dist.masking.parameter import MaskedParameter, Segment
+from selfmask_dist.masking import checks, core, first_scores
+from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.parameter import MaskedParameter
+from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.reading import MaskSet
 from selfmask_dist.masking.shards import Shards
-
-
-@dataclass(frozen=True)
-class Pull:
-    """One scaled tensor's piece on the way back: G in, dL/dS out."""
-
-    segment: Segment
-    grad: Tensor
-    out: Tensor
-    scale: Tensor
-    num_kept: Tensor
 
 
 class Masks(MaskSet[MaskedParameter]):
@@ -47,19 +37,18 @@ class Masks(MaskSet[MaskedParameter]):
         model: nn.Module,
         entries: Sequence[MaskedParameter],
         *,
-        threshold: float,
-        scale: core.Scale,
+        family: Family,
         shards: Shards,
         auto: bool,
     ) -> None:
-        super().__init__(model, entries, threshold=threshold, scale=scale, shards=shards)
+        super().__init__(model, entries, family=family, shards=shards)
         self._attached = True
         self._is_pull_queued = False
         self._hooks: list[Any] = []
-        self._sizes: dict[str, Tensor] = {}  # N of every segment on the device, by a group's first entry
+        self._passes = Passes(family, shards)
         for entry in self.entries:
             setattr(entry.theta, checks.MARK, True)
-            if auto:
+            if auto and entry.theta.requires_grad:
                 self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
         self.rewrite()
 
@@ -70,8 +59,10 @@ class Masks(MaskSet[MaskedParameter]):
         *,
         include: str | Sequence[str] = "auto",
         exclude: str | Sequence[str] = (),
+        first_layers: int | None = None,
+        family: str | Family = "threshold",
         threshold: float = 0.0,
-        init: float | Mapping[str, Tensor] = 1.0,
+        init: float | str | Mapping[str, Tensor] = 1.0,
         scale: core.Scale = "through",
         split_qkv: bool = False,
         allow_norm: bool = False,
@@ -85,12 +76,13 @@ class Masks(MaskSet[MaskedParameter]):
         After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
-            include, exclude, allow_norm: which parameters, see `selection.select`.
-            threshold: mu.
-            init: the scores' first value, or scores by parameter name (an expert starts from its
-                dispatcher's).
-            scale: gradient `through` the scale a (the authors'), a `detached` from the graph, or `none`
-                (Piggyback: a = 1).
+            include, exclude, first_layers, allow_norm: which parameters, see `selection.select`.
+            family: how masks follow from scores, see `families`; a `Family` brings its own options.
+            threshold: mu, of a family given by name.
+            init: the scores' first value, one of `first_scores.NAMES`, or scores by parameter name (an expert
+                starts from its dispatcher's).
+            scale: of a family given by name: gradient `through` the scale a (the authors'), a `detached` from
+                the graph, or `none` (Piggyback: a = 1).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
                 paper's CLIP).
             freeze: make every other parameter of the model frozen; False leaves their `requires_grad` as it
@@ -103,27 +95,29 @@ class Masks(MaskSet[MaskedParameter]):
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
                 names or shapes of given scores differ, or the model is masked already.
         """
+        family = checks.as_family(family, threshold=threshold, scale=scale)
         names = checks.choose(
             model,
             include,
             exclude=exclude,
+            first_layers=first_layers,
             allow_norm=allow_norm,
             init=init,
-            threshold=threshold,
-            scale=scale,
+            family=family,
         )
         shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
         for name in names:
-            start = init[name] if isinstance(init, Mapping) else init
+            start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
             num_segments = checks.num_segments(name, split_qkv=split_qkv)
-            entries.append(MaskedParameter(name, parameters.pop(name), start, num_segments, shards))
+            entries.append(MaskedParameter(name, parameters.pop(name), start, num_segments, shards, family))
+        is_trained = family.trains_scores or family.trains_weight
         for entry in entries:
-            entry.theta.requires_grad_(True)
+            entry.theta.requires_grad_(is_trained)
         if freeze:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
-        return cls(model, entries, threshold=threshold, scale=scale, shards=shards, auto=auto)
+        return cls(model, entries, family=family, shards=shards, auto=auto)
 
     # ---- training
 
@@ -135,7 +129,7 @@ class Masks(MaskSet[MaskedParameter]):
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if not any(id(entry.scores) in held for entry in self.entries):
+        if self.family.trains_scores and not any(id(entry.scores) in held for entry in self.entries):
             raise ValueError(
                 "the optimizer holds none of these masks' scores; build it over masks.parameters()"
             )
@@ -162,110 +156,37 @@ class Masks(MaskSet[MaskedParameter]):
         optimizer.zero_grad = zero_grad_with_theta  # type: ignore[method-assign]  # torch has no hook for it
 
     @torch.no_grad()
-    def pull_back(self, dots: Tensor | None = None) -> None:
-        """Set each score's gradient from theta's accumulated gradient, formula (*) of `core`.
+    def pull_back(self, sums: Tensor | None = None) -> None:
+        """Set the gradient of scores, and of what else the family trains, from theta's accumulated gradient.
 
         Runs by itself at the end of every backward; call it where theta's gradient was written by other
         means.
 
         Args:
-            dots: `inner_products()` summed over all processes, where the caller has done so; None: it is done
+            sums: `back_sums()` summed over all processes, where the caller has done so; None: it is done
                 here.
         """
-        for group in self._groups():
-            if pulls := self._pulls(group):
-                self._pull_back(pulls, dots)
+        if self.is_trained:
+            self._passes.pull_back(self.entries, sums)
 
     @torch.no_grad()
-    def inner_products(self) -> Tensor:
-        """<G, theta> of every scaled tensor, of what this process holds of it, where masks are sharded."""
-        assert not self.shards.is_whole, "a missing gradient would leave a gap"
-        pulls = self._pulls(self.entries)
-        return torch.stack([core.inner_product(p.grad, p.segment.theta) for p in pulls]).double()
+    def back_sums(self) -> Tensor:
+        """Sums that `pull_back` needs, such as <G, theta> of every scaled tensor, of what this process holds,
+        where masks are sharded.
+        """
+        return self._passes.back_sums(self.entries)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything of these masks is: theta then has gradients."""
+        return self.family.trains_scores or self.family.trains_weight
 
     @torch.no_grad()
     def rewrite(self) -> None:
         """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
         step.
         """
-        for group in self._groups():
-            self._rewrite(group)
-        self.shards.complete(self.entries, is_scaled=self.scale != "none")
-
-    def _groups(self) -> Iterator[list[MaskedParameter]]:
-        """Entries to work on together."""
-        # all at once: one collective, and on a GPU few small kernels. On a CPU one by one: a tensor stays in
-        # the cache from its first pass to its last
-        if not self.shards.is_whole or self.entries[0].theta.device.type != "cpu":
-            yield self.entries
-        else:
-            yield from ([entry] for entry in self.entries)
-
-    def _rewrite(self, entries: list[MaskedParameter]) -> None:
-        segments: list[Segment] = []
-        num_kept = []
-        for entry in entries:
-            for segment in entry.segments():
-                num_kept.append(core.write_mask(segment.scores, self.threshold, out=segment.theta))
-                segment.theta.mul_(segment.weight)
-                segments.append(segment)
-        kept = self.shards.sum_kept(torch.stack(num_kept), entries, self.threshold)
-        sizes = self._segment_sizes(entries, kept.device)
-        scales = {
-            dtype: core.scale_factor(kept, sizes, dtype).unbind()
-            for dtype in {e.theta.dtype for e in entries}
-        }
-        index = 0
-        for entry in entries:
-            part = slice(index, index + entry.num_segments)
-            entry.num_kept = list(kept.unbind()[part])
-            entry.scales = list(scales[entry.theta.dtype][part])
-            if self.scale != "none":
-                for segment, scale in zip(segments[part], entry.scales, strict=True):
-                    segment.theta.mul_(scale)
-            index += entry.num_segments
-
-    def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
-        """What is to be pulled back; a whole theta without a gradient is left out, a piece counts as zero."""
-        pulls: list[Pull] = []
-        for entry in entries:
-            grad = self.shards.gradient(entry.name, entry.theta)
-            if grad is None and self.shards.is_whole:
-                continue
-            if entry.scores.grad is None:
-                entry.scores.grad = torch.empty_like(entry.scores)
-            out = entry.piece(entry.scores.grad)
-            grad = torch.zeros_like(out) if grad is None else entry.piece(grad)
-            segments = entry.segments()
-            pieces = zip(
-                segments, entry.split(grad), entry.split(out), entry.scales, entry.num_kept, strict=True
-            )
-            pulls += [Pull(*parts) for parts in pieces]
-        return pulls
-
-    def _pull_back(self, pulls: Sequence[Pull], dots: Tensor | None) -> None:
-        terms: Sequence[Tensor | None] = [None] * len(pulls)
-        if self.scale == "through":
-            if dots is None:
-                dots = torch.stack([core.inner_product(p.grad, p.segment.theta) for p in pulls])
-                dots = dots if self.shards.is_whole else self.shards.sum(dots.double())
-            terms = dots.unbind()
-        for pull, term in zip(pulls, terms, strict=True):
-            core.pullback(
-                pull.grad,
-                pull.segment.weight,
-                scale=None if self.scale == "none" else pull.scale,
-                grad_dot_theta=term,
-                num_kept=pull.num_kept,
-                out=pull.out,
-            )
-
-    def _segment_sizes(self, entries: list[MaskedParameter], device: torch.device) -> Tensor:
-        key = entries[0].name
-        if key not in self._sizes or self._sizes[key].device != device:
-            sizes = [size for entry in entries for size in entry.segment_sizes()]
-            self._sizes[key] = torch.tensor(sizes, dtype=torch.float64, device=device)
-        return self._sizes[key]
+        self._passes.rewrite(self.entries, self.step)
 
     def other_parameters(self) -> Iterator[nn.Parameter]:
         """The model's trainable parameters that carry no mask, such as a head."""
@@ -292,7 +213,8 @@ class Masks(MaskSet[MaskedParameter]):
         others = sum(p.numel() for p in self.other_parameters())
         total = sum(p.numel() for p in self._model.parameters())
         return (
-            f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%})\n"
+            f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%}), "
+            f"family {self.family.name}\n"
             f"frozen   {total - masked - others:,} weights\n"
             f"trained  {others:,} weights"
         )
@@ -352,9 +274,13 @@ class Masks(MaskSet[MaskedParameter]):
         self._is_pull_queued = False
         self.pull_back()
 
+    @torch.no_grad()
     def _after_step(self) -> None:
         if self._attached:
-            self.rewrite()
+            self.step += 1
+            self._passes.after_step(self.entries)
+            if self.is_trained:
+                self.rewrite()
             self._drop_theta_gradients()
 
     def _drop_theta_gradients(self) -> None:

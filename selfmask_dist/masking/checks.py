@@ -8,9 +8,23 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from selfmask_dist.masking import core, selection
+from selfmask_dist.masking import core, first_scores, selection
+from selfmask_dist.masking.families import Family, build
 
 MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
+
+
+def as_family(family: str | Family, *, threshold: float, scale: core.Scale) -> Family:
+    """A family by its name; one that is built already brings its own threshold and scale.
+
+    Raises:
+        ValueError: an unknown family or scale.
+    """
+    if scale not in get_args(core.Scale):
+        raise ValueError(f"scale {scale!r} is not one of {', '.join(get_args(core.Scale))}")
+    if isinstance(family, Family):
+        return family
+    return build(family, threshold=threshold, scale=scale)
 
 
 def choose(
@@ -18,10 +32,10 @@ def choose(
     include: str | Sequence[str],
     *,
     exclude: str | Sequence[str],
+    first_layers: int | None,
     allow_norm: bool,
-    init: float | Mapping[str, Tensor],
-    threshold: float,
-    scale: core.Scale,
+    init: float | str | Mapping[str, Tensor],
+    family: Family,
 ) -> list[str]:
     """Names of the parameters to mask; the arguments are those of `attach`.
 
@@ -29,12 +43,15 @@ def choose(
         ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
             names, shapes or dtypes do not fit, or a parameter is masked already.
     """
-    names = selection.select(model, include, exclude=exclude, allow_norm=allow_norm)
-    if scale not in get_args(core.Scale):
-        raise ValueError(f"scale {scale!r} is not one of {', '.join(get_args(core.Scale))}")
+    names = selection.select(
+        model, include, exclude=exclude, first_layers=first_layers, allow_norm=allow_norm
+    )
+    threshold = family.options.threshold
     if isinstance(init, Mapping):
         check_same_names(set(init), set(names), "init")
-    elif not init > threshold:
+    elif isinstance(init, str):
+        first_scores.check_kind(init)
+    elif family.has_threshold and not init > threshold:
         raise ValueError(f"init {init} is not above threshold {threshold}: every weight would start pruned")
     parameters = dict(model.named_parameters())
     for name in names:

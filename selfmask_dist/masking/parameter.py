@@ -1,4 +1,4 @@
-"""One parameter under a mask: theta, the frozen weight and the scores, whole or as this process's piece.
+"""One parameter under a mask: theta, the weight and the scores, whole or as this process's piece.
 
 Where one parameter has several scales (q, k and v of a fused projection), its rows fall into equal segments;
 a piece may hold all of a segment, a part of it or nothing. Knows nothing of models or process groups.
@@ -6,44 +6,57 @@ a piece may hold all of a segment, a part of it or nothing. Knows nothing of mod
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.masking.families.base import Family
+from selfmask_dist.masking.segment import Segment, Whole
 from selfmask_dist.masking.shards import Shards
 
-
-@dataclass(frozen=True)
-class Segment:
-    """The part of one parameter's piece that one scale belongs to: views of tensors of this process."""
-
-    theta: Tensor
-    weight: Tensor
-    scores: Tensor
+First = float | Tensor | Callable[[Tensor], Tensor]  # first scores; a callable makes them of the whole weight
 
 
 class MaskedParameter:
-    """One parameter under a mask: theta (the module's own), the frozen weight W and the trained scores S."""
+    """One parameter under a mask: theta (the module's own), the weight W and the scores S.
+
+    What of W, S and the small numbers is trained is a parameter that requires grad; see `Family`.
+    """
 
     def __init__(
-        self, name: str, theta: nn.Parameter, init: float | Tensor, num_segments: int, shards: Shards
+        self, name: str, theta: nn.Parameter, init: First, num_segments: int, shards: Shards, family: Family
     ) -> None:
         self.name = name
         self.theta = theta
         self.shards = shards
-        self.weight = theta.detach().clone()
+        self.weight: Tensor = theta.detach().clone()
         # float32: bf16 would round small updates of a score near 1 away
         dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-        self.scores = nn.Parameter(shards.new_scores(name, self.weight, dtype))
+        scores = shards.new_scores(name, self.weight, dtype)
+        self.scores = nn.Parameter(scores, requires_grad=family.trains_scores)
         self.num_segments = num_segments
-        self.num_kept: list[Tensor] = []  # per segment of the whole tensor, 0-d float64
-        self.scales: list[Tensor] = []  # per segment of the whole tensor, 0-d, theta's dtype
         piece = self.piece(self.scores)
         self._first_row = shards.first_row(name, theta)
-        row = math.prod(piece.shape[1:])
-        self._num_rows = theta.numel() // row if row else 0  # of the whole tensor
+        self._row = math.prod(piece.shape[1:])  # elements of one
+        self._num_rows = theta.numel() // self._row if self._row else 0  # of the whole tensor
+        self.wholes = [Whole(size, self._segment_shape(size)) for size in self.segment_sizes()]
+        if callable(init):
+            init = init(shards.whole_weight(name, self.weight))
         self.fill(init)
+        self.numbers = self._first_numbers(family)
+        if family.trains_weight:
+            self.weight = nn.Parameter(self.piece(self.weight).clone())
+
+    @property
+    def num_kept(self) -> list[Tensor]:
+        """Kept weights of each segment of the whole tensor, 0-d float64."""
+        return [whole.kept for whole in self.wholes]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """A of each segment of the whole tensor, 0-d, theta's dtype."""
+        return [whole.scale for whole in self.wholes]
 
     def piece(self, tensor: Tensor) -> Tensor:
         """This process's piece of theta, the weight, the scores, or a gradient of one of them."""
@@ -68,13 +81,23 @@ class MaskedParameter:
     def segment_sizes(self) -> list[int]:
         """N of each segment of the whole tensor."""
         length = -(-self._num_rows // self.num_segments)
-        row = self.theta.numel() // max(self._num_rows, 1)
         starts = [min(i * length, self._num_rows) for i in range(self.num_segments + 1)]
-        return [(stop - start) * row for start, stop in itertools.pairwise(starts)]
+        return [(stop - start) * self._row for start, stop in itertools.pairwise(starts)]
+
+    def starts(self) -> list[int]:
+        """Where this process's piece of each segment begins in the whole segment, in elements."""
+        length = -(-self._num_rows // self.num_segments)
+        return [max(self._first_row - i * length, 0) * self._row for i in range(self.num_segments)]
 
     def segments(self) -> list[Segment]:
-        pieces = [self.split(self.piece(t)) for t in (self.theta.detach(), self.weight, self.scores.detach())]
-        return [Segment(*views) for views in zip(*pieces, strict=True)]
+        """This process's piece of each segment; views."""
+        tensors = (self.theta.detach(), self.weight.detach(), self.scores.detach())
+        thetas, weights, scores = (self.split(self.piece(tensor)) for tensor in tensors)
+        numbers: Sequence[Tensor | None] = [None] * self.num_segments
+        if self.numbers is not None:
+            numbers = self.numbers.detach().unbind()
+        parts = zip(thetas, weights, scores, self.wholes, self.starts(), numbers, strict=True)
+        return [Segment(*part) for part in parts]
 
     @torch.no_grad()
     def fill(self, values: float | Tensor) -> None:
@@ -87,3 +110,18 @@ class MaskedParameter:
             values = values.reshape(-1, *piece.shape[1:])
             values = values[self._first_row : self._first_row + len(piece)]
         piece.copy_(values)
+
+    def _segment_shape(self, size: int) -> torch.Size:
+        row = self.theta.shape[1:].numel()
+        return torch.Size((size // row if row else 0, *self.theta.shape[1:]))
+
+    def _first_numbers(self, family: Family) -> nn.Parameter | None:
+        """The small trained tensors of all segments, (segments, numbers); the same on all ranks."""
+        if type(family).first_numbers is Family.first_numbers:
+            return None
+        whole = self.shards.whole_weight(self.name, self.weight)
+        rows = [
+            family.first_numbers(state.shape, part)
+            for state, part in zip(self.wholes, whole.chunk(self.num_segments), strict=True)
+        ]
+        return nn.Parameter(torch.stack([row for row in rows if row is not None]))

@@ -16,67 +16,81 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, core
+from selfmask_dist.masking import checks, core, first_scores
+from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.passes import look
 from selfmask_dist.masking.reading import MaskSet
+from selfmask_dist.masking.segment import Segment, Whole
 from selfmask_dist.masking.shards import Shards
 
 
-class ScaledMask(nn.Module):
+class Clock:
+    """Steps done, for all masks of a model."""
+
+    step = 0
+
+
+class FamilyMask(nn.Module):
     """Scores -> theta for one parameter; holds its frozen weight."""
 
-    def __init__(self, weight: Tensor, *, threshold: float, scale: core.Scale, num_segments: int) -> None:
+    def __init__(self, weight: Tensor, *, family: Family, num_segments: int, clock: Clock) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.threshold = threshold
-        self.scale = scale
+        self.family = family
         self.num_segments = num_segments
+        self.clock = clock
 
     def forward(self, scores: Tensor) -> Tensor:
-        theta: Tensor = _Theta.apply(scores, self.weight, self.threshold, self.scale, self.num_segments)
+        theta: Tensor = _Theta.apply(scores, self.weight, self.family, self.num_segments, self.clock.step)
         return theta
 
 
 class _Theta(torch.autograd.Function):
-    """Formula (*) of `core`, with G and theta of the whole tensor at hand."""
+    """The passes of `passes`, with all of a tensor at hand."""
 
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, weight: Tensor, threshold: float, scale: core.Scale, num_segments: int
+        ctx: Any, scores: Tensor, weight: Tensor, family: Family, num_segments: int, step: int
     ) -> Tensor:
         theta = torch.empty_like(weight)
-        num_kept, scales = [], []
-        pieces = (tensor.chunk(num_segments) for tensor in (scores, theta, weight))
-        for scores_piece, theta_piece, weight_piece in zip(*pieces, strict=True):
-            kept = core.write_mask(scores_piece, threshold, out=theta_piece)
-            factor = core.scale_factor(kept, theta_piece.numel(), theta.dtype)
-            core.finish_theta(theta_piece, weight_piece, None if scale == "none" else factor)
-            num_kept.append(kept)
-            scales.append(factor)
+        segments = _segments(theta, weight, scores, num_segments)
+        look(family, segments, Shards(), step)
+        for segment in segments:
+            whole = segment.whole
+            whole.sums = family.write(segment)
+            whole.kept = whole.sums[0]
+            whole.scale = core.scale_factor(whole.kept, whole.numel, theta.dtype)
+            family.finish(segment)
         # the weight itself, not theta: under ZeRO-3 it is given back after forward and gathered for backward
-        ctx.save_for_backward(weight, theta if scale == "through" else None)
-        ctx.constants = (num_kept, scales, scale, scores.dtype)
+        ctx.save_for_backward(
+            weight, theta if family.has_back_sums else None, scores if family.needs_scores else None
+        )
+        ctx.constants = (family, [segment.whole for segment in segments], scores.dtype)
         return theta
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight, theta = ctx.saved_tensors
-        num_kept, scales, scale, dtype = ctx.constants
+        weight, theta, scores = ctx.saved_tensors
+        family, wholes, dtype = ctx.constants
         out = torch.empty_like(weight, dtype=dtype)
-        parts = len(scales)
-        thetas = theta.chunk(parts) if theta is not None else [None] * parts
-        pieces = zip(
-            grad.chunk(parts), weight.chunk(parts), out.chunk(parts), thetas, scales, num_kept, strict=True
+        segments = _segments(
+            out if theta is None else theta, weight, out if scores is None else scores, len(wholes), wholes
         )
-        for grad_piece, weight_piece, out_piece, theta_piece, factor, kept in pieces:
-            core.pullback(
-                grad_piece,
-                weight_piece,
-                scale=None if scale == "none" else factor,
-                grad_dot_theta=None if theta_piece is None else core.inner_product(grad_piece, theta_piece),
-                num_kept=kept,
-                out=out_piece,
-            )
+        parts = len(wholes)
+        for segment, grad_piece, out_piece in zip(segments, grad.chunk(parts), out.chunk(parts), strict=True):
+            back = family.back_sums(segment, grad_piece) if family.has_back_sums else None
+            family.gradient(segment, grad_piece, back, out_piece)
         return out, None, None, None, None
+
+
+def _segments(
+    theta: Tensor, weight: Tensor, scores: Tensor, num_segments: int, wholes: Sequence[Whole] | None = None
+) -> list[Segment]:
+    """Whole segments as views; `wholes` as they were in forward."""
+    thetas, weights, all_scores = (t.detach().chunk(num_segments) for t in (theta, weight, scores))
+    views = list(zip(thetas, weights, all_scores, strict=True))
+    wholes = wholes or [Whole(view[0].numel(), view[0].shape) for view in views]
+    return [Segment(*view, whole) for view, whole in zip(views, wholes, strict=True)]
 
 
 class ReadShards(Shards):
@@ -105,6 +119,7 @@ class ParametrizedEntry:
     shape: torch.Size
     num_segments: int
     shards: Shards
+    numbers: nn.Parameter | None = None
 
     @property
     def theta(self) -> Tensor:
@@ -114,14 +129,40 @@ class ParametrizedEntry:
     def piece(self, tensor: Tensor) -> Tensor:
         return self.shards.piece(self.name, tensor)
 
+    def segments(self) -> list[Segment]:
+        """Whole segments, read from wherever they are; their theta holds nothing."""
+        weight, scores = self.piece(self.weight), self.piece(self.scores)
+        return _segments(torch.empty_like(weight), weight, scores, self.num_segments)
+
 
 class ParametrizedMasks(MaskSet[ParametrizedEntry]):
     """The masks on one model. Made by `parametrized_attach`."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        entries: Sequence[ParametrizedEntry],
+        *,
+        family: Family,
+        shards: Shards,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        super().__init__(model, entries, family=family, shards=shards)
+
+    @property
+    def step(self) -> int:
+        """Steps done, which `bind` has no hook to count under an optimizer of its own."""
+        return self._clock.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._clock.step = value
+
     def bind(self, optimizer: Optimizer) -> None:
         """Nothing to do: theta follows from the scores in every forward."""
 
-    def pull_back(self, dots: Tensor | None = None) -> None:
+    def pull_back(self, sums: Tensor | None = None) -> None:
         """Nothing to do: autograd does it."""
 
     def rewrite(self) -> None:
@@ -129,7 +170,10 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
 
     def summary(self) -> str:
         masked = sum(entry.shape.numel() for entry in self.entries)
-        return f"masked   {len(self.entries):4d} parameters, {masked:,} weights (parametrised)"
+        return (
+            f"masked   {len(self.entries):4d} parameters, {masked:,} weights, family {self.family.name} "
+            f"(parametrised)"
+        )
 
 
 def parametrized_attach(
@@ -137,8 +181,10 @@ def parametrized_attach(
     *,
     include: str | Sequence[str] = "auto",
     exclude: str | Sequence[str] = (),
+    first_layers: int | None = None,
+    family: str | Family = "threshold",
     threshold: float = 0.0,
-    init: float | Mapping[str, Tensor] = 1.0,
+    init: float | str | Mapping[str, Tensor] = 1.0,
     scale: core.Scale = "through",
     split_qkv: bool = False,
     allow_norm: bool = False,
@@ -149,23 +195,48 @@ def parametrized_attach(
     Args:
         read: gives a parameter's whole value, for optimizers that partition parameters.
     """
+    family = checks.as_family(family, threshold=threshold, scale=scale)
+    _check_family(family)
     names = checks.choose(
-        model, include, exclude=exclude, allow_norm=allow_norm, init=init, threshold=threshold, scale=scale
+        model,
+        include,
+        exclude=exclude,
+        first_layers=first_layers,
+        allow_norm=allow_norm,
+        init=init,
+        family=family,
     )
     model.requires_grad_(False)
-    shards, entries = ReadShards(read), []
+    shards, entries, clock = ReadShards(read), [], Clock()
     for name in names:
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         weight = getattr(module, attribute).detach()
         num_segments = checks.num_segments(name, split_qkv=split_qkv)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        start = init[name] if isinstance(init, Mapping) else torch.full((), init)
+        start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
+        start = start(weight) if callable(start) else torch.as_tensor(start)
         scores = torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(start)
-        mask = ScaledMask(weight, threshold=threshold, scale=scale, num_segments=num_segments)
+        mask = FamilyMask(weight, family=family, num_segments=num_segments, clock=clock)
         setattr(module, attribute, nn.Parameter(scores))
         parametrize.register_parametrization(module, attribute, mask, unsafe=True)
         trained = module.get_parameter(f"parametrizations.{attribute}.original")
+        trained.requires_grad_(family.trains_scores)
         setattr(trained, checks.MARK, True)
         entries.append(ParametrizedEntry(name, trained, mask.weight, weight.shape, num_segments, shards))
-    return ParametrizedMasks(model, entries, threshold=threshold, scale=scale, shards=shards)
+    return ParametrizedMasks(model, entries, family=family, shards=shards, clock=clock)
+
+
+def _check_family(family: Family) -> None:
+    """Raise a ValueError where theta cannot be made of one parameter's scores and frozen weight alone."""
+    numbers = type(family).first_numbers is not Family.first_numbers
+    if family.trains_weight or family.moves_scores or numbers:
+        raise ValueError(
+            f"mask.family={family.name} trains more than scores, which engine.name=deepspeed cannot; use ddp "
+            f"or fsdp"
+        )
+    if family.ranks and family.options.keep_scope == "global":
+        raise ValueError(
+            "mask.keep_scope=global ranks all tensors together, and engine.name=deepspeed makes them one by "
+            "one; use mask.keep_scope=tensor, or engine.name=ddp, fsdp or bits"
+        )

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.masking import core, selection
+from selfmask_dist.masking.families.base import Family
+from selfmask_dist.masking.passes import look
+from selfmask_dist.masking.segment import Segment
 from selfmask_dist.masking.shards import Shards
 
 
@@ -19,32 +22,55 @@ class Entry(Protocol):
     name: str
     scores: nn.Parameter
     num_segments: int
+    numbers: nn.Parameter | None
 
     @property
     def theta(self) -> Tensor: ...
     @property
     def weight(self) -> Tensor: ...
+    def segments(self) -> list[Segment]: ...
 
 
 E = TypeVar("E", bound=Entry)
 
 
 class MaskSet(Generic[E]):
-    """The masks on one model; `shards` tells how this process's tensors relate to whole ones."""
+    """The masks on one model; `shards` tells how this process's tensors relate to whole ones.
 
-    def __init__(
-        self, model: nn.Module, entries: Sequence[E], *, threshold: float, scale: core.Scale, shards: Shards
-    ) -> None:
-        self.threshold = threshold
-        self.scale: core.Scale = scale
+    step: steps of the optimizer that are done, which a family's schedule follows.
+    """
+
+    def __init__(self, model: nn.Module, entries: Sequence[E], *, family: Family, shards: Shards) -> None:
+        self.family = family
         self.entries = list(entries)
         self.shards = shards
+        self.step = 0
         self._model = model
         self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
 
+    @property
+    def threshold(self) -> float:
+        return self.family.options.threshold
+
+    @property
+    def scale(self) -> core.Scale:
+        return self.family.options.scale
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The scores, in the model's parameter order: float32, each the shape of its theta."""
-        return (entry.scores for entry in self.entries)
+        """The scores, in the model's parameter order: float32, each the shape of its theta; and what small
+        numbers a family trains beside them. Nothing where a family's masks are fixed.
+        """
+        for entry in self.entries:
+            if entry.scores.requires_grad:
+                yield entry.scores
+            if entry.numbers is not None:
+                yield entry.numbers
+
+    def weight_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights under the masks, where the family trains them."""
+        for entry in self.entries:
+            if isinstance(entry.weight, nn.Parameter) and entry.weight.requires_grad:
+                yield entry.weight
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
@@ -57,24 +83,35 @@ class MaskSet(Generic[E]):
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """The masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
-        return {name: core.binarize(scores, self.threshold) for name, scores in self.state_dict().items()}
+        pieces = self.mask_pieces()
+        if self.shards.is_whole:
+            return pieces
+        dtype = self.entries[0].scores.dtype  # not all collectives take bools
+        return {name: self.shards.whole(name, piece.to(dtype)).bool() for name, piece in pieces.items()}
 
     @torch.no_grad()
     def mask_pieces(self) -> dict[str, Tensor]:
-        """What this process holds of the masks, {parameter name: bool tensor}."""
+        """What this process holds of the masks, {parameter name: bool tensor}. Collective under `shards`."""
+        segments = [entry.segments() for entry in self.entries]
+        look(self.family, [segment for parts in segments for segment in parts], self.shards, self.step)
+        masks = ([self.family.mask(segment) for segment in parts] for parts in segments)
         return {
-            entry.name: core.binarize(self.shards.piece(entry.name, entry.scores), self.threshold)
-            for entry in self.entries
+            entry.name: parts[0] if len(parts) == 1 else torch.cat(parts)
+            for entry, parts in zip(self.entries, masks, strict=True)
         }
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The frozen weights under the masks, {parameter name: tensor}. Collective under `shards`."""
-        return {entry.name: self.shards.whole_weight(entry.name, entry.weight) for entry in self.entries}
+        """The weights under the masks, {parameter name: tensor}. Collective under `shards`."""
+        return {entry.name: self._whole_weight(entry) for entry in self.entries}
 
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""
         return {name: 1 - mask.double().mean().item() for name, mask in self.masks().items()}
+
+    def _whole_weight(self, entry: E) -> Tensor:
+        read = self.shards.whole if self.family.trains_weight else self.shards.whole_weight
+        return read(entry.name, entry.weight).detach()
 
     def moved_statistics(self) -> dict[str, Tensor]:
         """Running statistics of normalisation layers that differ from those at attach time."""

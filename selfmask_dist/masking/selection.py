@@ -56,6 +56,7 @@ def select(
     include: str | Sequence[str],
     *,
     exclude: str | Sequence[str] = (),
+    first_layers: int | None = None,
     allow_norm: bool = False,
 ) -> list[str]:
     """Names of the parameters to mask, in the model's own order.
@@ -64,6 +65,8 @@ def select(
         include: preset names (`auto`, `vit`, `resnet`, `clip_visual`) and glob patterns over full parameter
             names. `auto` is `vit` where that matches anything, else `resnet`.
         exclude: glob patterns taken out again.
+        first_layers: of what is chosen, keep the parameters of so many layers, the first in the model's
+            order; a layer is a module that owns chosen parameters. None: all.
         allow_norm: also mask parameters of normalisation layers that a pattern names.
 
     Raises:
@@ -96,7 +99,13 @@ def select(
             f"no parameter is left to mask: exclude {list(_as_tuple(exclude))} removes all that include "
             f"matched"
         )
-    return [name for name in names if name in chosen]
+    ordered = [name for name in names if name in chosen]
+    if first_layers is None:
+        return ordered
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in ordered))
+    if not 1 <= first_layers <= len(layers):
+        raise ValueError(f"first_layers {first_layers} is not from 1 to {len(layers)}, the layers to mask")
+    return [name for name in ordered if name.rpartition(".")[0] in layers[:first_layers]]
 
 
 def is_fused_qkv(name: str) -> bool:

@@ -1,8 +1,9 @@
 """How the tensors in this process relate to the whole parameters: all of each, or a piece of its rows.
 
-A parameter under a mask is rewritten piece by piece, elementwise; only two numbers for each scaled tensor,
-sum M and <G, theta>, need the other ranks. `Shards` is that knowledge and nothing else, so masks stay free of
-process groups: an engine that shards passes in a subclass. This one says that every process holds everything.
+A parameter under a mask is rewritten piece by piece, elementwise; only a few numbers for each scaled tensor,
+such as sum M and <G, theta>, need the other ranks. `Shards` is that knowledge and nothing else, so masks stay
+free of process groups: an engine that shards passes in a subclass. This one says that every process holds
+everything.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from selfmask_dist.masking.attach import MaskedParameter
+    from selfmask_dist.masking.families.base import Family
+    from selfmask_dist.masking.parameter import MaskedParameter
 
 
 class Shards:
@@ -24,6 +26,8 @@ class Shards:
 
     is_whole = True
     copies = 1  # processes that hold the same piece
+    place = 0  # of this process's pieces among those of one tensor
+    num_places = 1
 
     def new_scores(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Uninitialised scores for the part of parameter `name` that this process trains."""
@@ -45,9 +49,9 @@ class Shards:
         """Sum a small vector over the processes that hold pieces. Collective: every rank must call."""
         return values
 
-    def sum_kept(self, num_kept: Tensor, entries: Sequence["MaskedParameter"], threshold: float) -> Tensor:
-        """Sum M for each segment, over ranks. Collective: every rank must call."""
-        return self.sum(num_kept)
+    def sum_written(self, sums: Tensor, entries: Sequence["MaskedParameter"], family: "Family") -> Tensor:
+        """Sums of `Family.write`, a row for each segment, over ranks. Collective: every rank must call."""
+        return self.sum(sums)
 
     def complete(self, entries: Sequence["MaskedParameter"], *, is_scaled: bool) -> None:
         """Called when every entry's piece of theta and its scales are new."""

@@ -7,13 +7,14 @@ from typing import Any
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.objectives import dino, moco_v2, moco_v3, simclr, supervised, swav
-from selfmask_dist.objectives.base import Context, Objective, Teacher, named_generator
+from selfmask_dist.objectives.base import Context, Objective, Teacher
 from selfmask_dist.objectives.dino import Dino, DinoOptions
 from selfmask_dist.objectives.moco_v2 import MocoV2, MocoV2Options
 from selfmask_dist.objectives.moco_v3 import MocoV3, MocoV3Options
 from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
 from selfmask_dist.objectives.supervised import Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
+from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",

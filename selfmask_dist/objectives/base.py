@@ -6,7 +6,6 @@ so the sum over ranks is the mean over the global batch, however it was dealt. K
 process groups.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -124,9 +123,3 @@ class Objective(nn.Module):
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """Class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""
         raise NotImplementedError(f"{type(self).__name__} does not classify")
-
-
-def named_generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator seeded by (seed, purpose) alone, so heads are the same on every rank and device."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from selfmask_dist.masking import MaskedParameter, Shards, select
+from selfmask_dist.masking import Family, MaskedParameter, Shards, select
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.world import World
 
@@ -49,6 +49,7 @@ class BitsEngine(Engine):
                 model,
                 options.get("include", "auto"),
                 exclude=options.get("exclude", ()),
+                first_layers=options.get("first_layers"),
                 allow_norm=options.get("allow_norm", False),
             )
             parameters = dict(model.named_parameters())
@@ -59,6 +60,7 @@ class BitsEngine(Engine):
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
         masks = super().attach(model, attach_fn, **options)
         if model is self.encoder:
+            _check_family(masks.family)
             assert self._flat is not None
             thetas = {entry.name: entry.theta for entry in masks.entries}
             self._reducer = BucketReducer(self._flat, thetas, self.options.reduce_type())
@@ -72,6 +74,14 @@ class BitsEngine(Engine):
         if self._reducer is not None:
             self._reducer.finish()
         super()._finish_backward()
+
+
+def _check_family(family: Family) -> None:
+    if not family.is_mask or family.trains_weight or not family.trains_scores:
+        raise ValueError(
+            f"engine.name=bits sends the bits of a trained mask on frozen weights, which "
+            f"mask.family={family.name} is not; use ddp or fsdp"
+        )
 
 
 @dataclass
@@ -94,6 +104,7 @@ class FlatShards(Shards):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, bucket_mb: float) -> None:
         self.world = world
+        self.place, self.num_places = world.rank, world.size
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.buckets = _make_buckets(parameters, world.size, bucket_mb)
@@ -115,7 +126,7 @@ class FlatShards(Shards):
         high = min(max((rank + 1) * bucket.chunk - start, 0), self.sizes[name])
         return low, high
 
-    def place(self, name: str) -> slice:
+    def place_of(self, name: str) -> slice:
         """Where this rank's piece lies in its bucket's chunk."""
         bucket, (low, high) = self.bucket_of[name], self.span(name)
         begin = bucket.offsets[name] + low - self.world.rank * bucket.chunk
@@ -123,7 +134,7 @@ class FlatShards(Shards):
 
     def new_scores(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         assert dtype == self._scores.dtype, f"{name} needs {dtype} scores, others {self._scores.dtype}"
-        bucket, place = self.bucket_of[name], self.place(name)
+        bucket, place = self.bucket_of[name], self.place_of(name)
         return self._scores[bucket.first + place.start : bucket.first + place.stop]
 
     def piece(self, name: str, tensor: Tensor) -> Tensor:
@@ -141,18 +152,30 @@ class FlatShards(Shards):
     def sum(self, values: Tensor) -> Tensor:
         return self.world.sum(values)
 
-    def sum_kept(self, num_kept: Tensor, entries: Sequence[MaskedParameter], threshold: float) -> Tensor:
-        """Gathers everyone's bits and counts together, so that counts cost no call of their own."""
+    def sum_written(self, sums: Tensor, entries: Sequence[MaskedParameter], family: Family) -> Tensor:
+        """Gathers everyone's bits and sums together, so that sums cost no call of their own."""
         num_bytes = len(self._scores) // _BITS
-        payload = torch.cat([pack(self._scores > threshold), num_kept.double().view(torch.uint8)])
+        payload = torch.cat([pack(self._mask(entries, family)), sums.double().view(-1).view(torch.uint8)])
         gathered = payload.new_empty(self.world.size, len(payload))
         if self.world.size > 1:
             _all_gather(gathered.view(-1), payload)
         else:
             gathered[0] = payload
         self._gathered = gathered[:, :num_bytes]
-        counts = gathered[:, num_bytes:].clone(memory_format=torch.contiguous_format)
-        return counts.view(torch.float64).sum(0)
+        rows = gathered[:, num_bytes:].clone(memory_format=torch.contiguous_format)
+        return rows.view(torch.float64).sum(0).view_as(sums)
+
+    def _mask(self, entries: Sequence[MaskedParameter], family: Family) -> Tensor:
+        """This rank's chunks of the mask, end to end."""
+        if family.has_threshold:  # one comparison of all, as padding lies below every threshold
+            return self._scores > family.options.threshold
+        flat = torch.zeros(len(self._scores), dtype=torch.bool, device=self._scores.device)
+        for entry in entries:
+            place, first = self.place_of(entry.name), self.bucket_of[entry.name].first
+            piece = flat[first + place.start : first + place.stop]
+            for segment, out in zip(entry.segments(), entry.split(piece), strict=True):
+                out.copy_(family.mask(segment))
+        return flat
 
     def complete(self, entries: Sequence[MaskedParameter], *, is_scaled: bool) -> None:
         """Rewrite all of theta from the gathered bits: M, then * W, then * a, as `core` does."""
@@ -216,7 +239,7 @@ class BucketReducer:
             self._settle(bucket)
             assert bucket.output is not None
             for name in bucket.offsets:
-                self._shards.gradients[name] = bucket.output[self._shards.place(name)]
+                self._shards.gradients[name] = bucket.output[self._shards.place_of(name)]
         self._restart()
 
     @torch.no_grad()

@@ -26,7 +26,14 @@ from selfmask_dist.masking import Shards
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
 from selfmask_dist.parallel.teacher import Teacher
-from selfmask_dist.parallel.trained import TrainedParameter
+from selfmask_dist.parallel.trained import (
+    ADAMW_SLOTS,
+    MOMENTS,
+    SGD_SLOTS,
+    EngineState,
+    TrainedParameter,
+    check_fits,
+)
 from selfmask_dist.parallel.world import World
 
 
@@ -51,24 +58,6 @@ class EngineOptions:
     def reduce_type(self) -> torch.dtype | None:
         """The dtype that gradients are reduced in; None for their own."""
         return torch.bfloat16 if self.reduce_dtype == "bf16" else None
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """All that is trained, whole and on the CPU, by parameter name; nothing frozen is in it."""
-
-    parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
-    momentum: dict[str, Tensor]  # SGD's, or AdamW's first moment
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
-    second_moment: dict[str, Tensor] = field(default_factory=dict)  # AdamW's
-    num_updates: dict[str, Tensor] = field(default_factory=dict)  # AdamW's, 0-d each
-    teacher: dict[str, Tensor] = field(default_factory=dict)  # moving averages, where an objective has one
-
-
-# what torch's optimizers call the parts of an EngineState that are theirs
-_SGD_SLOTS = {"momentum": "momentum_buffer"}
-_ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
-MOMENTS = tuple(_ADAMW_SLOTS)
 
 
 class Engine:
@@ -212,8 +201,11 @@ class Engine:
             parameters[name], found = self._read(trained)
             for part, tensor in found.items():
                 moments[part][name] = tensor
+        step = max((masks.step for masks in self.masks.values()), default=0)
         teacher = self.teacher.state() if self.teacher is not None else {}
-        return EngineState(parameters, statistics=self._statistics.state(), teacher=teacher, **moments)
+        return EngineState(
+            parameters, statistics=self._statistics.state(), step=step, teacher=teacher, **moments
+        )
 
     def load_state(self, state: EngineState) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
@@ -229,6 +221,8 @@ class Engine:
         self._statistics.load(state.statistics)
         if self.teacher is not None:
             self.teacher.load(state.teacher)
+        for masks in self.masks.values():
+            masks.step = state.step
         self.refresh()
 
     @torch.no_grad()
@@ -268,19 +262,18 @@ class Engine:
     def _finish_backward(self) -> None:
         """Sum over ranks what backward left on each, and pull masks' gradients back.
 
-        One collective carries the gradients of all that is replicated and <G, theta> of sharded masks.
+        One collective carries the gradients of all that is replicated and sums (<G, theta>) of sharded masks.
         """
         grads = [p.grad for p in self._replicated if p.grad is not None]
-        sharded = [masks for masks in self.masks.values() if not masks.shards.is_whole]
-        dots = [masks.inner_products() / masks.shards.copies for masks in sharded if masks.scale == "through"]
-        if self.world.size > 1 and (grads or dots):
-            _sum_together(self.world, [*grads, *dots])
+        sharded = [masks for masks in self.masks.values() if _sums_over_ranks(masks)]
+        sums = [masks.back_sums() / masks.shards.copies for masks in sharded]
+        if self.world.size > 1 and (grads or sums):
+            _sum_together(self.world, [*grads, *sums])
         for masks in self.masks.values():
-            is_summed = not masks.shards.is_whole and masks.scale == "through"
-            masks.pull_back(dots.pop(0) if is_summed else None)
+            masks.pull_back(sums.pop(0) if _sums_over_ranks(masks) else None)
 
     def _slots(self) -> dict[str, str]:
-        return _ADAMW_SLOTS if "betas" in self.optimizer.defaults else _SGD_SLOTS
+        return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
         """A trained tensor and what the optimizer keeps of it, whole, by the names of `EngineState`."""
@@ -319,10 +312,17 @@ class Engine:
         found: dict[str, TrainedParameter] = {}
         for prefix, masks in self.masks.items():
             for entry in masks.entries:
-                if held.pop(id(entry.scores), None) is not None:
-                    first_row = masks.shards.first_row(entry.name, entry.theta)
-                    found[f"{prefix}.{entry.name}"] = TrainedParameter(
-                        entry.scores, entry.name, entry.theta.shape, masks.shards, first_row
+                first_row = masks.shards.first_row(entry.name, entry.theta)
+                name = f"{prefix}.{entry.name}"
+                # no parameter's name has a colon
+                for tensor, key in ((entry.scores, name), (entry.weight, f"{name}:weight")):
+                    if held.pop(id(tensor), None) is not None:
+                        found[key] = TrainedParameter(
+                            tensor, entry.name, entry.theta.shape, masks.shards, first_row
+                        )
+                if entry.numbers is not None and held.pop(id(entry.numbers), None) is not None:
+                    found[f"{name}:numbers"] = TrainedParameter(
+                        entry.numbers, entry.name, entry.numbers.shape, Shards()
                     )
         whole, inside = Shards(), {id(p) for p in self.encoder.parameters()}
         for name, parameter in self.module.named_parameters():
@@ -348,21 +348,8 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError where a state is not one of these parameters."""
-    missing, unknown = (
-        sorted(set(shapes) - set(state.parameters)),
-        sorted(set(state.parameters) - set(shapes)),
-    )
-    if missing or unknown:
-        raise ValueError(
-            f"the state does not fit what is trained: missing {missing[:5]}, unknown {unknown[:5]}"
-        )
-    for name, shape in shapes.items():
-        if state.parameters[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
-            )
+def _sums_over_ranks(masks: Any) -> bool:
+    return not masks.shards.is_whole and masks.is_trained and masks.family.has_back_sums
 
 
 def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:

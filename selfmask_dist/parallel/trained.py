@@ -1,6 +1,7 @@
-"""One tensor that is trained, and how this process's part of it relates to the whole."""
+"""What an engine trains: one tensor, of which this process may hold a part, and the state of all together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +36,39 @@ class TrainedParameter:
             rows = whole.reshape(-1, *piece.shape[1:])
             whole = rows[self.first_row : self.first_row + len(piece)]
         piece.copy_(whole)
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """All that is trained, whole and on the CPU, by parameter name; nothing frozen is in it."""
+
+    parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
+    momentum: dict[str, Tensor]  # SGD's, or AdamW's first moment
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
+    step: int = 0  # steps that masks have made, for schedules
+    second_moment: dict[str, Tensor] = field(default_factory=dict)  # AdamW's
+    num_updates: dict[str, Tensor] = field(default_factory=dict)  # AdamW's, 0-d each
+    teacher: dict[str, Tensor] = field(default_factory=dict)  # moving averages, where an objective has one
+
+
+# what torch's optimizers call the parts of an EngineState that are theirs
+SGD_SLOTS = {"momentum": "momentum_buffer"}
+ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
+MOMENTS = tuple(ADAMW_SLOTS)
+
+
+def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise a ValueError where a state is not one of these parameters."""
+    missing, unknown = (
+        sorted(set(shapes) - set(state.parameters)),
+        sorted(set(state.parameters) - set(shapes)),
+    )
+    if missing or unknown:
+        raise ValueError(
+            f"the state does not fit what is trained: missing {missing[:5]}, unknown {unknown[:5]}"
+        )
+    for name, shape in shapes.items():
+        if state.parameters[name].shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
+            )

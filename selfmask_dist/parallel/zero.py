@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.parallel.engine import Engine, TrainedParameter
+from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -70,6 +71,8 @@ class DeepSpeedEngine(Engine):
     def step(self) -> None:
         """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
         self._runner.step()
+        for masks in self.masks.values():
+            masks.step += 1
         self._normalise_rows()
 
     @torch.no_grad()

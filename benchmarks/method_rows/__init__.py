@@ -1,0 +1,5 @@
+"""The rows of `benchmarks/methods.py`, a file for each group of methods."""
+
+from benchmarks.method_rows.row import Row
+
+ROWS: tuple[Row, ...] = ()

@@ -1,0 +1,55 @@
+"""Mask families by name: `mask.family` in a config. One file each; adding one is a file and a line here, or
+no line: `module:Class` finds a family in any module that can be imported.
+"""
+
+import difflib
+import importlib
+from typing import Any
+
+from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.edge_popup import EdgePopup
+from selfmask_dist.masking.families.fixed import MagnitudeMask, RandomMask
+from selfmask_dist.masking.families.piggyback import Piggyback
+from selfmask_dist.masking.families.threshold import Threshold
+from selfmask_dist.masking.families.topk import TopK
+
+# config_sections.MASK_FAMILIES has the same names
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (Threshold, Piggyback, EdgePopup, TopK, RandomMask, MagnitudeMask)
+}
+
+
+def build(name: str, **options: Any) -> Family:
+    """A family by its name, or by `module:Class`; `options` are the fields of `Options`.
+
+    Raises:
+        ValueError: there is no such family, or it does not take these options.
+    """
+    return find(name)(Options(**options))
+
+
+def find(name: str) -> type[Family]:
+    """The class of a family.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, FAMILIES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"mask.family {name!r} is neither one of {', '.join(FAMILIES)} nor module:Class{hint}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"mask.family {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise ValueError(f"mask.family {name!r} is no subclass of selfmask_dist.masking.families.Family")
+    return found
+
+
+__all__ = ["FAMILIES", "Family", "Options", "build", "find"]

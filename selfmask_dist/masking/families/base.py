@@ -1,0 +1,178 @@
+"""A mask family: how theta follows from what is trained, and what gradient goes back to it.
+
+    before     measure, rank       numbers of the whole tensor that the mask depends on, where there are any
+    theta      write, finish       in place; what `write` returns is summed over ranks before `finish`
+    gradient   back_sums, pull_back
+
+Every method works on the piece of one scaled tensor that this process holds (`Segment`), elementwise, so that
+a family inherits sharding, preemption, files and evaluation. Sums travel for all tensors in one collective.
+A new family overrides what differs; `docs/methods.md` has a worked example.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from selfmask_dist.masking import core
+from selfmask_dist.masking.segment import Segment
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of the config's mask section that families read.
+
+    keep: share of the weights that families which rank keep at the end of their schedule.
+    keep_scope: ranked within each tensor, or over all of them together.
+    keep_schedule, keep_steps: the kept share goes from 1 to `keep` in so many steps, linearly or as
+        keep + (1 - keep) (1 - t)^3 (Zhu and Gupta 2017, "To prune, or not to prune").
+    maskable, maskable_by: the share of weights that may be pruned, chosen at random or by largest magnitude
+        within each tensor; all others are always kept (scores of +infinity).
+    seed: of random first scores and random choices.
+    """
+
+    threshold: float = 0.0
+    scale: core.Scale = "through"
+    keep: float = 0.5
+    keep_scope: Literal["tensor", "global"] = "tensor"
+    keep_schedule: Literal["constant", "linear", "cubic"] = "constant"
+    keep_steps: int = 0
+    maskable: float = 1.0
+    maskable_by: Literal["random", "magnitude"] = "random"
+    seed: int = 0
+
+
+class Family:
+    """The base: theta = W * M, or a * W * M, of a mask M that a subclass defines.
+
+    is_mask: theta = [a] * W * M on frozen weights, so that one bit a weight says it all: engine `bits` sends
+        it and mask files hold it.
+    has_threshold: what is kept has scores above `options.threshold`.
+    ranks: the mask depends on the order of all of a tensor; see `ranked`.
+    trains_scores: False where the mask is fixed and nothing of it is trained.
+    trains_weight: W is trained too.
+    starts_from_weight: the tensor called scores is a latent weight and starts as W.
+    has_back_sums: `back_sums` gives something.
+    moves_scores: `after_step` does something.
+    reads_scores: `pull_back` reads the scores.
+    """
+
+    name: ClassVar[str] = ""
+    is_mask: ClassVar[bool] = True
+    has_threshold: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+    trains_scores: ClassVar[bool] = True
+    trains_weight: ClassVar[bool] = False
+    starts_from_weight: ClassVar[bool] = False
+    moves_scores: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+
+    @property
+    def is_scaled(self) -> bool:
+        return self.options.scale != "none"
+
+    @property
+    def has_back_sums(self) -> bool:
+        return False
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `gradient` reads the scores."""
+        return self.reads_scores or self.options.maskable < 1
+
+    # ---- what is trained
+
+    def first_scores(self, name: str, weight: Tensor) -> Tensor | None:
+        """First scores of a whole parameter in place of the usual ones, in its shape; None for those."""
+        return weight if self.starts_from_weight else None
+
+    def first_numbers(self, shape: torch.Size, weight: Tensor) -> Tensor | None:
+        """First value of the small tensor trained with each segment of a whole parameter, 1-D.
+
+        Args:
+            shape: of one segment; all segments of a parameter have equally many numbers.
+            weight: the whole segment's.
+        """
+        return None
+
+    # ---- before theta is written
+
+    def measure(self, segment: Segment) -> Tensor | None:
+        """Sums over the piece that `mask` and `write` need of the whole tensor, 1-D; as `whole.measured`."""
+        return None
+
+    def ranked(self, segment: Segment) -> Tensor:
+        """What families that rank keep the largest of, in the shape of the piece."""
+        raise NotImplementedError(f"{type(self).__name__} ranks and does not say what")
+
+    def share(self, step: int) -> float:
+        """The share that is kept in the forward of step `step` (from 0), for families that rank."""
+        start, end = 1.0, self.options.keep
+        if self.options.keep_schedule == "constant" or step >= self.options.keep_steps:
+            return end
+        left = 1 - step / self.options.keep_steps
+        return end + (start - end) * (left if self.options.keep_schedule == "linear" else left**3)
+
+    def distance(self, segment: Segment) -> Tensor | None:
+        """How far the piece's scores are from where the mask switches, for statistics; None: nowhere."""
+        return None
+
+    # ---- theta
+
+    def mask(self, segment: Segment) -> Tensor:
+        """Which weights of the piece are kept (nonzero), bool."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
+
+    def write(self, segment: Segment) -> Tensor:
+        """Write theta but for what needs sums over ranks; returns those sums, 1-D float64.
+
+        The first is the number of kept weights.
+        """
+        segment.theta.copy_(self.mask(segment))
+        num_kept = core.count_kept(segment.theta)
+        segment.theta.mul_(segment.weight)
+        return num_kept.view(1)
+
+    def finish(self, segment: Segment) -> None:
+        """Make theta what it is, with the sums of the whole tensor at hand (`whole.sums`, `whole.scale`)."""
+        if self.is_scaled:
+            segment.theta.mul_(segment.whole.scale)
+
+    # ---- gradients
+
+    def back_sums(self, segment: Segment, grad: Tensor) -> Tensor:
+        """Sums over the piece that `pull_back` needs of the whole tensor, 1-D; `grad` is G = dL/dtheta."""
+        raise NotImplementedError(f"{type(self).__name__} says that it has back sums")
+
+    def pull_back(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
+        """Write dL/dS of the piece into `out`, from G and the summed `back_sums`.
+
+        Here: straight through, a as a constant, dL/dS = a * G * W.
+        """
+        scale = segment.whole.scale if self.is_scaled else None
+        core.pullback(
+            grad, segment.weight, scale=scale, grad_dot_theta=None, num_kept=segment.whole.kept, out=out
+        )
+
+    def pull_back_weight(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
+        """Write dL/dW into `out`, for families that train W."""
+        raise NotImplementedError(f"{type(self).__name__} trains weights and has no gradient for them")
+
+    def pull_back_numbers(self, segment: Segment, back: Tensor | None, out: Tensor) -> None:
+        """Write the gradient of `segment.numbers` into `out`, from sums alone."""
+        raise NotImplementedError(f"{type(self).__name__} trains numbers and has no gradient for them")
+
+    def after_step(self, segment: Segment) -> None:
+        """Change scores in place after a step of the optimizer, before theta is written."""
+
+    # ---- for the frame
+
+    def gradient(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
+        """`pull_back`, with no gradient for weights that are always kept."""
+        self.pull_back(segment, grad, back, out)
+        if self.options.maskable < 1:
+            out.masked_fill_(segment.scores.isposinf(), 0)

@@ -1,0 +1,180 @@
+"""The two passes over the tensors under a mask: scores to theta, and theta's gradient to what is trained.
+
+    forward    measure, rank -> write -> sum over ranks, all tensors at once -> finish
+    backward   back sums -> sum over ranks -> pull back
+
+A `Family` says what happens to a piece; this says when, and to which pieces together. Knows nothing of
+modules, optimizers or process groups.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfmask_dist.masking import core, ranking
+from selfmask_dist.masking.families.base import Family
+from selfmask_dist.masking.parameter import MaskedParameter
+from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.shards import Shards
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One scaled tensor's piece on the way back: G in, gradients out."""
+
+    segment: Segment
+    grad: Tensor
+    scores: Tensor | None
+    weight: Tensor | None
+    numbers: Tensor | None
+
+
+class Passes:
+    """Both passes for one family and one way of sharding."""
+
+    def __init__(self, family: Family, shards: Shards) -> None:
+        self.family = family
+        self.shards = shards
+        self._sizes: dict[str, Tensor] = {}  # N of every segment on the device, by a group's first entry
+        self._lengths: list[int] = []  # of the newest back sums
+
+    # ---- forward
+
+    def rewrite(self, entries: Sequence[MaskedParameter], step: int) -> None:
+        """Write theta, as it is to be in the forward of step `step`. Collective under `shards`."""
+        is_global = self.family.options.keep_scope == "global"
+        if is_global:
+            look(self.family, [s for entry in entries for s in entry.segments()], self.shards, step)
+        for group in self._groups(entries):
+            self._rewrite(group, step, is_looked=is_global)
+        self.shards.complete(entries, is_scaled=self.family.is_scaled)
+
+    def after_step(self, entries: Sequence[MaskedParameter]) -> None:
+        """What a family does to its scores after the optimizer."""
+        if self.family.moves_scores:
+            for entry in entries:
+                for segment in entry.segments():
+                    self.family.after_step(segment)
+
+    def _groups(self, entries: Sequence[MaskedParameter]) -> Iterator[Sequence[MaskedParameter]]:
+        """Entries to work on together."""
+        # all at once: one collective, and on a GPU few small kernels. On a CPU one by one: a tensor stays in
+        # the cache from its first pass to its last
+        if not self.shards.is_whole or entries[0].theta.device.type != "cpu":
+            yield entries
+        else:
+            yield from ([entry] for entry in entries)
+
+    def _rewrite(self, entries: Sequence[MaskedParameter], step: int, *, is_looked: bool) -> None:
+        segments = [segment for entry in entries for segment in entry.segments()]
+        if not is_looked:
+            look(self.family, segments, self.shards, step)
+        written = torch.stack([self.family.write(segment) for segment in segments])
+        sums = self.shards.sum_written(written, entries, self.family)
+        kept, sizes = sums[:, 0], self._segment_sizes(entries, sums.device)
+        scales = {
+            dtype: core.scale_factor(kept, sizes, dtype).unbind()
+            for dtype in {e.theta.dtype for e in entries}
+        }
+        numbers = zip(segments, sums.unbind(), kept.unbind(), strict=True)
+        for index, (segment, of_segment, num_kept) in enumerate(numbers):
+            whole = segment.whole
+            whole.sums, whole.kept, whole.scale = of_segment, num_kept, scales[segment.theta.dtype][index]
+            self.family.finish(segment)
+
+    def _segment_sizes(self, entries: Sequence[MaskedParameter], device: torch.device) -> Tensor:
+        key = entries[0].name
+        if key not in self._sizes or self._sizes[key].device != device:
+            sizes = [size for entry in entries for size in entry.segment_sizes()]
+            self._sizes[key] = torch.tensor(sizes, dtype=torch.float64, device=device)
+        return self._sizes[key]
+
+    # ---- backward
+
+    def back_sums(self, entries: Sequence[MaskedParameter]) -> Tensor:
+        """Back sums of what this process holds, 1-D, where tensors are in pieces."""
+        assert not self.shards.is_whole, "a missing gradient would leave a gap"
+        sums = [self.family.back_sums(p.segment, p.grad) for p in self._pulls(entries)]
+        self._lengths = [len(part) for part in sums]
+        return torch.cat(sums).double()
+
+    def pull_back(self, entries: Sequence[MaskedParameter], sums: Tensor | None) -> None:
+        """Set gradients of all that is trained, from theta's.
+
+        Args:
+            sums: `back_sums()` summed over all processes, where the caller has done so.
+        """
+        for group in self._groups(entries):
+            if pulls := self._pulls(group):
+                self._pull_back(group, pulls, sums)
+
+    def _pull_back(
+        self, entries: Sequence[MaskedParameter], pulls: Sequence[Pull], sums: Tensor | None
+    ) -> None:
+        backs: Sequence[Tensor | None] = [None] * len(pulls)
+        if self.family.has_back_sums:
+            if self.shards.is_whole:
+                backs = [self.family.back_sums(p.segment, p.grad) for p in pulls]
+            else:
+                sums = self.shards.sum(self.back_sums(entries)) if sums is None else sums
+                backs = sums.split(self._lengths)
+        for pull, back in zip(pulls, backs, strict=True):
+            if pull.scores is not None:
+                self.family.gradient(pull.segment, pull.grad, back, pull.scores)
+            if pull.weight is not None:
+                self.family.pull_back_weight(pull.segment, pull.grad, back, pull.weight)
+            if pull.numbers is not None:
+                self.family.pull_back_numbers(pull.segment, back, pull.numbers)
+
+    def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
+        """What is to be pulled back; a whole theta without a gradient is left out, a piece counts as zero."""
+        pulls: list[Pull] = []
+        for entry in entries:
+            grad = self.shards.gradient(entry.name, entry.theta)
+            if grad is None and self.shards.is_whole:
+                continue
+            segments = entry.segments()
+            grad = torch.zeros_like(entry.piece(entry.scores)) if grad is None else entry.piece(grad)
+            outs = [_gradient_of(entry, tensor) for tensor in (entry.scores, entry.weight)]
+            numbers: Any = [None] * len(segments)
+            if entry.numbers is not None:
+                numbers = _gradient(entry.numbers).unbind()
+            parts = zip(segments, entry.split(grad), *outs, numbers, strict=True)
+            pulls += [Pull(*part) for part in parts]
+        return pulls
+
+
+def look(family: Family, segments: Sequence[Segment], shards: Shards, step: int) -> None:
+    """Find what `mask` and `write` need of whole tensors: sums and cuts. Collective under `shards`."""
+    if type(family).measure is not Family.measure:
+        measured = [family.measure(segment) for segment in segments]
+        rows = torch.stack([row for row in measured if row is not None])
+        rows = rows if shards.is_whole else shards.sum(rows.double())
+        for segment, row in zip(segments, rows.unbind(), strict=True):
+            segment.whole.measured = row
+    if family.ranks:
+        sizes = [segment.whole.numel for segment in segments]
+        is_global = family.options.keep_scope == "global"
+        groups = [0] * len(segments) if is_global else list(range(len(segments)))
+        share = family.share(step)
+        counts = [max(round(share * size), 1) for size in ([sum(sizes)] if is_global else sizes)]
+        cuts = ranking.select([family.ranked(s) for s in segments], counts, groups, shards)
+        for segment, cut in zip(segments, cuts, strict=True):
+            segment.whole.cut = cut
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Where a parameter's gradient is to be written."""
+    if parameter.grad is None:
+        parameter.grad = torch.empty_like(parameter)
+    return parameter.grad
+
+
+def _gradient_of(entry: MaskedParameter, tensor: Tensor) -> Sequence[Tensor | None]:
+    """The gradient of the scores or the weight, one view for each segment; None where it is not trained."""
+    if not tensor.requires_grad:
+        return [None] * entry.num_segments
+    return entry.split(entry.piece(_gradient(tensor)))
