@@ -20,11 +20,11 @@ from selfmask_dist.assembly import (
     lora_options,
     prepare,
     save,
-    train_transform,
 )
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.config import Config
+from selfmask_dist.config_objectives import WITH_CAPTIONS
 from selfmask_dist.evaluation import Evaluation
 from selfmask_dist.finetune import add_lora
 from selfmask_dist.life import Life
@@ -34,6 +34,7 @@ from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.schedule import Schedule
 from selfmask_dist.state import Keeper, Position, RunState
 from selfmask_dist.trainer import Trainer
+from selfmask_dist.training_views import train_transform
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -128,6 +129,7 @@ def _open_loader(
         num_workers=config.engine.workers,
         worker_kind=config.engine.worker_kind,
         quarantine=quarantine,
+        captions=config.objective.name in WITH_CAPTIONS,
     )
 
 

@@ -28,8 +28,8 @@ from selfmask_dist.masking import measure
 from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.trained import EngineState
-from selfmask_dist.preprocessing import Preprocessing
 from selfmask_dist.trainer import NonFiniteError
+from selfmask_dist.training_views import crop_sizes
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -90,48 +90,6 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
         accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
     return backbone
-
-
-def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:
-    section = config.crops
-    large = data.Crops(
-        section.global_count, section.global_size or preprocessing.image_size, section.global_scale
-    )
-    if not section.local_count:
-        return (large,)
-    return large, data.Crops(section.local_count, section.local_size, section.local_scale)
-
-
-def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    """The views of training: crops for objectives without labels, else one crop, or the evaluation's where
-    `data.augment` is off.
-    """
-    section = config.data
-    if config.objective.name in VIEWS:
-        return _multicrop(config, preprocessing)
-    if not section.augment:
-        return data.eval_transform(preprocessing)
-    return data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
-
-
-def _multicrop(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    section, color = config.crops, config.crops.color
-    distortion = data.Distortion(
-        flip=0.5 if config.data.flip else 0.0,
-        brightness=0.8 * color,
-        contrast=0.8 * color,
-        saturation=0.8 * color,
-        hue=0.2 * color,
-        gray=section.gray,
-        blur=section.blur,
-    )
-    return data.multicrop_transform(
-        preprocessing,
-        crops=crop_sizes(config, preprocessing),
-        distortion=distortion,
-        interpolation="bicubic" if preprocessing.interpolation == "bicubic" else "bilinear",
-        on_device=section.on_device,
-    )
 
 
 def build_objective(
@@ -372,7 +330,7 @@ def save(
         sizes["weights"] = _save_weights(config, trained, engine, directory)
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
-    head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
+    head = _plain(objective.kept_state())  # projectors are thrown away
     if head and is_main:
         save_file(head, directory / "head.safetensors")
     return sizes

@@ -48,6 +48,8 @@ class Config(Section):
     moco_v2: config_objectives.MocoV2Config = Field(default_factory=config_objectives.MocoV2Config)
     moco_v3: config_objectives.MocoV3Config = Field(default_factory=config_objectives.MocoV3Config)
     dino: config_objectives.DinoConfig = Field(default_factory=config_objectives.DinoConfig)
+    clip: config_objectives.ClipConfig = Field(default_factory=config_objectives.ClipConfig)
+    slip: config_objectives.SlipConfig = Field(default_factory=config_objectives.SlipConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
     finetune: config_training.FinetuneConfig = Field(default_factory=config_training.FinetuneConfig)
     optim: config_training.OptimConfig = Field(default_factory=config_training.OptimConfig)
@@ -162,6 +164,12 @@ def _views_conflicts(config: Config) -> Iterator[Conflict]:
             ("objective.name", "crops.global_count", "crops.local_count"),
             f"objective.name={name} is on two views of an image; set crops.global_count=2 and "
             "crops.local_count=0",
+        )
+    if name in config_objectives.WITH_CAPTIONS and not config.backbone.name.startswith("open_clip:"):
+        yield Conflict(
+            ("objective.name", "backbone.name"),
+            f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
+            "a backbone open_clip:<model>/<tag>",
         )
     if name not in ("supervised", "swav") and config.train.accumulate > 1:
         yield Conflict(

@@ -4,15 +4,16 @@
 away.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from selfmask_dist.config_sections import Positive, Section, science
 
 # those whose loss is between views of one image, so that data comes as the crops section says
-VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino")
-TWO_VIEWS = ("simclr", "moco_v2", "moco_v3")  # and nothing beside them
+VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino", "slip")
+TWO_VIEWS = ("simclr", "moco_v2", "moco_v3", "slip")  # and no other crops
+WITH_CAPTIONS = ("clip", "slip")
 WITH_TEACHER = ("moco_v2", "moco_v3", "dino")
 
 Temperatures = Annotated[tuple[Positive, Positive], Field(strict=False)]
@@ -115,3 +116,26 @@ class DinoConfig(Section):
     freeze_epochs: float = science(
         1.0, "The head's last layer stays as it is for so long. Published: 1.", unit="epochs", ge=0
     )
+
+
+class ClipConfig(Section):
+    """The text side of image-text objectives (objective.name=clip and slip)."""
+
+    text: Literal["frozen", "trained"] = science(
+        "frozen",
+        "frozen: open_clip's text tower and temperature as they are. trained: both are, with optim.head_lr; "
+        "the tower is then saved beside the mask (head.safetensors).",
+    )
+
+
+class SlipConfig(Section):
+    """The SimCLR part of the SLIP objective (objective.name=slip)."""
+
+    weight: float = science(
+        1.0, "SimCLR's loss is added this many times. Published: 1.", unit="times CLIP's loss", gt=0
+    )
+    dim: int = science(256, "Length of the projected embeddings. Published: 256.", unit="dimensions", ge=2)
+    hidden: int = science(
+        4096, "Width of the projector's hidden layers. Published: 4096.", unit="dimensions", ge=1
+    )
+    temperature: float = science(0.1, "Divides similarities. Published: 0.1.", unit="cosine similarity", gt=0)

@@ -72,6 +72,14 @@ def _dino(config: Config, steps_per_epoch: int) -> dict[str, Any]:
     }
 
 
+def _clip(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    return {"text": config.clip.text}
+
+
+def _slip(config: Config, steps_per_epoch: int) -> dict[str, Any]:
+    return {"text": config.clip.text, "options": objectives.SlipOptions(**config.slip.model_dump())}
+
+
 _KINDS: dict[str, Callable[[Config, int], dict[str, Any]]] = {
     "supervised": _supervised,
     "swav": _swav,
@@ -79,4 +87,6 @@ _KINDS: dict[str, Callable[[Config, int], dict[str, Any]]] = {
     "moco_v2": _moco_v2,
     "moco_v3": _moco_v3,
     "dino": _dino,
+    "clip": _clip,
+    "slip": _slip,
 }

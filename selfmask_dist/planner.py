@@ -31,6 +31,7 @@ _CROPS = {
     "moco_v2": 1 + 1 / 3,
     "moco_v3": 2 + 2 / 3,
     "dino": 2 + _SMALL + 2 / 3,
+    "slip": 3,
 }
 
 

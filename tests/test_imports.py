@@ -58,6 +58,10 @@ TABLE = {
     "data": Rule(("preprocessing",), ("torch.distributed", "torch.optim", *MODELS)),
     "objectives": Rule(("backbones", "data", "seeding"), ("torch.distributed", "torch.optim", *MODELS)),
     "objective_options": Rule(("config", "objectives"), ("torch.distributed", "torch.optim", *MODELS)),
+    "training_views": Rule(
+        ("config", "config_objectives", "data", "preprocessing"),
+        ("torch.distributed", "torch.optim", *MODELS),
+    ),
     "planner": Rule(("backbones", "config", "masking"), ("torch.distributed", "torch.optim")),
     "schedule": Rule((), ("torch.distributed", *OPTIMIZER_KINDS, *MODELS)),
     "finetune": Rule(("masking",), ("torch.distributed", "torch.optim", *MODELS)),

@@ -6,18 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.objectives import dino, moco_v2, moco_v3, simclr, supervised, swav
+from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
 from selfmask_dist.objectives.base import Context, Objective, Teacher
+from selfmask_dist.objectives.clip import Clip
 from selfmask_dist.objectives.dino import Dino, DinoOptions
 from selfmask_dist.objectives.moco_v2 import MocoV2, MocoV2Options
 from selfmask_dist.objectives.moco_v3 import MocoV3, MocoV3Options
 from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
+from selfmask_dist.objectives.slip import Slip, SlipOptions
 from selfmask_dist.objectives.supervised import Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
 from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",
+    "Clip",
     "Context",
     "Dino",
     "DinoOptions",
@@ -28,6 +31,8 @@ __all__ = [
     "Objective",
     "Simclr",
     "SimclrOptions",
+    "Slip",
+    "SlipOptions",
     "Supervised",
     "Swav",
     "SwavOptions",
@@ -43,6 +48,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "moco_v2": moco_v2.build,
     "moco_v3": moco_v3.build,
     "dino": dino.build,
+    "clip": clip.build,
+    "slip": slip.build,
 }
 
 

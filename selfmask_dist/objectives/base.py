@@ -115,6 +115,10 @@ class Objective(nn.Module):
         """What the user should know about a logged step's metrics; usually nothing."""
         return []
 
+    def kept_state(self) -> dict[str, Tensor]:
+        """What of the head is of use after training, by name; all of it where it classifies."""
+        return self.state_dict() if self.classifies else {}
+
     @property
     def classifies(self) -> bool:
         """Whether `predict` can be asked."""
