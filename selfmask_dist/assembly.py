@@ -328,6 +328,7 @@ def save(
         }
     else:
         sizes["weights"] = _save_weights(config, trained, engine, directory)
+        sizes["stored_bytes"] = sizes["weights"]["bytes"]
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
     head = _plain(objective.kept_state())  # projectors are thrown away

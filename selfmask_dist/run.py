@@ -126,6 +126,7 @@ def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]
         result |= adapt(config, life, backbone, train, evaluation, found, measure_frozen)
     else:
         measure_frozen()
+        result["stored_bytes"] = 0  # beside the backbone; the probe is a head
     if life.world.is_main:
         write_json(life.directory / "result.json", result)
     life.world.barrier()  # nobody looks for a file that is not there yet

@@ -155,6 +155,7 @@ def test_a_run_saves_what_changed_and_no_more(tmp_path: Path, tiny_data: dict[st
         "file": "finetuned.safetensors",
         "bytes": file.stat().st_size,
     }
+    assert result["stored_bytes"] == file.stat().st_size
     own = dict(fresh.named_parameters())
     for name, tensor in last_state(tmp_path / "a").items():
         if name.startswith("parameters/encoder."):

@@ -347,7 +347,11 @@ def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineSta
         blocks=BLOCKS["timm_vit"],
         world=world,
         # blocks that stay gathered must not show the student the teacher's theta
-        options=EngineOptions(name=kind, reshard_after_forward=name != "dino"),
+        options=EngineOptions(
+            name=kind,
+            reshard_after_forward=name != "dino",
+            checkpoint_activations=name == "moco_v3" and kind == "fsdp",  # computed again by the student
+        ),
     )
     groups = [{"name": "head", "params": objective.head_parameters(), "lr": 0.1}]
     if method == "mask":
