@@ -6,7 +6,7 @@ The keys stand in `config_sections`. Knows nothing of torch, and does not look w
 a parameter exists: that is checked where it is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from selfmask_dist import (
     config_help,
     config_loading,
+    config_masks,
     config_objectives,
     config_sections,
     config_selfsupervised,
@@ -39,7 +40,7 @@ class Config(Section):
         "Keys that only another method uses are ignored, so that one file serves them all.",
     )
     backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
-    mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
+    mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
     data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
@@ -66,6 +67,7 @@ class Config(Section):
             _backbone_conflicts,
             _objective_conflicts,
             _views_conflicts,
+            _mask_conflicts,
             _engine_conflicts,
             _number_conflicts,
         )
@@ -120,6 +122,12 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
             f"backbone.name {backbone.name!r} names no pretrained weights; write open_clip:{model}/<tag>, "
             "give a file as backbone.weights, or set backbone.pretrained=false for random weights",
         )
+    if backbone.random != "library" and (wants_weights or backbone.weights is not None):
+        yield Conflict(
+            ("backbone.random", "backbone.pretrained"),
+            f"backbone.random={backbone.random} draws weights, and pretrained ones are asked for; set "
+            "backbone.pretrained=false and backbone.weights=null",
+        )
     if (backbone.mean is None) != (backbone.std is None):
         yield Conflict(
             ("backbone.mean", "backbone.std"),
@@ -128,7 +136,7 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _objective_conflicts(config: Config) -> Iterator[Conflict]:
-    objective, mask = config.objective, config.mask
+    objective = config.objective
     if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
         yield Conflict(
             ("objective.head", "backbone.name"),
@@ -148,12 +156,6 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("method", "objective.name"),
             f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
-        )
-    if mask.init <= mask.threshold:
-        yield Conflict(
-            ("mask.init", "mask.threshold"),
-            f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
-            "weight starts pruned",
         )
 
 
@@ -183,6 +185,16 @@ def _views_conflicts(config: Config) -> Iterator[Conflict]:
             f"objective.name={name} has a teacher, a moving average that engine.name=deepspeed does not "
             "keep; use engine.name=fsdp",
         )
+
+
+def _mask_conflicts(config: Config) -> Iterable[Conflict]:
+    return config_masks.conflicts(
+        config.mask,
+        method=config.method,
+        engine=config.engine.name,
+        objective=config.objective.name,
+        head=config.objective.head,
+    )
 
 
 def _engine_conflicts(config: Config) -> Iterator[Conflict]:

@@ -36,6 +36,7 @@ TABLE = {
         (
             "config_help",
             "config_loading",
+            "config_masks",
             "config_objectives",
             "config_sections",
             "config_selfsupervised",
@@ -46,6 +47,7 @@ TABLE = {
     ),
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
+    "config_masks": Rule(("config_loading", "config_sections"), TRAINING),
     "config_sections": Rule((), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_objectives": Rule(("config_sections",), TRAINING),
@@ -114,6 +116,7 @@ TABLE = {
     "cascade_stages": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
+    "saving": Rule((ALL,)),
     "run": Rule((ALL,)),
     "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),

@@ -198,7 +198,7 @@ def index_of_table(
     )
 
 
-def _captions_of(table: SampleTable) -> dict[str, npt.NDArray[Any]]:
+def _captions_of(table: SampleTable) -> dict[str, Any]:
     if not any(table.caption_length):
         return {}
     return {

@@ -316,9 +316,10 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         captions = self.source.read_captions(plan.ids) if self.captions else []
         texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
         for row, (sample, data) in enumerate(self._read(plan.ids)):
-            lacking = captions[row] if captions and isinstance(captions[row], SampleError) else None
+            caption = captions[row] if captions else ""
             try:
-                rows.append(self._load(sample, lacking or data, plan.epoch))
+                usable = caption if isinstance(caption, SampleError) else data
+                rows.append(self._load(sample, usable, plan.epoch))
             except SampleError as error:
                 if not self.is_tolerant:
                     return error
