@@ -323,6 +323,13 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
             assert torch.equal(tensor, before[name]), f"{name} is bit for bit as it was"
     assert all(torch.equal(entry.scores, scores[name]) for name, entry in entries.items())
     assert not torch.equal(teacher.state()["bn1.running_mean"], before["bn1.running_mean"]), "its own moved"
+    entry = masks.entries[0]
+    entry.scores.data.view(-1)[0] = torch.inf  # always kept
+    for momentum in (0.0, 0.5, 1.0):
+        teacher.momentum = momentum
+        teacher.update()
+        assert not teacher.state()[entry.name].isnan().any()
+    assert teacher.state()[entry.name].view(-1)[0] == torch.inf
     with pytest.raises(ValueError, match=r"do not fit what is trained: \['odd'\]"):
         teacher.load(teacher.state() | {"odd": torch.zeros(1)})
 

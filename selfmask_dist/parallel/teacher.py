@@ -64,8 +64,14 @@ class Teacher:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages by one step."""
+        m = self.momentum
         for name, one in self._trained.items():
-            one.piece(self._averages[name]).lerp_(one.piece(one.tensor), 1 - self.momentum)
+            average, trained = one.piece(self._averages[name]), one.piece(one.tensor)
+            if m == 0:
+                average.copy_(trained)
+            elif m < 1:
+                # not lerp: scores that may never be pruned are infinite, and inf - inf is no number
+                average.mul_(m).add_(trained, alpha=1 - m)
 
     def state(self) -> dict[str, Tensor]:
         """Averages and statistics, whole and on the CPU, by name. Collective: every rank must call."""
