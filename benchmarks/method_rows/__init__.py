@@ -1,5 +1,6 @@
 """The rows of `benchmarks/methods.py`, a file for each group of methods."""
 
+from benchmarks.method_rows import baselines, objectives
 from benchmarks.method_rows.row import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*baselines.ROWS, *objectives.ROWS)
