@@ -18,13 +18,15 @@ from selfmask_dist.assembly import (
     engine_options,
     hold_weights,
     load_first_state,
+    lora_options,
     prepare,
-    train_transform,
 )
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.config import Config
+from selfmask_dist.config_objectives import WITH_CAPTIONS
 from selfmask_dist.evaluation import Evaluation
+from selfmask_dist.finetune import add_lora
 from selfmask_dist.life import Life
 from selfmask_dist.meter import Meter
 from selfmask_dist.objectives import Context, Objective
@@ -33,6 +35,7 @@ from selfmask_dist.saving import save
 from selfmask_dist.schedule import Schedule
 from selfmask_dist.state import Keeper, Position, RunState
 from selfmask_dist.trainer import Trainer
+from selfmask_dist.training_views import train_transform
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -71,6 +74,8 @@ def adapt(
         "method": config.method,
         "steps in an epoch": len(loader),
     }
+    if config.optim.kind != "sgd":  # older checkpoints do not say it
+        identity["optimizer"] = config.optim.kind
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
@@ -126,6 +131,7 @@ def _open_loader(
         num_workers=config.engine.workers,
         worker_kind=config.engine.worker_kind,
         quarantine=quarantine,
+        captions=config.objective.name in WITH_CAPTIONS,
     )
 
 
@@ -133,11 +139,15 @@ def _build(
     config: Config, life: Life, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
 ) -> tuple[Objective, Engine]:
     world = life.world
-    context = Context(world.rank, world.size, config.train.global_batch_size, world.sum)
+    context = Context(
+        world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
+    )
     objective = build_objective(config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch)
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":
         synchronise_batchnorm(backbone.encoder)
+    if config.method == "finetune" and config.finetune.train == "lora":
+        add_lora(backbone.encoder, **lora_options(config))  # before an engine cuts or wraps it
     engine = build_engine(
         TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
         encoder=backbone.encoder,
@@ -164,7 +174,7 @@ def _conclude(
             result["adapted"] |= evaluation.head(objective)
         life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
     metrics = result.get("adapted", {})
-    return result | save(trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
+    return result | save(config, trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
 
 
 def _resume(

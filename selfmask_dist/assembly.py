@@ -5,7 +5,8 @@ own.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,16 @@ from selfmask_dist.api import Masks, attach
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
+from selfmask_dist.config_objectives import VIEWS
+from selfmask_dist.finetune import choose_weights
 from selfmask_dist.mask_groups import mask_groups, second_weights, weight_group
 from selfmask_dist.masking import Family, build_family, measure
+from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
-from selfmask_dist.parallel.engine import EngineState
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.procedures.hold import Hold
 from selfmask_dist.trainer import NonFiniteError
+from selfmask_dist.training_views import crop_sizes
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -86,54 +90,12 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         seed=config.seed,
         in_file=in_file,
     )
-    if config.objective.name == "swav" and config.method in ("mask", "finetune", "cascade"):
+    if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
 
         sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
         accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
     return backbone
-
-
-def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:
-    section = config.crops
-    large = data.Crops(
-        section.global_count, section.global_size or preprocessing.image_size, section.global_scale
-    )
-    if not section.local_count:
-        return (large,)
-    return large, data.Crops(section.local_count, section.local_size, section.local_scale)
-
-
-def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    """The views of training: multi-crops for SwAV, else one crop, or the evaluation's where `data.augment` is
-    off.
-    """
-    section = config.data
-    if config.objective.name == "swav":
-        return _multicrop(config, preprocessing)
-    if not section.augment:
-        return data.eval_transform(preprocessing)
-    return data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
-
-
-def _multicrop(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    section, color = config.crops, config.crops.color
-    distortion = data.Distortion(
-        flip=0.5 if config.data.flip else 0.0,
-        brightness=0.8 * color,
-        contrast=0.8 * color,
-        saturation=0.8 * color,
-        hue=0.2 * color,
-        gray=section.gray,
-        blur=section.blur,
-    )
-    return data.multicrop_transform(
-        preprocessing,
-        crops=crop_sizes(config, preprocessing),
-        distortion=distortion,
-        interpolation="bicubic" if preprocessing.interpolation == "bicubic" else "bilinear",
-        on_device=section.on_device,
-    )
 
 
 def build_objective(
@@ -144,35 +106,16 @@ def build_objective(
     *,
     steps_per_epoch: int,
 ) -> objectives.Objective:
-    options: dict[str, Any] = {"seed": config.seed}
-    if config.objective.name == "swav":
-        section = config.swav
-        options["options"] = objectives.SwavOptions(
-            num_prototypes=section.prototypes,
-            dim=section.dim,
-            temperature=section.temperature,
-            epsilon=section.epsilon,
-            iterations=section.sinkhorn_iterations,
-            queue_length=section.queue_length,
-            queue_start=round(section.queue_start_epoch * steps_per_epoch),
-            freeze_steps=section.freeze_steps,
-        )
-    else:
-        supervised = config.objective
-        options |= {
-            "head": supervised.head,
-            "head_norm": supervised.head_norm,
-            "label_smoothing": supervised.label_smoothing,
-            "prompts": supervised.prompts,
-        }
-        if supervised.distill_from is not None:
-            from selfmask_dist.teacher import Teacher  # which makes a run's parts with this module
+    options = objective_options(config, steps_per_epoch=steps_per_epoch)
+    supervised = config.objective
+    if supervised.name == "supervised" and supervised.distill_from is not None:
+        from selfmask_dist.teacher import Teacher  # which makes a run's parts with this module
 
-            options["distillation"] = objectives.Distillation(
-                Teacher(Path(supervised.distill_from), classes),
-                weight=supervised.distill_weight,
-                temperature=supervised.distill_temperature,
-            )
+        options["distillation"] = objectives.Distillation(
+            Teacher(Path(supervised.distill_from), classes),
+            weight=supervised.distill_weight,
+            temperature=supervised.distill_temperature,
+        )
     return objectives.build_objective(
         config.objective.name, backbone=backbone, classes=classes, context=context, **options
     )
@@ -185,6 +128,8 @@ class Trained:
     masks: Masks | None
     head_masks: Masks | None
     summary: str
+    weights: tuple[str, ...] = ()  # names of the backbone's that are trained as they are
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)  # the backbone's, before training
 
 
 def engine_options(config: Config) -> EngineOptions:
@@ -242,6 +187,7 @@ def prepare(
     """
     optim, groups = config.optim, []
     masks = head_masks = None
+    names: list[str] = []
     if config.method == "mask":
         section = config.mask
         family = mask_family(config, num_steps=num_steps)
@@ -265,9 +211,12 @@ def prepare(
             )
         summary = masks.summary()
     else:
-        weights = engine.free(engine.encoder)
+        names = choose_weights(engine.encoder, config.finetune.train, freeze=config.finetune.freeze)
+        weights = engine.free(engine.encoder, names)
         groups.append(weight_group(config, weights))
-        summary = f"trained  {sum(p.numel() for p in weights):,} weights of the backbone"
+        summary = (
+            f"trained  {sum(p.numel() for p in weights):,} weights of the backbone ({len(names)} tensors)"
+        )
     if head_masks is None and (head := objective.head_parameters()):
         group = {
             "name": "head",
@@ -279,11 +228,22 @@ def prepare(
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
     for group in groups:
         group["lr"] = group["base_lr"]
-    optimizer = torch.optim.SGD(groups, momentum=optim.momentum)
+    optimizer = _build_optimizer(config, groups)
     optimizer.register_step_pre_hook(partial(_hold, objective))
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
-    return Trained(masks, head_masks, summary)
+    if (heads := objective.teacher_parameters()) is not None:
+        objective.teacher = engine.keep_teacher(heads)
+    statistics = {name: buffer.clone() for name, buffer in engine.encoder.named_buffers()} if names else {}
+    return Trained(masks, head_masks, summary, tuple(names), statistics)
+
+
+def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    optim = config.optim
+    if optim.kind == "adamw":
+        # weight decay is each group's own; torch's default for AdamW would pull the scores to the threshold
+        return torch.optim.AdamW(groups, betas=(optim.momentum, optim.beta2), weight_decay=0.0)
+    return torch.optim.SGD(groups, momentum=optim.momentum)
 
 
 def _hold(objective: objectives.Objective, *_: Any) -> None:
@@ -383,3 +343,14 @@ class MaskTelemetry:
             "mask/empty": list(statistics.empty),
             "mask/active_by_parameter": statistics.active_by_parameter,
         }
+
+
+def lora_options(config: Config) -> dict[str, Any]:
+    """The arguments of `add_lora`."""
+    section = config.finetune
+    return {
+        "rank": section.lora_rank,
+        "alpha": section.lora_alpha,
+        "targets": list(section.lora_targets),
+        "seed": config.seed,
+    }

@@ -6,7 +6,7 @@ The keys stand in `config_sections`. Knows nothing of torch, and does not look w
 a parameter exists: that is checked where it is used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,9 +16,11 @@ from selfmask_dist import (
     config_help,
     config_loading,
     config_masks,
+    config_objectives,
     config_procedures,
     config_sections,
     config_selfsupervised,
+    config_training,
     config_yaml,
 )
 from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
@@ -35,8 +37,8 @@ class Config(Section):
         science(
             "mask",
             "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router "
-            "and one expert's mask for each of its clusters. finetune: all weights (baseline). probe: a "
-            "linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
+            "and one expert's mask for each of its clusters. finetune: weights, see finetune (baselines). "
+            "probe: a linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
             "(baseline). packnet, lottery, evolution: chains of finetune runs, see procedure. "
             "Keys that only another method uses are ignored, so that one file serves them all.",
         )
@@ -47,9 +49,16 @@ class Config(Section):
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
     swav: config_selfsupervised.SwavConfig = Field(default_factory=config_selfsupervised.SwavConfig)
+    simclr: config_objectives.SimclrConfig = Field(default_factory=config_objectives.SimclrConfig)
+    moco_v2: config_objectives.MocoV2Config = Field(default_factory=config_objectives.MocoV2Config)
+    moco_v3: config_objectives.MocoV3Config = Field(default_factory=config_objectives.MocoV3Config)
+    dino: config_objectives.DinoConfig = Field(default_factory=config_objectives.DinoConfig)
+    clip: config_objectives.ClipConfig = Field(default_factory=config_objectives.ClipConfig)
+    slip: config_objectives.SlipConfig = Field(default_factory=config_objectives.SlipConfig)
     cascade: config_selfsupervised.CascadeConfig = Field(default_factory=config_selfsupervised.CascadeConfig)
     procedure: config_procedures.ProcedureConfig = Field(default_factory=config_procedures.ProcedureConfig)
-    optim: config_sections.OptimConfig = Field(default_factory=config_sections.OptimConfig)
+    finetune: config_training.FinetuneConfig = Field(default_factory=config_training.FinetuneConfig)
+    optim: config_training.OptimConfig = Field(default_factory=config_training.OptimConfig)
     train: config_sections.TrainConfig = Field(default_factory=config_sections.TrainConfig)
     eval: config_sections.EvalConfig = Field(default_factory=config_sections.EvalConfig)
     engine: config_sections.EngineConfig = Field(default_factory=config_sections.EngineConfig)
@@ -59,25 +68,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        if conflicts := [
-            *_backbone_conflicts(self),
-            *_objective_conflicts(self),
-            *config_masks.conflicts(
-                self.mask,
-                method=self.method,
-                engine=self.engine.name,
-                objective=self.objective.name,
-                head=self.objective.head,
-            ),
-            *config_procedures.conflicts(
-                self.procedure,
-                method=self.method,
-                engine=self.engine.name,
-                objective=self.objective.name,
-                max_steps=self.train.max_steps,
-            ),
-            *_number_conflicts(self),
-        ]:
+        checks = (
+            _backbone_conflicts,
+            _objective_conflicts,
+            _views_conflicts,
+            _mask_conflicts,
+            _procedure_conflicts,
+            _engine_conflicts,
+            _number_conflicts,
+        )
+        if conflicts := [conflict for check in checks for conflict in check(self)]:
             raise ConflictError(conflicts)
         return self
 
@@ -169,6 +169,75 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
             ("method", "objective.name"),
             f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
         )
+
+
+def _views_conflicts(config: Config) -> Iterator[Conflict]:
+    name, crops = config.objective.name, config.crops
+    if name in config_objectives.TWO_VIEWS and (crops.global_count != 2 or crops.local_count):
+        yield Conflict(
+            ("objective.name", "crops.global_count", "crops.local_count"),
+            f"objective.name={name} is on two views of an image; set crops.global_count=2 and "
+            "crops.local_count=0",
+        )
+    if name in config_objectives.WITH_CAPTIONS and not config.backbone.name.startswith("open_clip:"):
+        yield Conflict(
+            ("objective.name", "backbone.name"),
+            f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
+            "a backbone open_clip:<model>/<tag>",
+        )
+    if name not in ("supervised", "swav") and config.train.accumulate > 1:
+        yield Conflict(
+            ("objective.name", "train.accumulate"),
+            f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
+            "train.accumulate=1 (engine.checkpoint_activations=true saves memory)",
+        )
+    if name in config_objectives.WITH_TEACHER and config.engine.name == "deepspeed":
+        yield Conflict(
+            ("objective.name", "engine.name"),
+            f"objective.name={name} has a teacher, a moving average that engine.name=deepspeed does not "
+            "keep; use engine.name=fsdp",
+        )
+
+
+def _mask_conflicts(config: Config) -> Iterable[Conflict]:
+    return config_masks.conflicts(
+        config.mask,
+        method=config.method,
+        engine=config.engine.name,
+        objective=config.objective.name,
+        head=config.objective.head,
+    )
+
+
+def _procedure_conflicts(config: Config) -> Iterable[Conflict]:
+    return config_procedures.conflicts(
+        config.procedure,
+        method=config.method,
+        engine=config.engine.name,
+        objective=config.objective.name,
+        max_steps=config.train.max_steps,
+    )
+
+
+def _engine_conflicts(config: Config) -> Iterator[Conflict]:
+    engine = config.engine.name
+    if config.optim.kind == "adamw" and engine == "deepspeed":
+        yield Conflict(
+            ("optim.kind", "engine.name"),
+            "optim.kind=adamw is not wired for engine.name=deepspeed; use engine.name=fsdp or optim.kind=sgd",
+        )
+    if config.method == "finetune" and config.finetune.train == "lora":
+        if engine == "deepspeed":
+            yield Conflict(
+                ("finetune.train", "engine.name"),
+                "finetune.train=lora is not wired for engine.name=deepspeed; use engine.name=ddp or fsdp",
+            )
+        if config.finetune.freeze:
+            yield Conflict(
+                ("finetune.train", "finetune.freeze"),
+                "finetune.train=lora trains additions alone; choose them by finetune.lora_targets and leave "
+                "finetune.freeze empty",
+            )
 
 
 def _number_conflicts(config: Config) -> Iterator[Conflict]:

@@ -134,10 +134,13 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """The loss (method=mask and method=finetune)."""
 
-    name: Literal["supervised", "swav"] = science(
+    name: Literal["supervised", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = science(
         "supervised",
-        "supervised: cross-entropy against the labels. swav: crops predict each other's cluster, without "
-        "labels; see crops and swav.",
+        "supervised: cross-entropy against the labels. Without labels, on views that the crops section "
+        "describes, each with a section of its own: swav: crops predict each other's cluster. simclr: two "
+        "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
+        "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
+        "captions: clip: images and texts find each other. slip: that and simclr.",
     )
     head: Literal["linear", "masked", "clip_text"] = science(
         "linear",
@@ -172,53 +175,6 @@ class ObjectiveConfig(Section):
     )
     distill_temperature: float = science(
         2.0, "Both logits are divided by it: larger shows more of the teacher's doubts.", unit="logit", gt=0
-    )
-
-
-class OptimConfig(Section):
-    """SGD with momentum; a learning rate for each kind of parameter. Scores never have weight decay."""
-
-    score_lr: float = science(
-        50.0,
-        "Peak learning rate of the scores (method=mask): larger flips more weights per step. Paper: 50 for "
-        "ResNets, 10 for CLIP ViT-B/32.",
-        unit="score per unit of gradient",
-        gt=0,
-    )
-    weight_lr: float = science(
-        0.01,
-        "Peak learning rate of the backbone's weights (method=finetune, and families of masks that train "
-        "them).",
-        unit="weight per unit of gradient",
-        gt=0,
-    )
-    head_lr: float = science(
-        0.1, "Peak learning rate of a linear head.", unit="weight per unit of gradient", gt=0
-    )
-    momentum: float = science(
-        0.9, "Momentum of every group. Paper: 0.9.", unit="share kept from step to step", ge=0, lt=1
-    )
-    head_weight_decay: float = science(
-        0.0, "L2 penalty on a linear head.", unit="gradient per unit of weight", ge=0
-    )
-    weight_decay: float = science(
-        0.0,
-        "L2 penalty on the backbone's weights, where they are trained.",
-        unit="gradient per unit of weight",
-        ge=0,
-    )
-    schedule: Literal["cosine", "constant"] = science(
-        "cosine",
-        "Learning rates after warm-up. cosine: to zero at the end of train.epochs. constant: unchanged.",
-    )
-    warmup_epochs: float = science(
-        0.0, "Learning rates rise linearly from zero for so long. Paper: 40 for ResNets.", unit="epochs", ge=0
-    )
-    clip_norm: float | None = science(
-        None,
-        "The gradient of all trained parameters together is scaled down to this norm; null: never.",
-        unit="L2 norm of the gradient",
-        gt=0,
     )
 
 

@@ -10,16 +10,18 @@ Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 
 
 class CropsConfig(Section):
-    """The views of one image (objective.name=swav). Flips follow data.flip."""
+    """The views of one image, where there are no labels. Flips follow data.flip."""
 
     global_count: int = science(
-        2, "Large crops; the first two give the assignments. Paper: 2.", unit="crops", ge=2
+        2, "Large crops; the first two give SwAV's assignments. Paper: 2.", unit="crops", ge=2
     )
     global_size: int | None = science(
         None, "Their side; null: the backbone's image size. Paper: 224.", unit="pixels", ge=1
     )
     global_scale: Scale = science((0.14, 1.0), "Their area. Paper: 0.14 to 1.", unit="fraction of the image")
-    local_count: int = science(6, "Small crops. Paper: 6.", unit="crops", ge=0)
+    local_count: int = science(
+        6, "Small crops; 0 for simclr, moco_v2 and moco_v3. Paper: 6.", unit="crops", ge=0
+    )
     local_size: int = science(96, "Their side. Paper: 96.", unit="pixels", ge=1)
     local_scale: Scale = science(
         (0.05, 0.14), "Their area. Paper: 0.05 to 0.14.", unit="fraction of the image"

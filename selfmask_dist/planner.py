@@ -23,7 +23,16 @@ from selfmask_dist.config import Config
 from selfmask_dist.masking import select
 
 GIB = 2**30
-_CROPS = {"swav": 2 + 6 * (96 / 224) ** 2}  # images of full size that one sample costs; one elsewhere
+# images of full size that one sample costs; one elsewhere. A teacher's forward costs a third of a step's
+_SMALL = 6 * (96 / 224) ** 2
+_CROPS = {
+    "swav": 2 + _SMALL,
+    "simclr": 2,
+    "moco_v2": 1 + 1 / 3,
+    "moco_v3": 2 + 2 / 3,
+    "dino": 2 + _SMALL + 2 / 3,
+    "slip": 3,
+}
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,8 @@ def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
 
 
 def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]:
-    train, test = open_data(config)
     trains = config.method in ("mask", "finetune")
+    train, test = open_data(config, require_labels=not trains or _needs_labels(config))
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
     if not cuts_weights:  # that engine moves what it keeps
@@ -134,11 +134,18 @@ def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]
         result |= adapt(config, life, backbone, train, evaluation, found, measure_frozen)
     else:
         measure_frozen()
+        result["stored_bytes"] = 0  # beside the backbone; the probe is a head
     if life.world.is_main:
         write_json(life.directory / "result.json", result)
     life.world.barrier()  # nobody looks for a file that is not there yet
     writer.event("end", **result)
     return result
+
+
+def _needs_labels(config: Config) -> bool:
+    """Whether training or any measurement does; image-text data, for one, may have none."""
+    measures = config.eval.final or config.eval.frozen_baseline or config.eval.knn_every > 0
+    return measures or config.objective.name == "supervised"
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:

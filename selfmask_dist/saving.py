@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from selfmask_dist import objectives
 from selfmask_dist.api import Masks, save_masks
-from selfmask_dist.assembly import Trained
+from selfmask_dist.assembly import Trained, lora_options
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.config import Config
+from selfmask_dist.finetune import save_changed
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
 
 
 def save(
+    config: Config,
     trained: Trained,
     backbone: Backbone,
     objective: objectives.Objective,
@@ -48,15 +52,35 @@ def save(
             "weight_bytes": num_weights * 4,
         }
     else:
-        weights = engine.whole_weights()
-        if is_main:
-            save_file(_plain(weights), directory / "encoder.safetensors")
+        sizes["weights"] = _save_weights(config, trained, engine, directory)
+        sizes["stored_bytes"] = sizes["weights"]["bytes"]
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
-    head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
+    head = _plain(objective.kept_state())  # projectors are thrown away
     if head and is_main:
         save_file(head, directory / "head.safetensors")
     return sizes
+
+
+def _save_weights(config: Config, trained: Trained, engine: Engine, directory: Path) -> dict[str, Any]:
+    """Write the encoder, or what fine-tuning changed of it where that is less; returns sizes. Collective."""
+    section, buffers = config.finetune, dict(engine.encoder.named_buffers())
+    moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
+    is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
+    path = directory / ("finetuned.safetensors" if is_part else "encoder.safetensors")
+    weights = engine.whole_weights({*trained.weights, *moved} if is_part else None)
+    if engine.world.is_main and is_part:
+        save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
+    elif engine.world.is_main:
+        save_file(_plain(weights), path)
+    num_trained = sum(tensor.numel() for name, tensor in weights.items() if name in trained.weights)
+    if trained.masks is not None:
+        num_trained = sum(entry.theta.numel() for entry in trained.masks.entries)
+    return {
+        "trained": num_trained,
+        "file": path.name,
+        "bytes": path.stat().st_size if engine.world.is_main else 0,
+    }
 
 
 def _pruned(masks: Masks) -> list[float]:

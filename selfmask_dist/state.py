@@ -9,7 +9,7 @@ objective's buffers mean nor how masks are laid out: the engine gathers and load
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 from selfmask_dist.checkpoint import Checkpoint, Saver
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
-from selfmask_dist.parallel.engine import EngineState
+from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.preempt import Preempted, StopRequest
 
-_PARTS = ("parameters", "momentum", "statistics")
+_PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")  # tensors by name
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class RunState:
     def check(self, checkpoint: Checkpoint) -> None:
         """Raises ValueError where a checkpoint is another run's, naming what differs."""
         theirs = checkpoint.values["identity"]
-        for name, ours in self._identity.items():
-            if theirs.get(name) != ours:
+        for name in theirs | self._identity:
+            if theirs.get(name) != (ours := self._identity.get(name)):
                 raise ValueError(
                     f"the checkpoint is of another run: {name} was {theirs.get(name)!r} and is {ours!r} now; "
                     f"put it back, or start a new run with another run.name"

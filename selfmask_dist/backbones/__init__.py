@@ -5,8 +5,16 @@ fingerprints tensors, `structure` finds repeated blocks and sets modes. Knows no
 process groups; importing it imports neither timm nor open_clip.
 """
 
-from selfmask_dist.backbones.load import Backbone, BackboneSpec, load_backbone
+from selfmask_dist.backbones.load import Backbone, BackboneSpec, TextParts, load_backbone
 from selfmask_dist.backbones.structure import find_blocks, set_train_mode
 from selfmask_dist.backbones.weights import fingerprint
 
-__all__ = ["Backbone", "BackboneSpec", "find_blocks", "fingerprint", "load_backbone", "set_train_mode"]
+__all__ = [
+    "Backbone",
+    "BackboneSpec",
+    "TextParts",
+    "find_blocks",
+    "fingerprint",
+    "load_backbone",
+    "set_train_mode",
+]

@@ -21,7 +21,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import from_timm
-from selfmask_dist.backbones.load import Built
+from selfmask_dist.backbones.load import Built, TextParts
 from selfmask_dist.backbones.structure import remove_modules
 from selfmask_dist.backbones.weights import drop_modules, load_exactly, read_state_dict
 from selfmask_dist.preprocessing import Preprocessing
@@ -69,7 +69,8 @@ def build(
         return Built(encoder, preprocessing)
     del clip.visual  # what is left is the text side: a mask or a move of the encoder cannot reach it
     text = TextTower(clip, model_name, model_kwargs["text_cfg"].get("context_length"))
-    return Built(encoder, preprocessing, text, float(clip.logit_scale.detach().exp()))
+    parts = TextParts(TextEncoder(clip), text.tokenize)
+    return Built(encoder, preprocessing, text, float(clip.logit_scale.detach().exp()), parts)
 
 
 class TextTower:
@@ -79,21 +80,44 @@ class TextTower:
         self._clip = clip.float().eval().requires_grad_(False)
         self._model_name = model_name
         self._context_length = context_length
+        self._tokenizer: Any = None
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> Tensor:
         """Raises ValueError for no prompts, or for a tokenizer that a hub out of reach holds."""
         if not prompts:
             raise ValueError("text_embeddings needs one prompt or more")
-        try:
-            with _quiet_root_logger():
-                tokenizer = open_clip.get_tokenizer(self._model_name, context_length=self._context_length)
-        except Exception as error:
-            raise ValueError(
-                f"cannot load the tokenizer of open_clip's {self._model_name}: {error}"
-            ) from error
         parts = [prompts[i : i + _PROMPTS_AT_ONCE] for i in range(0, len(prompts), _PROMPTS_AT_ONCE)]
-        return torch.cat([self._clip.encode_text(tokenizer(part), normalize=True).float() for part in parts])
+        return torch.cat(
+            [self._clip.encode_text(self.tokenize(part), normalize=True).float() for part in parts]
+        )
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Tokens (n, context length), long texts cut. Raises ValueError for a tokenizer out of reach."""
+        if self._tokenizer is None:
+            try:
+                with _quiet_root_logger():
+                    self._tokenizer = open_clip.get_tokenizer(
+                        self._model_name, context_length=self._context_length
+                    )
+            except Exception as error:
+                raise ValueError(
+                    f"cannot load the tokenizer of open_clip's {self._model_name}: {error}"
+                ) from error
+        tokens: Tensor = self._tokenizer(texts)
+        return tokens
+
+
+class TextEncoder(nn.Module):
+    """The text side of an open_clip model as a module: tokens (n, length) -> embeddings (n, dim)."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embeddings: Tensor = self.clip.encode_text(tokens)
+        return embeddings
 
 
 class AnySizeVisionTransformer(VisionTransformer):

@@ -42,6 +42,14 @@ class BackboneSpec:
     num_parameters: int
 
 
+@dataclass(frozen=True)
+class TextParts:
+    """module: tokens (n, length) -> embeddings (n, dim), not normalised. tokenize: texts -> tokens."""
+
+    module: nn.Module
+    tokenize: Callable[[list[str]], Tensor]
+
+
 @dataclass
 class Backbone:
     """A frozen encoder in eval mode, its spec and, for open_clip, its text side.
@@ -49,12 +57,14 @@ class Backbone:
     text_embeddings: prompts -> (len(prompts), dim), float32, L2-normalised, on the CPU; None where there is
         no text tower with weights of its own (timm, or a weights file of the visual tower alone).
     logit_scale: CLIP's factor on cosine similarities (already exponentiated), or None.
+    text: the same text tower in parts, for whoever trains with it.
     """
 
     encoder: nn.Module
     spec: BackboneSpec
     text_embeddings: Callable[[list[str]], Tensor] | None = None
     logit_scale: float | None = None
+    text: TextParts | None = None
 
 
 @dataclass
@@ -65,6 +75,7 @@ class Built:
     preprocessing: Preprocessing
     text_embeddings: Callable[[list[str]], Tensor] | None = None
     logit_scale: float | None = None
+    text: TextParts | None = None
 
 
 def load_backbone(
@@ -135,7 +146,7 @@ def load_backbone(
         fingerprint=fingerprint(encoder.state_dict().items()),
         num_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
     )
-    return Backbone(encoder, spec, built.text_embeddings, built.logit_scale)
+    return Backbone(encoder, spec, built.text_embeddings, built.logit_scale, built.text)
 
 
 def _build(

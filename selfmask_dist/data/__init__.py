@@ -14,6 +14,7 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.decode import decode
+from selfmask_dist.data.joined import Joined
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.multicrop import Crops, Distortion, multicrop_transform
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
@@ -28,6 +29,7 @@ __all__ = [
     "Crops",
     "Distortion",
     "Failure",
+    "Joined",
     "Quarantine",
     "QuarantineError",
     "Sample",

@@ -28,6 +28,7 @@ class Batch:
         part of the loss is 0, and each other sample weighs what it always does. Not counting it would need a
         sum over ranks at each step, and would make a gradient depend on a reading error elsewhere.
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
+    captions: one text per row where they were asked for, else none; that of a row of weight 0 means nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it.
     """
 
@@ -38,6 +39,7 @@ class Batch:
     global_count: int
     failures: tuple[Failure, ...] = ()
     finish: Finish | None = None
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`, its views finished there; `non_blocking` overlaps the copy where the

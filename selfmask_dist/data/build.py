@@ -139,6 +139,8 @@ def describe(path: str | Path) -> str:
         f"checksums   {'yes' if index.has_crc32 else 'no (no saved index)'}",
         f"left out    {index.num_rejected}",
     ]
+    if index.caption_length is not None:
+        lines.insert(3, f"captions    {int((index.caption_length > 0).sum()):,} of {len(index):,}")
     if len(counts):
         rare, common = int(counts.argmin()), int(counts.argmax())
         lines.insert(

@@ -35,6 +35,7 @@ _COLUMNS: dict[str, str] = {
     "crc32": "<u4",
     "key_end": "<u4",
 }
+_CAPTIONS: dict[str, str] = {"caption_offset": "<i8", "caption_length": "<u4"}  # where any sample has one
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Index:
     label: a class number, or the place in `folders` where these are given; -1 = none.
     crc32: of the pictures, zeros where `has_crc32` is False (headers alone were read).
     classes: names in the order of their numbers, None where no description lists them.
+    caption_offset, caption_length: of the sample's `.txt` in its shard, 0 and 0 where it has none; None where
+    no
+        sample has one.
     """
 
     shards: tuple[Shard, ...]
@@ -68,6 +72,8 @@ class Index:
     num_rejected: int = 0
 
     path: Path | None = None  # the file that this one is mapped from
+    caption_offset: npt.NDArray[np.int64] | None = None
+    caption_length: npt.NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -82,6 +88,14 @@ class Index:
         start = int(self.key_end[row - 1]) if row > 0 else 0
         return self.keys[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
 
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_length is not None
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        return _COLUMNS | (_CAPTIONS if self.has_captions else {})
+
     def where(self, row: int) -> str:
         """Shard and key, for messages."""
         return f"{self.shards[self.shard[row]].name}: sample {self.key(row)!r}"
@@ -90,7 +104,7 @@ class Index:
         """The index of the rows where `rows`, shape (len,), is true."""
         ends = self.key_end.astype(np.int64)
         lengths = ends - np.append(0, ends)[:-1]
-        columns = {name: getattr(self, name)[rows] for name in _COLUMNS if name != "key_end"}
+        columns = {name: getattr(self, name)[rows] for name in self._columns if name != "key_end"}
         return replace(
             self,
             **columns,
@@ -105,9 +119,10 @@ class Index:
         """What a resume must find unchanged: counts, and digests of names, places, labels and contents."""
         names = json.dumps([asdict(shard) for shard in self.shards]).encode()
         # of the same number types, whether these were walked or mapped
-        columns = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        columns = self._as_stored()
         places = [columns[name] for name in ("shard", "offset", "length", "key_end")]
-        return {
+        captions = {"captions": _digest(*(columns[name] for name in _CAPTIONS))} if self.has_captions else {}
+        return captions | {
             "samples": len(self),
             "shards": _digest(names),
             "places": _digest(*places, self.keys),
@@ -115,9 +130,12 @@ class Index:
             "contents": _digest(columns["crc32"]) if self.has_crc32 else None,
         }
 
+    def _as_stored(self) -> dict[str, npt.NDArray[Any]]:
+        return {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in self._columns.items()}
+
     def save(self, path: Path) -> None:
         """Write the index: a temporary name first, then renamed."""
-        columns = {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in _COLUMNS.items()}
+        columns = self._as_stored()
         columns["keys"] = np.ascontiguousarray(self.keys)
         header = json.dumps(
             {
@@ -127,6 +145,7 @@ class Index:
                 "folders": self.folders,
                 "classes": self.classes,
                 "has_crc32": self.has_crc32,
+                "has_captions": self.has_captions,
                 "num_rejected": self.num_rejected,
                 "identity": self.identity,
             }
@@ -175,7 +194,17 @@ def index_of_table(
         folders=folders,
         classes=classes,
         has_crc32=has_crc32,
+        **_captions_of(table),
     )
+
+
+def _captions_of(table: SampleTable) -> dict[str, Any]:
+    if not any(table.caption_length):
+        return {}
+    return {
+        "caption_offset": np.array(table.caption_offset, dtype=np.int64),
+        "caption_length": np.array(table.caption_length, dtype=np.uint32),
+    }
 
 
 def load_index(path: Path) -> Index:
@@ -189,7 +218,8 @@ def load_index(path: Path) -> Index:
         length = int.from_bytes(bytes(data[len(_MAGIC) : start]), "little")
         header = json.loads(bytes(data[start : start + length]))
         at, columns = start + length, {}
-        for name, kind in _COLUMNS.items():
+        kinds = _COLUMNS | (_CAPTIONS if header.get("has_captions") else {})  # older indices do not say it
+        for name, kind in kinds.items():
             columns[name], at = _map(data, at, np.dtype(kind), header["samples"])
         keys, at = _map(data, at, np.dtype(np.uint8), header["key_bytes"])
         if at != len(data):
@@ -224,6 +254,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         "places": "its samples have other keys or places",
         "labels": "its labels changed",
         "contents": "the bytes of its pictures changed (their checksums differ)",
+        "captions": "its captions have other places or lengths",
     }
     changed = [
         text

@@ -50,6 +50,7 @@ def train_loader(
     worker_kind: WorkerKind = "process",
     pin_memory: bool = False,
     quarantine: Quarantine | None = None,
+    captions: bool = False,
 ) -> BatchLoader:
     """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
 
@@ -58,7 +59,9 @@ def train_loader(
         pixel. At most two batches each wait to be taken. Processes import the main script again, which so
         needs its `if __name__ == "__main__":`.
     quarantine: takes samples that cannot be read, whose rows get weight 0; without it they raise.
-    Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
+    captions: read each sample's caption as well; one without counts as a sample that cannot be read.
+    Raises ValueError for a batch size that the ranks cannot share equally, a negative seed, or captions that
+    no sample has.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
         near = max(1, round(global_batch_size / world_size)) * world_size
@@ -68,6 +71,11 @@ def train_loader(
         )
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or above")
+    if captions and not source.has_captions:
+        raise ValueError(
+            "no training image has a caption; image-text shards hold a .txt beside each picture. Where they "
+            "do, make their index again: selfmask data index"
+        )
     plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
     loader = BatchLoader(
         source,
@@ -77,6 +85,7 @@ def train_loader(
         worker_kind=worker_kind,
         pin_memory=pin_memory,
         quarantine=quarantine,
+        captions=captions,
     )
     loader.set_epoch(epoch)
     return loader
@@ -123,10 +132,13 @@ class BatchLoader:
         worker_kind: WorkerKind = "process",
         pin_memory: bool,
         quarantine: Quarantine | None = None,
+        captions: bool = False,
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers is {num_workers}; it must be 0 or above")
-        self._dataset = _PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
+        self._dataset = _PlannedBatches(
+            source, transform, plans.seed, is_tolerant=quarantine is not None, captions=captions
+        )
         self._identity = source.identity
         self._quarantine = quarantine
         self._plans = plans
@@ -291,16 +303,23 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
     is_tolerant: broken samples become rows of weight 0 instead.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
+    def __init__(
+        self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool, captions: bool = False
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.is_tolerant = is_tolerant
+        self.captions = captions
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []
         failures: dict[int, Failure] = {}
-        for sample, data in self._read(plan.ids):
+        captions = self.source.read_captions(plan.ids) if self.captions else []
+        texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
+        for row, (sample, data) in enumerate(self._read(plan.ids)):
+            caption = captions[row] if captions else ""
             try:
-                rows.append(self._load(sample, data, plan.epoch))
+                usable = caption if isinstance(caption, SampleError) else data
+                rows.append(self._load(sample, usable, plan.epoch))
             except SampleError as error:
                 if not self.is_tolerant:
                     return error
@@ -319,6 +338,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             global_count=plan.global_count,
             failures=tuple(failure for i, failure in failures.items() if i in reported),
             finish=getattr(self.transform, "finish", None),
+            captions=texts,
         )
 
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:

@@ -75,6 +75,15 @@ class Source(Protocol):
         """Raises SampleError where the bytes cannot be had."""
         ...
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether any sample has a caption, the text of its `.txt` member."""
+        ...
+
+    def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
+        """The captions of the samples `indices`, or why they cannot be had; where `has_captions`."""
+        ...
+
 
 def open_source(
     path: str | Path,
@@ -251,6 +260,27 @@ class TarSource:
         if isinstance(data, SampleError):
             raise data
         return Sample(data, int(self.labels[index]), self.key(index))
+
+    @property
+    def has_captions(self) -> bool:
+        return self.index.has_captions
+
+    def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
+        rows = self.index
+        assert rows.caption_offset is not None
+        assert rows.caption_length is not None
+        lengths = rows.caption_length[indices].tolist()
+        offsets = rows.caption_offset[indices].tolist()
+        read = self._storage.read_many(rows.shard[indices].tolist(), offsets, lengths)
+        found: list[str | SampleError] = []
+        for index, data, length in zip(indices.tolist(), read, lengths, strict=True):
+            text = "" if isinstance(data, OSError) else data.decode(errors="replace").strip()
+            if isinstance(data, OSError) or len(data) != length or not text:
+                why = "its caption cannot be read" if length else "it has no caption (.txt)"
+                found.append(SampleError(f"{self.where(index)}: {why}; mend it or leave it out"))
+            else:
+                found.append(text)
+        return found
 
     def _problem(self, index: int, data: bytes | OSError) -> SampleError:
         if isinstance(data, OSError):

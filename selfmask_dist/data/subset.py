@@ -38,6 +38,13 @@ class Subset:
     def read(self, index: int) -> Sample:
         return self._source.read(int(self._indices[index]))
 
+    @property
+    def has_captions(self) -> bool:
+        return self._source.has_captions
+
+    def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
+        return self._source.read_captions(self._indices[indices])
+
 
 def evenly_spaced(source: Source, limit: int) -> Source:
     """At most `limit` samples at equal distances through the source, the same ones every time."""

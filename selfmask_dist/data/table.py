@@ -46,6 +46,7 @@ class SampleTable:
         self.number = array("q")  # the label as an integer, -1 = none given
         self.folder = array("i")  # index into `folders`, -1 = sample at the top of its tar
         self.crc32 = array("I")  # of the picture, 0 where `check` was not asked for
+        self.caption_offset, self.caption_length = array("q"), array("q")  # of `.txt`, 0 and 0 = none
         self.folders: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -120,12 +121,18 @@ class SampleTable:
         self.key_end.append(len(self.keys))
         self.number.append(label)
         self.crc32.append(crc32)
+        caption_offset, caption_length = sample.members.get("txt", (0, 0))
+        self.caption_offset.append(caption_offset)
+        self.caption_length.append(caption_length)
         folder = sample.key.rpartition("/")[0]
         self.folder.append(self.folders.setdefault(folder, len(self.folders)) if folder else -1)
 
     def extend(self, other: SampleTable) -> None:
         """Append another walk's samples."""
-        for name in ("shard", "offset", "length", "number", "crc32"):
+        for name in (
+            *("shard", "offset", "length", "number", "crc32"),
+            *("caption_offset", "caption_length"),
+        ):
             getattr(self, name).extend(getattr(other, name))
         self.key_end.extend(end + len(self.keys) for end in other.key_end)
         self.keys += other.keys

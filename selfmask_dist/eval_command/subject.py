@@ -366,7 +366,7 @@ def _mask_views(files: dict[str, artifact.MaskFile], config: Config, *, is_alone
     for path, file in files.items():
         for name, mask in file.masks.items():
             is_only = is_alone and len(file.masks) == 1
-            kind = "self-masked" if config.objective.name == "swav" else "masked"
+            kind = "masked" if config.objective.name == "supervised" else "self-masked"
             place = Path(path)
             title = place.parent.name if place.name == "final.mask" else place.stem
             if len(file.masks) > 1:

@@ -6,20 +6,38 @@ from collections.abc import Callable
 from typing import Any
 
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.objectives import supervised, swav
-from selfmask_dist.objectives.base import Context, Objective
+from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
+from selfmask_dist.objectives.base import Context, Objective, Teacher
+from selfmask_dist.objectives.clip import Clip
+from selfmask_dist.objectives.dino import Dino, DinoOptions
+from selfmask_dist.objectives.moco_v2 import MocoV2, MocoV2Options
+from selfmask_dist.objectives.moco_v3 import MocoV3, MocoV3Options
+from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
+from selfmask_dist.objectives.slip import Slip, SlipOptions
 from selfmask_dist.objectives.supervised import Distillation, Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
 from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",
+    "Clip",
     "Context",
+    "Dino",
+    "DinoOptions",
     "Distillation",
+    "MocoV2",
+    "MocoV2Options",
+    "MocoV3",
+    "MocoV3Options",
     "Objective",
+    "Simclr",
+    "SimclrOptions",
+    "Slip",
+    "SlipOptions",
     "Supervised",
     "Swav",
     "SwavOptions",
+    "Teacher",
     "build_objective",
     "named_generator",
 ]
@@ -27,6 +45,12 @@ __all__ = [
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "supervised": supervised.build,
     "swav": swav.build,
+    "simclr": simclr.build,
+    "moco_v2": moco_v2.build,
+    "moco_v3": moco_v3.build,
+    "dino": dino.build,
+    "clip": clip.build,
+    "slip": slip.build,
 }
 
 

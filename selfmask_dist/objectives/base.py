@@ -7,8 +7,11 @@ process groups.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from selfmask_dist.data import Batch
@@ -19,16 +22,55 @@ class Context:
     """What an objective may know of its run: this rank's place among the ranks that share a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
+    all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
     """
 
     rank: int = 0
     world_size: int = 1
     global_batch_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(rows, ...) of each rank -> (rows * ranks, ...), in the order of the global batch, of which ranks
+        take rows in turn. Each rank's gradient of the whole reaches the rank that a row is from. Collective.
+        """
+        if self.world_size == 1:
+            return rows
+        whole = rows.new_zeros(len(rows) * self.world_size, *rows.shape[1:])
+        whole[self.rank :: self.world_size] = rows
+        return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
+
+    def places(self, num_rows: int, device: torch.device) -> Tensor:
+        """Where this rank's rows lie in what `gather` returns: (num_rows,)."""
+        return torch.arange(num_rows, device=device) * self.world_size + self.rank
+
+
+class Teacher(Protocol):
+    """A slow copy of encoder and heads: t <- m t + (1 - m) s after each step, with m = `momentum`."""
+
+    momentum: float
+
+    def __call__(self) -> AbstractContextManager[None]:
+        """Within it, encoder and heads compute as the teacher's. Collective: every rank must enter."""
+
+
+class NoTeacher:
+    """Stands for a teacher that is as its student: m = 0."""
+
+    momentum = 0.0
+
+    def __call__(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class Objective(nn.Module):
-    """A loss with the heads it trains. It neither holds the encoder nor says what of it is trained."""
+    """A loss with the heads it trains. It neither holds the encoder nor says what of it is trained.
+
+    teacher: given by whoever trains, before the first step, where `teacher_parameters` asks for one.
+    """
+
+    teacher: Teacher = NoTeacher()
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, and of each metric.
@@ -53,6 +95,10 @@ class Objective(nn.Module):
         """Head parameters whose rows are put back to unit length after each step; none by default."""
         return []
 
+    def teacher_parameters(self) -> list[nn.Parameter] | None:
+        """The head parameters that a teacher averages along with the encoder's; None: there is no teacher."""
+        return None
+
     def whole_buffers(self) -> dict[str, Tensor]:
         """The buffers that are part of a run's state, the same on every rank.
 
@@ -68,6 +114,10 @@ class Objective(nn.Module):
     def remarks(self, values: Mapping[str, float]) -> list[str]:
         """What the user should know about a logged step's metrics; usually nothing."""
         return []
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What of the head is of use after training, by name; all of it where it classifies."""
+        return self.state_dict() if self.classifies else {}
 
     @property
     def classifies(self) -> bool:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
+from selfmask_dist.objectives.parts import at_least_float32, encode_views, linear
 from selfmask_dist.seeding import named_generator
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -83,7 +84,7 @@ class Swav(Objective):
         self.options = options
         self.context = context
         generator = named_generator(seed, "swav projector and prototypes")
-        self.projector = _linear(in_dim, options.dim, generator, bias=True)
+        self.projector = linear(in_dim, options.dim, generator)
         self.prototypes = Prototypes(options.dim, options.num_prototypes, generator)
         # not in the module's state dict: each rank holds its own rows, see `whole_buffers`
         shape = (2, options.queue_length // context.world_size, options.dim)
@@ -111,7 +112,7 @@ class Swav(Objective):
         features = encode_views(encoder, batch.views)
         # float32 under autocast too: bf16 keeps 8 bits of a similarity that is then divided by 0.05
         with torch.autocast(features.device.type, enabled=False):
-            features = features if features.dtype == torch.float64 else features.float()
+            features = at_least_float32(features)
             embeddings = F.normalize(self.projector(features), dim=1).view(num_views, rows, -1)
             scores = self.prototypes(embeddings)
             with torch.no_grad():
@@ -251,16 +252,6 @@ class Prototypes(nn.Module):
         return embeddings @ weight.T
 
 
-def encode_views(encoder: nn.Module, views: tuple[Tensor, ...]) -> Tensor:
-    """Features (views * rows, dim), view after view, with one forward for each resolution."""
-    features, start = [], 0
-    for end in range(1, len(views) + 1):
-        if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
-            features.append(encoder(torch.cat(views[start:end])))
-            start = end
-    return torch.cat(features)
-
-
 class Passenger:
     """An `all_reduce` whose first call sums a small tensor along with its own."""
 
@@ -307,16 +298,6 @@ def sinkhorn(
         mass = mass / totals
         mass = mass / mass.sum(dim=-1, keepdim=True)
     return mass.to(scores.dtype)
-
-
-def _linear(in_dim: int, out_dim: int, generator: torch.Generator, *, bias: bool) -> nn.Linear:
-    """torch's own first weights for a linear layer, from a generator of its own."""
-    layer = nn.Linear(in_dim, out_dim, bias=bias, device="meta").to_empty(device="cpu")
-    bound = 1 / math.sqrt(in_dim)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-bound, bound, generator=generator)
-    return layer
 
 
 def _check(options: SwavOptions, context: Context) -> None:

@@ -9,7 +9,6 @@ with two all-reduces a layer and step. Knows nothing of masks or engines.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfmask_dist.masking.selection import is_norm
-from selfmask_dist.parallel.world import World
+from selfmask_dist.parallel.world import SumOverRanks, World
 
 
 class NormStatistics:
@@ -75,7 +74,7 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         values = input if input.dtype == torch.float64 else input.float()
         count = torch.tensor([float(values.numel() // values.shape[1])], device=input.device)
         sums = torch.cat([values.sum(axes), values.square().sum(axes), count.to(values.dtype)])
-        total, total_square, rows = _SumOverRanks.apply(sums).split([self.num_features] * 2 + [1])
+        total, total_square, rows = SumOverRanks.apply(sums).split([self.num_features] * 2 + [1])
         mean = total / rows
         var = (total_square / rows - mean.square()).clamp(min=0)
         self._move(mean.detach(), var.detach(), rows.detach())
@@ -95,22 +94,6 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_((var * rows / (rows - 1).clamp(min=1)).to(self.running_var.dtype), step)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose gradient is summed over ranks too: each rank's loss is a share of the global one."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
 
 
 def world_size() -> int:

@@ -9,7 +9,7 @@ in bf16. Memory per weight: theta and W everywhere; gradients, scores and moment
 buckets. Knows nothing of objectives or architectures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class BitsEngine(Engine):
     _flat: "FlatShards | None" = None
     _reducer: "BucketReducer | None" = None
 
-    def free(self, model: nn.Module) -> list[nn.Parameter]:
+    def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
         raise ValueError(
             "engine.name=bits sends mask bits instead of weights, so it trains masks only; use ddp, fsdp or "
             "deepspeed for method=finetune"

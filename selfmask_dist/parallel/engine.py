@@ -13,7 +13,7 @@ An engine knows neither objectives nor architectures. What is trained is gathere
 any engine at any world size can load.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,17 @@ from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
+from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
+from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.trained import (
+    ADAMW_SLOTS,
+    MOMENTS,
+    SGD_SLOTS,
+    EngineState,
+    TrainedParameter,
+    check_fits,
+)
 from selfmask_dist.parallel.world import World
 
 
@@ -48,41 +58,6 @@ class EngineOptions:
     def reduce_type(self) -> torch.dtype | None:
         """The dtype that gradients are reduced in; None for their own."""
         return torch.bfloat16 if self.reduce_dtype == "bf16" else None
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """All that is trained, whole and on the CPU, by parameter name; nothing frozen is in it."""
-
-    parameters: dict[str, Tensor]  # scores of masked parameters, heads (or weights) as they are
-    momentum: dict[str, Tensor]
-    statistics: dict[str, Tensor] = field(default_factory=dict)  # running ones of normalisation layers
-    step: int = 0  # steps that masks have made, for schedules
-
-
-@dataclass(frozen=True)
-class TrainedParameter:
-    """One tensor that the optimizer holds, and how it relates to the whole one."""
-
-    tensor: nn.Parameter
-    name: str  # within the model that `shards` was made for
-    shape: torch.Size  # of the whole tensor
-    shards: Shards
-    first_row: int = 0
-
-    @torch.no_grad()
-    def whole(self, tensor: Tensor) -> Tensor:
-        """The whole of this parameter, or of something shaped like it, on the CPU. Collective."""
-        return self.shards.whole(self.name, tensor.detach()).cpu().clone()
-
-    @torch.no_grad()
-    def fill(self, tensor: Tensor, whole: Tensor) -> None:
-        """Copy this process's part of a whole tensor into `tensor`."""
-        piece = self.shards.piece(self.name, tensor.detach())
-        if piece.shape != whole.shape:
-            rows = whole.reshape(-1, *piece.shape[1:])
-            whole = rows[self.first_row : self.first_row + len(piece)]
-        piece.copy_(whole)
 
 
 class Engine:
@@ -111,6 +86,7 @@ class Engine:
         self.masks: dict[str, Any] = {}  # by the name of the model they are on
         self.trained: dict[str, TrainedParameter] = {}
         self.optimizer: Optimizer
+        self.teacher: Teacher | None = None
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
@@ -129,10 +105,13 @@ class Engine:
         self.masks[self._name_of(model)] = masks
         return masks
 
-    def free(self, model: nn.Module) -> list[nn.Parameter]:
-        """Make every weight of `model` trainable (full fine-tuning); returns them."""
-        model.requires_grad_(True)
-        return list(model.parameters())
+    def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
+        """Make weights of `model` trainable, all of them or those of these names; returns them."""
+        found = []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(names is None or name in names)
+            found += [parameter] if parameter.requires_grad else []
+        return found
 
     def keep_unit_rows(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replicated parameters whose rows are put back to unit length after each step (prototypes)."""
@@ -146,6 +125,20 @@ class Engine:
             masks.bind(optimizer)
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
+
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+        """Keep a moving average of what is trained of the encoder, and of these parameters. After `start`."""
+        inside = f"{self._name_of(self.encoder)}."
+        chosen = {id(parameter) for parameter in heads}
+        kept = {
+            name: trained
+            for name, trained in self.trained.items()
+            if name.startswith(inside) or id(trained.tensor) in chosen
+        }
+        statistics = {f"{inside}{name}": buffer for name, buffer in norm_statistics(self.encoder)}
+        teacher = self.teacher = Teacher(kept, statistics, self.refresh)
+        self.optimizer.register_step_post_hook(lambda *_: teacher.update())
+        return teacher
 
     # ---- a step
 
@@ -185,7 +178,7 @@ class Engine:
         for trained in self.trained.values():
             if trained.tensor.grad is None:
                 continue
-            piece = trained.shards.piece(trained.name, trained.tensor.grad)
+            piece = trained.piece(trained.tensor.grad)
             grads.append(piece)
             squares[trained.shards.is_whole].append(piece.double().square().sum())
             shards = shards if trained.shards.is_whole else trained.shards
@@ -202,14 +195,17 @@ class Engine:
 
     def state(self) -> EngineState:
         """What is trained, whole, by parameter name. Collective: every rank must call."""
-        parameters, momentum = {}, {}
+        parameters: dict[str, Tensor] = {}
+        moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
         for name, trained in self.trained.items():
-            value, buffer = self._read(trained)
-            parameters[name] = value
-            if buffer is not None:
-                momentum[name] = buffer
+            parameters[name], found = self._read(trained)
+            for part, tensor in found.items():
+                moments[part][name] = tensor
         step = max((masks.step for masks in self.masks.values()), default=0)
-        return EngineState(parameters, momentum, self._statistics.state(), step)
+        teacher = self.teacher.state() if self.teacher is not None else {}
+        return EngineState(
+            parameters, statistics=self._statistics.state(), step=step, teacher=teacher, **moments
+        )
 
     def load_state(self, state: EngineState) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
@@ -219,17 +215,30 @@ class Engine:
         """
         check_fits(state, {name: trained.shape for name, trained in self.trained.items()})
         for name, trained in self.trained.items():
-            self._write(trained, state.parameters[name], state.momentum.get(name))
+            found = {part: getattr(state, part).get(name) for part in MOMENTS}
+            moments = {part: tensor for part, tensor in found.items() if tensor is not None}
+            self._write(trained, state.parameters[name], moments)
         self._statistics.load(state.statistics)
+        if self.teacher is not None:
+            self.teacher.load(state.teacher)
         for masks in self.masks.values():
             masks.step = state.step
-        self._after_load()
+        self.refresh()
 
     @torch.no_grad()
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The encoder's tensors as they stand, whole, by name. Collective: every rank must call."""
+    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The encoder's tensors as they stand, whole, by name: all, or those of these names.
+
+        Collective: every rank must call.
+        """
         shards = self._shards_of(self.encoder, {})
-        return {name: shards.whole_weight(name, tensor) for name, tensor in self.encoder.state_dict().items()}
+        state = self.encoder.state_dict()
+        return {n: shards.whole_weight(n, state[n]) for n in state if names is None or n in names}
+
+    def refresh(self) -> None:
+        """Make theta follow what was written into the trained tensors. Collective: every rank must call."""
+        for masks in self.masks.values():
+            masks.rewrite()
 
     # ---- what engines override
 
@@ -263,21 +272,30 @@ class Engine:
         for masks in self.masks.values():
             masks.pull_back(sums.pop(0) if _sums_over_ranks(masks) else None)
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
-        buffer = self.optimizer.state.get(trained.tensor, {}).get("momentum_buffer")
-        return trained.whole(trained.tensor), None if buffer is None else trained.whole(buffer)
+    def _slots(self) -> dict[str, str]:
+        return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
 
-    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
+        """A trained tensor and what the optimizer keeps of it, whole, by the names of `EngineState`."""
+        own = self.optimizer.state.get(trained.tensor, {})
+        moments = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
+        return trained.whole(trained.tensor), {
+            # a count is a number for the whole tensor
+            part: trained.whole(tensor) if tensor.ndim else tensor.detach().cpu().clone()
+            for part, tensor in moments.items()
+        }
+
+    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
         trained.fill(trained.tensor, value)
         self.optimizer.state.pop(trained.tensor, None)
-        if momentum is not None:
-            buffer = torch.empty_like(trained.tensor, requires_grad=False)
-            trained.fill(buffer, momentum)
-            self.optimizer.state[trained.tensor]["momentum_buffer"] = buffer
-
-    def _after_load(self) -> None:
-        for masks in self.masks.values():
-            masks.rewrite()
+        for part, slot in self._slots().items():
+            if part not in moments:
+                continue
+            buffer = moments[part].clone()
+            if part != "num_updates":
+                buffer = torch.empty_like(trained.tensor, requires_grad=False)
+                trained.fill(buffer, moments[part])
+            self.optimizer.state[trained.tensor][slot] = buffer
 
     # ---- shared parts
 
@@ -328,23 +346,6 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
         replace(batch, views=views, labels=labels, weights=weights, ids=ids)
         for views, labels, weights, ids in rows
     ]
-
-
-def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError where a state is not one of these parameters."""
-    missing, unknown = (
-        sorted(set(shapes) - set(state.parameters)),
-        sorted(set(state.parameters) - set(shapes)),
-    )
-    if missing or unknown:
-        raise ValueError(
-            f"the state does not fit what is trained: missing {missing[:5]}, unknown {unknown[:5]}"
-        )
-    for name, shape in shapes.items():
-        if state.parameters[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
-            )
 
 
 def _sums_over_ranks(masks: Any) -> bool:

@@ -83,11 +83,11 @@ class FSDPEngine(Engine):
                 parameter.grad.div_(self.world.size)
         super()._finish_backward()
 
-    def _after_load(self) -> None:
+    def refresh(self) -> None:
         for module in self.encoder.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # or a block that stays gathered would keep its old theta
-        super()._after_load()
+        super().refresh()
 
 
 def _widen(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,22 @@ from torch import Tensor
 
 _CPU = torch.device("cpu")
 START_TIMEOUT = timedelta(minutes=30)  # building, compiling and meeting take their time
+
+
+class SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is summed over ranks too: each rank's loss is a share of the global one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,15 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_with_gradient(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, which gradients pass: theirs is summed over ranks as well. Collective, in
+        forward and in backward.
+        """
+        if self.size == 1:
+            return tensor
+        summed: Tensor = SumOverRanks.apply(tensor)
+        return summed
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r.

@@ -10,7 +10,7 @@ Knows nothing of objectives or architectures.
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.parallel.engine import Engine, TrainedParameter
+from selfmask_dist.parallel.engine import Engine
+from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -40,6 +42,10 @@ class DeepSpeedEngine(Engine):
         return masks
 
     def start(self, optimizer: Optimizer) -> None:
+        if "betas" in optimizer.defaults:
+            raise ValueError(
+                "engine.name=deepspeed is wired for SGD alone; set optim.kind=sgd, or use engine.name=fsdp"
+            )
         self.trained = self._find_trained(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -55,6 +61,12 @@ class DeepSpeedEngine(Engine):
             group["lr"], group["weight_decay"] = rate, decay
         self.optimizer = self._runner.optimizer
         self._make_momentum()
+
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+        raise ValueError(
+            "engine.name=deepspeed lays parameters out in partitions of its own, and keeps no moving average "
+            "of them (objective.name=moco_v2, moco_v3, dino); use engine.name=fsdp"
+        )
 
     def step(self) -> None:
         """Step and clear gradients; DeepSpeed clips by its own configuration. Collective."""
@@ -83,22 +95,20 @@ class DeepSpeedEngine(Engine):
     def _finish_backward(self) -> None:
         """DeepSpeed has reduced everything."""
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, Tensor | None]:
+    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
         value = self._utils.safe_get_full_fp32_param(trained.tensor)
         momentum = self._utils.safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
         assert value is not None, trained.name
         shape = trained.shape
-        return (
-            value.detach().cpu().clone().view(shape),
-            None if momentum is None else momentum.detach().cpu().clone().view(shape),
-        )
+        moments = {} if momentum is None else {"momentum": momentum.detach().cpu().clone().view(shape)}
+        return value.detach().cpu().clone().view(shape), moments
 
     @torch.no_grad()
-    def _write(self, trained: TrainedParameter, value: Tensor, momentum: Tensor | None) -> None:
+    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
         parameter: Any = trained.tensor
         device = self.world.device
         value = value.to(device)
-        buffer = torch.zeros_like(value) if momentum is None else momentum.to(device)
+        buffer = moments["momentum"].to(device) if "momentum" in moments else torch.zeros_like(value)
         self._set(parameter, value)
         if self.options.zero_stage < 3:
             self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
@@ -122,11 +132,11 @@ class DeepSpeedEngine(Engine):
         padding = length * self.world.size - whole.numel()
         return nn.functional.pad(whole.flatten(), (0, padding)).split(length)[self.world.rank]
 
-    def _after_load(self) -> None:
-        """Theta follows from the scores."""
+    def refresh(self) -> None:
+        """Theta follows from the scores in every forward."""
 
     @torch.no_grad()
-    def whole_weights(self) -> dict[str, Tensor]:
+    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """See `Engine`; parametrised ones appear as their parts."""
         named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(
             self.encoder.named_buffers()
@@ -134,6 +144,7 @@ class DeepSpeedEngine(Engine):
         return {
             name: self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
             for name, tensor in named.items()
+            if names is None or name in names
         }
 
     @torch.no_grad()

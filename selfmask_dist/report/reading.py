@@ -82,7 +82,7 @@ class Run:
         """What this run's own embeddings are called."""
         if self.method == "finetune":
             return "fine-tuned"
-        return "self-masked" if self.setting("objective", "name") == "swav" else "masked"
+        return "masked" if self.setting("objective", "name") == "supervised" else "self-masked"
 
     @property
     def error(self) -> str | None:

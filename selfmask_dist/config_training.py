@@ -1,0 +1,92 @@
+"""The keys of what is trained besides masks, and by which optimizer. `config_sections` has the rules."""
+
+from typing import Literal
+
+from selfmask_dist.config_sections import Section, SomeStrings, Strings, science
+
+
+class FinetuneConfig(Section):
+    """Which weights of the backbone are trained (method=finetune): baselines to compare masks with."""
+
+    train: Literal["all", "bias", "norm", "lora"] = science(
+        "all",
+        "all: every weight. bias: bias terms alone (BitFit). norm: gain and bias of normalisation layers. "
+        "lora: low-rank additions to frozen matrices, through peft (pip install 'selfmask_dist[lora]').",
+    )
+    freeze: Strings = science(
+        (),
+        "Glob patterns over parameter names that stay frozen; `embedding` is the patch embedding or the stem "
+        "(Kumar et al. 2022).",
+    )
+    lora_rank: int = science(8, "lora: rank of each addition.", unit="dimensions", ge=1)
+    lora_alpha: float = science(
+        16.0, "lora: an addition is scaled by alpha / rank.", unit="times the rank", gt=0
+    )
+    lora_targets: SomeStrings = science(
+        ("auto",),
+        "lora: glob patterns over names of modules. auto: q and v of attention; where q, k and v are one "
+        "matrix, that one; in networks without attention, convolutions.",
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer; a learning rate for each kind of parameter. Scores never have weight decay."""
+
+    kind: Literal["sgd", "adamw"] = science(
+        "sgd",
+        "sgd: with momentum (Paper). adamw: steps of about one learning rate whatever the gradient's size, "
+        "so rates are far smaller (weights 1e-5 to 1e-3, scores near 0.1); not with engine.name=deepspeed.",
+    )
+    score_lr: float = science(
+        50.0,
+        "Peak learning rate of the scores (method=mask): larger flips more weights per step. Paper: 50 for "
+        "ResNets, 10 for CLIP ViT-B/32.",
+        unit="score per unit of gradient",
+        gt=0,
+    )
+    weight_lr: float = science(
+        0.01,
+        "Peak learning rate of the backbone's weights (method=finetune, and families of masks that train "
+        "them).",
+        unit="weight per unit of gradient",
+        gt=0,
+    )
+    head_lr: float = science(
+        0.1, "Peak learning rate of a linear head.", unit="weight per unit of gradient", gt=0
+    )
+    momentum: float = science(
+        0.9,
+        "Momentum of every group; AdamW's beta_1. Paper: 0.9.",
+        unit="share kept from step to step",
+        ge=0,
+        lt=1,
+    )
+    beta2: float = science(
+        0.999, "AdamW's average of squared gradients.", unit="share kept from step to step", ge=0, lt=1
+    )
+    head_weight_decay: float = science(
+        0.0,
+        "L2 penalty on a linear head; with AdamW decoupled from the gradient.",
+        unit="gradient per unit of weight",
+        ge=0,
+    )
+    weight_decay: float = science(
+        0.0,
+        "L2 penalty on the backbone's weights, where they are trained; with AdamW decoupled from the "
+        "gradient.",
+        unit="gradient per unit of weight",
+        ge=0,
+    )
+    schedule: Literal["cosine", "constant"] = science(
+        "cosine",
+        "Learning rates after warm-up. cosine: to zero at the end of train.epochs. constant: unchanged.",
+    )
+    warmup_epochs: float = science(
+        0.0, "Learning rates rise linearly from zero for so long. Paper: 40 for ResNets.", unit="epochs", ge=0
+    )
+    clip_norm: float | None = science(
+        None,
+        "The gradient of all trained parameters together is scaled down to this norm; null: never.",
+        unit="L2 norm of the gradient",
+        gt=0,
+    )

@@ -1,0 +1,503 @@
+"""Objectives without labels beside SwAV: loss, gradients and teachers against plain formulas in float64, any
+number of ranks and engines alike, whole runs that go on bit for bit.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from selfmask_dist.assembly import TrainStep
+from selfmask_dist.config import ConfigError, load_config
+from selfmask_dist.data import Batch
+from selfmask_dist.masking import Shards, attach
+from selfmask_dist.objectives import (
+    Context,
+    Dino,
+    DinoOptions,
+    MocoV2,
+    MocoV2Options,
+    MocoV3,
+    MocoV3Options,
+    Objective,
+    Simclr,
+    SimclrOptions,
+)
+from selfmask_dist.objectives.parts import GlobalBatchNorm
+from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.trained import TrainedParameter
+from tests.distributed import run_distributed
+from tests.engine_cases import BLOCKS
+from tests.models import make
+from tests.resuming import check_resumed_equals_whole, last_state, losses_of, train
+from tests.tiny_run import write_config, write_tiny_data
+
+ROWS, IN_DIM, STEPS, LR = 6, 7, 4, 0.3
+CROPS = {"dino": 4}
+Weights = dict[str, Tensor]
+
+
+def build(name: str, in_dim: int = IN_DIM, context: Context | None = None) -> Objective:
+    context = context or Context(0, 1, ROWS)
+    if name == "simclr":
+        return Simclr(in_dim, SimclrOptions(dim=5, hidden=8, temperature=0.2), context).double()
+    if name == "moco_v2":
+        v2 = MocoV2Options(dim=5, hidden=8, temperature=0.2, momentum=0.9, queue_length=10)
+        return MocoV2(in_dim, v2, context).double()
+    if name == "moco_v3":
+        v3 = MocoV3Options(dim=5, hidden=8, momentum=0.9, num_steps=STEPS)
+        return MocoV3(in_dim, v3, context).double()
+    options = DinoOptions(
+        outputs=6, hidden=8, bottleneck=4, momentum=0.9, warmup_steps=2, freeze_steps=1, num_steps=STEPS
+    )
+    return Dino(in_dim, options, context).double()
+
+
+NAMES = ("simclr", "moco_v2", "moco_v3", "dino")
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(9)
+        self.weight = nn.Parameter(torch.randn(IN_DIM, IN_DIM, generator=generator, dtype=torch.float64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) @ self.weight
+
+
+def batch_of(step: int, *, views: int = 2, rows: int = ROWS) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    images = tuple(
+        torch.randn(rows, IN_DIM, 1, 1, generator=generator, dtype=torch.float64) for _ in range(views)
+    )
+    return Batch(images, torch.full((rows,), -1), torch.ones(rows), torch.arange(rows), rows)
+
+
+def whole(parameters: dict[str, nn.Parameter]) -> dict[str, TrainedParameter]:
+    return {name: TrainedParameter(p, name, p.shape, Shards()) for name, p in parameters.items()}
+
+
+# ---- plain formulas: weights by name in, the loss of a step out
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def layers(
+    x: Tensor, w: Weights, name: str, count: int, *, smooth: bool = False, norm: bool = False
+) -> Tensor:
+    """Linear layers with a nonlinearity between them; with `norm`, over the rows after each."""
+    for index in range(count):
+        x = x @ w[f"{name}.layers.{index}.weight"].T
+        x = x if norm else x + w[f"{name}.layers.{index}.bias"]
+        if norm:
+            x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+            if f"{name}.norms.{index}.weight" in w:
+                x = x * w[f"{name}.norms.{index}.weight"] + w[f"{name}.norms.{index}.bias"]
+        if index < count - 1:
+            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) if smooth else x.clamp(min=0)
+    return x
+
+
+def simclr(w: Weights, _teacher: Weights, views: list[Tensor], _state: dict[str, Any]) -> Tensor:
+    z = unit(torch.cat([layers(v @ w["encoder"], w, "projector", 2) for v in views]))
+    n, total = len(views[0]), torch.zeros(())
+    for i in range(2 * n):
+        others = [(z[i] @ z[k] / 0.2).exp() for k in range(2 * n) if k != i]
+        total = total - torch.log((z[i] @ z[(i + n) % (2 * n)] / 0.2).exp() / sum(others))
+    return total / (2 * n)
+
+
+def moco_v2(w: Weights, teacher: Weights, views: list[Tensor], state: dict[str, Any]) -> Tensor:
+    state["momentum"] = 0.9
+    q = unit(layers(views[0] @ w["encoder"], w, "projector", 2))
+    k = unit(layers(views[1] @ teacher["encoder"], teacher, "projector", 2))
+    total = torch.zeros(())
+    for i in range(len(q)):
+        positive = (q[i] @ k[i] / 0.2).exp()
+        total = total - torch.log(positive / (positive + sum((q[i] @ n / 0.2).exp() for n in state["queue"])))
+    state["queue"] = [*k, *state["queue"]][:10]
+    return total / len(q)
+
+
+def moco_v3(w: Weights, teacher: Weights, views: list[Tensor], state: dict[str, Any]) -> Tensor:
+    state["momentum"] = 1 - 0.1 * (math.cos(math.pi * state["step"] / STEPS) + 1) / 2
+    q = [layers(v @ w["encoder"], w, "projector", 3, norm=True) for v in views]
+    q = [unit(layers(v, w, "predictor", 2, norm=True)) for v in q]
+    k = [unit(layers(v @ teacher["encoder"], teacher, "projector", 3, norm=True)) for v in views]
+    total = torch.zeros(())
+    for one, other in ((q[0], k[1]), (q[1], k[0])):
+        for i in range(len(one)):
+            all_keys = sum((one[i] @ key / 0.2).exp() for key in other)
+            total = total - 2 * 0.2 * torch.log((one[i] @ other[i] / 0.2).exp() / all_keys) / len(one)
+    return total
+
+
+def dino(w: Weights, teacher: Weights, views: list[Tensor], state: dict[str, Any]) -> Tensor:
+    state["momentum"] = 1 - 0.1 * (math.cos(math.pi * state["step"] / STEPS) + 1) / 2
+
+    def outputs(weights: Weights, view: Tensor) -> Tensor:
+        bottleneck = unit(layers(view @ weights["encoder"], weights, "projector", 3, smooth=True))
+        return bottleneck @ unit(weights["last"]).T
+
+    temperature = (0.04, 0.055, 0.07, 0.07)[state["step"]]
+    t = [outputs(teacher, view) for view in views[:2]]
+    total, pairs = torch.zeros(()), 0
+    for i in range(2):
+        p = ((t[i] - state["center"]) / temperature).exp()
+        p = p / p.sum(1, keepdim=True)
+        for v, view in enumerate(views):
+            if v != i:
+                s = (outputs(w, view) / 0.1).exp()
+                total = total - (p * torch.log(s / s.sum(1, keepdim=True))).sum(1).mean()
+                pairs += 1
+    state["center"] = 0.9 * state["center"] + 0.1 * torch.cat(t).mean(0)
+    return total / pairs
+
+
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "simclr": simclr,
+    "moco_v2": moco_v2,
+    "moco_v3": moco_v3,
+    "dino": dino,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_steps_and_teachers_are_those_of_the_formula(name: str) -> None:
+    encoder, objective = Encoder(), build(name)
+    parameters = {"encoder": encoder.weight, **dict(objective.named_parameters())}
+    w = {key: value.detach().clone() for key, value in parameters.items()}
+    averages = {key: value.clone() for key, value in w.items()}
+    state: dict[str, Any] = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+    state["momentum"] = 0.0
+    heads = objective.teacher_parameters()
+    teacher = None
+    if heads is not None:
+        kept = {key: p for key, p in parameters.items() if key == "encoder" or any(p is h for h in heads)}
+        teacher = objective.teacher = Teacher(whole(kept), {}, lambda: None)
+    optimizer = torch.optim.SGD(parameters.values(), lr=LR)
+    for step in range(STEPS):
+        batch = batch_of(step, views=CROPS.get(name, 2))
+        objective.start_step(step)
+        loss, metrics = objective(encoder, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        for held in objective.held_parameters():
+            held.grad = None
+        optimizer.step()
+        if teacher is not None:
+            teacher.update()
+
+        variables = {key: value.clone().requires_grad_() for key, value in w.items()}
+        state["step"] = step
+        expected = FORMULAS[name](variables, averages, [v.flatten(1) for v in batch.views], state)
+        grads = torch.autograd.grad(expected, list(variables.values()), allow_unused=True)
+        for (key, value), grad in zip(w.items(), grads, strict=True):
+            if grad is not None and not (name == "dino" and key == "last" and step == 0):
+                w[key] = value - LR * grad
+            averages[key] = state["momentum"] * averages[key] + (1 - state["momentum"]) * w[key]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-11), step
+        assert metrics["loss"].item() == loss.item()
+        for key, value in parameters.items():
+            assert torch.allclose(value, w[key], rtol=0, atol=1e-11), (step, key)
+    if teacher is not None:
+        for key, value in teacher.state().items():
+            assert torch.allclose(value, averages[key], rtol=0, atol=1e-11), key
+            assert not torch.allclose(value, w[key], rtol=0, atol=1e-6) or not parameters[key].any(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_without_weight_change_nothing(name: str) -> None:
+    objective, encoder, views = build(name, context=Context(0, 1, 8)), Encoder(), CROPS.get(name, 2)
+    batch = batch_of(0, views=views)
+    loss, _ = objective(encoder, batch)
+    loss.backward()
+    assert encoder.weight.grad is not None
+    expected = encoder.weight.grad.clone()
+    encoder.zero_grad()
+    broken = tuple(torch.cat([view, 100 * torch.ones(2, IN_DIM, 1, 1)]) for view in batch.views)
+    weights = torch.tensor([1.0] * ROWS + [0.0] * 2)
+    again = build(name, context=Context(0, 1, 8))
+    more, metrics = again(encoder, Batch(broken, torch.zeros(8), weights, torch.arange(8), ROWS))
+    more.backward()
+    assert more.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert torch.allclose(encoder.weight.grad, expected, rtol=0, atol=1e-12)
+    assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_and_huge_features_stay_finite(name: str) -> None:
+    for scale in (0.0, 1e30):
+        objective, encoder = build(name).float(), Encoder().float()
+        images = tuple(torch.full((ROWS, IN_DIM, 1, 1), scale) for _ in range(CROPS.get(name, 2)))
+        loss, metrics = objective(
+            encoder, Batch(images, torch.zeros(ROWS), torch.ones(ROWS), torch.arange(ROWS), ROWS)
+        )
+        loss.backward()
+        assert loss.isfinite()
+        assert all(value.isfinite() for value in metrics.values())
+
+
+def test_moco_v2s_queue_takes_whole_batches_and_leaves_broken_keys_empty() -> None:
+    objective = build("moco_v2")
+    before = objective.queue.clone()  # type: ignore[operator]
+    batch = batch_of(0)
+    batch.weights[2] = 0
+    objective(Encoder(), batch)
+    assert objective.queue[:ROWS].any(dim=1).tolist() == [True, True, False, True, True, True]  # type: ignore[index]
+    assert torch.equal(objective.queue[ROWS:], before[: 10 - ROWS])  # type: ignore[index]
+    filled = objective.queue.clone()  # type: ignore[operator]
+    ragged = batch_of(1, rows=4)
+    loss, _ = objective(Encoder(), ragged)
+    assert torch.equal(objective.queue, filled)  # type: ignore[arg-type]
+    assert loss.isfinite()
+
+
+def test_collapses_are_said_once() -> None:
+    fine = {"loss": 1.0, "concentration": 0.4, "target_entropy": 0.5, "output_entropy": 0.7}
+    for name in NAMES:
+        assert build(name).remarks(fine) == []
+    for name, trivial in (
+        ("simclr", math.log(2 * ROWS - 1)),
+        ("moco_v2", math.log(11)),
+        ("moco_v3", 4 * 0.2 * math.log(ROWS)),
+    ):
+        objective = build(name)
+        said = [objective.remarks(fine | {"loss": trivial}) for _ in range(4)]
+        assert [len(texts) for texts in said] == [0, 0, 1, 0], "three logged means in a row"
+        assert "learns nothing" in said[2][0]
+        assert "collapsed" in objective.remarks(fine | {"concentration": 0.9999})[0]
+        assert objective.remarks(fine | {"concentration": 0.9999}) == []
+    objective = build("dino")
+    assert "same for all outputs" in objective.remarks(fine | {"target_entropy": 0.9999})[0]
+    assert "all images have one output" in objective.remarks(fine | {"output_entropy": 0.001})[0]
+    assert objective.remarks(fine | {"target_entropy": 0.9999, "output_entropy": 0.001}) == []
+
+
+def test_batch_normalisation_is_torchs() -> None:
+    x = torch.randn(2, 5, 3, dtype=torch.float64) + 1000
+    ours, theirs = GlobalBatchNorm(3, Context()).double(), nn.BatchNorm1d(3).double()
+    expected = torch.stack([theirs(view) for view in x])
+    assert torch.allclose(ours(x, torch.ones(5)), expected, atol=1e-9)
+
+
+# ---- teachers under masks
+
+
+def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
+    model, preset = make("conv")
+    masks = attach(model, include=preset)
+    entries = {entry.name: entry for entry in masks.entries}
+    trained = whole({name: entry.scores for name, entry in entries.items()})
+    statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    teacher = Teacher(trained, statistics, masks.rewrite)
+    teacher.momentum = 0.75
+    averages = {name: entry.scores.detach().clone() for name, entry in entries.items()}
+    for _ in range(3):
+        for name, entry in entries.items():
+            entry.scores.data.add_(torch.randn(entry.scores.shape, dtype=torch.float64))
+            averages[name] = 0.75 * averages[name] + 0.25 * entry.scores.detach()
+        masks.rewrite()
+        teacher.update()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = {name: entry.scores.detach().clone() for name, entry in entries.items()}
+    with teacher(), torch.no_grad():
+        for name, entry in entries.items():
+            mask = (averages[name] > 0).double()
+            expected = (mask.numel() / mask.sum()).sqrt() * entry.weight * mask
+            assert torch.allclose(entry.theta, expected, atol=1e-12), name
+            assert not torch.equal(entry.theta, before[name]), name
+        model.train()
+        model(torch.randn(4, 3, 8, 8, dtype=torch.float64))
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, before[name]), f"{name} is bit for bit as it was"
+    assert all(torch.equal(entry.scores, scores[name]) for name, entry in entries.items())
+    assert not torch.equal(teacher.state()["bn1.running_mean"], before["bn1.running_mean"]), "its own moved"
+    entry = masks.entries[0]
+    entry.scores.data.view(-1)[0] = torch.inf  # always kept
+    for momentum in (0.0, 0.5, 1.0):
+        teacher.momentum = momentum
+        teacher.update()
+        assert not teacher.state()[entry.name].isnan().any()
+    assert teacher.state()[entry.name].view(-1)[0] == torch.inf
+    with pytest.raises(ValueError, match=r"do not fit what is trained: \['odd'\]"):
+        teacher.load(teacher.state() | {"odd": torch.zeros(1)})
+
+
+# ---- many ranks, all engines
+
+CASES = [(name, engine, "mask") for name in NAMES for engine in ("ddp", "fsdp", "bits")] + [
+    ("moco_v3", "fsdp", "finetune"),
+    ("dino", "ddp", "finetune"),
+]
+
+
+def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineState, dict[str, Tensor]]:
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world = World(rank, size)
+    encoder, preset = make("timm_vit")
+    encoder.requires_grad_(False)
+    objective = build(name, 24, Context(rank, size, ROWS, world.sum, world.sum_with_gradient))
+    engine = build_engine(
+        TrainStep(encoder, objective, batchnorm="frozen"),
+        encoder=encoder,
+        blocks=BLOCKS["timm_vit"],
+        world=world,
+        # blocks that stay gathered must not show the student the teacher's theta
+        options=EngineOptions(
+            name=kind,
+            reshard_after_forward=name != "dino",
+            checkpoint_activations=name == "moco_v3" and kind == "fsdp",  # computed again by the student
+        ),
+    )
+    groups = [{"name": "head", "params": objective.head_parameters(), "lr": 0.1}]
+    if method == "mask":
+        masks = engine.attach(encoder, attach, include=preset)
+        groups.append({"name": "scores", "params": list(masks.parameters()), "lr": 1e5})
+    else:
+        groups.append({"name": "weights", "params": engine.free(encoder), "lr": 0.1})
+    engine.start(torch.optim.SGD(groups, momentum=0.9))
+    if (heads := objective.teacher_parameters()) is not None:
+        objective.teacher = engine.keep_teacher(heads)
+    losses = []
+    for step in range(STEPS):
+        count = ROWS if step != 1 else ROWS - 1  # a ragged batch: one rank pads
+        generator = torch.Generator().manual_seed(step)
+        views = torch.randn(CROPS.get(name, 2), count, 3, 16, 16, generator=generator, dtype=torch.float64)
+        places = torch.arange(rank, size * -(-count // size), size)
+        batch = Batch(
+            tuple(view[places % count] for view in views),
+            torch.full((len(places),), -1),
+            (places < count).float(),
+            places,
+            count,
+        )
+        objective.start_step(step)
+        metrics = engine.forward_backward(batch)
+        losses.append(world.sum(metrics["loss"].clone()).item())
+        for held in objective.held_parameters():
+            held.grad = None
+        engine.step()
+    return losses, engine.state(), objective.whole_buffers()
+
+
+def run_cases() -> list[Any]:
+    return [run_steps(*case) for case in CASES]
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_two_ranks_and_all_engines_compute_what_one_process_does() -> None:
+    alone = {(name, method): run_steps(name, "ddp", method) for name, _, method in CASES}
+    for case, (losses, state, buffers) in zip(
+        CASES, run_distributed(run_cases, 2, timeout=200)[0], strict=True
+    ):
+        name, _, method = case
+        expected_losses, expected, expected_buffers = alone[name, method]
+        assert losses == pytest.approx(expected_losses, rel=1e-9), case
+        for part in ("parameters", "teacher"):
+            theirs = getattr(expected, part)
+            assert set(getattr(state, part)) == set(theirs), (case, part)
+            for key, tensor in theirs.items():
+                torch.testing.assert_close(getattr(state, part)[key], tensor, rtol=1e-6, atol=1e-9)
+        assert bool(state.teacher) == (name != "simclr")
+        for key, tensor in expected_buffers.items():
+            torch.testing.assert_close(buffers[key], tensor, rtol=1e-7, atol=1e-9)
+    for (_name, method), (_, state, _) in alone.items():
+        qkv = "encoder.blocks.0.attn.qkv.weight"
+        if method == "mask":
+            assert 0 < (state.parameters[qkv] <= 0).double().mean() < 1, "bits flipped"
+        if state.teacher:
+            assert not torch.equal(state.teacher[qkv], state.parameters[qkv])
+
+
+# ---- whole runs
+
+SMALL = {
+    "simclr": ["simclr.dim=8", "simclr.hidden=16"],
+    "moco_v2": ["moco_v2.dim=8", "moco_v2.hidden=16", "moco_v2.queue_length=30", "moco_v2.momentum=0.9"],
+    "moco_v3": ["moco_v3.dim=8", "moco_v3.hidden=16"],
+    "dino": ["dino.outputs=12", "dino.hidden=16", "dino.bottleneck=8", "dino.temperature_epochs=1"],
+}
+RESNET = ["backbone.name=timm:test_resnet", "backbone.kwargs={}", "backbone.image_size=32"]
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("simclr", []),
+        ("moco_v2", RESNET),
+        ("moco_v3", ["method=finetune", "optim.kind=adamw", "optim.weight_lr=1e-3"]),
+        ("dino", ["crops.local_count=2", "crops.local_size=8"]),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit(
+    tmp_path: Path, tiny_data: dict[str, str], name: str, more: list[str]
+) -> None:
+    path = write_config(
+        tmp_path / "tiny.yaml",
+        tiny_data,
+        objective={"name": name},
+        crops={"local_count": 0, "blur": 0.0},
+        optim={"score_lr": 50.0, "head_lr": 0.05},
+        eval={"final": False},
+    )
+    overrides = ["run.name=a", *SMALL[name], *more]
+    check_resumed_equals_whole(path, overrides, tmp_path / "a", step=3)
+    state = last_state(tmp_path / "a")
+    kept = {key.partition("/")[0] for key in state}
+    assert ("teacher" in kept) == (name != "simclr")
+    assert ("buffers" in kept) == (name in ("moco_v2", "dino"))
+    if more == RESNET:
+        assert "teacher/encoder.bn1.running_mean" in state
+    assert len(losses_of(tmp_path / "a")) == 8
+    assert not (tmp_path / "a" / "head.safetensors").exists(), "heads are thrown away"
+
+
+def test_a_run_starts_its_teacher_from_the_scores_that_it_starts_from(
+    tmp_path: Path, tiny_data: dict[str, str]
+) -> None:
+    path = write_config(
+        tmp_path / "tiny.yaml",
+        tiny_data,
+        objective={"name": "moco_v3"},
+        crops={"local_count": 0, "blur": 0.0},
+        eval={"final": False},
+    )
+    train(path, ["run.name=first", "train.epochs=1", "optim.score_lr=50", *SMALL["moco_v3"]])
+    more = [f"mask.init_from={tmp_path / 'first'}", "optim.score_lr=1e-9", "optim.head_lr=1e-9"]
+    train(path, ["run.name=second", "train.max_steps=1", *more, *SMALL["moco_v3"]])
+    first, second = last_state(tmp_path / "first"), last_state(tmp_path / "second")
+    for key, tensor in second.items():
+        if key.startswith("teacher/"):
+            expected = first[key.replace("teacher/", "parameters/")]
+            assert torch.allclose(tensor, expected, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["objective.name=simclr"], "set crops.global_count=2 and crops.local_count=0"),
+        (["objective.name=moco_v3", "crops.local_count=0", "crops.global_count=3"], "on two views"),
+        (["objective.name=dino", "train.accumulate=2"], "set train.accumulate=1"),
+        (["objective.name=dino", "engine.name=deepspeed"], "use engine.name=fsdp"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(None, overrides)
