@@ -23,14 +23,24 @@ import torch
 import zstandard
 
 from benchmarks.harness import Benchmark
-from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, container, read_mask_file, write_mask_file
+from selfmask_dist.artifact import (
+    Mask,
+    MaskFile,
+    MaskFileError,
+    container,
+    forms,
+    read_mask_file,
+    write_mask_file,
+)
 
 MAX_WEIGHTS = 200_000
 MAX_MEMORY = 64 * 2**20
 
 
 def originals(folder: Path) -> list[Path]:
-    """A file of each make: entropy coded, against another mask, plain, with statistics and tensors."""
+    """A file of each make: entropy coded, against another mask, plain, with statistics and tensors; and with
+    every kind of mask, its bits of single weights and of blocks.
+    """
     generator = torch.Generator().manual_seed(0)
     shares = {"a": 0.99, "b": 0.5, "c": 0.02, "d": 1.0}
     bits = {name: torch.rand(40, 50, generator=generator) < share for name, share in shares.items()}
@@ -47,10 +57,36 @@ def originals(folder: Path) -> list[Path]:
         "against": MaskFile({"base": base, "other": against}, tensors=tensors),
         "plain": MaskFile({"base": base}),
     }
+    files["forms"] = MaskFile({kind: of_kind(kind, generator) for kind in forms.KINDS})
+    files["forms plain"] = files["forms"]
     for name, file in files.items():
-        codec_name = "packbits-zstd" if name == "plain" else "entropy"
+        codec_name = "packbits-zstd" if name.endswith("plain") else "entropy"
         write_mask_file(folder / f"{name}.mask", file, codec_name=codec_name)
     return [folder / f"{name}.mask" for name in files]
+
+
+def of_kind(kind: Any, generator: torch.Generator) -> Mask:
+    """A mask of a kind: one parameter with two scaled parts, and one whose bits are of blocks."""
+    weights = {name: torch.randn(40, 50, generator=generator) for name in "ab"}
+    blocks = {} if kind == "sign" else {"b": (16, 8)}
+    bits = {name: torch.rand(40, 50, generator=generator) < 0.6 for name in "ab"}
+    if kind == "sign":
+        bits = {name: torch.ones_like(kept) for name, kept in bits.items()}
+    else:
+        bits["b"] = forms.from_grid(bits["b"][:3, :7], [40, 50], blocks["b"])
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, kept in bits.items():
+        num_parts = 2 if name == "a" else 1
+        scales = torch.rand(
+            num_parts, forms.NUM_SCALES.get(kind, 0), generator=generator, dtype=torch.float64
+        )
+        if kind in forms.NUM_SCALES:
+            parts.setdefault("scales", {})[name] = scales
+        if kind in forms.WITH_SIGNS:
+            parts.setdefault("signs", {})[name] = (weights[name] < 0) & kept
+        if kind in forms.WITH_VALUES:
+            parts.setdefault("values", {})[name] = weights[name][kept]
+    return Mask(bits, "f" * 64, kind=kind, num_segments={"a": 2}, blocks=blocks, **parts)
 
 
 def mutate(data: bytes, generator: np.random.Generator) -> bytes:
@@ -109,7 +145,7 @@ def mutate_header(header: Any, generator: np.random.Generator) -> Any:
 
 def signed(header: Any, sections: bytes) -> bytes:
     coded = zstandard.compress(json.dumps(header).encode())
-    prefix = struct.pack("<8sIQ", container.MAGIC, container.VERSION, len(coded))
+    prefix = struct.pack("<8sIQ", container.MAGIC, container.VERSION_WITH_FORMS, len(coded))
     body = prefix + hashlib.sha256(prefix + coded).digest() + coded + sections
     return body + hashlib.sha256(body).digest()
 
@@ -126,16 +162,21 @@ def make(path: Path, turn: int, generator: np.random.Generator) -> bytes:
     masks = list(header["masks"].values())
     entries = masks[int(generator.integers(len(masks)))]["parameters"]
     entry = entries[int(generator.integers(len(entries)))]
-    offset, length, _ = entry["section"]
+    places = [key for key in ("section", "signs") if key in entry]
+    holders = [(entry, key) for key in places]
+    if "values" in entry:
+        holders.append((entry["values"], "section"))
+    holder, key = holders[int(generator.integers(len(holders)))]
+    offset, length, _ = holder[key]
     if length == 0:
         return mutate(data, generator)
     section = mutate(sections[offset : offset + length], generator)
-    entry["section"] = [len(sections), len(section), zlib.crc32(section)]
+    holder[key] = [len(sections), len(section), zlib.crc32(section)]
     return signed(header, sections + section)
 
 
 def is_well_formed(file: MaskFile, path: Path) -> bool:
-    """Whether what was read has the shapes and counts that the header states."""
+    """Whether what was read has the shapes and counts that the header states, and makes such a theta."""
     for name, described in container.read(path).header["masks"].items():
         entries = {entry["name"]: entry for entry in described["parameters"]}
         bits = file.masks[name].bits
@@ -143,6 +184,9 @@ def is_well_formed(file: MaskFile, path: Path) -> bool:
             return False
         for key, entry in entries.items():
             if list(bits[key].shape) != entry["shape"] or int(bits[key].sum()) != sum(entry["kept"]):
+                return False
+            theta = forms.materialize(file.masks[name], key, torch.ones(entry["shape"]))
+            if theta.shape != bits[key].shape:
                 return False
     return True
 

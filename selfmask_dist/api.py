@@ -60,7 +60,7 @@ def save_masks(
         is_writer: False only takes part in gathering the masks, and returns 0.
     """
     mask = artifact.from_masks(masks)
-    weights = masks.weights() if against_weights else None
+    weights = masks.first_weights() if against_weights else None
     if not is_writer:
         return 0
     file = artifact.MaskFile(

@@ -1,7 +1,7 @@
-"""`selfmask mask diff | merge | interpolate | convert | verify | export | import`: work on mask files.
+"""`selfmask mask diff | merge | interpolate | convert | verify | export | import | shrink`.
 
-Only `convert --against-weights`, `export` and `import` build the backbone, from the configuration of a run on
-it.
+Work on mask files. Only `convert --against-weights`, `export`, `import` and `shrink` build the backbone, from
+the configuration of a run on it.
 """
 
 import argparse
@@ -81,6 +81,15 @@ def add_command(commands: Any) -> None:
     _add_config(importing, "of a run on the backbone, in place of --backbone")
     importing.set_defaults(command=_import)
 
+    shrink = actions.add_parser(
+        "shrink",
+        help="a smaller dense network: heads and hidden units that the mask leaves without effect go",
+    )
+    shrink.add_argument("file", metavar="FILE[:MASK]")
+    shrink.add_argument("out", type=Path, metavar="FOLDER", help="gets model.safetensors and sizes.json")
+    _add_config(shrink, "of the run that trained the mask")
+    shrink.set_defaults(command=_shrink)
+
 
 def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help=f"config.yaml {what}")
@@ -115,13 +124,16 @@ def _diff(options: argparse.Namespace) -> None:
     from selfmask_dist.artifact.arithmetic import check_same_backbone
 
     (first_name, first, _), (second_name, second, _) = _load(options.first), _load(options.second)
+    if first.kind != second.kind:
+        raise ValueError(f"{first_name} is of kind {first.kind}, {second_name} of kind {second.kind}")
     check_same_backbone([first, second])
+    ours, theirs = ({**mask.bits, **_positive(mask)} for mask in (first, second))
     print(
         f"{'parameter':40s} {'weights':>12s} {'only first':>12s} {'only second':>12s} {'pruned alike':>13s}"
     )
     totals = [0, 0, 0, 0, 0]
-    for name, bits in first.bits.items():
-        other = second.bits[name]
+    for name, bits in ours.items():
+        other = theirs[name]
         only_first, only_second = int((bits & ~other).sum()), int((other & ~bits).sum())
         both, either = int((~bits & ~other).sum()), int((~bits | ~other).sum())
         row = [bits.numel(), only_first, only_second, both, either]
@@ -133,6 +145,19 @@ def _diff(options: argparse.Namespace) -> None:
         f"\nfirst: {first_name}, second: {second_name}. only first: weights that only it keeps. pruned "
         "alike: of the weights that either prunes, the share that both do."
     )
+    if first.kind != "threshold":
+        print(_NOTES.get(first.kind, "What the kept weights are worth is not compared."))
+
+
+_NOTES = {
+    "sign": "A sign mask keeps every weight: here, kept stands for positive and pruned for negative.",
+    "ternary": "Signs of weights that both keep, and scales, are not compared.",
+}
+
+
+def _positive(mask: Any) -> dict[str, Any]:
+    """Where a sign mask is positive; it keeps every weight, so its bits tell nothing."""
+    return {name: ~signs for name, signs in mask.signs.items()} if mask.kind == "sign" else {}
 
 
 def _row(name: str, row: list[int]) -> str:
@@ -255,3 +280,21 @@ def _import(options: argparse.Namespace) -> None:
         print(f"with {len(found.mask.statistics)} running statistics that moved")
     if found.left_out:
         print(f"left out, as the backbone has none of these names: {', '.join(found.left_out)}")
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    from selfmask_dist.artifact import apply_mask
+    from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.shrink import save_smaller, shrink
+
+    _, mask, _ = _load(options.file)
+    encoder = build_backbone(_config(options)).encoder
+    before = sum(parameter.numel() for parameter in encoder.parameters())
+    apply_mask(encoder, mask)
+    left = shrink(encoder)
+    after = sum(parameter.numel() for parameter in encoder.parameters())
+    for name, number in left.items():
+        print(f"{name:40s} {number:8,d} left")
+    print(f"{after:,} of {before:,} weights are left ({after / before:.1%})")
+    for path in save_smaller(encoder, left, options.out):
+        print(path)

@@ -86,6 +86,7 @@ TABLE = {
     ),
     "score_import": Rule(("artifact", "backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
+    "shrink": Rule((), ("torch.distributed", "torch.optim", *MODELS)),
     "mask_comparison": Rule(
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
     ),

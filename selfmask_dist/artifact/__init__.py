@@ -1,8 +1,8 @@
 """The mask file: one or more masks of one backbone, written and read without executing anything.
 
-`mask` says what is in it, `codec` turns bits into bytes, `container` lays bytes out and guards them, `file`
-brings the three together, `fit` puts a mask on a model, and `arithmetic` makes masks out of masks. Knows
-nothing of optimizers or process groups.
+`mask` says what is in it, `forms` what its kinds mean, `codec` turns bits into bytes, `container` lays bytes
+out and guards them, `arrays` reads what lies in them, `file` brings them together, `fit` puts a mask on a
+model, and `arithmetic` makes masks out of masks. Knows nothing of optimizers or process groups.
 """
 
 from selfmask_dist.artifact.file import (
@@ -18,9 +18,9 @@ from selfmask_dist.artifact.fit import (
     check_fits,
     describe_file,
     from_masks,
-    materialize,
     weights_of,
 )
+from selfmask_dist.artifact.forms import materialize, take_apart
 from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "read_backbone_name",
     "read_mask_file",
     "read_parameter",
+    "take_apart",
     "verify_mask_file",
     "weights_of",
     "write_mask_file",

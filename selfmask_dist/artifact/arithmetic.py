@@ -1,7 +1,8 @@
 """Masks out of masks: what several of one backbone have in common.
 
 All are elementwise on bits. Statistics of normalisation layers and metrics belong to a training and do not
-survive: a mask made here has none.
+survive: a mask made here has none. Masks that hold signs, scales or trained values beside their bits do not
+combine: bits alone would not say what they stand for.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,9 +53,22 @@ def check_same_backbone(masks: Sequence[Mask]) -> None:
 
 def _combine(masks: Sequence[Mask], decide: Callable[[Tensor], Tensor]) -> Mask:
     check_same_backbone(masks)
+    for place, mask in enumerate(masks, start=1):
+        if mask.kind != "threshold":
+            raise MaskFileError(
+                f"mask {place} is of kind {mask.kind}, whose weights are more than kept or not; only masks "
+                f"of kind threshold combine (merge --how collect puts others side by side)"
+            )
     first = masks[0]
     bits = {
         name: decide(torch.stack([mask.bits[name] for mask in masks]).sum(dim=0, dtype=torch.int32))
         for name in first.bits
     }
-    return Mask(bits, first.weights_fingerprint, scaled=first.scaled, num_segments=dict(first.num_segments))
+    is_alike = all(mask.blocks == first.blocks for mask in masks)
+    return Mask(
+        bits,
+        first.weights_fingerprint,
+        scaled=first.scaled,
+        num_segments=dict(first.num_segments),
+        blocks=dict(first.blocks) if is_alike else {},
+    )

@@ -1,7 +1,7 @@
 """The bytes of a mask file: a header, sections, and checksums over both.
 
     bytes 0-7    magic b"SELFMASK"
-    8-11         format version, little-endian uint32
+    8-11         format version, little-endian uint32: 2, or 3 where a mask is more than bits
     12-19        length H of the header as it is stored, little-endian uint64
     20-51        sha256 of bytes 0-19 and the header
     52-52+H      header, UTF-8 JSON as one zstd frame that states its size
@@ -28,6 +28,7 @@ from selfmask_dist.artifact.mask import MaskFileError
 
 MAGIC = b"SELFMASK"
 VERSION = 2
+VERSION_WITH_FORMS = 3  # version 2, and kinds of masks that its readers do not know
 MAX_HEADER_BYTES = 64 * 2**20
 _PREFIX = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
@@ -49,13 +50,13 @@ class Sections:
         return place
 
 
-def write(path: Path, header: Mapping[str, Any], sections: Sections) -> int:
+def write(path: Path, header: Mapping[str, Any], sections: Sections, *, version: int = VERSION) -> int:
     """Write by way of a temporary name and one rename; returns the number of bytes."""
     text = json.dumps(header, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
         raise MaskFileError(f"the header takes {len(text):,} bytes, the format allows {MAX_HEADER_BYTES:,}")
     coded = zstandard.ZstdCompressor(level=19).compress(text)
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(coded))
+    prefix = _PREFIX.pack(MAGIC, version, len(coded))
     body = b"".join([prefix, hashlib.sha256(prefix + coded).digest(), coded, *sections.parts])
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -129,10 +130,11 @@ def _check_kind(path: Path, prefix: bytes, size: int) -> None:
 def _open(path: Path, size: int, read: Callable[[int, int], bytes]) -> Container:
     prefix = read(0, _PREFIX.size)
     _, version, length = _PREFIX.unpack(prefix)
-    if version != VERSION:
+    if version not in (VERSION, VERSION_WITH_FORMS):
         way_out = "upgrade selfmask_dist" if version > VERSION else "it is from before the first release"
         raise MaskFileError(
-            f"{path} has format version {version}, this selfmask_dist reads {VERSION}; {way_out}"
+            f"{path} has format version {version}, this selfmask_dist reads {VERSION} and "
+            f"{VERSION_WITH_FORMS}; {way_out}"
         )
     if length > min(size - _BODY - _DIGEST_BYTES, MAX_HEADER_BYTES):
         raise MaskFileError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact import codec, container
+from selfmask_dist.artifact import arrays, codec, container, forms
 from selfmask_dist.artifact.container import Container, Sections
 from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 from selfmask_dist.backbones import fingerprint
@@ -20,10 +20,6 @@ from selfmask_dist.backbones import fingerprint
 MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while they are read
 Weights = Callable[[str], Tensor]  # the frozen weights, by a parameter's name
 
-_ARRAY_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(name).newbyteorder("<")
-    for name in ("float16", "float32", "float64", "int64", "uint8", "bool")
-}
 _MISTAKES = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
@@ -38,7 +34,8 @@ def write_mask_file(
             and cannot be read without them.
 
     Raises:
-        MaskFileError: a statistic has a dtype the format does not hold.
+        MaskFileError: a statistic has a dtype the format does not hold, or a mask is to be coded against
+            something that its kind leaves no use for.
     """
     sections = Sections()
     header = {
@@ -50,9 +47,11 @@ def write_mask_file(
             for name, mask in file.masks.items()
         },
         "order": list(file.masks),
-        "tensors": [_describe_array(name, tensor, sections) for name, tensor in file.tensors.items()],
+        "tensors": [arrays.describe_array(name, tensor, sections) for name, tensor in file.tensors.items()],
     }
-    return container.write(Path(path), header, sections)
+    has_forms = any(mask.kind != "threshold" or mask.blocks for mask in file.masks.values())
+    version = container.VERSION_WITH_FORMS if has_forms else container.VERSION
+    return container.write(Path(path), header, sections, version=version)
 
 
 def read_mask_file(
@@ -76,10 +75,12 @@ def read_mask_file(
         entries = [
             entry for mask in header["masks"].values() for entry in (*mask["parameters"], *mask["statistics"])
         ]
-        _check_size(sum(_count(entry["shape"]) for entry in [*entries, *header["tensors"]]), max_weights)
+        signed = [entry for entry in entries if "signs" in entry]
+        places = sum(arrays.count(entry["shape"]) for entry in [*entries, *signed, *header["tensors"]])
+        arrays.check_size(places, max_weights)
         return MaskFile(
             masks={name: reading.mask(name) for name in reading.order},
-            tensors={entry["name"]: _parse_array(entry, whole) for entry in header["tensors"]},
+            tensors={entry["name"]: arrays.parse_array(entry, whole) for entry in header["tensors"]},
             backbone=header["backbone"]["name"],
             backbone_fingerprint=header["backbone"]["fingerprint"],
             preprocessing=header["preprocessing"],
@@ -140,7 +141,7 @@ def read_parameter(
         if entry is None:
             known = ", ".join(list(reading.parameters(name))[:5])
             raise MaskFileError(f"mask {name!r} has no parameter {parameter!r}; it has {known} ...")
-        _check_size(_count(entry["shape"]), max_weights)
+        arrays.check_size(arrays.count(entry["shape"]), max_weights)
         return reading.bits(name, parameter)
     except _MISTAKES as error:
         raise _refusal(path, error) from error
@@ -158,10 +159,13 @@ def _refusal(path: str | Path, error: Exception) -> MaskFileError:
 def _describe_mask(
     mask: Mask, sections: Sections, masks: Mapping[str, Mask], codec_name: str, weights: Weights | None
 ) -> dict[str, Any]:
-    parameters = []
+    _check_contexts(mask, weights)
     base = {} if mask.against is None else masks[mask.against].bits
+    parameters = []
     for name, bits in mask.bits.items():
-        coded, context = codec.encode(bits.numpy(), codec_name), None
+        block = mask.blocks.get(name)
+        stored = bits if block is None else forms.to_grid(bits, block, name)
+        coded, context = codec.encode(stored.numpy(), codec_name), None
         known = {"mask": base.get(name), "weights": weights(name) if weights else None}
         for kind, tensor in known.items():
             if tensor is not None and codec_name == codec.DEFAULT:
@@ -176,27 +180,47 @@ def _describe_mask(
                 "codec": codec_name,
                 "section": sections.add(coded),
                 **({"context": context} if context else {}),
+                **({"block": list(block)} if block else {}),
+                **_describe_parts(mask, name, sections, codec_name),
             }
         )
     return {
         **({"against": mask.against} if mask.against is not None else {}),
-        "kind": "threshold",
+        "kind": mask.kind,
         "threshold": mask.threshold,
-        "scale": "sqrt" if mask.scaled else "none",
+        "scale": "stated" if mask.kind in forms.NUM_SCALES else "sqrt" if mask.scaled else "none",
         "weights_fingerprint": mask.weights_fingerprint,
         "parameters": parameters,
-        "statistics": [_describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()],
+        "statistics": [
+            arrays.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
+        ],
     }
 
 
-def _describe_array(name: str, tensor: Tensor, sections: Sections) -> dict[str, Any]:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _ARRAY_DTYPES:
+def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) -> dict[str, Any]:
+    """What a kind has beside bits."""
+    parts: dict[str, Any] = {}
+    if mask.kind in forms.WITH_SIGNS:
+        signs = mask.signs[name][mask.bits[name]]  # where nothing is kept there is no sign
+        parts["signs"] = sections.add(codec.encode(signs.numpy(), codec_name))
+    if mask.kind in forms.NUM_SCALES:
+        parts["scales"] = mask.scales[name].tolist()
+    if mask.kind in forms.WITH_VALUES:
+        parts["values"] = arrays.describe_array(name, mask.values[name], sections)
+    return parts
+
+
+def _check_contexts(mask: Mask, weights: Weights | None) -> None:
+    """Bits that are coded by others must be bits of single weights, and not all alike."""
+    if mask.kind != "sign" and not mask.blocks:
+        return
+    what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
+    if mask.against is not None:
         raise MaskFileError(
-            f"statistic {name} has dtype {dtype}; a mask file holds {', '.join(_ARRAY_DTYPES)}"
+            f"{what}, so it cannot be coded against mask {mask.against!r}; store it by itself"
         )
-    data = tensor.contiguous().numpy().astype(_ARRAY_DTYPES[dtype]).tobytes()
-    return {"name": name, "shape": list(tensor.shape), "dtype": dtype, "section": sections.add(data)}
+    if weights is not None:
+        raise MaskFileError(f"{what}, which the weights tell nothing about; store it without them")
 
 
 def _classes(context: str, known: Tensor) -> np.ndarray:
@@ -230,11 +254,15 @@ class _Reading:
 
     def mask(self, name: str) -> Mask:
         described = self._masks[name]
-        if described["kind"] != "threshold" or described["scale"] not in ("sqrt", "none"):
-            raise ValueError(f"unknown mask kind {described['kind']!r} with scale {described['scale']!r}")
+        kind, scale = described["kind"], described["scale"]
+        if kind not in forms.KINDS or scale not in ("sqrt", "none", "stated"):
+            raise ValueError(f"unknown mask kind {kind!r} with scale {scale!r}")
+        if (scale == "stated") != (kind in forms.NUM_SCALES):
+            raise ValueError(f"mask kind {kind!r} cannot have scale {scale!r}")
         entries = self.parameters(name)
+        bits = {parameter: self.bits(name, parameter) for parameter in entries}
         return Mask(
-            bits={parameter: self.bits(name, parameter) for parameter in entries},
+            bits=bits,
             weights_fingerprint=described["weights_fingerprint"],
             scaled=described["scale"] == "sqrt",
             num_segments={
@@ -242,23 +270,56 @@ class _Reading:
                 for parameter, entry in entries.items()
                 if len(entry["kept"]) > 1
             },
-            statistics={entry["name"]: _parse_array(entry, self._whole) for entry in described["statistics"]},
+            statistics={
+                entry["name"]: arrays.parse_array(entry, self._whole) for entry in described["statistics"]
+            },
             threshold=described["threshold"],
             against=described.get("against"),
+            kind=kind,
+            **self._parts(kind, entries, bits),
+            blocks={key: tuple(entry["block"]) for key, entry in entries.items() if "block" in entry},
         )
+
+    def _parts(self, kind: str, entries: Mapping[str, Any], bits: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a kind has beside bits: signs, scales and values, by parameter."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, entry in entries.items():
+            if kind in forms.WITH_SIGNS:
+                coded = self._whole.section(entry["signs"])
+                signs = torch.zeros_like(bits[key])
+                decoded = codec.decode(coded, int(bits[key].sum()), entry["codec"])
+                signs[bits[key]] = torch.from_numpy(decoded)
+                parts.setdefault("signs", {})[key] = signs
+            if kind in forms.NUM_SCALES:
+                shape = (len(entry["kept"]), forms.NUM_SCALES[kind])
+                parts.setdefault("scales", {})[key] = arrays.parse_scales(key, entry["scales"], shape)
+            if kind in forms.WITH_VALUES:
+                values = arrays.parse_array(entry["values"], self._whole)
+                if values.shape != (sum(entry["kept"]),) or not values.is_floating_point():
+                    raise ValueError(
+                        f"{key}: {tuple(values.shape)} values of {values.dtype} for the kept weights"
+                    )
+                parts.setdefault("values", {})[key] = values
+            if kind == "sign" and not bits[key].all():
+                raise ValueError(f"{key}: weights are left out, and a sign mask has none to leave out")
+        return parts
 
     def bits(self, mask: str, parameter: str) -> Tensor:
         if (mask, parameter) in self._done:
             return self._done[mask, parameter]
         entry = self.parameters(mask)[parameter]
         shape, kept = entry["shape"], entry["kept"]
+        block = tuple(entry["block"]) if "block" in entry else None
+        stored = shape if block is None else list(forms.grid_shape(shape, block))
         array = codec.decode(
             self._whole.section(entry["section"]),
-            _count(shape),
+            arrays.count(stored),
             entry["codec"],
             classes=self._classes(mask, entry),
         )
-        bits = torch.from_numpy(array.reshape(shape))
+        bits = torch.from_numpy(array.reshape(stored))
+        if block is not None:
+            bits = forms.from_grid(bits, shape, block)
         if not kept or [int(piece.sum()) for piece in bits.chunk(len(kept))] != kept:
             raise ValueError(f"{parameter}: the count of kept weights differs from the header's")
         self._done[mask, parameter] = bits
@@ -268,6 +329,8 @@ class _Reading:
         context, parameter = entry.get("context"), entry["name"]
         if context is None:
             return None
+        if "block" in entry:
+            raise ValueError(f"{parameter}: blocks are coded by themselves, and it has a context {context!r}")
         if context == "mask":
             against = self._masks[mask]["against"]
             if self.order.index(against) >= self.order.index(mask):
@@ -300,31 +363,3 @@ class _Reading:
                 )
             self._checked.add(mask)
         return self._weights
-
-
-def _parse_array(entry: Mapping[str, Any], whole: Container) -> Tensor:
-    data, dtype = whole.section(entry["section"]), _ARRAY_DTYPES[entry["dtype"]]
-    if len(data) != _count(entry["shape"]) * dtype.itemsize:
-        raise ValueError(f"{entry['name']}: {len(data)} bytes do not make shape {entry['shape']}")
-    if entry["dtype"] == "bool" and data.strip(b"\0\1"):
-        raise ValueError(f"{entry['name']}: a truth value is neither 0 nor 1")
-    return torch.from_numpy(np.frombuffer(data, dtype).reshape(entry["shape"]).copy())
-
-
-def _count(shape: Any) -> int:
-    """Places of a shape; a product of Python's integers, which does not overflow."""
-    count = 1
-    if not isinstance(shape, list) or len(shape) > 16:
-        raise ValueError(f"bad shape {str(shape)[:80]}")
-    for size in shape:
-        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**40:
-            raise ValueError(f"bad shape {str(shape)[:80]}")
-        count *= size
-    return count
-
-
-def _check_size(count: int, most: int) -> None:
-    if count > most:
-        raise MaskFileError(
-            f"it holds {count:,} values, more than the limit of {most:,}; max_weights= raises it"
-        )

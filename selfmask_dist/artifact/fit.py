@@ -7,26 +7,55 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.artifact.file import Weights, read_mask_file
+from selfmask_dist.artifact.forms import as_kind, materialize, take_apart
 from selfmask_dist.artifact.mask import Mask, MaskFileError
 from selfmask_dist.backbones import fingerprint
-from selfmask_dist.masking import Masks, core
+from selfmask_dist.masking import Masks
 
 
 def from_masks(masks: Masks) -> Mask:
-    """The file's view of masks in training."""
+    """The file's view of masks in training. Collective where they are sharded: every rank must call.
+
+    Raises:
+        MaskFileError: a family's form does not hold its theta.
+    """
+    bits = {name: kept.cpu() for name, kept in masks.masks().items()}
+    segments = {entry.name: entry.num_segments for entry in masks.entries}
+    weights, kind = masks.first_weights(), as_kind(masks.family.form)
+    parts: dict[str, dict[str, Tensor]] = {}
+    if kind != "threshold":
+        for name, theta in masks.thetas().items():
+            given = (theta.cpu(), bits[name], weights[name].cpu())
+            for part, tensor in take_apart(kind, *given, num_parts=segments[name]).items():
+                parts.setdefault(part, {})[name] = tensor
     return Mask(
-        bits={name: bits.cpu() for name, bits in masks.masks().items()},
-        weights_fingerprint=fingerprint(masks.weights().items()),
-        scaled=masks.scale != "none",
-        num_segments={entry.name: entry.num_segments for entry in masks.entries if entry.num_segments > 1},
+        bits=bits,
+        weights_fingerprint=fingerprint(weights.items()),
+        scaled=masks.family.is_scaled,
+        num_segments={name: number for name, number in segments.items() if number > 1},
+        kind=kind,
+        **parts,
+        blocks=_blocks(masks),
         statistics={name: statistic.cpu() for name, statistic in masks.moved_statistics().items()},
         threshold=masks.threshold,
     )
 
 
+def _blocks(masks: Masks) -> dict[str, tuple[int, int]]:
+    """Blocks that share a bit, where those of a parameter's segments line up with its own."""
+    found = {}
+    for entry in masks.entries:
+        rows = len(entry.theta) // entry.num_segments
+        block = masks.family.block(torch.Size((rows, *entry.theta.shape[1:])))
+        if block is not None and (entry.num_segments == 1 or rows % block[0] == 0):
+            found[entry.name] = block
+    return found
+
+
 @torch.no_grad()
 def apply_mask(model: nn.Module, mask: Mask) -> None:
-    """Write theta = a * W * M and the moved statistics into `model`, which holds the frozen weights W.
+    """Write theta (a * W * M, or what the mask's kind says) and the moved statistics into `model`, which
+    holds the frozen weights W.
 
     The model may be the encoder itself or hold it under a prefix (`visual.` of a whole open_clip model,
     `module.`); other parameters, such as a head, are left alone.
@@ -61,13 +90,6 @@ def weights_of(model: nn.Module) -> Weights:
         )
 
     return find
-
-
-def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
-    """Theta = a * W * M of one parameter, in a new tensor."""
-    num_segments, bits = mask.num_segments.get(name, 1), mask.bits[name].to(weight.device)
-    pieces = zip(weight.chunk(num_segments), bits.chunk(num_segments), strict=True)
-    return torch.cat([core.materialize(piece, bits, scaled=mask.scaled) for piece, bits in pieces])
 
 
 def check_fits(model: nn.Module, mask: Mask, *, known: str | None = None) -> dict[str, Tensor]:
@@ -109,13 +131,36 @@ def describe_file(path: str | Path) -> str:
     ]
     for name, mask in file.masks.items():
         kept = sum(int(bits.sum()) for bits in mask.bits.values())
-        lines.append(f"\nmask {name!r}: {mask.num_weights():,} weights, {kept / mask.num_weights():.2%} kept")
+        kind = "" if mask.kind == "threshold" else f" of kind {mask.kind}"
+        lines.append(
+            f"\nmask {name!r}{kind}: {mask.num_weights():,} weights, {kept / mask.num_weights():.2%} kept"
+        )
         for parameter, bits in mask.bits.items():
             shape = "x".join(map(str, bits.shape))
-            lines.append(f"  {parameter:40s} {shape:>14s}  {float(bits.double().mean()):7.2%} kept")
+            lines.append(
+                f"  {parameter:40s} {shape:>14s}  {float(bits.double().mean()):7.2%} kept"
+                f"{_describe_parts(mask, parameter)}"
+            )
         if mask.statistics:
             lines.append(f"  and {len(mask.statistics)} moved statistics")
     return "\n".join(lines)
+
+
+def _describe_parts(mask: Mask, parameter: str) -> str:
+    """What a parameter has beside its bits, as the end of a line."""
+    parts = []
+    if parameter in mask.blocks:
+        parts.append("blocks of {} x {}".format(*mask.blocks[parameter]))
+    if parameter in mask.signs:
+        share = float(mask.signs[parameter].double().mean())
+        parts.append(f"{share:.2%} negative")
+    if parameter in mask.scales:
+        parts.append(
+            "scales " + " ".join(f"{scale:.4g}" for scale in mask.scales[parameter].flatten().tolist())
+        )
+    if parameter in mask.values:
+        parts.append(f"{mask.values[parameter].numel():,} trained values")
+    return "".join(f", {part}" for part in parts)
 
 
 def _find_prefix(names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:

@@ -1,9 +1,17 @@
 """What a mask file holds, as objects."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+# threshold    theta = a W M, a = sqrt(N / kept) or 1
+# frozen_sign  theta = s M sign(W)
+# sign         theta = s or -s
+# ternary      theta = p, -n or 0
+# values       theta = what was trained where M = 1, and 0 elsewhere
+# graft        theta = what was trained where M = 1, and W elsewhere
+Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]
 
 
 class MaskFileError(ValueError):
@@ -27,6 +35,13 @@ class Mask:
     )  # moved running statistics of normalisation layers
     threshold: float = 0.0
     against: str | None = None  # an earlier mask of the file that tells which bits are alike
+    kind: Kind = "threshold"
+    signs: dict[str, Tensor] = field(default_factory=dict)  # of sign and ternary: bool, True is negative
+    scales: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # float64 (parts, 1): s; of ternary (parts, 2): p, n
+    values: dict[str, Tensor] = field(default_factory=dict)  # of values and graft: (kept,), row-major
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows, columns that share a bit
 
     def num_weights(self) -> int:
         return sum(bits.numel() for bits in self.bits.values())

@@ -46,6 +46,9 @@ class Masks(MaskSet[MaskedParameter]):
         self._is_pull_queued = False
         self._hooks: list[Any] = []
         self._passes = Passes(family, shards)
+        wholes = [whole for entry in self.entries for whole in entry.wholes]
+        for whole in wholes:
+            whole.num_tensors = len(wholes)
         for entry in self.entries:
             setattr(entry.theta, checks.MARK, True)
             if auto and entry.theta.requires_grad:
@@ -66,6 +69,7 @@ class Masks(MaskSet[MaskedParameter]):
         scale: core.Scale = "through",
         split_qkv: bool = False,
         allow_norm: bool = False,
+        other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
@@ -85,6 +89,8 @@ class Masks(MaskSet[MaskedParameter]):
                 the graph, or `none` (Piggyback: a = 1).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
                 paper's CLIP).
+            other: second frozen weights by parameter name, for families that need them (`graft`); those of
+                further parameters are passed over.
             freeze: make every other parameter of the model frozen; False leaves their `requires_grad` as it
                 is.
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
@@ -105,12 +111,16 @@ class Masks(MaskSet[MaskedParameter]):
             init=init,
             family=family,
         )
+        seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
         for name in names:
             start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
             num_segments = checks.num_segments(name, split_qkv=split_qkv)
-            entries.append(MaskedParameter(name, parameters.pop(name), start, num_segments, shards, family))
+            theta = parameters.pop(name)
+            entries.append(
+                MaskedParameter(name, theta, start, num_segments, shards, family, seconds.get(name))
+            )
         is_trained = family.trains_scores or family.trains_weight
         for entry in entries:
             entry.theta.requires_grad_(is_trained)
@@ -141,6 +151,8 @@ class Masks(MaskSet[MaskedParameter]):
             )
         scores = {id(entry.scores) for entry in self.entries}
         for group in optimizer.param_groups:
+            if self.family.starts_from_weight:
+                break  # a latent weight may decay
             if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
                 raise ValueError(
                     f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
@@ -244,7 +256,8 @@ class Masks(MaskSet[MaskedParameter]):
         """Take the masks off the model: hooks go, and theta becomes the frozen weight again, bit for bit.
 
         Args:
-            restore: False leaves theta in place, as plain weights.
+            restore: False leaves theta in place, as plain weights. True puts trained weights in place where a
+                family trains them.
         """
         if not self._attached:
             raise ValueError("these masks are detached already")

@@ -70,6 +70,34 @@ def choose(
     return names
 
 
+def choose_other(
+    model: nn.Module, names: Sequence[str], other: Mapping[str, Tensor] | None, *, family: Family
+) -> Mapping[str, Tensor]:
+    """The second frozen weights of the parameters `names`; none where a family has none.
+
+    Raises:
+        ValueError: they are missing, not asked for, or of other shapes.
+    """
+    if not family.needs_other:
+        if other is not None:
+            raise ValueError(f"family {family.name} has no second weights; leave other= out, or use graft")
+        return {}
+    if other is None:
+        raise ValueError(
+            f"family {family.name} toggles between two sets of weights; give the second one as other= "
+            f"(mask.graft_from in a configuration)"
+        )
+    parameters = dict(model.named_parameters())
+    for name in names:
+        found = tuple(other[name].shape) if name in other else "nothing"
+        if found != tuple(parameters[name].shape):
+            raise ValueError(
+                f"the second weights have {found} for {name}, the model has "
+                f"{tuple(parameters[name].shape)}; give weights of the same architecture"
+            )
+    return {name: other[name] for name in names}
+
+
 def num_segments(name: str, *, split_qkv: bool) -> int:
     """How many scales a parameter has."""
     return 3 if split_qkv and selection.is_fused_qkv(name) else 1

@@ -25,7 +25,14 @@ class MaskedParameter:
     """
 
     def __init__(
-        self, name: str, theta: nn.Parameter, init: First, num_segments: int, shards: Shards, family: Family
+        self,
+        name: str,
+        theta: nn.Parameter,
+        init: First,
+        num_segments: int,
+        shards: Shards,
+        family: Family,
+        other: Tensor | None = None,
     ) -> None:
         self.name = name
         self.theta = theta
@@ -45,8 +52,11 @@ class MaskedParameter:
             init = init(shards.whole_weight(name, self.weight))
         self.fill(init)
         self.numbers = self._first_numbers(family)
+        self.other = None if other is None else self._second(other)
+        self.first_weight = self.weight  # as it was before training
         if family.trains_weight:
             self.weight = nn.Parameter(self.piece(self.weight).clone())
+            self.first_weight = self.piece(self.first_weight).cpu()  # only for the mask file
 
     @property
     def num_kept(self) -> list[Tensor]:
@@ -96,7 +106,8 @@ class MaskedParameter:
         numbers: Sequence[Tensor | None] = [None] * self.num_segments
         if self.numbers is not None:
             numbers = self.numbers.detach().unbind()
-        parts = zip(thetas, weights, scores, self.wholes, self.starts(), numbers, strict=True)
+        others = [None] * self.num_segments if self.other is None else self.split(self.other)
+        parts = zip(thetas, weights, scores, self.wholes, self.starts(), numbers, others, strict=True)
         return [Segment(*part) for part in parts]
 
     @torch.no_grad()
@@ -106,10 +117,20 @@ class MaskedParameter:
         if not isinstance(values, Tensor):
             piece.fill_(values)
             return
-        if values.shape != piece.shape:  # rows of a piece: of the whole tensor, or of the flattened one
-            values = values.reshape(-1, *piece.shape[1:])
-            values = values[self._first_row : self._first_row + len(piece)]
-        piece.copy_(values)
+        piece.copy_(self._part_of(values, piece))
+
+    def _part_of(self, values: Tensor, piece: Tensor) -> Tensor:
+        """The part of a whole tensor, or of a piece, that lies where `piece` does."""
+        if values.shape == piece.shape:
+            return values
+        # rows of a piece: of the whole tensor, or of the flattened one
+        values = values.reshape(-1, *piece.shape[1:])
+        return values[self._first_row : self._first_row + len(piece)]
+
+    def _second(self, other: Tensor) -> Tensor:
+        """This process's piece of second frozen weights, given whole, as the weight's piece is."""
+        piece = torch.empty_like(self.piece(self.weight))
+        return piece.copy_(self._part_of(other.detach(), piece))
 
     def _segment_shape(self, size: int) -> torch.Size:
         row = self.theta.shape[1:].numel()

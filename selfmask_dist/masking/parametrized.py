@@ -122,6 +122,10 @@ class ParametrizedEntry:
     numbers: nn.Parameter | None = None
 
     @property
+    def first_weight(self) -> Tensor:
+        return self.weight
+
+    @property
     def theta(self) -> Tensor:
         """A stand-in of theta's shape; theta itself exists only inside a forward."""
         return torch.empty(self.shape, device="meta")
@@ -230,10 +234,10 @@ def parametrized_attach(
 def _check_family(family: Family) -> None:
     """Raise a ValueError where theta cannot be made of one parameter's scores and frozen weight alone."""
     numbers = type(family).first_numbers is not Family.first_numbers
-    if family.trains_weight or family.moves_scores or numbers:
+    if not family.is_mask or family.trains_weight or family.moves_scores or numbers:
         raise ValueError(
-            f"mask.family={family.name} trains more than scores, which engine.name=deepspeed cannot; use ddp "
-            f"or fsdp"
+            f"mask.family={family.name} is more than a mask on frozen weights, which engine.name=deepspeed "
+            f"cannot train; use ddp or fsdp"
         )
     if family.ranks and family.options.keep_scope == "global":
         raise ValueError(

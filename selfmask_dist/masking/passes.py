@@ -149,10 +149,13 @@ class Passes:
 
 def look(family: Family, segments: Sequence[Segment], shards: Shards, step: int) -> None:
     """Find what `mask` and `write` need of whole tensors: sums and cuts. Collective under `shards`."""
+    for segment in segments:
+        segment.whole.step = step
     if type(family).measure is not Family.measure:
         measured = [family.measure(segment) for segment in segments]
         rows = torch.stack([row for row in measured if row is not None])
-        rows = rows if shards.is_whole else shards.sum(rows.double())
+        if not shards.is_whole:
+            rows = _largest(rows, shards) if family.measures_largest else shards.sum(rows.double())
         for segment, row in zip(segments, rows.unbind(), strict=True):
             segment.whole.measured = row
     if family.ranks:
@@ -164,6 +167,13 @@ def look(family: Family, segments: Sequence[Segment], shards: Shards, step: int)
         cuts = ranking.select([family.ranked(s) for s in segments], counts, groups, shards)
         for segment, cut in zip(segments, cuts, strict=True):
             segment.whole.cut = cut
+
+
+def _largest(rows: Tensor, shards: Shards) -> Tensor:
+    """The largest of each number over pieces. Collective: every rank must call."""
+    table = rows.new_zeros(shards.num_places, *rows.shape)
+    table[shards.place] = rows
+    return shards.sum(table).amax(dim=0)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

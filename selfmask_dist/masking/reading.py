@@ -28,6 +28,8 @@ class Entry(Protocol):
     def theta(self) -> Tensor: ...
     @property
     def weight(self) -> Tensor: ...
+    @property
+    def first_weight(self) -> Tensor: ...
     def segments(self) -> list[Segment]: ...
 
 
@@ -104,6 +106,21 @@ class MaskSet(Generic[E]):
     def weights(self) -> dict[str, Tensor]:
         """The weights under the masks, {parameter name: tensor}. Collective under `shards`."""
         return {entry.name: self._whole_weight(entry) for entry in self.entries}
+
+    @torch.no_grad()
+    def first_weights(self) -> dict[str, Tensor]:
+        """The weights as they were before training, {parameter name: tensor}. Collective under `shards`."""
+        if not self.family.trains_weight:
+            return self.weights()
+        pieces = ((entry, entry.first_weight.to(entry.weight.device)) for entry in self.entries)
+        return {entry.name: self.shards.whole(entry.name, piece) for entry, piece in pieces}
+
+    @torch.no_grad()
+    def thetas(self) -> dict[str, Tensor]:
+        """The effective weights, {parameter name: tensor}. Collective under `shards`."""
+        return {
+            entry.name: self.shards.whole_weight(entry.name, entry.theta).detach() for entry in self.entries
+        }
 
     def sparsity(self) -> dict[str, float]:
         """The share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""

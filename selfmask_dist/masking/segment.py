@@ -20,6 +20,8 @@ class Whole:
     sums: what `Family.write` gave, summed over pieces, 1-D float64; the first is the number of kept weights.
     kept: sums[0], 0-d.
     scale: a = (numel / kept)^(1/2), 0-d, of theta's dtype.
+    step: of the forward that theta is for, from 0.
+    num_tensors: scaled tensors of the model in all.
     """
 
     numel: int
@@ -29,6 +31,8 @@ class Whole:
     sums: Tensor = field(default=_NONE)
     kept: Tensor = field(default=_NONE)
     scale: Tensor = field(default=_NONE)
+    step: int = 0
+    num_tensors: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Segment:
 
     numbers: small trained tensor of families that have one, 1-D, the same on all ranks.
     start: index of the piece's first element in the whole tensor, flattened.
+    other: second frozen weights, of families that have them.
     """
 
     theta: Tensor
@@ -47,3 +52,4 @@ class Segment:
     whole: Whole
     start: int = 0
     numbers: Tensor | None = None
+    other: Tensor | None = None

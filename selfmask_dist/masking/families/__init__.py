@@ -7,15 +7,43 @@ import importlib
 from typing import Any
 
 from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.binary_connect import BinaryConnect
+from selfmask_dist.masking.families.block_movement import BlockMovement
 from selfmask_dist.masking.families.edge_popup import EdgePopup
 from selfmask_dist.masking.families.fixed import MagnitudeMask, RandomMask
+from selfmask_dist.masking.families.graft import Graft
+from selfmask_dist.masking.families.joint import Joint
+from selfmask_dist.masking.families.movement import Movement, SoftMovement
+from selfmask_dist.masking.families.multi_prize import MultiPrize
+from selfmask_dist.masking.families.neural_wirings import NeuralWirings
 from selfmask_dist.masking.families.piggyback import Piggyback
+from selfmask_dist.masking.families.ternary import TernaryWeights, TrainedTernary
 from selfmask_dist.masking.families.threshold import Threshold
 from selfmask_dist.masking.families.topk import TopK
 
 # config_sections.MASK_FAMILIES has the same names
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Threshold, Piggyback, EdgePopup, TopK, RandomMask, MagnitudeMask)
+    family.name: family
+    for family in (
+        # masks on frozen weights
+        Threshold,
+        Piggyback,
+        EdgePopup,
+        TopK,
+        RandomMask,
+        MagnitudeMask,
+        # weights trained or quantised
+        TernaryWeights,
+        TrainedTernary,
+        BinaryConnect,
+        MultiPrize,
+        Graft,
+        NeuralWirings,
+        Movement,
+        SoftMovement,
+        Joint,
+        BlockMovement,
+    )
 }
 
 

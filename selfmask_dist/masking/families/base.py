@@ -27,6 +27,9 @@ class Options:
     keep_scope: ranked within each tensor, or over all of them together.
     keep_schedule, keep_steps: the kept share goes from 1 to `keep` in so many steps, linearly or as
         keep + (1 - keep) (1 - t)^3 (Zhu and Gupta 2017, "To prune, or not to prune").
+    keep_warmup: steps before that, in which all is kept.
+    penalty: of movement pruning's soft form, on sigmoid(S).
+    block_rows, block_columns: of block movement pruning; 0 means all of a tensor's.
     maskable, maskable_by: the share of weights that may be pruned, chosen at random or by largest magnitude
         within each tensor; all others are always kept (scores of +infinity).
     seed: of random first scores and random choices.
@@ -38,6 +41,10 @@ class Options:
     keep_scope: Literal["tensor", "global"] = "tensor"
     keep_schedule: Literal["constant", "linear", "cubic"] = "constant"
     keep_steps: int = 0
+    keep_warmup: int = 0
+    penalty: float = 0.0
+    block_rows: int = 32
+    block_columns: int = 32
     maskable: float = 1.0
     maskable_by: Literal["random", "magnitude"] = "random"
     seed: int = 0
@@ -46,6 +53,7 @@ class Options:
 class Family:
     """The base: theta = W * M, or a * W * M, of a mask M that a subclass defines.
 
+    form: the kind of mask that files hold of it, see `artifact.forms`.
     is_mask: theta = [a] * W * M on frozen weights, so that one bit a weight says it all: engine `bits` sends
         it and mask files hold it.
     has_threshold: what is kept has scores above `options.threshold`.
@@ -55,10 +63,13 @@ class Family:
     starts_from_weight: the tensor called scores is a latent weight and starts as W.
     has_back_sums: `back_sums` gives something.
     moves_scores: `after_step` does something.
+    measures_largest: `measure` gives numbers of which the largest over ranks is meant, not the sum.
+    needs_other: a second set of frozen weights is given when it is attached.
     reads_scores: `pull_back` reads the scores.
     """
 
     name: ClassVar[str] = ""
+    form: ClassVar[str] = "threshold"
     is_mask: ClassVar[bool] = True
     has_threshold: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
@@ -66,6 +77,8 @@ class Family:
     trains_weight: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = False
     moves_scores: ClassVar[bool] = False
+    measures_largest: ClassVar[bool] = False
+    needs_other: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
 
     def __init__(self, options: Options | None = None) -> None:
@@ -111,11 +124,22 @@ class Family:
 
     def share(self, step: int) -> float:
         """The share that is kept in the forward of step `step` (from 0), for families that rank."""
-        start, end = 1.0, self.options.keep
-        if self.options.keep_schedule == "constant" or step >= self.options.keep_steps:
-            return end
-        left = 1 - step / self.options.keep_steps
-        return end + (start - end) * (left if self.options.keep_schedule == "linear" else left**3)
+        return self.options.keep + (1 - self.options.keep) * self.left(step)
+
+    def left(self, step: int) -> float:
+        """What is left of the schedule at a step: 1 at its begin, 0 from its end on."""
+        options = self.options
+        if options.keep_schedule == "constant":
+            return 0.0
+        passed = max(step - options.keep_warmup, 0)
+        if passed >= options.keep_steps:
+            return 0.0
+        left = 1 - passed / options.keep_steps
+        return left if options.keep_schedule == "linear" else left**3
+
+    def block(self, shape: torch.Size) -> tuple[int, int] | None:
+        """Rows and columns that share a bit in a tensor of `shape`; None where each weight has its own."""
+        return None
 
     def distance(self, segment: Segment) -> Tensor | None:
         """How far the piece's scores are from where the mask switches, for statistics; None: nowhere."""
