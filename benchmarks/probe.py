@@ -125,7 +125,7 @@ def main() -> int:
         measure(bench, "digits", digits, epochs=epochs, rounds=rounds)
         measure_without_race(bench, "digits", digits, epochs=epochs)
         measure_command(bench, settings, Path(folder))
-    for dataset in ("clothing", "grocery") if options.data and not options.quick else ():
+    for dataset in ("grocery",) if options.data and not options.quick else ():
         assert (options.data / WEIGHTS["vit"]).is_file(), f"{options.data} lacks {WEIGHTS['vit']}"
         settings = photo_settings(options.data, dataset, "vit", options.image_size)
         measure(bench, dataset, embeddings(settings), epochs=epochs, rounds=rounds)

@@ -18,7 +18,6 @@ from selfmask_dist.assembly import (
     engine_options,
     load_first_state,
     prepare,
-    save,
     train_transform,
 )
 from selfmask_dist.backbones import Backbone
@@ -29,6 +28,7 @@ from selfmask_dist.life import Life
 from selfmask_dist.meter import Meter
 from selfmask_dist.objectives import Context, Objective
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
+from selfmask_dist.saving import save
 from selfmask_dist.schedule import Schedule
 from selfmask_dist.state import Keeper, Position, RunState
 from selfmask_dist.trainer import Trainer
@@ -60,11 +60,11 @@ def adapt(
     loader = _open_loader(config, life, backbone, train, quarantine)
     objective, engine = _build(config, life, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
-    trained = prepare(config, engine, objective)
+    steps, schedule = _plan_steps(config, len(loader))
+    trained = prepare(config, engine, objective, num_steps=schedule.num_steps)
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     life.writer.message(trained.summary)
-    steps, schedule = _plan_steps(config, len(loader))
     identity = {
         "backbone": backbone.spec.fingerprint,
         "method": config.method,

@@ -5,7 +5,7 @@ own.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
-from selfmask_dist.api import Masks, attach, save_masks
+from selfmask_dist.api import Masks, attach
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
-from selfmask_dist.masking import measure
+from selfmask_dist.masking import Family, build_family, measure
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.engine import EngineState
 from selfmask_dist.preprocessing import Preprocessing
@@ -77,6 +76,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         mean=section.mean,
         std=section.std,
         crop_pct=section.crop_pct,
+        random=section.random,
         seed=config.seed,
         in_file=in_file,
     )
@@ -192,45 +192,65 @@ def engine_options(config: Config) -> EngineOptions:
     )
 
 
-def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> Trained:
+def mask_family(config: Config, *, num_steps: int) -> Family:
+    """The family of masks, with its options.
+
+    Args:
+        num_steps: of the whole training, which a schedule of the kept share follows.
+    """
+    section = config.mask
+    return build_family(
+        section.family,
+        threshold=section.threshold,
+        scale=section.scale,
+        keep=section.keep,
+        keep_scope=section.keep_scope,
+        keep_schedule=section.keep_schedule,
+        keep_steps=round(section.keep_until * num_steps),
+        maskable=section.maskable,
+        maskable_by=section.maskable_by,
+        seed=config.seed,
+    )
+
+
+def prepare(
+    config: Config, engine: Engine, objective: objectives.Objective, *, num_steps: int = 1
+) -> Trained:
     """Attach masks or free the weights, build the optimizer with one named group for each kind of parameter,
     and start the engine.
+
+    Args:
+        num_steps: of the whole training.
     """
     optim, groups = config.optim, []
     masks = head_masks = None
     if config.method == "mask":
         section = config.mask
-        attach_masks = partial(
-            engine.attach,
-            attach_fn=attach,
-            threshold=section.threshold,
-            init=section.init,
-            scale=section.scale,
-        )
+        family = mask_family(config, num_steps=num_steps)
+        attach_masks = partial(engine.attach, attach_fn=attach, init=section.init)
         masks = attach_masks(
             engine.encoder,
+            family=family,
+            first_layers=section.first_layers,
             include=section.include,
             exclude=section.exclude,
             split_qkv=section.split_qkv,
             allow_norm=section.allow_norm,
         )
-        groups.append({"name": "scores", "params": list(masks.parameters()), "base_lr": optim.score_lr})
+        if scores := list(masks.parameters()):
+            groups.append({"name": "scores", "params": scores, "base_lr": optim.score_lr})
+        if weights := list(masks.weight_parameters()):
+            groups.append(_weight_group(config, weights))
         if config.objective.head == "masked":
-            head_masks = attach_masks(objective, include="head.*")
+            of_head = type(family)(replace(family.options, maskable=1.0))  # which is of the backbone
+            head_masks = attach_masks(objective, family=of_head, include="head.*")
             groups.append(
                 {"name": "head_scores", "params": list(head_masks.parameters()), "base_lr": optim.score_lr}
             )
         summary = masks.summary()
     else:
         weights = engine.free(engine.encoder)
-        groups.append(
-            {
-                "name": "weights",
-                "params": weights,
-                "base_lr": optim.weight_lr,
-                "weight_decay": optim.weight_decay,
-            }
-        )
+        groups.append(_weight_group(config, weights))
         summary = f"trained  {sum(p.numel() for p in weights):,} weights of the backbone"
     if head_masks is None and (head := objective.head_parameters()):
         group = {
@@ -248,6 +268,15 @@ def prepare(config: Config, engine: Engine, objective: objectives.Objective) -> 
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
     return Trained(masks, head_masks, summary)
+
+
+def _weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]:
+    return {
+        "name": "weights",
+        "params": weights,
+        "base_lr": config.optim.weight_lr,
+        "weight_decay": config.optim.weight_decay,
+    }
 
 
 def _hold(objective: objectives.Objective, *_: Any) -> None:
@@ -331,57 +360,3 @@ class MaskTelemetry:
             "mask/empty": list(statistics.empty),
             "mask/active_by_parameter": statistics.active_by_parameter,
         }
-
-
-def save(
-    trained: Trained,
-    backbone: Backbone,
-    objective: objectives.Objective,
-    directory: Path,
-    *,
-    engine: Engine,
-    metrics: dict[str, float],
-) -> dict[str, Any]:
-    """Write the mask file (or the fine-tuned weights) and the head; returns their sizes in bytes.
-
-    Collective: every rank must call; the first one writes.
-    """
-    sizes: dict[str, Any] = {}
-    is_main = engine.world.is_main
-    if trained.masks is not None:
-        num_weights = sum(entry.theta.numel() for entry in trained.masks.entries)
-        mask_bytes = save_masks(
-            trained.masks,
-            directory / "final.mask",
-            is_writer=is_main,
-            backbone=backbone.spec.name,
-            backbone_fingerprint=backbone.spec.fingerprint,
-            preprocessing=backbone.spec.preprocessing.to_dict(),
-            metrics=metrics,
-        )
-        sizes["mask"] = {
-            "masked_weights": num_weights,
-            "active": 1 - sum(_pruned(trained.masks)) / num_weights,
-            "bytes": mask_bytes,
-            "bits_per_weight": mask_bytes * 8 / num_weights,
-            "weight_bytes": num_weights * 4,
-        }
-    else:
-        weights = engine.whole_weights()
-        if is_main:
-            save_file(_plain(weights), directory / "encoder.safetensors")
-    if trained.head_masks is not None:
-        save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
-    head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
-    if head and is_main:
-        save_file(head, directory / "head.safetensors")
-    return sizes
-
-
-def _pruned(masks: Masks) -> list[float]:
-    sparsity = masks.sparsity()
-    return [sparsity[entry.name] * entry.theta.numel() for entry in masks.entries]
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

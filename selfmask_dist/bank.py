@@ -26,6 +26,7 @@ from selfmask_dist.masking import core
 from selfmask_dist.rewrite import Change, Layer, decoded, rewrite
 
 CACHE_MIB = 512
+_HALF_WRITTEN = object()
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class MaskBank:
         self._cache_bytes = cache_mib * 2**20
         self.cached_bytes = 0
         self.layers_decoded = 0
-        self._current: str | None = None
+        self._current: object = None  # a mask's name, or what is no name
         self._lock = RLock()
 
     @property
@@ -199,7 +200,7 @@ class MaskBank:
         self._check(name)
         coded = None if name is None else self._coded[name]
         written = {} if coded is None else {**coded.sections, **coded.statistics}
-        self._current = None  # were it cut off half way, nothing must be taken for what is on
+        self._current = _HALF_WRITTEN  # were it cut off here, nothing must be taken for what is on
         for key in self._frozen.keys() - written.keys():
             self._tensors[key].copy_(self._frozen[key])
         if coded is not None and name is not None:
@@ -250,9 +251,10 @@ class MaskBank:
                 self.layers_decoded += 1
         layers = dict(kept)
         while self.cached_bytes > self._cache_bytes:
-            oldest = next(iter(self._decoded))
-            _, layer = self._decoded[oldest].popitem()
-            self.cached_bytes -= layer.num_bytes
-            if not self._decoded[oldest]:
+            oldest, held = next(iter(self._decoded.items()))
+            if held:
+                _, layer = held.popitem()
+                self.cached_bytes -= layer.num_bytes
+            else:
                 del self._decoded[oldest]
         return layers

@@ -12,7 +12,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfmask_dist import config_help, config_loading, config_sections, config_selfsupervised, config_yaml
+from selfmask_dist import (
+    config_help,
+    config_loading,
+    config_masks,
+    config_sections,
+    config_selfsupervised,
+    config_yaml,
+)
 from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
 from selfmask_dist.config_sections import Section, science
 
@@ -31,7 +38,7 @@ class Config(Section):
         "Keys that only another method uses are ignored, so that one file serves them all.",
     )
     backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
-    mask: config_sections.MaskConfig = Field(default_factory=config_sections.MaskConfig)
+    mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
     data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)
     crops: config_selfsupervised.CropsConfig = Field(default_factory=config_selfsupervised.CropsConfig)
@@ -47,7 +54,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
-        if conflicts := [*_backbone_conflicts(self), *_objective_conflicts(self), *_number_conflicts(self)]:
+        if conflicts := [
+            *_backbone_conflicts(self),
+            *_objective_conflicts(self),
+            *config_masks.conflicts(
+                self.mask,
+                method=self.method,
+                engine=self.engine.name,
+                objective=self.objective.name,
+                head=self.objective.head,
+            ),
+            *_number_conflicts(self),
+        ]:
             raise ConflictError(conflicts)
         return self
 
@@ -98,6 +116,12 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
             f"backbone.name {backbone.name!r} names no pretrained weights; write open_clip:{model}/<tag>, "
             "give a file as backbone.weights, or set backbone.pretrained=false for random weights",
         )
+    if backbone.random != "library" and (wants_weights or backbone.weights is not None):
+        yield Conflict(
+            ("backbone.random", "backbone.pretrained"),
+            f"backbone.random={backbone.random} draws weights, and pretrained ones are asked for; set "
+            "backbone.pretrained=false and backbone.weights=null",
+        )
     if (backbone.mean is None) != (backbone.std is None):
         yield Conflict(
             ("backbone.mean", "backbone.std"),
@@ -106,7 +130,7 @@ def _backbone_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _objective_conflicts(config: Config) -> Iterator[Conflict]:
-    objective, mask = config.objective, config.mask
+    objective = config.objective
     if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
         yield Conflict(
             ("objective.head", "backbone.name"),
@@ -126,12 +150,6 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("method", "objective.name"),
             f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
-        )
-    if mask.init <= mask.threshold:
-        yield Conflict(
-            ("mask.init", "mask.threshold"),
-            f"mask.init ({mask.init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
-            "weight starts pruned",
         )
 
 

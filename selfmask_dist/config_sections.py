@@ -62,6 +62,12 @@ class BackboneConfig(Section):
         None,
         "Weights from a local file: safetensors, or a state dict that torch.load reads with weights_only.",
     )
+    random: Literal["library", "signed_constant", "kaiming_normal"] = science(
+        "library",
+        "Random weights (pretrained=false) of convolutions and linear layers. library: as timm or open_clip "
+        "draws them. signed_constant: +s or -s, s = (2 / fan_in)^(1/2). kaiming_normal: normal, standard "
+        "deviation s (both: Ramanujan et al. 2020; mask.scale then adds their factor for the share kept).",
+    )
     image_size: int | None = science(
         None, "Side of the square images the encoder sees; null: as in pretraining.", unit="pixels", ge=1
     )
@@ -92,43 +98,6 @@ class BackboneConfig(Section):
         "one's are kept. sync: statistics of the whole global batch. frozen: the pretrained running "
         "statistics. Without effect "
         "on networks that have none.",
-    )
-
-
-class MaskConfig(Section):
-    """Which parameters carry a mask M = 1[S > threshold], and the scale a of theta = a * W * M."""
-
-    include: NonEmpty | SomeStrings = science(
-        "auto",
-        "Parameters to mask: presets (auto, vit, resnet, clip_visual) and glob patterns over parameter "
-        "names. auto is vit where that matches anything, else resnet.",
-    )
-    exclude: Strings = science((), "Glob patterns over parameter names that are taken out again.")
-    threshold: float = science(
-        0.0, "mu: a weight is kept where its score is greater. Paper: 0.", unit="score"
-    )
-    init: float = science(
-        1.0,
-        "First value of every score, above the threshold. Only its distance to the threshold, relative to "
-        "optim.score_lr, matters. Paper: 1.",
-        unit="score",
-    )
-    scale: Literal["through", "detached", "none"] = science(
-        "through",
-        "a = (N / sum M)^(1/2) for each tensor. through: gradients flow through it (the authors' code). "
-        "detached: it scales, and gradients do not see it. none: a = 1 (Piggyback).",
-    )
-    split_qkv: bool = science(
-        False,
-        "A scale each for q, k and v of a fused projection, as where they are three tensors (Paper's CLIP).",
-    )
-    init_from: NonEmpty | None = science(
-        None,
-        "Folder of a finished run whose newest checkpoint gives the first scores, heads and running "
-        "statistics in place of mask.init; the optimizer starts afresh.",
-    )
-    allow_norm: bool = science(
-        False, "Let patterns mask normalisation layers, which destroys the features; false: refuse."
     )
 
 

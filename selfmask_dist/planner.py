@@ -184,7 +184,14 @@ def plan(config: Config, hardware: Hardware) -> list[Estimate]:
     """
     encoder, image_size = build_on_meta(config)
     mask = config.mask
-    shape = measure_shape(encoder, image_size, mask.include, exclude=mask.exclude, allow_norm=mask.allow_norm)
+    shape = measure_shape(
+        encoder,
+        image_size,
+        mask.include,
+        exclude=mask.exclude,
+        first_layers=mask.first_layers,
+        allow_norm=mask.allow_norm,
+    )
     return estimate(shape, config, hardware)
 
 

@@ -208,6 +208,33 @@ def test_masks_come_from_files_and_go(tmp_path: Path) -> None:
         bank.embed(images(), "again")
 
 
+def test_a_swap_that_fails_leaves_nothing_behind() -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    bank = MaskBank(model)
+    for name, mask in random_masks(model, preset).items():
+        bank.add(name, mask)
+    expected = {name: bank.embed(images(), name) for name in (None, "half", "sparse")}
+    bank.forget_decoded()
+    sections = bank._coded["dense"].sections
+    whole, last = dict(sections), list(sections)[-1]
+    sections[last] = b"rotten"
+    for before in ("half", None):
+        bank.embed(images(), before)
+        with pytest.raises(ValueError, match="mask bits"):
+            bank.embed(images(), "dense")
+        for name, embeddings in expected.items():
+            assert torch.equal(bank.embed(images(), name), embeddings), name
+    sections |= whole
+    bank.embed(images(), "dense")
+    theta = bank._tensors[last]
+    bank._tensors[last] = theta.to(torch.int8)  # all the others are written by the time that this fails
+    with pytest.raises(RuntimeError, match="result type"):
+        bank.embed(images(), "half")
+    bank._tensors[last] = theta
+    for on, embeddings in expected.items():
+        assert torch.equal(bank.embed(images(), on), embeddings), on
+
+
 def test_threads_do_not_see_each_others_masks() -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
     bank = MaskBank(model)

@@ -96,7 +96,8 @@ def test_selection_equals_sorting(size: int) -> None:
             found = [torch.cat(parts) for parts in zip(*(masks[case] for masks in of_ranks), strict=True)]
             for mask, tensor in zip(found, tensors, strict=True):
                 assert torch.equal(mask, by_sorting(tensor, max(round(share * tensor.numel()), 1)))
-            together = torch.cat([torch.cat(parts) for parts in zip(*(m[case + 1] for m in of_ranks))])
+            parts_of_all = zip(*(masks[case + 1] for masks in of_ranks), strict=True)
+            together = torch.cat([torch.cat(parts) for parts in parts_of_all])
             whole = torch.cat(tensors)
             assert torch.equal(together, by_sorting(whole, max(round(share * len(whole)), 1)))
             case += 2

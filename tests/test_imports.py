@@ -33,10 +33,19 @@ TABLE = {
     # module            may import of the project                             must not know
     "__init__": Rule(("api",), TRAINING),
     "config": Rule(
-        ("config_help", "config_loading", "config_sections", "config_selfsupervised", "config_yaml"), TRAINING
+        (
+            "config_help",
+            "config_loading",
+            "config_masks",
+            "config_sections",
+            "config_selfsupervised",
+            "config_yaml",
+        ),
+        TRAINING,
     ),
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
+    "config_masks": Rule(("config_loading", "config_sections"), TRAINING),
     "config_sections": Rule((), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_yaml": Rule((), TRAINING),
@@ -101,6 +110,7 @@ TABLE = {
     "cascade_stages": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
+    "saving": Rule((ALL,)),
     "run": Rule((ALL,)),
     "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.mapping import leave_in_files
+from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
 from selfmask_dist.preprocessing import Preprocessing
@@ -77,6 +78,7 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
+    random: str = "library",
     seed: int = 0,
     in_file: bool = False,
 ) -> Backbone:
@@ -98,6 +100,7 @@ def load_backbone(
         mean, std: per RGB channel, for pixels in 0..1; None for the model's own.
         crop_pct: fraction of the resized short side that the centre crop keeps; None for the model's own,
             also where `image_size` differs from the model's.
+        random: where no weights are loaded: as the `library` draws them, or a kind of `random_weights`.
         seed: of the random weights. The global generators are left as they were.
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
             copies each process's share of them; see `mapping`. Random weights, and files that cannot be
@@ -117,6 +120,8 @@ def load_backbone(
     if not in_file:
         built = build()
         built.encoder.float()
+    if random != "library" and not pretrained and weights is None:
+        randomise(built.encoder, random, seed=seed)
     given: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
     preprocessing = replace(
         built.preprocessing, **{key: value for key, value in given.items() if value is not None}

@@ -54,7 +54,7 @@ def linear_probe(
     standardize: bool = True,
     validation_fraction: float = 0.2,
     seed: int = 0,
-    max_iterations: int = 500,
+    max_iterations: int = 5000,
     dtype: torch.dtype = torch.float64,
     ranks: Ranks | None = None,
     train_ids: Tensor | None = None,

@@ -8,9 +8,9 @@ table that the kernel reads. Products are rounded to the weight's dtype one by o
 """
 
 import contextlib
-import struct
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -67,10 +67,11 @@ def rewrite_fused(changes: Sequence[Change]) -> None:
     device = contiguous[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for dtype, group in by_dtype.items():
-            rows, largest = _rows(group)
-            table = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-            grid = (triton.cdiv(largest, BLOCK), len(rows))
+            rows = _rows(group)
+            largest = int(rows[:, 4].max(initial=0))
+            table = torch.from_numpy(rows).to(device, non_blocking=True)
             if largest:
+                grid = (triton.cdiv(largest, BLOCK), len(rows))
                 _kernel[grid](table, COLUMNS=_COLUMNS, KIND=_KINDS[dtype], BLOCK=BLOCK)
     for change, theta in zip(changes, contiguous, strict=True):
         if theta is not change.theta:
@@ -79,16 +80,19 @@ def rewrite_fused(changes: Sequence[Change]) -> None:
     torch.autograd.graph.increment_version([change.theta for change in changes])
 
 
-def _rows(group: Sequence[tuple[Change, Tensor]]) -> tuple[list[list[int]], int]:
-    """A row of the table for each part, and the size of the largest."""
-    rows, largest = [], 0
+def _rows(group: Sequence[tuple[Change, Tensor]]) -> np.ndarray:
+    """A row of the table for each part, (parts, columns) int64; in numpy, as a swap waits for it."""
+    rows: list[tuple[int, ...]] = []
+    scales: list[float] = []
     for change, theta in group:
         assert change.layer.packed is not None
-        assert change.weight.is_contiguous()
-        addresses = [theta.data_ptr(), change.weight.data_ptr(), change.layer.packed.data_ptr()]
-        start = 0
-        for part, scale in zip(theta.chunk(len(change.scales)), change.scales, strict=True):
-            (bits,) = struct.unpack("<q", struct.pack("<d", scale))
-            rows.append([*addresses, start, part.numel(), bits])
-            start, largest = start + part.numel(), max(largest, part.numel())
-    return rows, largest
+        addresses = (theta.data_ptr(), change.weight.data_ptr(), change.layer.packed.data_ptr())
+        size, parts = theta.numel(), len(change.scales)
+        # as `chunk` cuts along the first dimension
+        step = size if parts == 1 else -(-len(theta) // parts) * (size // max(len(theta), 1))
+        rows += [(*addresses, start, min(step, size - start)) for start in range(0, size, max(step, 1))]
+        scales += change.scales[: len(rows) - len(scales)]
+    table = np.empty((len(rows), _COLUMNS), dtype=np.int64)
+    table[:, :-1] = rows
+    table[:, -1] = np.array(scales, dtype=np.float64).view(np.int64)
+    return table

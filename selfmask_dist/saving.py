@@ -1,0 +1,73 @@
+"""What a run leaves beside its numbers: the mask file (dense weights where bits are not all) and the head."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfmask_dist import objectives
+from selfmask_dist.api import Masks, save_masks
+from selfmask_dist.assembly import Trained
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.masking import Family
+from selfmask_dist.parallel import Engine
+
+
+def save(
+    trained: Trained,
+    backbone: Backbone,
+    objective: objectives.Objective,
+    directory: Path,
+    *,
+    engine: Engine,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Write the mask file (or the trained weights, as theta) and the head; returns their sizes in bytes.
+
+    Collective: every rank must call; the first one writes.
+    """
+    sizes: dict[str, Any] = {}
+    is_main = engine.world.is_main
+    if trained.masks is not None and is_file_of_bits(trained.masks.family):
+        num_weights = sum(entry.theta.numel() for entry in trained.masks.entries)
+        mask_bytes = save_masks(
+            trained.masks,
+            directory / "final.mask",
+            is_writer=is_main,
+            backbone=backbone.spec.name,
+            backbone_fingerprint=backbone.spec.fingerprint,
+            preprocessing=backbone.spec.preprocessing.to_dict(),
+            metrics=metrics,
+        )
+        sizes["mask"] = {
+            "masked_weights": num_weights,
+            "active": 1 - sum(_pruned(trained.masks)) / num_weights,
+            "bytes": mask_bytes,
+            "bits_per_weight": mask_bytes * 8 / num_weights,
+            "weight_bytes": num_weights * 4,
+        }
+    else:
+        weights = engine.whole_weights()
+        if is_main:
+            save_file(_plain(weights), directory / "encoder.safetensors")
+    if trained.head_masks is not None:
+        save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
+    head = _plain(objective.state_dict()) if objective.classifies else {}  # SwAV's are thrown away
+    if head and is_main:
+        save_file(head, directory / "head.safetensors")
+    return sizes
+
+
+def _pruned(masks: Masks) -> list[float]:
+    sparsity = masks.sparsity()
+    return [sparsity[entry.name] * entry.theta.numel() for entry in masks.entries]
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def is_file_of_bits(family: Family) -> bool:
+    """Whether a mask file says all of what was trained: theta = [a] * W * M on frozen weights."""
+    return family.is_mask and not family.trains_weight
