@@ -74,7 +74,7 @@ def of_kind(kind: Any, generator: torch.Generator) -> Mask:
         bits = {name: torch.ones_like(kept) for name, kept in bits.items()}
     else:
         bits["b"] = forms.from_grid(bits["b"][:3, :7], [40, 50], blocks["b"])
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, Any] = {}
     for name, kept in bits.items():
         num_parts = 2 if name == "a" else 1
         scales = torch.rand(

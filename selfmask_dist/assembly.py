@@ -20,6 +20,7 @@ from selfmask_dist.api import Masks, attach
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
+from selfmask_dist.mask_groups import mask_groups, second_weights, weight_group
 from selfmask_dist.masking import Family, build_family, measure
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.engine import EngineState
@@ -159,6 +160,14 @@ def build_objective(
             "label_smoothing": supervised.label_smoothing,
             "prompts": supervised.prompts,
         }
+        if supervised.distill_from is not None:
+            from selfmask_dist.teacher import Teacher  # which makes a run's parts with this module
+
+            options["distillation"] = objectives.Distillation(
+                Teacher(Path(supervised.distill_from), classes),
+                weight=supervised.distill_weight,
+                temperature=supervised.distill_temperature,
+            )
     return objectives.build_objective(
         config.objective.name, backbone=backbone, classes=classes, context=context, **options
     )
@@ -206,7 +215,11 @@ def mask_family(config: Config, *, num_steps: int) -> Family:
         keep=section.keep,
         keep_scope=section.keep_scope,
         keep_schedule=section.keep_schedule,
-        keep_steps=round(section.keep_until * num_steps),
+        keep_steps=round((section.keep_until - section.keep_from) * num_steps),
+        keep_warmup=round(section.keep_from * num_steps),
+        penalty=section.penalty,
+        block_rows=section.block_rows,
+        block_columns=section.block_columns,
         maskable=section.maskable,
         maskable_by=section.maskable_by,
         seed=config.seed,
@@ -236,11 +249,9 @@ def prepare(
             exclude=section.exclude,
             split_qkv=section.split_qkv,
             allow_norm=section.allow_norm,
+            **second_weights(config, family),
         )
-        if scores := list(masks.parameters()):
-            groups.append({"name": "scores", "params": scores, "base_lr": optim.score_lr})
-        if weights := list(masks.weight_parameters()):
-            groups.append(_weight_group(config, weights))
+        groups += mask_groups(config, masks)
         if config.objective.head == "masked":
             of_head = type(family)(replace(family.options, maskable=1.0))  # which is of the backbone
             head_masks = attach_masks(objective, family=of_head, include="head.*")
@@ -250,7 +261,7 @@ def prepare(
         summary = masks.summary()
     else:
         weights = engine.free(engine.encoder)
-        groups.append(_weight_group(config, weights))
+        groups.append(weight_group(config, weights))
         summary = f"trained  {sum(p.numel() for p in weights):,} weights of the backbone"
     if head_masks is None and (head := objective.head_parameters()):
         group = {
@@ -268,15 +279,6 @@ def prepare(
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
     return Trained(masks, head_masks, summary)
-
-
-def _weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]:
-    return {
-        "name": "weights",
-        "params": weights,
-        "base_lr": config.optim.weight_lr,
-        "weight_decay": config.optim.weight_decay,
-    }
 
 
 def _hold(objective: objectives.Objective, *_: Any) -> None:

@@ -146,6 +146,12 @@ def _objective_conflicts(config: Config) -> Iterator[Conflict]:
         yield Conflict(
             ("objective.prompts",), f"objective.prompts: {missing[0]!r} has no {{}} where the class name goes"
         )
+    if objective.distill_from is not None and objective.name != "supervised":
+        yield Conflict(
+            ("objective.distill_from", "objective.name"),
+            f"objective.distill_from teaches classes, and objective.name={objective.name} has none; set "
+            "objective.name=supervised, or objective.distill_from=null",
+        )
     if config.method == "cascade" and objective.name != "swav":
         yield Conflict(
             ("method", "objective.name"),

@@ -11,10 +11,22 @@ from typing import Literal
 from selfmask_dist.config_loading import Conflict
 from selfmask_dist.config_sections import NonEmpty, Section, SomeStrings, Strings, science
 
-MASK_FAMILIES = ("threshold", "piggyback", "edge_popup", "topk", "random", "magnitude")
+# weights under these are trained or quantised: no masks on frozen weights
+LATENT_FAMILIES = ("twn", "ttq", "binary_connect", "neural_wirings")
+BESIDE_FAMILIES = ("movement", "soft_movement", "joint", "block_movement")  # scores and weights are trained
+OTHER_FAMILIES = (*LATENT_FAMILIES, *BESIDE_FAMILIES, "multi_prize", "graft")
+MASK_FAMILIES = ("threshold", "piggyback", "edge_popup", "topk", "random", "magnitude", *OTHER_FAMILIES)
 FIXED_FAMILIES = ("random", "magnitude")  # nothing of them is trained
-RANKING_FAMILIES = ("edge_popup", "topk", *FIXED_FAMILIES)  # what mask.keep speaks to
-THRESHOLD_FAMILIES = ("threshold", "piggyback")
+RANKING_FAMILIES = (  # what mask.keep speaks to
+    "edge_popup",
+    "topk",
+    *FIXED_FAMILIES,
+    "multi_prize",
+    "neural_wirings",
+    "movement",
+    "block_movement",
+)
+THRESHOLD_FAMILIES = ("threshold", "piggyback", "joint", "graft")
 
 
 class MaskConfig(Section):
@@ -49,12 +61,15 @@ class MaskConfig(Section):
     )
     threshold: float = science(
         0.0,
-        "mu: a weight is kept where its score is greater. Paper: 0; Piggyback: 0.005.",
+        "mu: a weight is kept where its score is greater. Paper: 0; Piggyback: 0.005. soft_movement: tau, "
+        "which sigmoid(score) must exceed at the end of mask.keep_schedule, as 0.1.",
         unit="score",
     )
     keep: float = science(
         0.5,
-        "Share of the weights that families which rank keep, exactly (edge_popup, topk, random, magnitude).",
+        "Share of the weights (block_movement: of the blocks) that families which rank keep, exactly: "
+        + ", ".join(RANKING_FAMILIES)
+        + ".",
         unit="fraction of the weights",
         gt=0,
         le=1,
@@ -73,6 +88,30 @@ class MaskConfig(Section):
         unit="fraction of train.epochs",
         gt=0,
         le=1,
+    )
+    keep_from: float = science(
+        0.0,
+        "Until when all is kept, before a linear or cubic mask.keep_schedule begins.",
+        unit="fraction of train.epochs",
+        ge=0,
+        lt=1,
+    )
+    penalty: float = science(
+        0.0,
+        "soft_movement: lambda, the weight of mean sigmoid(score) in the loss; it rises with the schedule.",
+        unit="loss",
+        ge=0,
+    )
+    block_rows: int = science(
+        32, "block_movement: rows of weights that share a score; 0: all of a tensor's.", unit="rows", ge=0
+    )
+    block_columns: int = science(
+        32, "block_movement: columns of a block; 0: all, so that blocks are rows.", unit="columns", ge=0
+    )
+    graft_from: NonEmpty | None = science(
+        None,
+        "graft: the fine-tuned weights, as the folder of a finished run of method=finetune or a file that "
+        "backbone.weights would take.",
     )
     init: float | Literal["normal", "magnitude", "shuffled_magnitude", "kaiming_uniform"] = science(
         1.0,
@@ -120,6 +159,8 @@ def conflicts(mask: MaskConfig, *, method: str, engine: str, objective: str, hea
         return
     yield from _first_score_conflicts(mask)
     yield from _keep_conflicts(mask)
+    if mask.family in OTHER_FAMILIES:
+        yield from _other_conflicts(mask, method, engine, head if objective == "supervised" else "")
     if mask.family in FIXED_FAMILIES:
         yield from _fixed_conflicts(mask, method, engine, head if objective == "supervised" else "")
     if engine == "deepspeed" and mask.keep_scope == "global":
@@ -138,7 +179,11 @@ def _first_score_conflicts(mask: MaskConfig) -> Iterator[Conflict]:
             f"mask.init ({init:g}) must be greater than mask.threshold ({mask.threshold:g}), or every "
             "weight starts pruned",
         )
-    if mask.family in ("edge_popup", "topk") and not isinstance(init, str) and mask.init_from is None:
+    if (
+        mask.family in ("edge_popup", "topk", "multi_prize")
+        and not isinstance(init, str)
+        and mask.init_from is None
+    ):
         yield Conflict(
             ("mask.family", "mask.init"),
             f"mask.init={init:g} gives all scores one rank, and mask.family={mask.family} would keep the "
@@ -153,6 +198,12 @@ def _first_score_conflicts(mask: MaskConfig) -> Iterator[Conflict]:
 
 
 def _keep_conflicts(mask: MaskConfig) -> Iterator[Conflict]:
+    if mask.keep_schedule != "constant" and mask.keep_from >= mask.keep_until:
+        yield Conflict(
+            ("mask.keep_from", "mask.keep_until"),
+            f"mask.keep_from ({mask.keep_from:g}) must be less than mask.keep_until ({mask.keep_until:g}), "
+            "or the schedule has no time",
+        )
     if mask.maskable < 1 and mask.family == "magnitude":
         yield Conflict(
             ("mask.family", "mask.maskable"),
@@ -190,4 +241,60 @@ def _fixed_conflicts(mask: MaskConfig, method: str, engine: str, head: str) -> I
         yield Conflict(
             ("mask.family", "mask.keep_schedule"),
             f"mask.family={family} is fixed; set mask.keep_schedule=constant",
+        )
+
+
+def _other_conflicts(mask: MaskConfig, method: str, engine: str, head: str) -> Iterator[Conflict]:
+    """Of families that are more than masks on frozen weights."""
+    family = mask.family
+    if engine in ("bits", "deepspeed"):
+        yield Conflict(
+            ("mask.family", "engine.name"),
+            f"engine.name={engine} trains masks on frozen weights, and mask.family={family} is more; use ddp "
+            "or fsdp",
+        )
+    if head == "masked":
+        yield Conflict(
+            ("mask.family", "objective.head"),
+            f"mask.family={family} is no mask on frozen weights, as a head's is; set objective.head=linear",
+        )
+    if method == "cascade":
+        yield Conflict(
+            ("method", "mask.family"),
+            f"a cascade keeps its experts as bits on frozen weights, and mask.family={family} is more; use "
+            "another family",
+        )
+    if mask.maskable < 1:
+        yield Conflict(
+            ("mask.family", "mask.maskable"),
+            f"mask.maskable speaks of masks on frozen weights; set it to 1 with mask.family={family}",
+        )
+    if (family == "graft") != (mask.graft_from is not None):
+        yield Conflict(
+            ("mask.family", "mask.graft_from"),
+            f"mask.family=graft and mask.graft_from go together: the family is {family}, and mask.graft_from "
+            f"is {mask.graft_from or 'null'}",
+        )
+    if family == "soft_movement" and not 0 < mask.threshold < 1:
+        yield Conflict(
+            ("mask.family", "mask.threshold"),
+            f"mask.family=soft_movement compares a sigmoid with mask.threshold ({mask.threshold:g}); set it "
+            "between 0 and 1, as 0.1",
+        )
+    if family == "movement" and mask.keep_schedule == "constant" and not isinstance(mask.init, str):
+        yield Conflict(
+            ("mask.family", "mask.keep_schedule"),
+            "mask.family=movement would keep the first weights of each tensor, as all scores start alike; "
+            "set mask.keep_schedule=cubic (the published one), or mask.init=normal",
+        )
+    if family == "block_movement" and mask.keep_scope == "global":
+        yield Conflict(
+            ("mask.family", "mask.keep_scope"),
+            "mask.family=block_movement ranks the blocks of one tensor; set mask.keep_scope=tensor",
+        )
+    if family == "block_movement" and mask.keep_schedule == "constant":
+        yield Conflict(
+            ("mask.family", "mask.keep_schedule"),
+            "mask.family=block_movement would keep the first blocks of each tensor, as all scores start "
+            "alike; set mask.keep_schedule=cubic",
         )

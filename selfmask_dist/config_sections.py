@@ -155,6 +155,22 @@ class ObjectiveConfig(Section):
         ("a photo of a {}.",), "Sentences for clip_text with {} for the class name; several are averaged."
     )
 
+    distill_from: NonEmpty | None = science(
+        None,
+        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits "
+        "are learned beside the labels; null: labels alone.",
+    )
+    distill_weight: float = science(
+        0.5,
+        "Share of the loss that is learned from objective.distill_from; the labels have the rest.",
+        unit="fraction of the loss",
+        gt=0,
+        le=1,
+    )
+    distill_temperature: float = science(
+        2.0, "Both logits are divided by it: larger shows more of the teacher's doubts.", unit="logit", gt=0
+    )
+
 
 class OptimConfig(Section):
     """SGD with momentum; a learning rate for each kind of parameter. Scores never have weight decay."""
@@ -168,7 +184,8 @@ class OptimConfig(Section):
     )
     weight_lr: float = science(
         0.01,
-        "Peak learning rate of the backbone's weights (method=finetune).",
+        "Peak learning rate of the backbone's weights (method=finetune, and families of masks that train "
+        "them).",
         unit="weight per unit of gradient",
         gt=0,
     )
@@ -183,7 +200,7 @@ class OptimConfig(Section):
     )
     weight_decay: float = science(
         0.0,
-        "L2 penalty on the backbone's weights (method=finetune).",
+        "L2 penalty on the backbone's weights, where they are trained.",
         unit="gradient per unit of weight",
         ge=0,
     )

@@ -29,7 +29,7 @@ def save(
     """
     sizes: dict[str, Any] = {}
     is_main = engine.world.is_main
-    if trained.masks is not None and is_file_of_bits(trained.masks.family):
+    if trained.masks is not None and is_in_mask_file(trained.masks.family):
         num_weights = sum(entry.theta.numel() for entry in trained.masks.entries)
         mask_bytes = save_masks(
             trained.masks,
@@ -68,6 +68,8 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
-def is_file_of_bits(family: Family) -> bool:
-    """Whether a mask file says all of what was trained: theta = [a] * W * M on frozen weights."""
-    return family.is_mask and not family.trains_weight
+def is_in_mask_file(family: Family) -> bool:
+    """Whether a mask file says all of what was trained: theta = [a] * W * M on frozen weights, or another
+    form that files hold.
+    """
+    return family.form != "threshold" or (family.is_mask and not family.trains_weight)

@@ -96,6 +96,9 @@ TABLE = {
     "score_import": Rule(("artifact", "backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),
     "shrink": Rule((), ("torch.distributed", "torch.optim", *MODELS)),
+    "mask_groups": Rule(
+        ("api", "backbones", "config", "masking"), ("torch.distributed", "torch.optim", *MODELS)
+    ),
     "mask_comparison": Rule(
         ("artifact", "config", "evals", "run_directory"), ("torch.distributed", "torch.optim", *MODELS)
     ),
@@ -112,6 +115,7 @@ TABLE = {
     "assembly": Rule((ALL,)),
     "saving": Rule((ALL,)),
     "run": Rule((ALL,)),
+    "teacher": Rule((ALL,)),
     "eval_command": Rule((ALL,)),
     "cli": Rule((ALL,)),
     "mask_command": Rule((ALL,)),

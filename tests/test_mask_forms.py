@@ -62,7 +62,8 @@ def mask_of(kind: Any, encoder: torch.nn.Module, *, dtype: torch.dtype = torch.f
     generator = torch.Generator().manual_seed(3)
     weights = {name: encoder.get_parameter(name).detach().to(dtype) for name in NAMES}
     blocks = {NAMES[1]: (32, 10)} if kind != "sign" else {}
-    bits, thetas, parts = {}, {}, {}
+    bits, thetas = {}, {}
+    parts: dict[str, Any] = {}
     for name, weight in weights.items():
         bits[name] = torch.rand(weight.shape, generator=generator) < (2.0 if kind == "sign" else 0.6)
         if name in blocks:
@@ -193,7 +194,7 @@ def test_kinds_and_scales_go_together(tmp_path: Path) -> None:
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     encoder, _ = make("timm_vit", dtype=torch.float32)
-    masks = {kind: mask_of(kind, encoder)[0] for kind in forms.KINDS}
+    masks: dict[str, Mask] = {kind: mask_of(kind, encoder)[0] for kind in forms.KINDS}
     path = tmp_path / "a.mask"
     for kind in ("ternary", "values", "sign"):
         with pytest.raises(MaskFileError, match=f"mask 1 is of kind {kind}.*only masks of kind threshold"):

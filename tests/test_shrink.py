@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def images() -> torch.Tensor:
     return torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
 
 
-def pruned_vit() -> nn.Module:
+def pruned_vit() -> Any:
     """Head 0 of block 0 is fed and not read, head 1 of block 1 read and not fed; hidden units likewise."""
-    model, _ = make("timm_vit")
+    model: Any = make("timm_vit")[0]
     with torch.no_grad():
         first, second = model.blocks
         first.attn.proj.weight[:, :12] = 0
@@ -66,7 +67,7 @@ def test_constants_move_into_the_next_bias() -> None:
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_an_mlp_in_a_sequential(act: type[nn.Module], has_bias: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Linear(6, 10), act(), nn.Dropout(0.5), nn.Linear(10, 8), nn.Linear(8, 3, bias=has_bias)
     )
     model.double().eval()
@@ -83,7 +84,7 @@ def test_an_mlp_in_a_sequential(act: type[nn.Module], has_bias: bool) -> None:
 
 
 def test_a_layer_of_zeros_keeps_one_unit() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    model: Any = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     with torch.no_grad():
         model[2].weight.zero_()
     x = torch.randn(3, 4)
@@ -123,7 +124,7 @@ def test_shrink_as_a_user_types_it(tmp_path: Path, capsys: pytest.CaptureFixture
     command = ["mask", "shrink", str(tmp_path / "a.mask"), str(tmp_path / "out")]
     assert main([*command, "--config", str(tmp_path / "config.yaml")]) == 0
     assert "blocks.1.mlp.fc1" in capsys.readouterr().out
-    smaller = build_backbone(config).encoder
+    smaller: Any = build_backbone(config).encoder
     load_smaller(smaller, tmp_path / "out")
     assert smaller.blocks[1].mlp.fc1.out_features == 28
     with torch.no_grad():

@@ -8,13 +8,14 @@ from typing import Any
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.objectives import supervised, swav
 from selfmask_dist.objectives.base import Context, Objective
-from selfmask_dist.objectives.supervised import Supervised
+from selfmask_dist.objectives.supervised import Distillation, Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
 from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",
     "Context",
+    "Distillation",
     "Objective",
     "Supervised",
     "Swav",

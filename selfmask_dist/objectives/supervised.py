@@ -4,10 +4,13 @@
     masked     logits = W norm(x)          W frozen and random, for whoever attaches a mask to `head.weight`
     clip_text  logits = t * T x / |x|      T: text embeddings of the classes, t: CLIP's scale; nothing trained
 
-Knows neither masks, optimizers nor process groups.
+With a teacher, a share w of the loss is T^2 KL(teacher | student) of both logits over T (Hinton, Vinyals,
+Dean 2015, arXiv 1503.02531; movement pruning's w is 0.5, its T 2). Knows neither masks, optimizers nor
+process groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,6 +30,19 @@ HeadNorm = Literal["none", "l2", "batchnorm"]
 L2_LENGTH = 8.0
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from another model's logits beside the labels.
+
+    teacher: images (n, 3, H, W) -> logits (n, classes); it is not trained, and gradients do not enter it.
+    weight: its share of the loss, from 0 to 1. temperature: T, above 0.
+    """
+
+    teacher: Callable[[Tensor], Tensor]
+    weight: float = 0.5
+    temperature: float = 2.0
+
+
 def build(
     backbone: Backbone,
     classes: tuple[str, ...],
@@ -36,12 +52,13 @@ def build(
     head_norm: HeadNorm = "l2",
     label_smoothing: float = 0.0,
     prompts: Sequence[str] = ("a photo of a {}.",),
+    distillation: Distillation | None = None,
     seed: int = 0,
 ) -> "Supervised":
     """The supervised objective for a backbone and its data set's classes.
 
     Args:
-        head, head_norm, label_smoothing, seed: as in `Supervised`.
+        head, head_norm, label_smoothing, distillation, seed: as in `Supervised`.
         prompts: for `clip_text`, templates in which {} stands for the class name ("_" read as a space).
 
     Raises:
@@ -64,6 +81,7 @@ def build(
         label_smoothing=label_smoothing,
         text_embeddings=text,
         logit_scale=scale,
+        distillation=distillation,
         seed=seed,
     )
 
@@ -89,6 +107,7 @@ class Supervised(Objective):
             `L2_LENGTH`. "batchnorm": mean 0 and variance 1 per feature, see `FeatureBatchNorm`. `clip_text`
             ignores it.
         label_smoothing: probability spread evenly over all classes, 0 <= value < 1.
+        distillation: a teacher; None: labels alone.
         text_embeddings, logit_scale: T (num_classes, dim) and t, for `clip_text` alone.
         seed: of the head's first weights; the global generators are left as they were.
 
@@ -108,9 +127,11 @@ class Supervised(Objective):
         label_smoothing: float = 0.0,
         text_embeddings: Tensor | None = None,
         logit_scale: float = 1.0,
+        distillation: Distillation | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.distillation = distillation  # no module: it is neither trained nor saved
         _check_arguments(num_classes, head, head_norm, label_smoothing)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
@@ -148,6 +169,11 @@ class Supervised(Objective):
         logits = self._classify(encoder(batch.views[0]), batch.weights)
         labels = batch.labels.where(is_real, 0)
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+        if (distillation := self.distillation) is not None:
+            with torch.no_grad():
+                taught = distillation.teacher(batch.views[0])
+            from_teacher = distillation_losses(logits, taught, distillation.temperature)
+            losses = (1 - distillation.weight) * losses + distillation.weight * from_teacher
         loss = (batch.weights * losses).sum() / batch.global_count
         is_correct = (logits.argmax(dim=1) == labels).to(losses.dtype)
         accuracy = (batch.weights * is_correct).sum() / batch.global_count
@@ -184,6 +210,13 @@ class Supervised(Objective):
                 f"{len(samples)} samples of this batch have others: sample {', '.join(samples[:5])}. Add the "
                 "labels to the shards, or leave these out"
             )
+
+
+def distillation_losses(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher | student) of logits (n, classes) over T, for each row: (n,)."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    taught = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
+    return temperature**2 * (taught.exp() * (taught - student)).sum(dim=1)
 
 
 class FeatureBatchNorm(nn.Module):

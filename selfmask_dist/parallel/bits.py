@@ -58,6 +58,8 @@ class BitsEngine(Engine):
         return self._flat
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
+        if isinstance(options.get("family"), Family) and model is self.encoder:
+            _check_family(options["family"])  # before theta is written: not all can write such pieces
         masks = super().attach(model, attach_fn, **options)
         if model is self.encoder:
             _check_family(masks.family)
