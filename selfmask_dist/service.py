@@ -184,6 +184,9 @@ class _Service:
                 await asyncio.sleep(self._limits.wait_ms / 1000)
             while len(jobs) < self._limits.max_batch and not self._jobs.empty():
                 jobs.append(self._jobs.get_nowait())
+            for _, mask, done in jobs:
+                if mask is not None and mask not in self._bank and not done.done():
+                    done.set_exception(_RefusedError(404, f"the mask {mask!r} was removed meanwhile"))
             jobs = [job for job in jobs if not job[2].done()]  # the client of another went away
             if not jobs:
                 continue

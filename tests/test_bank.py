@@ -222,8 +222,8 @@ def test_a_swap_that_fails_leaves_nothing_behind() -> None:
         bank.embed(images(), before)
         with pytest.raises(ValueError, match="mask bits"):
             bank.embed(images(), "dense")
-        for name, embeddings in expected.items():
-            assert torch.equal(bank.embed(images(), name), embeddings), name
+        for on, embeddings in expected.items():
+            assert torch.equal(bank.embed(images(), on), embeddings), on
     sections |= whole
     bank.embed(images(), "dense")
     theta = bank._tensors[last]

@@ -63,6 +63,11 @@ def make_bank() -> MaskBank:
     return bank
 
 
+def weights_of_bank(bank: MaskBank) -> dict[str, torch.Tensor]:
+    with bank.under(None) as encoder:
+        return {key: value.detach().clone() for key, value in encoder.named_parameters() if value.ndim == 2}
+
+
 class Server:
     def __init__(self, bank: MaskBank) -> None:
         with socket.socket() as free:
@@ -71,6 +76,7 @@ class Server:
         config = uvicorn.Config(
             create_app(bank, PREPROCESSING, LIMITS), port=port, log_level="error", ws="none"
         )
+        self.bank = bank
         self.url, self._server = f"http://127.0.0.1:{port}", uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 
@@ -210,6 +216,36 @@ def test_more_than_can_wait_is_told_to_come_back(server: Server) -> None:
         assert answer.headers["Retry-After"] == "1"
         assert [future.result() for future in waiting] == [200] * LIMITS.max_waiting
     assert httpx.post(f"{server.url}/embed", content=picture(0)).status_code == 200
+
+
+def test_a_mask_that_is_removed_meanwhile_costs_the_others_nothing(server: Server) -> None:
+    bits = {name: value > 0 for name, value in weights_of_bank(server.bank).items()}
+    server.bank.add("brief", Mask(bits, fingerprint(weights_of_bank(server.bank).items())))
+    release = threading.Event()
+
+    def slow_body() -> Iterator[bytes]:
+        yield picture(0)[:10]
+        assert release.wait(30)
+        yield picture(0)[10:]
+
+    def slow(mask: str) -> httpx.Response:
+        return httpx.post(f"{server.url}/embed", params={"mask": mask}, content=slow_body(), timeout=60)
+
+    with ThreadPoolExecutor(8) as pool:
+        waiting = {pool.submit(slow, mask): mask for mask in ["brief", "a", "brief", "b"] * 2}
+        deadline = time.monotonic() + 30
+        while metric(server, "selfmask_waiting") < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.bank.remove("brief")
+        release.set()
+        for future, mask in waiting.items():
+            answer = future.result()
+            if mask == "brief":
+                assert (answer.status_code, "removed" in answer.text) == (404, True), answer.text
+            else:
+                assert answer.json()["embedding"] == pytest.approx(expected(picture(0), mask), abs=1e-5)
+    assert server.bank.names == ["a", "b", "c"]
 
 
 def test_clients_that_go_away_leave_no_place_taken(server: Server) -> None:
