@@ -87,7 +87,8 @@ def mask_of_kind(model: nn.Module, kind: Any) -> Mask:
     """Half of every matrix, as a kind that is more than bits has it."""
     generator = torch.Generator().manual_seed(1)
     weights = {name: value.detach() for name, value in model.named_parameters() if value.ndim == 2}
-    bits, parts = {}, {part: {} for part in ("signs", "scales", "values")}
+    bits: dict[str, Tensor] = {}
+    parts: dict[str, Any] = {"signs": {}, "scales": {}, "values": {}}
     for name, weight in weights.items():
         kept = torch.rand(weight.shape, generator=generator) < (2.0 if kind == "sign" else 0.5)
         bits[name] = kept
@@ -103,7 +104,7 @@ def mask_of_kind(model: nn.Module, kind: Any) -> Mask:
 
 def test_every_kind_of_mask_is_as_if_alone(tmp_path: Path) -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
-    masks = {kind: mask_of_kind(model, kind) for kind in forms.KINDS if kind != "threshold"}
+    masks: dict[str, Mask] = {kind: mask_of_kind(model, kind) for kind in forms.KINDS if kind != "threshold"}
     masks["threshold"] = random_masks(model, preset)["half"]
     bank = MaskBank(copy.deepcopy(model))
     for name, mask in masks.items():
