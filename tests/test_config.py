@@ -487,7 +487,7 @@ def test_published_configs_load_and_say_how_to_run_them(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("command", "hardware", "expected"):
         assert any(line.startswith(f"# {word} ") for line in head), word
-    assert f"--config configs/{path.name}" in path.read_text()
+    assert f"--config {path.relative_to(ROOT)}" in path.read_text()
 
 
 def test_there_are_published_configs() -> None:

@@ -21,8 +21,9 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def randomise(encoder: nn.Module, kind: str, *, seed: int) -> None:
     """Draw the weights of all convolutions, linear layers and attention projections anew, in place.
 
-    Each parameter has a generator of its own, of (seed, name). Biases, embeddings and normalisation layers
-    stay as they are.
+    Each parameter has a generator of its own, of (seed, name). Normalisation layers get factor 1 and shift 0
+    (the published ones have neither; timm starts some at 0, which frozen would cut residual branches off).
+    Biases and embeddings stay as they are.
 
     Raises:
         ValueError: an unknown kind.
@@ -30,7 +31,10 @@ def randomise(encoder: nn.Module, kind: str, *, seed: int) -> None:
     if kind not in KINDS:
         raise ValueError(f"random weights {kind!r} are not one of {', '.join(KINDS)}")
     for module_name, module in encoder.named_modules():
+        is_norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
+            if is_norm:
+                parameter.fill_(1.0 if name == "weight" else 0.0)
             is_layer = isinstance(module, _LAYERS) and name == "weight"
             is_projection = isinstance(module, nn.MultiheadAttention) and parameter.ndim == 2
             if is_layer or is_projection:

@@ -1,9 +1,10 @@
 """The k largest of a tensor, exactly, wherever its pieces lie: k and no more, ties by index.
 
 A piece learns only where the cut runs through it: everything at or above `value` is kept, but for the last
-`dropped` of those equal to it. On one process torch selects. Over ranks it is a radix selection: the bits of
-a float, put in order, are read byte by byte from the top, and a histogram of 256 counts for each tensor is
-summed over ranks, for all tensors together (four small all-reduces for float32, one more where a tie is cut).
+`dropped` of those equal to it. A process that holds whole tensors leaves the selection to a library. Over
+ranks it is a radix selection: the bits of a float, put in order, are read byte by byte from the top, and a
+histogram of 256 counts for each tensor is summed over ranks, for all tensors together (four small
+all-reduces for float32, one more where a tie is cut).
 
 Knows nothing of scores or masks, and of other processes only what `Shards` says.
 """
@@ -11,6 +12,7 @@ Knows nothing of scores or masks, and of other processes only what `Shards` says
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,8 +65,8 @@ def _select_whole(pieces: Sequence[Tensor], counts: Sequence[int], groups: Seque
     for group, count in enumerate(counts):
         flat = [p.reshape(-1) for p, g in zip(pieces, groups, strict=True) if g == group]
         whole = flat[0] if len(flat) == 1 else torch.cat(flat)
-        values.append(whole.kthvalue(len(whole) - count + 1).values)
-        kept.append((whole >= values[-1]).sum())
+        values.append(_kth_largest(whole, count))
+        kept.append(torch.count_nonzero(whole >= values[-1]))
     surplus = [n - count for n, count in zip(torch.stack(kept).tolist(), counts, strict=True)]  # one sync
     cuts = []
     for piece, group in reversed(list(zip(pieces, groups, strict=True))):  # the last ties go first
@@ -73,6 +75,14 @@ def _select_whole(pieces: Sequence[Tensor], counts: Sequence[int], groups: Seque
         surplus[group] -= dropped
         cuts.append(Cut(values[group], dropped))
     return cuts[::-1]
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    """The `count`-th largest element, 0-d."""
+    place = len(flat) - count
+    if flat.device.type == "cpu":  # numpy partitions with vector instructions, in half the time of kthvalue
+        return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1])[0]
+    return flat.sort().values[place]  # kthvalue would keep one multiprocessor busy with all of a long tensor
 
 
 def _select_over_ranks(

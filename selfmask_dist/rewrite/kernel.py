@@ -19,9 +19,8 @@ from torch import Tensor
 from selfmask_dist.rewrite.layer import Change
 
 BLOCK = 4096
-_COLUMNS = (
-    6  # addresses of theta, W and bits; first element and number of elements; bits of the float64 scale
-)
+# of the table: addresses of theta, W and bits; first element, number of elements; bits of the float64 scale
+_COLUMNS = 6
 _KINDS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -93,6 +92,6 @@ def _rows(group: Sequence[tuple[Change, Tensor]]) -> np.ndarray:
         rows += [(*addresses, start, min(step, size - start)) for start in range(0, size, max(step, 1))]
         scales += change.scales[: len(rows) - len(scales)]
     table = np.empty((len(rows), _COLUMNS), dtype=np.int64)
-    table[:, :-1] = rows
+    table[:, :-1] = np.array(rows, dtype=np.int64).reshape(-1, _COLUMNS - 1)
     table[:, -1] = np.array(scales, dtype=np.float64).view(np.int64)
     return table
