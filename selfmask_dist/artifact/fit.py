@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def from_masks(masks: Masks) -> Mask:
     bits = {name: kept.cpu() for name, kept in masks.masks().items()}
     segments = {entry.name: entry.num_segments for entry in masks.entries}
     weights, kind = masks.first_weights(), as_kind(masks.family.form)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, Any] = {}
     if kind != "threshold":
         for name, theta in masks.thetas().items():
             given = (theta.cpu(), bits[name], weights[name].cpu())

@@ -9,7 +9,7 @@ and trained values. Parts are taken from a theta as it was trained and give it b
 Knows nothing of files.
 """
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -86,13 +86,8 @@ def take_apart(
     if kind in WITH_VALUES:
         values = theta[bits]
         parts["values"] = values.float() if values.dtype == torch.bfloat16 else values
-    mask = Mask(
-        {"": bits},
-        "",
-        kind=kind,
-        num_segments={"": num_parts},
-        **{key: {"": part} for key, part in parts.items()},
-    )
+    named: dict[str, Any] = {key: {"": part} for key, part in parts.items()}
+    mask = Mask({"": bits}, "", kind=kind, num_segments={"": num_parts}, **named)
     if not torch.equal(materialize(mask, "", weight), theta):
         raise MaskFileError(
             f"theta is not what a mask of kind {kind} can hold; it was changed after its last step"
