@@ -9,10 +9,11 @@
 Knows nothing of cascades, training, the command line or HTTP.
 """
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
 
@@ -34,13 +35,18 @@ class _Coded:
 
     sections: dict[str, bytes]
     scales: dict[str, tuple[float, ...]]  # a of each scaled part along the first dimension
-    statistics: dict[str, Tensor]
+    signs: dict[str, bytes]  # of the kept weights, where the kind has any
+    rest: Mask  # without bits and signs
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        return self.rest.statistics
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.statistics.values()) + sum(
-            len(section) for section in self.sections.values()
-        )
+        arrays = (*self.statistics.values(), *self.rest.scales.values(), *self.rest.values.values())
+        sections = (*self.sections.values(), *self.signs.values())
+        return sum(tensor.nbytes for tensor in arrays) + sum(map(len, sections))
 
 
 class MaskBank:
@@ -105,11 +111,6 @@ class MaskBank:
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
-            if mask.kind != "threshold":
-                raise MaskFileError(
-                    f"{name} is of kind {mask.kind}; a bank holds masks of kind threshold, put this one on a "
-                    f"backbone of its own with apply_masks"
-                )
             known = self._fingerprints.get(frozenset(mask.bits))
             for key, tensor in artifact.check_fits(self._encoder, mask, known=known).items():
                 if key not in self._frozen:
@@ -119,7 +120,8 @@ class MaskBank:
             self._coded[name] = _Coded(
                 sections={key: codec.encode(bits.numpy()) for key, bits in mask.bits.items()},
                 scales={key: self._scales(mask, key) for key in mask.bits},
-                statistics={key: tensor.clone() for key, tensor in mask.statistics.items()},
+                signs={key: codec.encode(signs[mask.bits[key]].numpy()) for key, signs in mask.signs.items()},
+                rest=copy.deepcopy(replace(mask, bits={}, signs={})),
             )
 
     def remove(self, name: str) -> None:
@@ -202,23 +204,36 @@ class MaskBank:
         for key in self._frozen.keys() - written.keys():
             self._tensors[key].copy_(self._frozen[key])
         if coded is not None and name is not None:
-            layers = self._layers(name, coded)
-            rewrite(
-                [
-                    Change(self._tensors[key], self._frozen[key], layer, coded.scales[key])
-                    for key, layer in layers.items()
-                ]
-            )
+            if coded.rest.kind == "threshold":
+                rewrite(
+                    [
+                        Change(self._tensors[key], self._frozen[key], layer, coded.scales[key])
+                        for key, layer in self._layers(name, coded).items()
+                    ]
+                )
+            else:
+                self._materialize(coded)
             for key, statistic in coded.statistics.items():
                 self._tensors[key].copy_(statistic)
         self._current = name
 
     def _scales(self, mask: Mask, key: str) -> tuple[float, ...]:
         bits, dtype = mask.bits[key], self._frozen[key].dtype
-        if not mask.scaled:
+        if not mask.scaled or mask.kind != "threshold":
             return (1.0,)
         parts = bits.chunk(mask.num_segments.get(key, 1))
         return tuple(core.scale_factor(core.count_kept(part), part.numel(), dtype).item() for part in parts)
+
+    def _materialize(self, coded: _Coded) -> None:
+        """Theta of another kind than threshold: decoded anew for each swap, one parameter after the other."""
+        for key, section in coded.sections.items():
+            weight, signs = self._frozen[key], {}
+            bits = torch.from_numpy(codec.decode(section, weight.numel())).view(weight.shape)
+            if key in coded.signs:
+                kept = codec.decode(coded.signs[key], int(bits.sum()))
+                signs[key] = torch.zeros_like(bits).masked_scatter_(bits, torch.from_numpy(kept))
+            mask = replace(coded.rest, bits={key: bits}, signs=signs)
+            self._tensors[key].copy_(artifact.materialize(mask, key, weight))
 
     def _layers(self, name: str, coded: _Coded) -> dict[str, Layer]:
         """A mask's layers out of the cache, or decoded into it.

@@ -43,6 +43,11 @@ def read_trained(run: Path) -> Trained:
         )
     file = read_mask_file(path)
     mask = next(iter(file.masks.values()))
+    if mask.kind != "threshold":
+        raise ValueError(
+            f"{path} is of kind {mask.kind}, whose weights are more than kept or not: scores alone do not "
+            "lead from one to another"
+        )
     problems: list[str] = []
     found = load_newest(run / "checkpoints", report=problems.append, set_aside=False)
     if found is None:

@@ -1,7 +1,7 @@
-"""`selfmask mask diff|merge|interpolate|convert|verify|export|shrink|import`: work on mask files.
+"""`selfmask mask diff | merge | interpolate | convert | verify | export | import | shrink`.
 
-Only `convert --against-weights`, `export`, `shrink` and `import` build the backbone, from the configuration
-of a run on it.
+Work on mask files. Only `convert --against-weights`, `export`, `import` and `shrink` build the backbone, from
+the configuration of a run on it.
 """
 
 import argparse

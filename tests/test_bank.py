@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist import apply_masks, attach
-from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, from_masks, write_mask_file
+from selfmask_dist.artifact import Mask, MaskFile, MaskFileError, forms, from_masks, write_mask_file
+from selfmask_dist.backbones import fingerprint
 from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import Combination, Router
 from selfmask_dist.cascade_model import DISPATCHER, expert_name, load_cascade, save_cascade
@@ -80,6 +81,38 @@ def test_statistics_of_one_mask_are_not_anothers() -> None:
     assert not torch.equal(bank.embed(images(), "moved"), before)
     assert torch.equal(bank.embed(images(), "plain"), before)
     assert torch.equal(bank.embed(images(), None), frozen)
+
+
+def mask_of_kind(model: nn.Module, kind: Any) -> Mask:
+    """Half of every matrix, as a kind that is more than bits has it."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {name: value.detach() for name, value in model.named_parameters() if value.ndim == 2}
+    bits: dict[str, Tensor] = {}
+    parts: dict[str, Any] = {"signs": {}, "scales": {}, "values": {}}
+    for name, weight in weights.items():
+        kept = torch.rand(weight.shape, generator=generator) < (2.0 if kind == "sign" else 0.5)
+        bits[name] = kept
+        if kind in forms.NUM_SCALES:
+            parts["scales"][name] = torch.rand(2, forms.NUM_SCALES[kind], generator=generator).double()
+        if kind in forms.WITH_SIGNS:
+            parts["signs"][name] = (torch.rand(weight.shape, generator=generator) < 0.3) & kept
+        if kind in forms.WITH_VALUES:
+            parts["values"][name] = torch.randn(int(kept.sum()), generator=generator)
+    segments = dict.fromkeys(weights, 2) if kind in forms.NUM_SCALES else {}
+    return Mask(bits, fingerprint(weights.items()), kind=kind, num_segments=segments, **parts)
+
+
+def test_every_kind_of_mask_is_as_if_alone(tmp_path: Path) -> None:
+    model, preset = make("timm_vit", dtype=torch.float32)
+    masks: dict[str, Mask] = {kind: mask_of_kind(model, kind) for kind in forms.KINDS if kind != "threshold"}
+    masks["threshold"] = random_masks(model, preset)["half"]
+    bank = MaskBank(copy.deepcopy(model))
+    for name, mask in masks.items():
+        bank.add(name, mask)
+    for on in (*masks, *reversed(masks), None):
+        alone = embedded_alone(model, masks.get(on or ""), images(), tmp_path)
+        assert torch.equal(bank.embed(images(), on), alone), on
+    assert len({bank.embed(images(), on)[0, 0].item() for on in (*masks, None)}) == len(masks) + 1
 
 
 def test_a_mixed_batch_is_each_image_under_its_mask(tmp_path: Path) -> None:

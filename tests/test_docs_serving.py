@@ -2,8 +2,10 @@
 
 import argparse
 import glob
+import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,8 +21,9 @@ import torch
 from PIL import Image
 
 from selfmask_dist import cli, exit_status, serve_command
-from selfmask_dist.artifact import MaskFile, read_mask_file, write_mask_file
+from selfmask_dist.artifact import Mask, MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.assembly import build_backbone
+from selfmask_dist.backbones import fingerprint
 from selfmask_dist.config import load_config
 from selfmask_dist.run import run
 from tests.test_bank import images, random_masks, write_cascade
@@ -53,6 +56,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         config = write_config(folder / "runs" / f"{name}.yaml", data)
         weights = f"backbone.weights={folder / 'data' / 'weights.pt'}"
         run(load_config(config, [weights, f"run.name={name}", f"seed={seed}", "optim.score_lr=2000"]))
+    shutil.copytree(folder / "runs" / "photos", folder / "runs" / "blocks")
+    bits = {name: torch.ones(value.shape, dtype=torch.bool) for name, value in encoder.named_parameters()}
+    bits = {name: kept for name, kept in bits.items() if "mlp.fc" in name}
+    for name in ("weight", "bias"):
+        bits[f"blocks.0.mlp.fc1.{name}"][:5] = False
+    dead_units = Mask(bits, fingerprint((name, encoder.get_parameter(name)) for name in bits))
+    write_mask_file(folder / "runs" / "blocks" / "final.mask", MaskFile({"default": dead_units}))
     masks = list(random_masks(encoder, "vit").values())
     for number, name in enumerate(("pets", "birds", "seed-0", "seed-1", "seed-2")):
         write_mask_file(folder / f"{name}.mask", MaskFile({"default": masks[number % 3]}))
@@ -100,6 +110,8 @@ def test_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in Path("hub").iterdir()) == sorted(
         ["README.md", "model.safetensors", "photos.mask", "sparsity.png"]
     )
+    sizes = json.loads(Path("smaller/sizes.json").read_text())
+    assert 123 in sizes.values(), "five hidden units of 128 are gone"
     assert read_mask_file("imported.mask").masks["default"].threshold == 5e-3
 
 

@@ -26,7 +26,6 @@ from selfmask_dist.artifact import (
 )
 from selfmask_dist.artifact.arithmetic import OPERATIONS
 from selfmask_dist.backbones import fingerprint
-from selfmask_dist.bank import MaskBank
 from selfmask_dist.cli import main
 from tests.models import make
 from tests.test_artifact import parameter, rewrite_header
@@ -212,8 +211,6 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     single = replace(masks["ternary"], blocks={}, against="base")
     write_mask_file(path, MaskFile({"base": other, "next": single}))  # bits of single weights can
     assert torch.equal(read_mask_file(path).masks["next"].signs[QKV], single.signs[QKV])
-    with pytest.raises(MaskFileError, match="a bank holds masks of kind threshold"):
-        MaskBank(encoder).add("x", masks["values"])
 
 
 def test_sign_masks_are_compared_by_their_signs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
