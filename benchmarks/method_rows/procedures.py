@@ -2,6 +2,8 @@
 that a row makes about as many steps as the others.
 """
 
+import copy
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,6 +31,10 @@ from selfmask_dist.procedures.permutation_specs import permutation_spec
 
 GROUP = "procedures"
 WEIGHTS = ("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=0", "objective.head_norm=l2")
+MASK = (
+    *("mask.include=auto", "optim.score_lr=100", "optim.head_lr=0.05", "optim.warmup_epochs=0"),
+    "objective.head_norm=l2",
+)
 SCRATCH = ("backbone.weights=null", "backbone.pretrained=false")
 QUIET = ("eval.knn_every=0", "eval.frozen_baseline=false")
 
@@ -195,9 +201,6 @@ def _supsup(setting: Setting, name: str) -> Outcome:
     )
 
 
-MASK = ("mask.include=auto", "optim.score_lr=100", "optim.head_lr=0.05", "optim.warmup_epochs=0")
-
-
 def _class_tasks(setting: Setting) -> list[dict[str, str]]:
     """Files with the places of the first and of the other classes, by split."""
     train_source, test_source = open_data(load_config(None, setting.overrides))
@@ -291,8 +294,6 @@ def _whole_state(folder: Path) -> dict[str, Tensor]:
 
 def _with_head(encoder: nn.Module) -> permutations.Spec:
     """The groups of an encoder with the linear head behind it, by their names in `Classifier`."""
-    import copy
-
     with_head = copy.copy(encoder)
     with_head._modules = {**encoder._modules, "head": nn.Linear(encoder.num_features, 2)}  # type: ignore[arg-type]
 
@@ -315,7 +316,10 @@ def _with_head(encoder: nn.Module) -> permutations.Spec:
 def _ensemble(setting: Setting, name: str) -> Outcome:
     """Three masks of the backbone, against three small networks trained from scratch."""
     masks, small = [], []
-    narrow = ("backbone.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}", *SCRATCH)
+    kwargs = load_config(None, setting.overrides).backbone.kwargs
+    width, depth = int(str(kwargs.get("embed_dim", 192))), int(str(kwargs.get("depth", 12)))
+    small_kwargs = {**kwargs, "embed_dim": width // 4, "depth": depth // 2, "num_heads": 2}
+    narrow = (f"backbone.kwargs={json.dumps(small_kwargs)}", *SCRATCH)
     for index in range(3):
         seeded = replace(setting, seed=setting.seed + 100 * index)
         third = _epochs(setting, 1 / 3)
