@@ -37,6 +37,7 @@ MASK = (
 )
 SCRATCH = ("backbone.weights=null", "backbone.pretrained=false")
 QUIET = ("eval.knn_every=0", "eval.frozen_baseline=false")
+UNMEASURED = (*QUIET, "eval.final=false")  # the row measures what becomes of it
 
 
 def _epochs(setting: Setting, share: float) -> str:
@@ -221,7 +222,7 @@ def _class_tasks(setting: Setting) -> list[dict[str, str]]:
 
 def _wise_ft(setting: Setting, name: str) -> Outcome:
     """Half-way between the frozen and the fine-tuned encoder; the whole curve is in `more`."""
-    own = (*WEIGHTS, *QUIET, "method=finetune")
+    own = (*WEIGHTS, *UNMEASURED, "method=finetune")
     _, folder = train(setting, name, None, own)
     with ExitStack() as stack:
         bench = Bench.open(setting, stack=stack)
@@ -248,7 +249,7 @@ def _wise_ft(setting: Setting, name: str) -> Outcome:
 
 def _rebasin(setting: Setting, name: str) -> Outcome:
     """Two networks from other random weights, each trained half as long; one permuted, then both averaged."""
-    own = (*WEIGHTS, *QUIET, *SCRATCH, "method=finetune", _epochs(setting, 0.5))
+    own = (*WEIGHTS, *UNMEASURED, *SCRATCH, "method=finetune", _epochs(setting, 0.5))
     folders = [
         train(replace(setting, seed=setting.seed + 100 * index), name, None, own)[1] for index in (0, 1)
     ]
@@ -323,8 +324,8 @@ def _ensemble(setting: Setting, name: str) -> Outcome:
     for index in range(3):
         seeded = replace(setting, seed=setting.seed + 100 * index)
         third = _epochs(setting, 1 / 3)
-        masks.append(train(seeded, f"{name}-mask", CONFIGS / "threshold.yaml", (*MASK, *QUIET, third)))
-        own = ("method=finetune", *WEIGHTS, *QUIET, *narrow, third)
+        masks.append(train(seeded, f"{name}-mask", CONFIGS / "threshold.yaml", (*MASK, *UNMEASURED, third)))
+        own = ("method=finetune", *WEIGHTS, *UNMEASURED, *narrow, third)
         small.append(train(seeded, f"{name}-small", None, own)[1])
     with ExitStack() as stack:
         bench = Bench.open(setting, stack=stack)
