@@ -56,7 +56,8 @@ def _chain(stage: str, share: float, *own: str, more: Callable[[dict[str, Any]],
         result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
         outcome = outcome_of(result, folder, setting)
         seconds = step_seconds(folder / stage, setting.batch_size)
-        return replace(outcome, step_seconds=seconds, more=more(result))
+        active = result.get("active", 1.0)
+        return replace(outcome, active=active, step_seconds=seconds, more=more(result))
 
     return measure
 
