@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfmask_dist.adapt import format_numbers
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.evaluation import Evaluation
@@ -52,9 +53,12 @@ def run_procedure(config: Config, stop: StopRequest, *, is_restart: bool) -> dic
         if not path.exists():
             chain = Chain(config, world, stop)
             result = {"method": config.method} | _PROCEDURES[config.method](chain)
-            if world.is_main:
-                write_json(path, result)
-            world.barrier()
+            with open_life(config, directory, world, stop) as life:
+                if world.is_main:
+                    write_json(path, result)
+                world.barrier()
+                life.writer.event("end", **result)
+                life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
         finished: dict[str, Any] = json.loads(path.read_text())
         return finished
 
@@ -111,7 +115,7 @@ class Chain:
         path = self.folder / name
         exists = torch.tensor([float(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
-            with open_life(self.config, self.folder, self._world, self._stop, ends_as=path.stem) as life:
+            with open_life(self.config, self.folder, self._world, self._stop, ends_as="training") as life:
                 values = measure_fn(life)
             if self._world.is_main:
                 write_json(path, values)
@@ -173,7 +177,8 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
     return {
         "tasks": tasks,
         "adapted": {key: float(np.mean([task[key] for task in tasks])) for key in measures},
-        "mask": {"active": tasks[-1]["active"], "owner_bits": bits},
+        "active": tasks[-1]["active"],
+        "owner_bits": bits,
         "stored_bytes": math.ceil(bits / 8) + sum(t.numel() * t.element_size() for t in last.values()),
         "packed_bytes": packed.stat().st_size,
     }
@@ -211,7 +216,7 @@ def run_lottery(chain: Chain) -> dict[str, Any]:
     return {
         "rounds": rounds,
         "adapted": {key: value for key, value in rounds[-1].items() if key != "left"},
-        "mask": {"active": (num_kept + others) / (total + others)},
+        "active": (num_kept + others) / (total + others),
         # a bit for each weight, and the values of those that are left
         "stored_bytes": math.ceil(total / 8) + 4 * (num_kept + others),
     }

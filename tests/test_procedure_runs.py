@@ -1,6 +1,7 @@
 """PackNet, lottery tickets and Knowledge Evolution as runs: chains of stages that go on where they were."""
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ def test_evolution_ends_in_a_slim_network(tmp_path: Path, data: dict[str, str]) 
     assert result["fit"].keys() == {"knn5"}
     assert len(result["generations"]) == 2
     assert result_of(folder) == result
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
 def test_evolution_of_a_vit_splits_weights(tmp_path: Path, data: dict[str, str]) -> None:

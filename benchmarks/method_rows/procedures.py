@@ -2,6 +2,8 @@
 that a row makes about as many steps as the others.
 """
 
+import copy
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,8 +31,13 @@ from selfmask_dist.procedures.permutation_specs import permutation_spec
 
 GROUP = "procedures"
 WEIGHTS = ("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=0", "objective.head_norm=l2")
+MASK = (
+    *("mask.include=auto", "optim.score_lr=100", "optim.head_lr=0.05", "optim.warmup_epochs=0"),
+    "objective.head_norm=l2",
+)
 SCRATCH = ("backbone.weights=null", "backbone.pretrained=false")
 QUIET = ("eval.knn_every=0", "eval.frozen_baseline=false")
+UNMEASURED = (*QUIET, "eval.final=false")  # the row measures what becomes of it
 
 
 def _epochs(setting: Setting, share: float) -> str:
@@ -49,7 +56,8 @@ def _chain(stage: str, share: float, *own: str, more: Callable[[dict[str, Any]],
         result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
         outcome = outcome_of(result, folder, setting)
         seconds = step_seconds(folder / stage, setting.batch_size)
-        return replace(outcome, step_seconds=seconds, more=more(result))
+        active = result.get("active", 1.0)
+        return replace(outcome, active=active, step_seconds=seconds, more=more(result))
 
     return measure
 
@@ -195,9 +203,6 @@ def _supsup(setting: Setting, name: str) -> Outcome:
     )
 
 
-MASK = ("mask.include=auto", "optim.score_lr=100", "optim.head_lr=0.05", "optim.warmup_epochs=0")
-
-
 def _class_tasks(setting: Setting) -> list[dict[str, str]]:
     """Files with the places of the first and of the other classes, by split."""
     train_source, test_source = open_data(load_config(None, setting.overrides))
@@ -218,7 +223,7 @@ def _class_tasks(setting: Setting) -> list[dict[str, str]]:
 
 def _wise_ft(setting: Setting, name: str) -> Outcome:
     """Half-way between the frozen and the fine-tuned encoder; the whole curve is in `more`."""
-    own = (*WEIGHTS, *QUIET, "method=finetune")
+    own = (*WEIGHTS, *UNMEASURED, "method=finetune")
     _, folder = train(setting, name, None, own)
     with ExitStack() as stack:
         bench = Bench.open(setting, stack=stack)
@@ -245,7 +250,7 @@ def _wise_ft(setting: Setting, name: str) -> Outcome:
 
 def _rebasin(setting: Setting, name: str) -> Outcome:
     """Two networks from other random weights, each trained half as long; one permuted, then both averaged."""
-    own = (*WEIGHTS, *QUIET, *SCRATCH, "method=finetune", _epochs(setting, 0.5))
+    own = (*WEIGHTS, *UNMEASURED, *SCRATCH, "method=finetune", _epochs(setting, 0.5))
     folders = [
         train(replace(setting, seed=setting.seed + 100 * index), name, None, own)[1] for index in (0, 1)
     ]
@@ -291,8 +296,6 @@ def _whole_state(folder: Path) -> dict[str, Tensor]:
 
 def _with_head(encoder: nn.Module) -> permutations.Spec:
     """The groups of an encoder with the linear head behind it, by their names in `Classifier`."""
-    import copy
-
     with_head = copy.copy(encoder)
     with_head._modules = {**encoder._modules, "head": nn.Linear(encoder.num_features, 2)}  # type: ignore[arg-type]
 
@@ -315,12 +318,15 @@ def _with_head(encoder: nn.Module) -> permutations.Spec:
 def _ensemble(setting: Setting, name: str) -> Outcome:
     """Three masks of the backbone, against three small networks trained from scratch."""
     masks, small = [], []
-    narrow = ("backbone.kwargs={patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}", *SCRATCH)
+    kwargs = load_config(None, setting.overrides).backbone.kwargs
+    width, depth = int(str(kwargs.get("embed_dim", 192))), int(str(kwargs.get("depth", 12)))
+    small_kwargs = {**kwargs, "embed_dim": width // 4, "depth": depth // 2, "num_heads": 2}
+    narrow = (f"backbone.kwargs={json.dumps(small_kwargs)}", *SCRATCH)
     for index in range(3):
         seeded = replace(setting, seed=setting.seed + 100 * index)
         third = _epochs(setting, 1 / 3)
-        masks.append(train(seeded, f"{name}-mask", CONFIGS / "threshold.yaml", (*MASK, *QUIET, third)))
-        own = ("method=finetune", *WEIGHTS, *QUIET, *narrow, third)
+        masks.append(train(seeded, f"{name}-mask", CONFIGS / "threshold.yaml", (*MASK, *UNMEASURED, third)))
+        own = ("method=finetune", *WEIGHTS, *UNMEASURED, *narrow, third)
         small.append(train(seeded, f"{name}-small", None, own)[1])
     with ExitStack() as stack:
         bench = Bench.open(setting, stack=stack)
