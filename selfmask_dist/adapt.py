@@ -55,12 +55,7 @@ def adapt(
         found: the checkpoint to go on from.
         measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
-    quarantine = data.Quarantine(
-        life.directory / "quarantine.jsonl",
-        num_samples=len(train),
-        budget=config.data.max_broken,
-        rank=life.world.rank,
-    )
+    quarantine = _open_quarantine(config, life, train)
     loader = _open_loader(config, life, backbone, train, quarantine)
     objective, engine = _build(config, life, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
@@ -69,18 +64,12 @@ def adapt(
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     life.writer.message(trained.summary)
-    identity = {
-        "backbone": backbone.spec.fingerprint,
-        "method": config.method,
-        "steps in an epoch": len(loader),
-    }
-    if config.optim.kind != "sgd":  # older checkpoints do not say it
-        identity["optimizer"] = config.optim.kind
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
         return loader
 
+    identity = _identity(config, backbone, len(loader))
     state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(life.world)
     start = _resume(state, found, engine, batches_of, meter, life)
     hold_weights(config, engine)
@@ -116,6 +105,27 @@ def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
     steps = max(round(config.train.epochs * per_epoch), 1)
     schedule = Schedule(steps, round(config.optim.warmup_epochs * per_epoch), config.optim.schedule)
     return min(steps, config.train.max_steps or steps), schedule
+
+
+def _identity(config: Config, backbone: Backbone, per_epoch: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that saved."""
+    identity = {
+        "backbone": backbone.spec.fingerprint,
+        "method": config.method,
+        "steps in an epoch": per_epoch,
+    }
+    if config.optim.kind != "sgd":  # older checkpoints do not say it
+        identity["optimizer"] = config.optim.kind
+    return identity
+
+
+def _open_quarantine(config: Config, life: Life, train: data.Source) -> data.Quarantine:
+    return data.Quarantine(
+        life.directory / "quarantine.jsonl",
+        num_samples=len(train),
+        budget=config.data.max_broken,
+        rank=life.world.rank,
+    )
 
 
 def _open_loader(

@@ -185,44 +185,24 @@ def prepare(
     Args:
         num_steps: of the whole training.
     """
-    optim, groups = config.optim, []
+    groups: list[dict[str, Any]] = []
     masks = head_masks = None
     names: list[str] = []
     if config.method == "mask":
-        section = config.mask
-        family = mask_family(config, num_steps=num_steps)
-        attach_masks = partial(engine.attach, attach_fn=attach, init=section.init)
-        masks = attach_masks(
-            engine.encoder,
-            family=family,
-            first_layers=section.first_layers,
-            include=section.include,
-            exclude=section.exclude,
-            split_qkv=section.split_qkv,
-            allow_norm=section.allow_norm,
-            **second_weights(config, family),
-        )
-        groups += mask_groups(config, masks)
-        if config.objective.head == "masked":
-            of_head = type(family)(replace(family.options, maskable=1.0))  # which is of the backbone
-            head_masks = attach_masks(objective, family=of_head, include="head.*")
-            groups.append(
-                {"name": "head_scores", "params": list(head_masks.parameters()), "base_lr": optim.score_lr}
-            )
+        masks, head_masks = _attach_masks(config, engine, objective, groups, num_steps=num_steps)
         summary = masks.summary()
     else:
         names = choose_weights(engine.encoder, config.finetune.train, freeze=config.finetune.freeze)
         weights = engine.free(engine.encoder, names)
         groups.append(weight_group(config, weights))
-        summary = (
-            f"trained  {sum(p.numel() for p in weights):,} weights of the backbone ({len(names)} tensors)"
-        )
+        count = sum(parameter.numel() for parameter in weights)
+        summary = f"trained  {count:,} weights of the backbone ({len(names)} tensors)"
     if head_masks is None and (head := objective.head_parameters()):
         group = {
             "name": "head",
             "params": head,
-            "base_lr": optim.head_lr,
-            "weight_decay": optim.head_weight_decay,
+            "base_lr": config.optim.head_lr,
+            "weight_decay": config.optim.head_weight_decay,
         }
         groups.append(group)
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
@@ -236,6 +216,38 @@ def prepare(
         objective.teacher = engine.keep_teacher(heads)
     statistics = {name: buffer.clone() for name, buffer in engine.encoder.named_buffers()} if names else {}
     return Trained(masks, head_masks, summary, tuple(names), statistics)
+
+
+def _attach_masks(
+    config: Config,
+    engine: Engine,
+    objective: objectives.Objective,
+    groups: list[dict[str, Any]],
+    *,
+    num_steps: int,
+) -> tuple[Masks, Masks | None]:
+    """Masks on the encoder and, where it is to have one, on the head; what they train goes into `groups`."""
+    section = config.mask
+    head_masks = None
+    family = mask_family(config, num_steps=num_steps)
+    attach_masks = partial(engine.attach, attach_fn=attach, init=section.init)
+    masks = attach_masks(
+        engine.encoder,
+        family=family,
+        first_layers=section.first_layers,
+        include=section.include,
+        exclude=section.exclude,
+        split_qkv=section.split_qkv,
+        allow_norm=section.allow_norm,
+        **second_weights(config, family),
+    )
+    groups += mask_groups(config, masks)
+    if config.objective.head == "masked":
+        of_head = type(family)(replace(family.options, maskable=1.0))  # which is of the backbone
+        head_masks = attach_masks(objective, family=of_head, include="head.*")
+        parameters = list(head_masks.parameters())
+        groups.append({"name": "head_scores", "params": parameters, "base_lr": config.optim.score_lr})
+    return masks, head_masks
 
 
 def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

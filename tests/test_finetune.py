@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.finetune import add_lora, choose_weights, load_changed, save_changed
+from selfmask_dist.masking import attach
 from selfmask_dist.parallel import EngineOptions, World, build_engine
 from tests.distributed import run_distributed
 from tests.engine_cases import Step, batch_of, world_here
@@ -190,6 +191,8 @@ def test_adamw_goes_on_bit_for_bit(tmp_path: Path, tiny_data: dict[str, str], me
 
 # ---- engines
 
+WHAT = ("bias", "lora", "all", "mask")
+
 
 def states_and_losses(kind: str, train_what: str, state: Any = None) -> tuple[Any, list[float]]:
     model, _ = make("timm_vit", dtype=torch.float64)
@@ -199,9 +202,14 @@ def states_and_losses(kind: str, train_what: str, state: Any = None) -> tuple[An
     world: World = world_here()
     blocks, options = ("blocks.0", "blocks.1"), EngineOptions(name=kind)
     engine = build_engine(step, encoder=model, blocks=blocks, world=world, options=options)
-    weights = engine.free(model, choose_weights(model, train_what))  # type: ignore[arg-type]
-    groups = [{"name": "weights", "params": [*weights, *step.head.parameters()], "lr": 0.01}]
-    engine.start(torch.optim.AdamW(groups, weight_decay=0.1))
+    groups: list[dict[str, Any]]
+    if train_what == "mask":
+        masks = engine.attach(model, attach, include="vit")
+        groups = [{"params": list(masks.parameters()), "lr": 0.3}, {"params": list(step.head.parameters())}]
+    else:
+        weights = engine.free(model, choose_weights(model, train_what))  # type: ignore[arg-type]
+        groups = [{"params": [*weights, *step.head.parameters()], "lr": 0.01, "weight_decay": 0.1}]
+    engine.start(torch.optim.AdamW(groups, weight_decay=0.0))
     if state is not None:
         engine.load_state(state)
     losses = []
@@ -214,8 +222,8 @@ def states_and_losses(kind: str, train_what: str, state: Any = None) -> tuple[An
 
 def all_engines(states: dict[str, Any]) -> dict[tuple[str, str], Any]:
     found = {}
-    for what in ("bias", "lora", "all"):
-        for kind in ("ddp", "fsdp"):
+    for what in WHAT:
+        for kind in ("ddp", "fsdp", "bits") if what == "mask" else ("ddp", "fsdp"):
             first, losses = states_and_losses(kind, what)
             _, more = states_and_losses(kind, what, states[what])
             found[what, kind] = (first, losses + more)
@@ -225,7 +233,7 @@ def all_engines(states: dict[str, Any]) -> dict[tuple[str, str], Any]:
 @pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 def test_adamw_and_parts_of_the_weights_train_alike_on_two_ranks_and_on_shards() -> None:
-    alone = {what: states_and_losses("ddp", what) for what in ("bias", "lora", "all")}
+    alone = {what: states_and_losses("ddp", what) for what in WHAT}
     rest = {what: states_and_losses("ddp", what, state) for what, (state, _) in alone.items()}
     found = run_distributed(all_engines, 2, {what: state for what, (state, _) in alone.items()}, timeout=120)[
         0

@@ -17,6 +17,13 @@ ROWS: tuple[Row, ...] = (
     config_row("moco_v3", _GROUP, "arXiv 2104.02057", *_MASKS, "moco_v3.hidden=256"),
     config_row(
         *("dino", _GROUP, "arXiv 2104.14294"),
-        *(*_MASKS, *_NO_LOCAL, "dino.hidden=256", "dino.outputs=512", "dino.temperature_epochs=5"),
+        *(
+            *_MASKS,
+            *_NO_LOCAL,
+            "optim.score_lr=300",
+            "dino.hidden=256",
+            "dino.outputs=512",
+            "dino.temperature_epochs=5",
+        ),
     ),
 )
