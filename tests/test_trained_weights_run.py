@@ -131,7 +131,6 @@ def test_distillation_is_the_published_divergence() -> None:
         ("soft_movement", "mask.threshold=0.0", "set it between 0 and 1"),
         ("block_movement", "mask.keep_scope=global", "set mask.keep_scope=tensor"),
         ("block_movement", "mask.keep_schedule=constant", "set mask.keep_schedule=cubic"),
-        ("graft", "mask.graft_from=null", "mask.graft_from is null"),
         ("multi_prize", "mask.init=1.0", "gives all scores one rank"),
     ],
 )
@@ -145,6 +144,8 @@ def test_grafting_needs_weights(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, "graft", f"mask.graft_from={tmp_path}", "run.name=c")
     with pytest.raises(ValueError, match=r"has no encoder\.safetensors; name the folder of a finished run"):
         run(config)
+    with pytest.raises(ValueError, match=r"mask\.graft_from is not set: give the fine-tuned weights"):
+        run(config_of(folder, "graft", "mask.graft_from=null", "run.name=d"))
 
 
 def test_names_of_families_are_known_to_the_configuration() -> None:
