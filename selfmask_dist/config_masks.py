@@ -111,7 +111,7 @@ class MaskConfig(Section):
     graft_from: NonEmpty | None = science(
         None,
         "graft: the fine-tuned weights, as the folder of a finished run of method=finetune or a file that "
-        "backbone.weights would take.",
+        "backbone.weights would take. That family needs it.",
     )
     init: float | Literal["normal", "magnitude", "shuffled_magnitude", "kaiming_uniform"] = science(
         1.0,
@@ -268,12 +268,6 @@ def _other_conflicts(mask: MaskConfig, method: str, engine: str, head: str) -> I
         yield Conflict(
             ("mask.family", "mask.maskable"),
             f"mask.maskable speaks of masks on frozen weights; set it to 1 with mask.family={family}",
-        )
-    if (family == "graft") != (mask.graft_from is not None):
-        yield Conflict(
-            ("mask.family", "mask.graft_from"),
-            f"mask.family=graft and mask.graft_from go together: the family is {family}, and mask.graft_from "
-            f"is {mask.graft_from or 'null'}",
         )
     if family == "soft_movement" and not 0 < mask.threshold < 1:
         yield Conflict(

@@ -35,10 +35,15 @@ def second_weights(config: Config, family: Family) -> dict[str, Any]:
     """The argument `other` of attach, for families that have second frozen weights.
 
     Raises:
-        ValueError: they cannot be read.
+        ValueError: they are not named, or cannot be read.
     """
-    if not family.needs_other or config.mask.graft_from is None:
+    if not family.needs_other:
         return {}
+    if config.mask.graft_from is None:
+        raise ValueError(
+            "mask.graft_from is not set: give the fine-tuned weights that mask.family=graft chooses from, "
+            "the folder of a finished run of method=finetune or a file"
+        )
     path = Path(config.mask.graft_from)
     if path.is_dir():
         path /= "encoder.safetensors"

@@ -11,17 +11,20 @@ from torch.nn import functional as F
 
 from selfmask_dist import apply_masks
 from selfmask_dist.artifact import read_mask_file, verify_mask_file
-from selfmask_dist.assembly import build_backbone
+from selfmask_dist.assembly import build_backbone, build_objective
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.config_masks import MASK_FAMILIES, OTHER_FAMILIES
 from selfmask_dist.masking.families import FAMILIES
+from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses
 from selfmask_dist.run import run
 from selfmask_dist.run_directory import run_path
 from selfmask_dist.shrink import shrink
+from selfmask_dist.teacher import Teacher
 from tests.test_checkpoint import assert_same, cut_back, outcome
 from tests.tiny_run import SETTINGS, write_tiny_data
 
+COLOURS = ("blue", "green", "red")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 FORMS = {
     "twn": "ternary",
@@ -93,6 +96,7 @@ def test_a_killed_run_ends_bit_for_bit_as_if_nothing_had_been(name: str, folder:
 
 def test_a_teacher_is_learned_from(folder: Path) -> None:
     teacher = f"objective.distill_from={folder / 'runs' / 'finetuned'}"
+    plain = load_config(None).objective
     # all of the loss: it falls where the student comes nearer to the teacher
     config = config_of(
         folder, "movement", "run.name=taught", teacher, "objective.distill_weight=1.0", "train.epochs=6"
@@ -102,6 +106,17 @@ def test_a_teacher_is_learned_from(folder: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
     saved = load_file(run_path(config) / "head.safetensors")
     assert not any("teacher" in key for key in saved)
+    by_mask = Teacher(run_path(config), COLOURS)  # a run that left a mask, itself taught
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    backbone = build_backbone(config)
+    apply_masks(backbone.encoder, run_path(config) / "final.mask")
+    head = build_objective(
+        config.model_copy(update={"objective": plain}), backbone, COLOURS, Context(), steps_per_epoch=1
+    )
+    head.load_state_dict(saved)
+    expected = head.predict(backbone.encoder.eval(), images)
+    assert torch.equal(by_mask(images), expected)
+    assert expected.abs().max() > 0
     with pytest.raises(ValueError, match="holds no finished run"):
         run(config_of(folder, "movement", "run.name=b", f"objective.distill_from={folder}"))
     with pytest.raises(ConfigError, match=r"set objective\.name=supervised"):
@@ -131,7 +146,6 @@ def test_distillation_is_the_published_divergence() -> None:
         ("soft_movement", "mask.threshold=0.0", "set it between 0 and 1"),
         ("block_movement", "mask.keep_scope=global", "set mask.keep_scope=tensor"),
         ("block_movement", "mask.keep_schedule=constant", "set mask.keep_schedule=cubic"),
-        ("graft", "mask.graft_from=null", "mask.graft_from is null"),
         ("multi_prize", "mask.init=1.0", "gives all scores one rank"),
     ],
 )
@@ -145,6 +159,8 @@ def test_grafting_needs_weights(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, "graft", f"mask.graft_from={tmp_path}", "run.name=c")
     with pytest.raises(ValueError, match=r"has no encoder\.safetensors; name the folder of a finished run"):
         run(config)
+    with pytest.raises(ValueError, match=r"mask\.graft_from is not set: give the fine-tuned weights"):
+        run(config_of(folder, "graft", "mask.graft_from=null", "run.name=d"))
 
 
 def test_names_of_families_are_known_to_the_configuration() -> None:
