@@ -324,6 +324,26 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
         teacher.load(teacher.state() | {"odd": torch.zeros(1)})
 
 
+def test_under_autocast_the_student_computes_with_its_own_weights() -> None:
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    teacher = Teacher(whole(dict(layer.named_parameters())), {}, lambda: None)
+    layer.weight.data.add_(1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+    expected.float().sum().backward()
+    assert layer.weight.grad is not None
+    grad = layer.weight.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), teacher():
+            older = layer(x)
+        output = layer(x)
+    output.float().sum().backward()
+    assert torch.equal(output, expected)
+    assert not torch.equal(older, expected)
+    assert torch.equal(layer.weight.grad, grad)
+
+
 # ---- settings
 
 

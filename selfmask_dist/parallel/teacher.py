@@ -102,6 +102,9 @@ class Teacher:
         for name, buffer in self._statistics.items():
             _swap(self._live_statistics[name], buffer)
         self._refresh()
+        # autocast keeps bf16 copies of weights: the student would compute with the teacher's, without
+        # gradients
+        torch.clear_autocast_cache()
 
 
 def _swap(first: Tensor, second: Tensor) -> None:
