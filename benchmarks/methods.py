@@ -11,6 +11,7 @@ images, epochs and batches; its own learning rate stands in its row. One process
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import statistics
@@ -28,7 +29,7 @@ import torch
 from benchmarks.cascade_real import WEIGHTS, digits_settings
 from benchmarks.harness import Benchmark
 from benchmarks.method_rows import ROWS
-from benchmarks.method_rows.row import Outcome, Row, Setting
+from benchmarks.method_rows.row import Row, Setting
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "methods_table.md"
 YARDSTICK = "finetune_sgd"
@@ -44,6 +45,7 @@ _COMMON = (
     "engine.threads=1",
     "run.log_every=10",
     "run.progress=false",
+    "run.overwrite=true",
 )
 _DIGITS = ("data.crop_scale=[0.7, 1.0]", "data.flip=false")
 _COLUMNS = ("knn20", "probe", "head", "active", "stored_bytes", "step_ratio")
@@ -64,12 +66,18 @@ def photo_settings(data: Path) -> list[str]:
     ]
 
 
-def measure(row: str, setting: Setting) -> Outcome:
-    """One row with one seed, in a process of its own."""
+def measure(row: str, setting: Setting) -> dict[str, Any]:
+    """One row with one seed; what an earlier run left of it in the setting's folder is taken as it is."""
+    done = setting.folder / "outcomes" / f"{row}-{setting.seed}.json"
+    if done.exists():
+        return json.loads(done.read_text())
     torch.set_num_threads(1)
     chosen = next(r for r in ROWS if r.name == row)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return chosen.measure(setting)
+        outcome = asdict(chosen.measure(setting))
+    done.parent.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(outcome, default=str))
+    return outcome
 
 
 def measure_all(rows: Sequence[Row], settings: Sequence[Setting], jobs: int) -> dict[str, list[Any]]:
@@ -85,7 +93,7 @@ def measure_all(rows: Sequence[Row], settings: Sequence[Setting], jobs: int) -> 
         for done, future in enumerate(as_completed(work), 1):
             name, index = work[future]
             try:
-                found[name][index] = asdict(future.result())
+                found[name][index] = future.result()
             except Exception as error:
                 traceback.print_exception(error)
                 found[name][index] = f"{type(error).__name__}: {error}"
@@ -172,6 +180,9 @@ def main() -> int:
     bench.parser.add_argument("--jobs", type=int, default=2, help="rows at once, a thread each")
     bench.parser.add_argument("--epochs", type=float, default=40, help="of the digits")
     bench.parser.add_argument("--photo-epochs", type=float, default=2)
+    bench.parser.add_argument(
+        "--work", type=Path, help="folder that keeps runs and outcomes; a second start goes on there"
+    )
     bench.parser.add_argument("--only", nargs="+", metavar="NAME", help="these rows alone")
     bench.parser.add_argument("--table", type=Path, help=f"where the table goes (full run: {TABLE.name})")
     options = bench.parse()
@@ -182,7 +193,8 @@ def main() -> int:
     seeds, epochs = (1, 1.0) if options.quick else (options.seeds, options.epochs)
     sections, heads = {}, {"about": _ABOUT.format(jobs=options.jobs)}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = options.work or stack.enter_context(tempfile.TemporaryDirectory())
         base = {"Digits": [*digits_backbone(Path(folder)), *_DIGITS, f"train.epochs={epochs}"]}
         heads["Digits"] = (
             f"A ViT of 0.2 M weights trained on digits 0-4, adapted to 5-9: 16 px, {epochs:g} epochs."
