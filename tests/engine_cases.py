@@ -138,7 +138,8 @@ def build(case: Case) -> tuple[Engine, Any]:
         options=EngineOptions(name=case.engine, **case.options),
     )
     masks = engine.attach(model, attach, **{"include": preset, **case.masks})
-    groups = [{"name": "scores", "params": list(masks.parameters()), "lr": case.lr}]
+    scores = list(masks.parameters())  # none where masks are fixed
+    groups = [{"name": "scores", "params": scores, "lr": case.lr}] if scores else []
     if case.masked_head:
         head_masks = engine.attach(step.head, attach, include="weight")
         groups.append({"name": "head", "params": list(head_masks.parameters()), "lr": case.lr})

@@ -37,7 +37,9 @@ def scale_factor(num_kept: Tensor, numel: int | Tensor, dtype: torch.dtype) -> T
 
     `num_kept`: sum M over the whole scaled tensor; `numel`: N of the whole scaled tensor.
     """
-    return (numel / num_kept.double().clamp(min=1)).sqrt().to(dtype)
+    kept = num_kept.double().clamp(min=1)
+    # torch.div: a plain number over a tensor would be rounded twice, as the reciprocal times the number
+    return torch.div(torch.as_tensor(numel, dtype=kept.dtype, device=kept.device), kept).sqrt().to(dtype)
 
 
 def count_kept(mask: Tensor) -> Tensor:

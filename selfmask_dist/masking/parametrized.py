@@ -120,6 +120,7 @@ class ParametrizedEntry:
     num_segments: int
     shards: Shards
     numbers: nn.Parameter | None = None
+    wholes: list[Whole] | None = None  # as they were last looked at
 
     @property
     def theta(self) -> Tensor:
@@ -132,7 +133,9 @@ class ParametrizedEntry:
     def segments(self) -> list[Segment]:
         """Whole segments, read from wherever they are; their theta holds nothing."""
         weight, scores = self.piece(self.weight), self.piece(self.scores)
-        return _segments(torch.empty_like(weight), weight, scores, self.num_segments)
+        segments = _segments(torch.empty_like(weight), weight, scores, self.num_segments, self.wholes)
+        self.wholes = [segment.whole for segment in segments]
+        return segments
 
 
 class ParametrizedMasks(MaskSet[ParametrizedEntry]):
