@@ -265,13 +265,21 @@ def _rebasin(setting: Setting, name: str) -> Outcome:
             with torch.no_grad():
                 return float(F.cross_entropy(network(images), labels))
 
-        found = rebasin.match_weights(first, second, spec)
-        moved = permutations.apply(second, spec, found)
-        barriers = [
-            rebasin.loss_barrier(model, first, s, loss, alphas=(0.25, 0.5, 0.75)) for s in (second, moved)
-        ]
+        networks = (copy.deepcopy(model), copy.deepcopy(model))
+        for network, state in zip(networks, (first, second), strict=True):
+            wise_ft.write(network, state)
+        ways = {
+            "weights": rebasin.match_weights(first, second, spec),
+            "activations": rebasin.match_activations(*networks, [images], spec),
+        }
+        moved = {way: permutations.apply(second, spec, found) for way, found in ways.items()}
+        barriers = {
+            way: rebasin.loss_barrier(model, first, state, loss, alphas=(0.25, 0.5, 0.75))
+            for way, state in {"as they are": second, **moved}.items()
+        }
+        way = min(ways, key=barriers.__getitem__)  # on training images
         reached = {}
-        for title, state in (("averaged as they are", second), ("permuted, averaged", moved)):
+        for title, state in (("averaged as they are", second), ("permuted, averaged", moved[way])):
             wise_ft.write(model, wise_ft.interpolate(first, state, 0.5))
             test_images, test_labels = bench.images("test")
             with torch.no_grad():
@@ -285,7 +293,7 @@ def _rebasin(setting: Setting, name: str) -> Outcome:
         active=1.0,
         stored_bytes=sum(t.numel() * t.element_size() for t in first.values()),
         step_seconds=step_seconds(folders[0], setting.batch_size),
-        more={"barrier before": barriers[0], "barrier after": barriers[1], **reached},
+        more={"barriers": barriers, "matched by": way, **reached},
     )
 
 
