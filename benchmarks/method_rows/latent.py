@@ -49,7 +49,7 @@ ROWS = [
     Row("graft", GROUP, "after Panigrahi et al. 2023", _graft),
     config_row("neural_wirings", GROUP, "Wortsman et al. 2019"),
     config_row("movement", GROUP, "Sanh et al. 2020"),
-    config_row("soft_movement", GROUP, "Sanh et al. 2020"),
+    config_row("soft_movement", GROUP, "Sanh et al. 2020", "mask.penalty=400"),
     Row("movement_distilled", GROUP, "Sanh et al. 2020, Hinton et al. 2015", _distilled),
     config_row("joint", GROUP, "Srinivas et al. 2017"),
     config_row(
