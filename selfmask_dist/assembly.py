@@ -87,6 +87,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         std=section.std,
         crop_pct=section.crop_pct,
         random=section.random,
+        activations=section.activations,
         seed=config.seed,
         in_file=in_file,
     )

@@ -68,6 +68,11 @@ class BackboneConfig(Section):
         "draws them. signed_constant: +s or -s, s = (2 / fan_in)^(1/2). kaiming_normal: normal, standard "
         "deviation s (both: Ramanujan et al. 2020; mask.scale then adds their factor for the share kept).",
     )
+    activations: Literal["library", "sign"] = science(
+        "library",
+        "library: as the network is built. sign: +1 or -1 in place of its rectifiers, gradients straight "
+        "through where the input is within -1 and 1 (binary networks).",
+    )
     image_size: int | None = science(
         None, "Side of the square images the encoder sees; null: as in pretraining.", unit="pixels", ge=1
     )

@@ -3,6 +3,7 @@
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.backbones import Backbone, find_blocks, fingerprint, load_backbone, set_train_mode
 from selfmask_dist.backbones.load import _measure_dim
+from selfmask_dist.backbones.sign_activations import RECTIFIERS, SignActivation, use_sign_activations
 
 VIT = "timm:vit_tiny_patch16_224"
 VIT_KWARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -567,3 +569,35 @@ def test_real_weights_tell_pictures_apart(
     assert backbone.spec.dim == dim
     random = load_backbone(name, pretrained=False, image_size=96, crop_pct=1.0, **arguments)
     assert accuracy(backbone) > accuracy(random) + 0.12  # measured: 0.43-0.56 against 0.12-0.23
+
+
+# ---- binary activations
+
+
+def test_sign_activations_are_signs_with_gradients_straight_through() -> None:
+    x = torch.tensor([-2.0, -1.0, -0.3, 0.0, 0.7, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+    signs = SignActivation()(x)
+    assert signs.tolist() == [-1, -1, -1, 1, 1, 1, 1]
+    signs.backward(torch.arange(1.0, 8.0, dtype=torch.float64))
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+
+
+@pytest.mark.parametrize("make", [vit, resnet])
+def test_a_backbone_with_sign_activations_is_the_same_weights(make: Callable[..., Backbone]) -> None:
+    plain, binary = make(), make(activations="sign")
+    assert binary.spec.fingerprint == plain.spec.fingerprint
+    assert not any(isinstance(module, RECTIFIERS) for module in binary.encoder.modules())
+    seen: list[Tensor] = []
+    for module in binary.encoder.modules():
+        if isinstance(module, SignActivation):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    binary.encoder(torch.randn(2, 3, 32, 32))
+    num_rectifiers = sum(isinstance(module, RECTIFIERS) for module in plain.encoder.modules())
+    assert len(seen) >= num_rectifiers > 0
+    assert all((output.abs() == 1).all() for output in seen)
+
+
+def test_a_network_without_rectifiers_has_no_sign_activations() -> None:
+    with pytest.raises(ValueError, match=r"backbone\.activations=library"):
+        use_sign_activations(nn.Linear(2, 2))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.backbones.mapping import leave_in_files
 from selfmask_dist.backbones.random_weights import randomise
+from selfmask_dist.backbones.sign_activations import use_sign_activations
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
 from selfmask_dist.preprocessing import Preprocessing
@@ -90,6 +91,7 @@ def load_backbone(
     std: Sequence[float] | None = None,
     crop_pct: float | None = None,
     random: str = "library",
+    activations: str = "library",
     seed: int = 0,
     in_file: bool = False,
 ) -> Backbone:
@@ -112,6 +114,7 @@ def load_backbone(
         crop_pct: fraction of the resized short side that the centre crop keeps; None for the model's own,
             also where `image_size` differs from the model's.
         random: where no weights are loaded: as the `library` draws them, or a kind of `random_weights`.
+        activations: the network's own (`library`), or their `sign`, see `sign_activations`.
         seed: of the random weights. The global generators are left as they were.
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
             copies each process's share of them; see `mapping`. Random weights, and files that cannot be
@@ -133,6 +136,8 @@ def load_backbone(
         built.encoder.float()
     if random != "library" and not pretrained and weights is None:
         randomise(built.encoder, random, seed=seed)
+    if activations == "sign":
+        use_sign_activations(built.encoder)
     given: dict[str, Any] = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
     preprocessing = replace(
         built.preprocessing, **{key: value for key, value in given.items() if value is not None}
