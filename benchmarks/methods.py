@@ -227,8 +227,8 @@ _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware 
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
 are of one CPU thread with {jobs} rows at once, so their ratios are rough. Budgets this small rank methods by
-how fast they learn: the table compares costs and shows that each works; it says nothing of their best. CLIP and
-SLIP have no row: they learn from captions, which this data does not have."""
+how fast they learn: the table compares costs and shows that each works; it says nothing of their best. CLIP
+and SLIP have no row: they learn from captions, which this data does not have."""
 
 
 if __name__ == "__main__":

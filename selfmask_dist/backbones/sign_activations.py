@@ -31,7 +31,7 @@ class SignActivation(nn.Module):
     """See the module's docstring; keeps shape and dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        sign: Tensor = _Sign.apply(x)  # type: ignore[no-untyped-call]
+        sign: Tensor = _Sign.apply(x)
         return sign
 
 
