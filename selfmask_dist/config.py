@@ -13,6 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from selfmask_dist import (
+    config_backbone,
     config_help,
     config_loading,
     config_masks,
@@ -43,7 +44,7 @@ class Config(Section):
             "Keys that only another method uses are ignored, so that one file serves them all.",
         )
     )
-    backbone: config_sections.BackboneConfig = Field(default_factory=config_sections.BackboneConfig)
+    backbone: config_backbone.BackboneConfig = Field(default_factory=config_backbone.BackboneConfig)
     mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
     data: config_sections.DataConfig = Field(default_factory=config_sections.DataConfig)
     objective: config_sections.ObjectiveConfig = Field(default_factory=config_sections.ObjectiveConfig)

@@ -60,6 +60,11 @@ def add_command(commands: Any) -> None:
     verify.add_argument("files", nargs="+", type=Path, metavar="FILE")
     verify.set_defaults(command=_verify)
 
+    _add_with_backbone(actions)
+
+
+def _add_with_backbone(actions: Any) -> None:
+    """The commands that write or read whole networks."""
     export = actions.add_parser(
         "export", help="weights, mask, model card and picture in a folder, ready for a model hub"
     )

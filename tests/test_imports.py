@@ -34,6 +34,7 @@ TABLE = {
     "__init__": Rule(("api",), TRAINING),
     "config": Rule(
         (
+            "config_backbone",
             "config_help",
             "config_loading",
             "config_masks",
@@ -49,6 +50,7 @@ TABLE = {
     "config_loading": Rule(("config_help", "config_yaml"), TRAINING),
     "config_help": Rule(("config_yaml",), TRAINING),
     "config_masks": Rule(("config_loading", "config_sections"), TRAINING),
+    "config_backbone": Rule(("config_sections",), TRAINING),
     "config_sections": Rule((), TRAINING),
     "config_procedures": Rule(("config_loading", "config_sections"), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
