@@ -242,3 +242,13 @@ def test_zero_weights_and_pruned_parts_have_no_sign() -> None:
         scales={"w": torch.tensor([[0.5], [0.0]], dtype=torch.float64)},
     )
     assert materialize(mask, "w", weight).tolist() == [[0.0, -0.5], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
+def test_a_ternary_scale_may_be_zero(scales: tuple[float, float]) -> None:
+    """TTQ's p and n are trained and may reach 0: theta is then 0 or -0 where it is kept."""
+    bits = torch.tensor([True, True, False, True])
+    theta = torch.tensor([scales[0], -scales[1], 0.0, -scales[1]])
+    parts = take_apart("ternary", theta, bits, torch.ones(4))
+    assert parts["scales"].tolist() == [list(scales)]
+    assert parts["signs"].tolist() == [False, True, False, True]

@@ -76,7 +76,7 @@ def take_apart(
     parts: dict[str, Tensor] = {}
     pieces = theta.chunk(num_parts) if theta.ndim else (theta,)
     if kind in WITH_SIGNS:
-        parts["signs"] = theta < 0
+        parts["signs"] = theta.signbit() & bits  # a scale may be 0, and -0 is not below 0
     if kind == "ternary":
         parts["scales"] = torch.stack(
             [torch.stack([_largest(piece), _largest(-piece)]) for piece in pieces]
