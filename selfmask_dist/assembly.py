@@ -63,8 +63,9 @@ def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]
             f"{key} {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
         )
     if places.min() < 0 or places.max() >= num_samples:
+        whole = "data.test" if key == "data.test_subset" else "data.train"
         raise ValueError(
-            f"{key} {path} names samples {places.min()} to {places.max()}; there are 0 to {num_samples - 1}"
+            f"{key} {path} names samples {places.min()} to {places.max()}; {whole} has 0 to {num_samples - 1}"
         )
     return places.astype(np.int64)
 

@@ -58,7 +58,7 @@ class Family:
         it and mask files hold it.
     has_threshold: what is kept has scores above `options.threshold`.
     ranks: the mask depends on the order of all of a tensor; see `ranked`.
-    trains_scores: False where the mask is fixed and nothing of it is trained.
+    trains_scores: False where scores are fixed, or small numbers stand for them.
     trains_weight: W is trained too.
     starts_from_weight: the tensor called scores is a latent weight and starts as W.
     has_back_sums: `back_sums` gives something.
