@@ -164,13 +164,25 @@ def _cell(spread: dict[str, float] | None, key: str) -> str:
 
 
 def _note(more: Sequence[dict[str, Any]]) -> str:
+    """Numbers and remarks in a line; what has a form of its own stands in the result file."""
     if not more:
         return ""
-    return ", ".join(f"{key} {_short(value)}" for key, value in more[0].items())
+    return "; ".join(text for key, value in more[0].items() if (text := _short(key, value)))
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        inner = ", ".join(_short(str(name), part) for name, part in value.items())
+        return f"{key}: {inner}"
+    if isinstance(value, list):
+        return f"{key}: {', '.join(f'{part:.3g}' for part in value)}" if _are_numbers(value) else ""
+    if isinstance(value, float):
+        return f"{key} {value:.3g}"
+    return f"{key} {value}" if "\n" not in str(value) else ""
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def main() -> int:
