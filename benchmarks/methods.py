@@ -129,7 +129,12 @@ def _spread(values: Iterable[Any]) -> dict[str, float] | None:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return None
-    return {"mean": statistics.fmean(numbers), "sd": statistics.pstdev(numbers), "seeds": len(numbers)}
+    return {
+        "mean": statistics.fmean(numbers),
+        "median": statistics.median(numbers),
+        "sd": statistics.pstdev(numbers),
+        "seeds": len(numbers),
+    }
 
 
 def write_table(path: Path, sections: dict[str, dict[str, dict[str, Any]]], heads: dict[str, str]) -> None:
@@ -159,7 +164,7 @@ def _cell(spread: dict[str, float] | None, key: str) -> str:
     if key == "stored_bytes":
         return f"{spread['mean']:,.0f}"
     if key == "step_ratio":
-        return f"{spread['mean']:.2f}"
+        return f"{spread['median']:.2f}"
     return f"{spread['mean']:.3f} ± {spread['sd']:.3f}"
 
 
@@ -238,9 +243,10 @@ def digits_backbone(folder: Path) -> list[str]:
 _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware and versions stand in
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
-are of one CPU thread with {jobs} rows at once, so their ratios are rough. Budgets this small rank methods by
-how fast they learn: the table compares costs and shows that each works; it says nothing of their best. CLIP
-and SLIP have no row: they learn from captions, which this data does not have."""
+are of one CPU thread with {jobs} rows at once, on a machine that had other work too: their ratios, medians
+over seeds, are rough. Budgets this small rank methods by how fast they learn: the table compares costs and
+shows that each works; it says nothing of their best. CLIP and SLIP have no row: they learn from captions,
+which this data does not have. SwAV and the cascade are measured by `benchmarks/cascade_real.py`."""
 
 
 if __name__ == "__main__":
