@@ -21,7 +21,7 @@ from selfmask_dist.masking.families.ternary import TernaryWeights, TrainedTernar
 from selfmask_dist.masking.families.threshold import Threshold
 from selfmask_dist.masking.families.topk import TopK
 
-# config_sections.MASK_FAMILIES has the same names
+# config_masks.MASK_FAMILIES has the same names
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
     for family in (
