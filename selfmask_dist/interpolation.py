@@ -16,6 +16,7 @@ from selfmask_dist.artifact import Mask, MaskFile, read_mask_file
 from selfmask_dist.artifact.arithmetic import check_same_backbone
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.masking import binarize
+from selfmask_dist.procedures import wise_ft
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
 
@@ -81,17 +82,13 @@ def interpolate(first: Trained, second: Trained, at: float) -> Mask:
     if a.statistics.keys() != b.statistics.keys():
         raise ValueError("only one of the runs moved running statistics: what lies between is not defined")
     threshold = (1 - at) * a.threshold + at * b.threshold
+    of_first, of_second = ({name: end.scores[name] for name in a.bits} for end in (first, second))
+    between = wise_ft.interpolate(of_first, of_second, at)
     return Mask(
-        {name: binarize(first.scores[name].lerp(second.scores[name], at), threshold) for name in a.bits},
+        {name: binarize(scores, threshold) for name, scores in between.items()},
         a.weights_fingerprint,
         scaled=a.scaled,
         num_segments=dict(a.num_segments),
-        statistics={name: _between(value, b.statistics[name], at) for name, value in a.statistics.items()},
+        statistics=wise_ft.interpolate(a.statistics, b.statistics, at),
         threshold=threshold,
     )
-
-
-def _between(first: Tensor, second: Tensor, at: float) -> Tensor:
-    if first.is_floating_point():
-        return first.lerp(second, at)
-    return first.double().lerp(second.double(), at).round().to(first.dtype)  # a count of batches

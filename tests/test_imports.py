@@ -105,7 +105,7 @@ TABLE = {
     "cascade_model": Rule(("artifact", "bank", "cascade"), ("torch.distributed", "torch.optim", *MODELS)),
     "service": Rule(("bank", "data", "preprocessing"), ("torch.distributed", "torch.optim", *MODELS)),
     "interpolation": Rule(
-        ("artifact", "checkpoint", "masking"), ("torch.distributed", "torch.optim", *MODELS)
+        ("artifact", "checkpoint", "masking", "procedures"), ("torch.distributed", "torch.optim", *MODELS)
     ),
     "score_import": Rule(("artifact", "backbones", "masking"), ("torch.distributed", "torch.optim", *MODELS)),
     "export": Rule(("__init__", "artifact", "backbones"), ("torch.distributed", "torch.optim", *MODELS)),

@@ -130,3 +130,14 @@ def test_thresholds_and_running_statistics_go_along() -> None:
     still = replace(ends[1], mask=replace(ends[1].mask, statistics={}))
     with pytest.raises(ValueError, match="only one of the runs moved running statistics"):
         interpolate(ends[0], still, 0.5)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 1.0])
+def test_weights_that_are_always_kept_stay_so(at: float) -> None:
+    """Under `mask.maskable` their score is +infinity, which a difference of scores makes a NaN."""
+    ends = []
+    for score in (-1.0, 2.0):
+        scores = torch.tensor([torch.inf, score])
+        mask = artifact.Mask({"w": scores > 0}, "same")
+        ends.append(Trained(mask, {"w": scores}, MaskFile({"default": mask})))
+    assert interpolate(*ends, at).bits["w"].tolist() == [True, -1 + 3 * at > 0]

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfmask_dist.masking import attach
 from selfmask_dist.procedures import ensembles, permutation, rebasin, wise_ft
 from selfmask_dist.procedures.permutation_specs import permutation_spec
-from tests.models import make
 from tests.procedure_cases import accuracy, digits, mlp, train
 
 # ---- WiSE-FT
@@ -60,32 +58,6 @@ def test_the_line_is_the_formula() -> None:
         wise_ft.interpolate({"n": first["n"]}, second, 0.3)
     with pytest.raises(ValueError, match=r"\(5,\) in one model and \(4,\)"):
         wise_ft.interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
-
-
-def test_masks_between_two_scores_end_in_the_two_masks() -> None:
-    model, preset = make("timm_vit", dtype=torch.float32)
-    weights, ends = None, []
-    for seed in (0, 1):
-        network = copy.deepcopy(model)
-        masks = attach(network, include=preset)
-        generator = torch.Generator().manual_seed(seed)
-        scores = {
-            name: torch.randn(s.shape, generator=generator, dtype=s.dtype)
-            for name, s in masks.state_dict().items()
-        }
-        masks.load_state_dict(scores)
-        weights = masks.weights()
-        thetas = {entry.name: entry.theta.detach().clone() for entry in masks.entries}
-        ends.append((scores, thetas))
-    (first, first_theta), (second, second_theta) = ends
-    assert weights is not None
-    for alpha, expected in ((0.0, first_theta), (1.0, second_theta)):
-        found = wise_ft.interpolate_masks(weights, first, second, alpha)
-        assert all(torch.equal(found[name], theta) for name, theta in expected.items())
-    between = wise_ft.interpolate_masks(weights, first, second, 0.4)
-    for name, weight in weights.items():
-        mask = (0.6 * first[name] + 0.4 * second[name] > 0).float()
-        torch.testing.assert_close(between[name], weight * mask * (mask.numel() / mask.sum()).sqrt())
 
 
 # ---- Git Re-Basin

@@ -4,8 +4,7 @@
 
 Some alpha in between is often better under a shift than both ends, and as good on the new data (Wortsman et
 al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903, eq. 1). The same line between the
-scores of two threshold masks stays one bit per weight: M(alpha) = 1[(1 - alpha) S_0 + alpha S_1 > mu]. Pure
-functions on state dicts.
+scores of two masks is `selfmask_dist.interpolation`. Pure functions on state dicts.
 """
 
 import math
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from selfmask_dist.masking import binarize, materialize
 
 ALPHAS = tuple(step / 10 for step in range(11))
 
@@ -47,29 +44,6 @@ def interpolate(first: Mapping[str, Tensor], second: Mapping[str, Tensor], alpha
         if tensor.is_floating_point()
         else (second[name] if alpha >= 0.5 else tensor).clone()
         for name, tensor in first.items()
-    }
-
-
-def interpolate_masks(
-    weights: Mapping[str, Tensor],
-    first: Mapping[str, Tensor],
-    second: Mapping[str, Tensor],
-    alpha: float,
-    *,
-    threshold: float = 0.0,
-    scaled: bool = True,
-) -> dict[str, Tensor]:
-    """theta under the mask of interpolated scores, by name; the ends are the two masks' thetas exactly.
-
-    Args:
-        weights: the frozen W. `first`, `second`: scores S_0 and S_1 of their names and shapes.
-        threshold, scaled: as the masks were trained with; False for mask.scale=none.
-    """
-    check_same(weights, first)
-    scores = interpolate(first, second, alpha)
-    return {
-        name: materialize(weight, binarize(scores[name], threshold), scaled=scaled)
-        for name, weight in weights.items()
     }
 
 
