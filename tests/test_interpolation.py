@@ -140,4 +140,4 @@ def test_weights_that_are_always_kept_stay_so(at: float) -> None:
         scores = torch.tensor([torch.inf, score])
         mask = artifact.Mask({"w": scores > 0}, "same")
         ends.append(Trained(mask, {"w": scores}, MaskFile({"default": mask})))
-    assert interpolate(*ends, at).bits["w"].tolist() == [True, -1 + 3 * at > 0]
+    assert interpolate(ends[0], ends[1], at).bits["w"].tolist() == [True, -1 + 3 * at > 0]
