@@ -55,7 +55,11 @@ def twn(s: Tensor, w: Tensor, n: Tensor, v: Tensor) -> Tensor:
 def ttq(s: Tensor, w: Tensor, n: Tensor, v: Tensor) -> Tensor:
     delta = 0.05 * s.abs().max()
     above, below = (s > delta).detach(), (s < -delta).detach()
-    theta = torch.where(above, n[0], torch.where(below, -n[1], torch.zeros_like(s)))
+    mean = [  # each scale's gradient is divided by the number of weights that it stands for
+        size.detach() + (size - size.detach()) / part.sum().clamp(min=1)
+        for size, part in zip(n, (above, below), strict=True)
+    ]
+    theta = torch.where(above, mean[0], torch.where(below, -mean[1], torch.zeros_like(s)))
     factor = torch.where(above, n[0], torch.where(below, n[1], torch.ones_like(s))).detach()
     return theta + factor * (s - s.detach())
 
@@ -236,8 +240,8 @@ def test_ternary_values_by_hand() -> None:
     optimizer = torch.optim.SGD([numbers], lr=1.0)
     masks.bind(torch.optim.SGD(masks.parameters(), lr=0.0))
     layer(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])).sum().backward()
-    optimizer.step()  # dL/dp = 3 + 6, dL/dn = -(2 + 4)
-    assert numbers.detach().tolist()[0] == pytest.approx([0.75 - 9, 0.6 + 6])
+    optimizer.step()  # means over two weights each: dL/dp = (3 + 6) / 2, dL/dn = -(2 + 4) / 2
+    assert numbers.detach().tolist()[0] == pytest.approx([0.75 - 4.5, 0.6 + 3])
     assert gradient(masks.entries[0].scores).tolist()[0] == pytest.approx([1, 1.2, 2.25, 2.4, 5, 4.5])
 
 

@@ -19,12 +19,21 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 
 @dataclass(frozen=True)
 class Setting:
-    """The data, the backbone and the budget that all rows share, as overrides of a configuration."""
+    """The data, the backbone and the budget that all rows share, as overrides of a configuration.
+
+    name: of the data, by which `rates.json` has the row's learning rates.
+    captioned: over `overrides`, for rows that learn from captions: the same pictures with a sentence each, and
+        a backbone with a text tower.
+    rates: over a row's own overrides, its learning rates here.
+    """
 
     overrides: tuple[str, ...]
     folder: Path
     seed: int
     batch_size: int
+    name: str = ""
+    captioned: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,32 +57,43 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A method: its group in `docs/methods.md`, its source, and how one seed of it is measured."""
+    """A method: its group in `docs/methods.md`, its source, and how one seed of it is measured.
+
+    configs: the files of `configs/methods/` that it runs, without `.yaml`.
+    """
 
     name: str
     group: str
     source: str
     measure: Callable[[Setting], Outcome]
+    configs: tuple[str, ...] = ()
 
 
 def config_row(
-    name: str, group: str, source: str, *own: str, measures: Callable[[Path], dict[str, Any]] | None = None
+    name: str,
+    group: str,
+    source: str,
+    *own: str,
+    config: str | None = None,
+    measures: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Row:
-    """A row that is `configs/methods/{name}.yaml`, trained in the setting.
+    """A row that is one configuration, trained in the setting.
 
     Args:
-        own: overrides of this row, such as a learning rate that fits the setting.
+        own: overrides of this row, what fits it to the small settings or makes it a variant.
+        config: a file of `configs/methods/`; None: the one of the row's name.
         measures: further numbers, from the run's folder.
     """
+    config = config or name
 
     def measure(setting: Setting) -> Outcome:
-        result, folder = train(setting, name, CONFIGS / f"{name}.yaml", own)
+        result, folder = train(setting, name, CONFIGS / f"{config}.yaml", own)
         outcome = outcome_of(result, folder, setting)
         if measures is not None:
             outcome.more.update(measures(folder))
         return outcome
 
-    return Row(name, group, source, measure)
+    return Row(name, group, source, measure, (config,))
 
 
 def train(
@@ -81,7 +101,7 @@ def train(
 ) -> tuple[dict[str, Any], Path]:
     """Run a configuration in the setting; returns what its `result.json` holds, and its folder."""
     place = [f"run.dir={setting.folder}", f"run.name={name}-{setting.seed}", f"seed={setting.seed}"]
-    result = run(load_config(config, [*setting.overrides, *own, *place]))
+    result = run(load_config(config, [*setting.overrides, *own, *setting.rates, *place]))
     return result, setting.folder / f"{name}-{setting.seed}"
 
 

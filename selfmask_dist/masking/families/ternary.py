@@ -9,7 +9,10 @@
         dL/dL = p G, n G or G, in the same three cases
 
 L starts as the pretrained weight, p and n as the mean |L| of the weights that they stand for. Eq. 7 of TTQ
-prints dL/dn without its minus; it is the derivative of theta = -n, and p and n are kept from below zero.
+prints dL/dn without its minus; it is the derivative of theta = -n, and p and n are kept from below zero. The
+optimizer gets both divided by the number of weights summed over: p then steps as the mean of the weights that
+it stands for would, TWN's s. With the sum itself one step moves thousands of weights by thousands of times
+what each asks for, and p and n end at 0 in some tensors.
 """
 
 from typing import ClassVar
@@ -101,7 +104,8 @@ class TrainedTernary(TernaryWeights):
     def back_sums(self, segment: Segment, grad: Tensor) -> Tensor:
         delta = self.delta(segment)
         above, below = segment.scores > delta, segment.scores < -delta
-        return torch.stack([(grad * part).sum(dtype=torch.float64) for part in (above, below)])
+        sums = [(grad * part).sum(dtype=torch.float64) for part in (above, below)]
+        return torch.stack([*sums, core.count_kept(above), core.count_kept(below)])
 
     def pull_back(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
         assert segment.numbers is not None
@@ -113,7 +117,8 @@ class TrainedTernary(TernaryWeights):
 
     def pull_back_numbers(self, segment: Segment, back: Tensor | None, out: Tensor) -> None:
         assert back is not None
-        out.copy_(torch.stack([back[0], -back[1]]))
+        (up, down), counts = back[:2], back[2:].clamp(min=1)
+        out.copy_(torch.stack([up, -down]) / counts)
 
     def after_step(self, segment: Segment) -> None:
         assert segment.numbers is not None
