@@ -170,7 +170,8 @@ def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
     longer = epochs / config.train.epochs
     changes: dict[str, dict[str, Any]] = {
         "data": {"subset": str(directory / "router" / f"{expert_name(k)}.npy")},
-        "mask": {"init_from": str(directory / DISPATCHER)},
+        # a schedule of the kept share is over with the dispatcher: an expert goes on from what it pruned
+        "mask": {"init_from": str(directory / DISPATCHER), "keep_schedule": "constant"},
         "train": {"epochs": epochs},
         "optim": {"warmup_epochs": config.optim.warmup_epochs * longer},
         "swav": {"queue_start_epoch": section.expert_queue_start * epochs},

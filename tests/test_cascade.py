@@ -243,6 +243,55 @@ def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.yaml", "environment.json"]
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        ("piggyback", "mask.threshold=0.005", "mask.init=0.01", "mask.scale=none", "optim.score_lr=0.2"),
+        ("topk", "mask.keep=0.7", "mask.keep_schedule=cubic", "mask.init=magnitude", "mask.scale=detached"),
+    ],
+    ids=["piggyback", "topk"],
+)
+def test_other_families_train_a_cascade_too(
+    cascade: Path, tmp_path: Path, family: tuple[str, ...]
+) -> None:
+    name, *own = family
+    own += [f"mask.family={name}", "eval.probe=false", "run.name=other"]
+    run(load_config(None, settings(cascade.parent / "shards", tmp_path, *own)))
+    other = tmp_path / "other"
+    masks = [
+        torch.cat([bits.flatten() for bits in mask.bits.values()])
+        for mask in read_mask_file(other / "cascade.mask").masks.values()
+    ]
+    kept = [float(mask.double().mean()) for mask in masks]
+    if name == "topk":
+        assert kept == pytest.approx([0.7] * 3, abs=0.01)
+        lines = (other / "expert-0" / "metrics.jsonl").read_text().splitlines()
+        first = json.loads(lines[0])["mask/active"]
+        assert first == pytest.approx(0.7, abs=0.01), "an expert goes on from what the dispatcher pruned"
+    assert all(0.05 < share < 0.99 for share in kept), kept
+    for expert in masks[1:]:
+        assert not torch.equal(expert, masks[0])
+        common = int((~masks[0] & ~expert).sum())
+        assert common > 0.7 * int((~masks[0]).sum()), "what the dispatcher pruned is mostly pruned"
+    config = load_config(other / "config.yaml")
+    backbone, (_, test) = build_backbone(config), open_data(config)
+    bank = MaskBank(backbone.encoder)
+    loaded = load_cascade(other / "cascade.mask", bank)
+    (batch,) = eval_loader(test, eval_transform(backbone.spec.preprocessing), batch_size=32)
+    stored = EmbeddingStore.open(other / "embeddings" / "unconditional" / "test").read_slice()
+    assert torch.allclose(loaded.embed(batch.views[0], mode="unconditional"), stored.features, atol=1e-4)
+
+
+def test_families_that_are_more_than_masks_are_refused_in_a_cascade() -> None:
+    for family, more, message in (
+        ("twn", (), "a cascade keeps its experts as bits on frozen weights, and mask.family=twn is more"),
+        ("magnitude", (), "a cascade's experts train the dispatcher's mask further"),
+        ("movement", ("mask.keep_schedule=cubic",), "mask.family=movement is more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config(None, settings(Path("a"), Path("b"), f"mask.family={family}", *more))
+
+
 # ---- several processes
 
 

@@ -59,7 +59,7 @@ _CLIP_KWARGS = {
 }
 _TRUNK_KWARGS = {
     "embed_dim": 192,
-    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": None},
+    "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "none"},
     "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2},
 }
 
