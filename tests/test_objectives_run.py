@@ -25,10 +25,12 @@ from tests.tiny_run import write_config, write_tiny_data
 CASES = [(name, engine, "mask") for name in NAMES for engine in ("ddp", "fsdp", "bits")] + [
     ("moco_v3", "fsdp", "finetune"),
     ("dino", "ddp", "finetune"),
+    ("moco_v2", "fsdp, offloaded", "mask"),
 ]
 
 
 def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineState, dict[str, Tensor]]:
+    kind, _, way = kind.partition(", ")
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     world = World(rank, size)
     encoder, preset = make("timm_vit")
@@ -44,6 +46,8 @@ def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineSta
             name=kind,
             reshard_after_forward=name != "dino",
             checkpoint_activations=name == "moco_v3" and kind == "fsdp",  # computed again by the student
+            cpu_offload=way == "offloaded",
+            compile=way == "compiled",
         ),
     )
     groups = [{"name": "head", "params": objective.head_parameters(), "lr": 0.1}]
@@ -105,6 +109,18 @@ def test_two_ranks_and_all_engines_compute_what_one_process_does() -> None:
             assert 0 < (state.parameters[qkv] <= 0).double().mean() < 1, "bits flipped"
         if state.teacher:
             assert not torch.equal(state.teacher[qkv], state.parameters[qkv])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moco_v2", "dino"])
+def test_compiled_blocks_see_the_students_and_the_teachers_theta(name: str) -> None:
+    plain, compiled = (run_steps(name, kind, "mask") for kind in ("ddp", "ddp, compiled"))
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-9)
+    for part in ("parameters", "teacher"):
+        found, expected = getattr(compiled[1], part), getattr(plain[1], part)
+        assert set(found) == set(expected)
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-9)
 
 
 # ---- whole runs

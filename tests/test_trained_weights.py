@@ -373,10 +373,11 @@ def test_the_mask_file_gives_theta_back_bit_for_bit(name: str, tmp_path: Path) -
 # ---- engines
 
 
-def engine_case(name: str, engine: str) -> Case:
+def engine_case(name: str, engine: str, **options: Any) -> Case:
     family = CASES[name][1]
     other = {"other": second(make("timm_vit")[0])} if family.needs_other else {}
-    return Case(engine=engine, masks={"family": family, "include": WEIGHTS, **other}, lr=0.5, steps=3)
+    masks = {"family": family, "include": WEIGHTS, **other}
+    return Case(engine=engine, options=options, masks=masks, lr=0.5, steps=3)
 
 
 @pytest.mark.distributed
@@ -384,15 +385,26 @@ def test_two_processes_equal_one() -> None:
     names = [name for name in CASES if name != "binary_connect as published"]
     cases = [engine_case(name, "fsdp") for name in names]
     cases += [engine_case(name, "ddp") for name in ("ttq", "joint", "block_movement")]
+    # small numbers and a second set of weights, beside weights that wait on the CPU
+    cases += [engine_case(name, "fsdp", cpu_offload=True) for name in ("ttq", "graft", "block_movement")]
     outcomes: list[Outcome] = run_distributed(run_cases, 2, cases, timeout=240)[0]
     for case, outcome in zip(cases, outcomes, strict=True):
-        reference = run_case(Case(**{**vars(case), "engine": "ddp"}))
+        reference = run_case(Case(**{**vars(case), "engine": "ddp", "options": {}}))
         assert reference.losses[-1] != reference.losses[0]
         assert set(outcome.state.parameters) == set(reference.state.parameters)
         for key, value in reference.state.parameters.items():
             torch.testing.assert_close(outcome.state.parameters[key], value, rtol=1e-9, atol=1e-12)
         assert outcome.losses == pytest.approx(reference.losses, rel=1e-10), case
         assert all(torch.equal(outcome.masks[key], mask) for key, mask in reference.masks.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ttq", "joint"])
+def test_compiled_blocks_train_the_same_weights(name: str) -> None:
+    plain, compiled = (run_case(engine_case(name, "ddp", compile=compile)) for compile in (False, True))
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-9)
+    for key, value in plain.state.parameters.items():
+        torch.testing.assert_close(compiled.state.parameters[key], value, rtol=1e-8, atol=1e-11)
 
 
 def test_every_family_here_is_in_the_table() -> None:
