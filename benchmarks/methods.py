@@ -132,7 +132,7 @@ def main() -> int:
     bench.parser.add_argument("--data", type=Path, help="folder with weights and photographs")
     bench.parser.add_argument("--seeds", type=int, default=3)
     bench.parser.add_argument("--jobs", type=int, default=2, help="rows at once, a thread each")
-    bench.parser.add_argument("--epochs", type=float, default=15, help="of the digits")
+    bench.parser.add_argument("--epochs", type=float, default=10, help="of the digits")
     bench.parser.add_argument("--photo-epochs", type=float, default=2)
     bench.parser.add_argument("--photo-size", type=int, default=64, help="pixels of the photographs")
     bench.parser.add_argument("--tune", choices=tuple(_TITLES), help="choose learning rates and do no more")

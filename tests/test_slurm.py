@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from selfmask_dist.config import load_config
+from selfmask_dist.run import run
 from tests import slurm
+from tests.distributed import run_distributed
 from tests.tiny_run import (
     events_of,
     rank_process,
@@ -84,6 +86,41 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert kinds == ["start", "preempted", "start", "resume", "end"], logs_of(run)
     assert (run / "final.mask").read_bytes() == (tmp_path / "calm" / "final.mask").read_bytes()
     assert steps_of(run) == steps_of(tmp_path / "calm")
+
+
+def test_a_ranking_family_and_a_chain_of_trainings_are_preempted_and_end_as_if_nothing_had_been(
+    config_path: Path, tmp_path: Path
+) -> None:
+    """Both at once, two of the four nodes each; PackNet is stopped in its second task."""
+    common = ["launch.exclusive=true", "train.global_batch_size=4", "run.log_every=4"]
+    ranked = ["mask.family=topk", "mask.keep=0.6", "mask.keep_schedule=cubic", "mask.init=magnitude"]
+    methods = {
+        "topk": [*ranked, "optim.score_lr=300", "train.epochs=30"],
+        "packnet": ["method=packnet", "procedure.tasks=2", "optim.weight_lr=0.05", "train.epochs=30"],
+    }
+    files = {"topk": "final.mask", "packnet": "packed.safetensors"}
+    jobs = {}
+    for name, own in methods.items():
+        done = submit(config_path, *common, *own, f"run.name={name}", nodes=2, cluster="slurm")
+        assert done.returncode == 0, done.stderr
+        jobs[name] = slurm.submitted_job(done.stdout)
+    wait_until(lambda: steps_of(tmp_path / "topk") and steps_of(tmp_path / "packnet" / "task-2-train"))
+    slurm.preempt(*jobs.values())
+    for name, job in jobs.items():
+        assert slurm.wait_for_end(job) == "COMPLETED", logs_of(tmp_path / name)
+        folder, calm = tmp_path / name, tmp_path / f"calm-{name}"
+        overrides = [*common, *methods[name], f"run.name={calm.name}"]
+        run_distributed(_run_rank, 2, str(config_path), overrides, backend="", timeout=120)
+        assert (folder / files[name]).read_bytes() == (calm / files[name]).read_bytes()
+        parts = [path.parent.relative_to(folder) for path in folder.rglob("metrics.jsonl")]
+        events = [event["event"] for part in parts for event in events_of(folder / part)]
+        assert "preempted" in events, logs_of(folder)
+        for part in parts:
+            assert steps_of(folder / part) == steps_of(calm / part), "no step done twice, none left out"
+
+
+def _run_rank(config_path: str, overrides: list[str]) -> None:
+    run(load_config(config_path, overrides))
 
 
 def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path: Path) -> None:
