@@ -8,6 +8,11 @@ once.
 
     python benchmarks/methods.py [--quick] [--data DIR] [--seeds 3] [--jobs 2] [--only NAME ...] --json
     python benchmarks/methods.py --tune digits [--only NAME ...]
+    python benchmarks/methods.py --steps --work DIR       # one round of step times, for a later table
+
+Step times need a machine without other work: `--steps` runs a few steps of every row, full fine-tuning's
+again and again between them, and adds a round to those in DIR. Without rounds the table has what the runs
+themselves took.
 """
 
 import argparse
@@ -31,10 +36,15 @@ import torch
 from benchmarks.harness import Benchmark
 from benchmarks.method_rows import ROWS, rates, settings
 from benchmarks.method_rows.row import Row, Setting
-from benchmarks.method_rows.table import summarise, write_table
+from benchmarks.method_rows.table import YARDSTICK, summarise, write_table
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "methods_table.md"
 _TITLES = {"digits": "Digits", "groceries": "Groceries"}
+_BRIEF = (
+    *("train.max_steps=15", "run.log_every=5", "optim.warmup_epochs=0"),
+    *("eval.final=false", "eval.frozen_baseline=false"),
+)
+_ROWS_BETWEEN = 6
 
 
 @dataclass(frozen=True)
@@ -112,16 +122,47 @@ def tune(name: str, rows: Sequence[Row], options: argparse.Namespace, work: Path
             rates.save(name, row_name, judged)
 
 
+def time_steps(name: str, rows: Sequence[Row], options: argparse.Namespace, work: Path) -> None:
+    """One round: each row's step over full fine-tuning's, which is timed again before every few rows."""
+    setting = base_setting(name, options, work)
+    torch.set_num_threads(1)
+    yardstick, ratios = 0.0, {}
+    for index, row in enumerate(row for row in rows if row.group != "procedures"):
+        if index % _ROWS_BETWEEN == 0:
+            yardstick = _step_seconds(YARDSTICK, setting) or 0.0
+        if seconds := _step_seconds(row.name, setting):
+            ratios[row.name] = seconds / yardstick
+    with (setting.folder / "steps.jsonl").open("a") as file:
+        file.write(json.dumps(ratios) + "\n")
+
+
+def _step_seconds(row: str, setting: Setting) -> float | None:
+    rated = replace(setting, rates=rates.chosen(setting.name, row), brief=_BRIEF)
+    with tempfile.TemporaryDirectory() as folder:
+        found: float | None = measure(Job(row, "steps", replace(rated, folder=Path(folder))))["step_seconds"]
+        return found
+
+
+def step_rounds(folder: Path) -> dict[str, list[float]]:
+    """{row: its ratio in each round that `--steps` left}."""
+    path, found = folder / "steps.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        for row, ratio in json.loads(line).items():
+            found.setdefault(row, []).append(ratio)
+    return found
+
+
 def compare(name: str, rows: Sequence[Row], options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The rows' numbers in one setting, over seeds."""
     setting = base_setting(name, options, work)
     chosen = {row.name: rates.chosen(name, row.name) for row in rows}
     jobs = [
         Job(row.name, str(seed), replace(setting, seed=seed, rates=chosen[row.name]))
-        for seed in range(options.seeds)
+        for seed in range(options.seeds if name == "digits" else options.photo_seeds)
         for row in rows
     ]
-    summary = summarise({row: list(found.values()) for row, found in measure_all(jobs, options.jobs).items()})
+    outcomes = {row: list(found.values()) for row, found in measure_all(jobs, options.jobs).items()}
+    summary = summarise(outcomes, step_rounds(setting.folder))
     for row_name, columns in summary.items():
         columns["rates"] = chosen[row_name]
     return summary
@@ -134,8 +175,10 @@ def main() -> int:
     bench.parser.add_argument("--jobs", type=int, default=2, help="rows at once, a thread each")
     bench.parser.add_argument("--epochs", type=float, default=10, help="of the digits")
     bench.parser.add_argument("--photo-epochs", type=float, default=2)
+    bench.parser.add_argument("--photo-seeds", type=int, default=1)
     bench.parser.add_argument("--photo-size", type=int, default=64, help="pixels of the photographs")
     bench.parser.add_argument("--tune", choices=tuple(_TITLES), help="choose learning rates and do no more")
+    bench.parser.add_argument("--steps", action="store_true", help="add a round of step times to --work")
     bench.parser.add_argument(
         "--work", type=Path, help="folder that keeps outcomes; a second start goes on there"
     )
@@ -147,6 +190,8 @@ def main() -> int:
         bench.parser.error(f"no row {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
     if options.tune == "groceries" and options.data is None:
         bench.parser.error("--tune groceries needs --data")
+    if options.steps and options.work is None:
+        bench.parser.error("--steps needs --work, where its rounds are kept")
     rows = [row for row in ROWS if row.name in names]
     if options.quick:
         options.seeds, options.epochs = 1, 1.0
@@ -156,7 +201,10 @@ def main() -> int:
         if options.tune:
             tune(options.tune, rows, options, work)
             return 0
-        sections, heads = {}, {"about": _ABOUT.format(jobs=options.jobs, tries=len(rates.FACTORS))}
+        if options.steps:
+            time_steps("digits", rows, options, work)
+            return 0
+        sections, heads = {}, {"about": _ABOUT.format(tries=len(rates.FACTORS))}
         for name in ("digits",) if options.data is None else ("digits", "groceries"):
             title = _TITLES[name]
             heads[title] = _HEADS[name].format(**vars(options))
@@ -170,19 +218,20 @@ def main() -> int:
 
 
 _HEADS = {
-    "digits": "A ViT of 0.2 M weights trained on digits 0-4, adapted to 5-9: 16 px, {epochs:g} epochs. CLIP and "
-    "SLIP: a CLIP model of about that size, trained on digits 0-4 with captions, its text tower frozen.",
-    "groceries": "ViT-tiny, ImageNet weights, {photo_size} px, {photo_epochs:g} epochs. CLIP and SLIP: the same "
-    "ViT-tiny beside a text tower that is trained from random weights.",
+    "digits": "A ViT of 0.2 M weights trained on digits 0-4, adapted to 5-9: 16 px, {epochs:g} epochs, "
+    "{seeds} seed(s). CLIP and SLIP: a CLIP model of about that size, trained on digits 0-4 with captions; its "
+    "text tower stays frozen.",
+    "groceries": "ViT-tiny, ImageNet weights, {photo_size} px, {photo_epochs:g} epochs, {photo_seeds} "
+    "seed(s). CLIP and SLIP: the same ViT-tiny beside a text tower that is trained from random weights.",
 }
 _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware and versions stand in
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
-are of one CPU thread with {jobs} rows at once, on a machine that had other work too: their ratios, medians
-over seeds, are rough. Rates: each row's learning rates, the best of {tries} along one line on held-out training
-images (`benchmarks/method_rows/rates.json`), chosen for the mean of k-NN and own head. Budgets this small rank
-methods by how fast they learn: the table compares costs and shows that each works; it says nothing of their
-best. The cascade is measured by `benchmarks/cascade_real.py`."""
+are of one CPU thread, medians of ratios to full fine-tuning's of the same round or seed. Rates: each row's
+learning rates, the best of {tries} along one line on held-out training images
+(`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by how
+fast they learn: the table compares costs and shows that each works; it says nothing of their best. The cascade
+is measured by `benchmarks/cascade_real.py`."""
 
 
 if __name__ == "__main__":

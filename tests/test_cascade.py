@@ -251,9 +251,7 @@ def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Pat
     ],
     ids=["piggyback", "topk"],
 )
-def test_other_families_train_a_cascade_too(
-    cascade: Path, tmp_path: Path, family: tuple[str, ...]
-) -> None:
+def test_other_families_train_a_cascade_too(cascade: Path, tmp_path: Path, family: tuple[str, ...]) -> None:
     name, *own = family
     own += [f"mask.family={name}", "eval.probe=false", "run.name=other"]
     run(load_config(None, settings(cascade.parent / "shards", tmp_path, *own)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run
+from selfmask_dist.run import run as run_here
 from tests import slurm
 from tests.distributed import run_distributed
 from tests.tiny_run import (
@@ -120,7 +120,7 @@ def test_a_ranking_family_and_a_chain_of_trainings_are_preempted_and_end_as_if_n
 
 
 def _run_rank(config_path: str, overrides: list[str]) -> None:
-    run(load_config(config_path, overrides))
+    run_here(load_config(config_path, overrides))
 
 
 def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from benchmarks.method_rows.row import CONFIGS, Outcome, Row, Setting, config_ro
 
 _GROUP = "objective"
 _MASKS = ("mask.include=vit", "backbone.batchnorm=frozen", "optim.head_lr=0.05")
+_OF_CAPTIONS = "captions are templates over class names, so this row sees labels; its backbone frozen"
 _TWO_VIEWS = ("crops.global_count=2", "crops.local_count=0")
 
 
@@ -16,8 +17,8 @@ def _captioned(name: str, source: str, *own: str) -> Row:
         overrides = (*setting.captioned, *_MASKS, *own, "eval.final=true", "eval.frozen_baseline=true")
         result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
         outcome = outcome_of(result, folder, setting)
-        outcome.more["captions are templates over class names, so this row sees labels; its backbone frozen"] = {
-            key: result["frozen"][key] for key in ("knn20", "probe") if key in result["frozen"]
+        outcome.more[_OF_CAPTIONS] = {
+            key: value for key, value in result.get("frozen", {}).items() if key in ("knn20", "probe")
         }
         return outcome
 

@@ -1,8 +1,9 @@
 """Learning rates of the rows: where tuning starts, how it goes on, and what it chose.
 
 Each row has one line to search along: all rates under which its encoder (or, where that is fixed, its head)
-is trained, times one factor. Every row gets the same number of tries on it, on images held out from the training
-ones, so no test image has a say. `rates.json` holds what came out, written by `benchmarks/methods.py --tune`.
+is trained, times one factor. Every row gets the same number of tries on it, on images held out from the
+training ones, so no test image has a say. `rates.json` holds what came out, written by
+`benchmarks/methods.py --tune`.
 """
 
 import json
@@ -86,19 +87,24 @@ def score(outcome: Mapping[str, Any]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
+def table() -> dict[str, dict[str, Any]]:
+    """What `rates.json` holds: {setting: {row: its rates and the scores of its tries}}."""
+    found: dict[str, dict[str, Any]] = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
+    return found
+
+
 def chosen(setting: str, row: str) -> tuple[str, ...]:
     """The overrides that tuning chose for a row; those it would start with where it did not run."""
-    table = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
-    found = table.get(setting, {}).get(row)
+    found = table().get(setting, {}).get(row)
     return tuple(found["rates"]) if found else tries(row).get(1.0, ())
 
 
 def save(setting: str, row: str, scores: Mapping[float, float]) -> None:
     """Write the best try of a row into `rates.json`, with the scores of all; of equal ones the first."""
-    table = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
+    known = table()
     best = max(scores, key=scores.__getitem__)
-    table.setdefault(setting, {})[row] = {
+    known.setdefault(setting, {})[row] = {
         "rates": list(tries(row)[best]),
         "validation": {f"{factor:g}": round(value, 4) for factor, value in scores.items()},
     }
-    CHOSEN.write_text(json.dumps(table, indent=1) + "\n")
+    CHOSEN.write_text(json.dumps(known, indent=1) + "\n")

@@ -22,9 +22,10 @@ class Setting:
     """The data, the backbone and the budget that all rows share, as overrides of a configuration.
 
     name: of the data, by which `rates.json` has the row's learning rates.
-    captioned: over `overrides`, for rows that learn from captions: the same pictures with a sentence each, and
-        a backbone with a text tower.
+    captioned: over `overrides`, for rows that learn from captions: the same pictures with a sentence each,
+        and a backbone with a text tower.
     rates: over a row's own overrides, its learning rates here.
+    brief: over all of these, what ends a training after a few steps, to time them.
     """
 
     overrides: tuple[str, ...]
@@ -34,6 +35,7 @@ class Setting:
     name: str = ""
     captioned: tuple[str, ...] = ()
     rates: tuple[str, ...] = ()
+    brief: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def train(
 ) -> tuple[dict[str, Any], Path]:
     """Run a configuration in the setting; returns what its `result.json` holds, and its folder."""
     place = [f"run.dir={setting.folder}", f"run.name={name}-{setting.seed}", f"seed={setting.seed}"]
-    result = run(load_config(config, [*setting.overrides, *own, *setting.rates, *place]))
+    overrides = [*setting.overrides, *own, *setting.rates, *setting.brief, *place]
+    result = run(load_config(config, overrides))
     return result, setting.folder / f"{name}-{setting.seed}"
 
 

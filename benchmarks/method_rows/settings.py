@@ -1,4 +1,4 @@
-"""The two settings of the comparison, as overrides: digits, and with a folder of data photographs of groceries.
+"""The two settings of the comparison, as overrides: digits, and photographs of groceries from a folder of data.
 
 Each has a second form whose test images are held out from the training ones: learning rates are chosen there.
 Each has the same pictures with captions for the objectives that read them: templates over class names, and a
@@ -224,7 +224,7 @@ def _digits_clip(folder: Path) -> Path:
 
 
 def _grocery_clip(folder: Path, weights: Path) -> Path:
-    """The photographs' ViT-tiny as the image tower of a CLIP model whose text tower is random, as one file."""
+    """The photographs' ViT-tiny as image tower of a CLIP model whose text tower is random, as one file."""
     path = folder / "clip" / "groceries.safetensors"
     if path.exists():
         return path

@@ -1,4 +1,7 @@
-"""From outcomes to numbers over seeds, and to `docs/methods_table.md`. Knows nothing of how rows are measured."""
+"""From outcomes to numbers over seeds, and to `docs/methods_table.md`.
+
+Knows nothing of how rows are measured.
+"""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +18,14 @@ _HEADER = (
 )
 
 
-def summarise(found: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread over seeds of every column, for each row."""
+def summarise(
+    found: Mapping[str, list[Any]], rounds: Mapping[str, list[float]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Mean and spread over seeds of every column, for each row.
+
+    Args:
+        rounds: {row: ratios of its step to the yardstick's} where they were timed apart from the runs.
+    """
     yardstick = [_get(one, "step_seconds") for one in found.get(YARDSTICK, [])]
     summary: dict[str, dict[str, Any]] = {}
     for name, outcomes in found.items():
@@ -29,7 +38,7 @@ def summarise(found: Mapping[str, list[Any]]) -> dict[str, dict[str, Any]]:
             for one, full in zip(outcomes, yardstick, strict=False)
             if (mine := _get(one, "step_seconds")) and full
         ]
-        columns["step_ratio"] = _spread(ratios)
+        columns["step_ratio"] = _spread(rounds.get(name, ()) if rounds else ratios)
         columns["more"] = [one["more"] for one in outcomes if isinstance(one, dict) and one["more"]]
         summary[name] = columns
     return summary
