@@ -219,8 +219,8 @@ def main() -> int:
 
 _HEADS = {
     "digits": "A ViT of 0.2 M weights trained on digits 0-4, adapted to 5-9: 16 px, {epochs:g} epochs, "
-    "{seeds} seed(s). CLIP and SLIP: a CLIP model of about that size, trained on digits 0-4 with captions; its "
-    "text tower stays frozen.",
+    "{seeds} seed(s). CLIP and SLIP: a CLIP model of about that size, trained on digits 0-4 with captions; "
+    "its text tower stays frozen.",
     "groceries": "ViT-tiny, ImageNet weights, {photo_size} px, {photo_epochs:g} epochs, {photo_seeds} "
     "seed(s). CLIP and SLIP: the same ViT-tiny beside a text tower that is trained from random weights.",
 }
@@ -229,9 +229,9 @@ _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware 
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
 are of one CPU thread, medians of ratios to full fine-tuning's of the same round or seed. Rates: each row's
 learning rates, the best of {tries} along one line on held-out training images
-(`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by how
-fast they learn: the table compares costs and shows that each works; it says nothing of their best. The cascade
-is measured by `benchmarks/cascade_real.py`."""
+(`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by
+how fast they learn: the table compares costs and shows that each works; it says nothing of their best. The
+cascade is measured by `benchmarks/cascade_real.py`."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two settings of the comparison, as overrides: digits, and photographs of groceries from a folder of data.
+"""The two settings of the comparison, as overrides: digits, and photographs of groceries.
 
 Each has a second form whose test images are held out from the training ones: learning rates are chosen there.
 Each has the same pictures with captions for the objectives that read them: templates over class names, and a
