@@ -98,7 +98,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
         accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
     if config.engine.channels_last:
-        # of the images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
+        # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
     return backbone
 

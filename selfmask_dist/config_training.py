@@ -87,8 +87,8 @@ class OptimConfig(Section):
     head_first_epochs: float = science(
         0.0,
         "The head alone is trained for so long, then all: gradients through a head that knows nothing yet "
-        "distort the features (Kumar et al. 2022, arXiv 2202.10054). A cascade's dispatcher alone does so, as "
-        "experts start with its head. Paper: 0.",
+        "distort the features (Kumar et al. 2022, arXiv 2202.10054). In a cascade only the dispatcher does, "
+        "as experts start from its head. Paper: 0.",
         unit="epochs",
         ge=0,
     )
