@@ -173,7 +173,7 @@ def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
         # a schedule of the kept share is over with the dispatcher: an expert goes on from what it pruned
         "mask": {"init_from": str(directory / DISPATCHER), "keep_schedule": "constant"},
         "train": {"epochs": epochs},
-        "optim": {"warmup_epochs": config.optim.warmup_epochs * longer},
+        "optim": {"warmup_epochs": config.optim.warmup_epochs * longer, "head_first_epochs": 0.0},
         "swav": {"queue_start_epoch": section.expert_queue_start * epochs},
         "eval": {"final": False, "frozen_baseline": False, "knn_every": 0.0},
     }
