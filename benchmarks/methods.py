@@ -45,6 +45,7 @@ _BRIEF = (
     *("eval.final=false", "eval.frozen_baseline=false"),
 )
 _ROWS_BETWEEN = 6
+_JOBS_BETWEEN_SAVES = 10 * len(rates.FACTORS)
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,12 @@ def tune(name: str, rows: Sequence[Row], options: argparse.Namespace, work: Path
         own = replace(setting, overrides=(*setting.overrides, *probe))
         tries = rates.tries(row.name)
         jobs += [Job(row.name, f"{f:g}", replace(own, rates=tried)) for f, tried in tries.items()]
-    for row_name, outcomes in measure_all(jobs, options.jobs).items():
-        judged = {float(key): rates.score(one) for key, one in outcomes.items() if isinstance(one, dict)}
-        if judged:  # a try that diverged has none
-            rates.save(name, row_name, judged)
+    for start in range(0, len(jobs), _JOBS_BETWEEN_SAVES):
+        part = jobs[start : start + _JOBS_BETWEEN_SAVES]
+        for row_name, outcomes in measure_all(part, options.jobs).items():
+            judged = {float(key): rates.score(one) for key, one in outcomes.items() if isinstance(one, dict)}
+            if judged:  # a try that diverged has none
+                rates.save(name, row_name, judged)
 
 
 def time_steps(name: str, rows: Sequence[Row], options: argparse.Namespace, work: Path) -> None:
@@ -145,7 +148,8 @@ def _step_seconds(row: str, setting: Setting) -> float | None:
 
 def step_rounds(folder: Path) -> dict[str, list[float]]:
     """{row: its ratio in each round that `--steps` left}."""
-    path, found = folder / "steps.jsonl", {}
+    path = folder / "steps.jsonl"
+    found: dict[str, list[float]] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         for row, ratio in json.loads(line).items():
             found.setdefault(row, []).append(ratio)

@@ -4,11 +4,14 @@ in the setting with the rates that tuning chose.
 
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks import methods
 from benchmarks.method_rows import ROWS, rates, table
 from benchmarks.method_rows.row import CONFIGS, Row, Setting
 from benchmarks.method_rows.settings import _with_captions
@@ -127,6 +130,19 @@ def test_a_row_is_a_run_of_its_config_in_the_setting(setting: Setting, name: str
     assert ("dense weights left" in outcome.more) == (name == "block_movement")
 
 
+def test_steps_are_timed_without_the_whole_training(setting: Setting, tmp_path: Path) -> None:
+    longer = replace(setting, overrides=(*setting.overrides, "train.epochs=1000"), folder=tmp_path)
+    seconds = methods._step_seconds("topk", longer)
+    assert seconds is not None
+    assert 0 < seconds < 2
+    assert not list(tmp_path.iterdir()), "nothing is left"
+    (tmp_path / "steps.jsonl").write_text('{"topk": 1.5}\n{"topk": 1.25, "swav": 3.0}\n')
+    assert methods.step_rounds(tmp_path) == {"topk": [1.5, 1.25], "swav": [3.0]}
+    summary = table.summarise({"topk": [None], "supsup": [None]}, methods.step_rounds(tmp_path))
+    assert summary["topk"]["step_ratio"]["median"] == 1.375
+    assert summary["supsup"]["step_ratio"] is None
+
+
 def test_captions_are_written_beside_the_pictures(setting: Setting, tmp_path: Path) -> None:
     train = next(entry for entry in setting.overrides if entry.startswith("data.train=")).partition("=")[2]
     tar = Path(train) / "shard-000000.tar"
@@ -142,7 +158,8 @@ def test_captions_are_written_beside_the_pictures(setting: Setting, tmp_path: Pa
 
 def test_numbers_over_seeds_and_failures_come_into_the_table(tmp_path: Path) -> None:
     one = {"knn20": 0.5, "probe": 0.6, "head": None, "active": 1.0, "stored_bytes": 1000}
-    full, mask = {**one, "step_seconds": 2.0, "more": {}}, {**one, "step_seconds": 3.0, "more": {"x": 0.25}}
+    full: dict[str, Any] = {**one, "step_seconds": 2.0, "more": {}}
+    mask = {**full, "step_seconds": 3.0, "more": {"x": 0.25}}
     summary = table.summarise({"finetune_sgd": [full, full], "threshold": [mask, "ValueError: no"]})
     summary["threshold"]["rates"] = ("optim.score_lr=30", "optim.weight_lr=0.01")
     path = tmp_path / "table.md"
