@@ -49,6 +49,8 @@ COMMON = [
     "engine.workers=0",
     "engine.threads=1",
     "run.log_every=50",
+    "cascade.combinations=[conditional, unconditional, replace, conditional_add, unconditional_add, "
+    "conditional_pca, unconditional_pca]",
 ]
 DIGITS = [
     "data.flip=false",
@@ -257,7 +259,7 @@ def main() -> int:
 
 def _report(bench: Benchmark, results: list[dict[str, Any]]) -> None:
     means: dict[tuple[str, str], float] = {}
-    for view in (*VIEWS, "frozen, whitened", "self-masked, whitened"):
+    for view in results[0]["views"]:
         for measure in ("knn20", "probe"):
             values = [result["views"][view][measure] for result in results]
             means[view, measure] = statistics.mean(values)
