@@ -13,7 +13,7 @@ it measures on a fifth of the digits' training images that it leaves out, and on
 validation part.
 
     python benchmarks/cascade_real.py [--dataset digits] [--seeds 3] [--epochs N] [--quick] --json [key=value]
-    python benchmarks/cascade_real.py --validate [--dataset digits] [--seeds 1] [--try 'optim.score_lr=100'] ...
+    python benchmarks/cascade_real.py --validate [--dataset digits] [--seeds 1] [--try KEY=VALUE] ...
 """
 
 import contextlib
