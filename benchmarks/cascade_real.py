@@ -126,7 +126,7 @@ def digits_settings(folder: Path) -> list[str]:
         *_data(folder / "shards" / "old" / "train", folder / "shards" / "old" / "test"),
         *("method=finetune", "data.crop_scale=[0.7, 1.0]", "data.flip=false", "train.epochs=50"),
         *("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=2", "eval.knn_every=0"),
-        *("eval.frozen_baseline=false", "eval.probe=false", "engine.workers=0", "engine.threads=2"),
+        *("eval.frozen_baseline=false", "eval.probe=false", "engine.workers=0", "engine.threads=1"),
         *(f"run.dir={folder}", "run.name=pretrain", "run.progress=false", "run.resume=true"),
     ]
     run(load_config(None, pretrain))
