@@ -111,6 +111,7 @@ def test_two_ranks_and_all_engines_compute_what_one_process_does() -> None:
             assert not torch.equal(state.teacher[qkv], state.parameters[qkv])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moco_v2", "dino"])
 def test_compiled_blocks_see_the_students_and_the_teachers_theta(name: str) -> None:

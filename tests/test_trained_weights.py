@@ -398,6 +398,7 @@ def test_two_processes_equal_one() -> None:
         assert all(torch.equal(outcome.masks[key], mask) for key, mask in reference.masks.items())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of dynamo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ttq", "joint"])
 def test_compiled_blocks_train_the_same_weights(name: str) -> None:
