@@ -88,10 +88,10 @@ def test_the_best_try_is_kept_and_the_others_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rates, "CHOSEN", tmp_path / "rates.json")
-    low, middle, high = rates.FACTORS
+    low, middle, high, highest = rates.FACTORS
     assert rates.chosen("digits", "threshold") == rates.tries("threshold")[1.0], "untuned: where it starts"
-    rates.save("digits", "threshold", {low: 0.5, middle: 0.6, high: 0.7})
-    assert rates.chosen("digits", "threshold") == rates.tries("threshold")[high]
+    rates.save("digits", "threshold", {low: 0.5, middle: 0.6, high: 0.7, highest: 0.7})
+    assert rates.chosen("digits", "threshold") == rates.tries("threshold")[high], "of equal ones the first"
     assert rates.chosen("groceries", "threshold") == ("optim.score_lr=50",), "a tenth of the digits'"
     assert rates.score({"knn20": 0.5, "head": 0.7, "probe": 1.0}) == pytest.approx(0.6)
     assert rates.score({"knn20": 0.5, "head": None}) == 0.5

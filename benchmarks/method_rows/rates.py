@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CHOSEN = Path(__file__).with_name("rates.json")
-FACTORS = (0.2, 1.0, 5.0)
+FACTORS = (0.2, 1.0, 5.0, 25.0)
 
 _SCORE, _WEIGHT, _HEAD = "optim.score_lr", "optim.weight_lr", "optim.head_lr"
 _SCORES = {_SCORE: 100.0}
