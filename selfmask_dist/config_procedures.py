@@ -104,7 +104,7 @@ class ProcedureConfig(Section):
         gt=0,
         lt=1,
     )
-    alphas: Annotated[tuple[_Alpha, ...], Field(strict=False, min_length=2)] = science(
+    alphas: Annotated[tuple[_Alpha, ...], Field(strict=False, min_length=1)] = science(
         (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "wise_ft, rebasin: places on the line between two networks that are measured; 0: the frozen (first) "
         "one, 1: the adapted (second) one.",

@@ -26,7 +26,7 @@ from selfmask_dist.procedure_runs.measuring import HEAD, load_images, open_class
 from selfmask_dist.procedures.supsup import METHODS, Supermasks
 
 _FILE = "supermasks.mask"
-_NUM_REFERENCE = 32  # training images of each task that scores are held against
+_NUM_REFERENCE = 32  # training images of each task, at most, that scores are held against
 
 
 def run_supsup(chain: Chain) -> dict[str, Any]:
@@ -88,13 +88,15 @@ def _infer(config: Config, life: Life, tasks: Sequence[Task], folder: Path) -> d
     width = len(tasks[0].classes)
     network = open_classifier(config, train.classes[:width]).to(life.world.device)
     step = config.procedure.infer_images
+    of_tasks = [_images_of(train, task) for task in tasks]
+    number = min(_NUM_REFERENCE, *(len(source) for source in of_tasks))
     # the same on every rank, as scores are compared that ranks compute apart
     reference = [
         images
-        for task in tasks
+        for source in of_tasks
         for images, _ in load_images(
             network,
-            data.evenly_spaced(_images_of(train, task), _NUM_REFERENCE),
+            data.evenly_spaced(source, number),
             step,
             life.world.device,
         )

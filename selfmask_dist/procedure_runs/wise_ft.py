@@ -91,7 +91,9 @@ def choose_by(config: Config, *, num_neighbours: int) -> str:
     """The measure that alpha is chosen by. A linear head is trained for one end of the line alone, so that it
     is neighbours that are asked; CLIP's text head is of both.
     """
-    return "head" if config.objective.head == "clip_text" else f"knn{min(config.eval.knn_k[0], num_neighbours)}"
+    return (
+        "head" if config.objective.head == "clip_text" else f"knn{min(config.eval.knn_k[0], num_neighbours)}"
+    )
 
 
 def _measure(
