@@ -59,7 +59,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: dict[str, str]) -> Finished:
     """A run to its end, once for all tests; started again, it goes on with what is there."""
-    base, first = tmp_path_factory.mktemp("runs"), {}
+    base = tmp_path_factory.mktemp("runs")
+    first: dict[str, dict[str, Any]] = {}
 
     def find(name: str) -> tuple[dict[str, Any], Path]:
         options = {"method": name.partition(" ")[0], **RUNS[name]}
@@ -128,13 +129,13 @@ def test_supsup_infers_by_the_entropies(finished: Finished) -> None:
     result, folder = finished("supsup")
     images, labels = images_of(folder, "test")
     rows = {"task-1": [0, 1], "task-2": [2, 0]}  # a class never met stands in for the missing one
-    networks = {}
+    networks: dict[str, Classifier] = {}
     for name, chosen in rows.items():
         network = network_of(folder, name).double()
         head = network.objective.get_submodule("head")
-        head.weight, head.bias = (
-            nn.Parameter(p[chosen], requires_grad=False) for p in (head.weight, head.bias)
-        )
+        assert isinstance(head, nn.Linear)
+        rows_of = (nn.Parameter(p[chosen], requires_grad=False) for p in head.parameters())
+        head.weight, head.bias = rows_of
         networks[name] = network
     states = {name: network.state_dict() for name, network in networks.items()}
 
@@ -168,8 +169,8 @@ def test_supsup_infers_by_the_entropies(finished: Finished) -> None:
     hits = dict.fromkeys(("one-shot", "each"), 0)
     known, groups = 0, 0
     for truth, classes in (("task-1", [0, 1]), ("task-2", [2])):
-        places = torch.from_numpy(np.flatnonzero(np.isin(labels, classes)))
-        for part in places.split(3):
+        own_images = torch.from_numpy(np.flatnonzero(np.isin(labels, classes)))
+        for part in own_images.split(3):
             own = {}
             for name, network in networks.items():
                 logits = network(images[part].double())

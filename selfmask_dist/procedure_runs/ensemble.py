@@ -48,13 +48,13 @@ def run_ensemble(chain: Chain) -> dict[str, Any]:
 def _measure(
     config: Config, backbone: dict[str, Any], names: list[str], sizes: list[int], chain: Chain, life: Life
 ) -> dict[str, Any]:
-    """The ensemble's measures, with the bits of each member."""
+    """The ensemble's measures, and the bits of all members."""
     values = config.model_dump(mode="json")
     values["backbone"] = {**values["backbone"], **backbone}
     of_member = type(config).model_validate(values)
     sources = open_data(config)
     members, splits = [], []
-    for name, size in zip(names, sizes, strict=True):
+    for name in names:
         network = open_classifier(of_member, sources[0].classes)
         mask = chain.folder / name / "final.mask"
         if mask.exists():
@@ -65,7 +65,7 @@ def _measure(
         network.to(life.world.device)
         train, test = (embeddings(config, network, source, life) for source in sources)
         heads = logits(config, network, sources[1], life)
-        members.append(ensembles.Member(train.features, test.features, heads.features, 8 * size))
+        members.append(ensembles.Member(train.features, test.features, heads.features))
         splits = [ensembles.Split(part.labels, part.ids) for part in (train, test)]
     section = config.eval
     accuracies = ensembles.measure(
@@ -77,4 +77,4 @@ def _measure(
         seed=config.seed,
         ranks=life.world,
     )
-    return {**accuracies, "bits": sum(member.stored_bits for member in members)}
+    return {**accuracies, "bits": 8 * sum(sizes)}

@@ -4,8 +4,7 @@
 
 A mask costs about a bit per weight and a model of its own 32, so that many masks take the place of one model;
 which of the two ensembles is better at the same stored bits is to be measured. (Ensembles of networks:
-Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017, arXiv 1612.01474.) Knows embeddings and bits
-alone, no models.
+Lakshminarayanan, Pritzel, Blundell, NeurIPS 2017, arXiv 1612.01474.) Knows embeddings and logits alone.
 """
 
 from collections.abc import Sequence
@@ -28,14 +27,11 @@ from selfmask_dist.evals.ranks import share
 
 @dataclass(frozen=True)
 class Member:
-    """One mask or model: its embeddings (n, dim) of both splits, its own head's logits (m, classes) of the
-    test split, and what it takes to store it.
-    """
+    """One mask or model: embeddings (n, dim) of both splits, its own head's logits (m, classes) of test."""
 
     train: Tensor
     test: Tensor
     logits: Tensor
-    stored_bits: int
 
 
 @dataclass(frozen=True)
