@@ -25,14 +25,13 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import fit_pca
-from selfmask_dist.cascade_model import DISPATCHER, Cascade, load_cascade
+from selfmask_dist.cascade_model import DISPATCHER, Cascade, load_cascade, modes_of
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.parallel import World
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
 SPLITS = ("train", "test")
-MODES = ("conditional", "unconditional")
 
 
 @dataclass(frozen=True)
@@ -345,7 +344,7 @@ def _cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
     """In a run's folder the stores are the run's, known by the files that they were made with."""
     of_run = {
         DISPATCHER: path.parent / DISPATCHER / "final.mask",
-        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in MODES},
+        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in modes_of(file)},
     }
     made_with = {
         name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
@@ -355,7 +354,7 @@ def _cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
     frozen = View("frozen, whitened", "frozen", whiten=True)
     return [
         masked,
-        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in MODES),
+        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in modes_of(file)),
         frozen,
         replace(masked, name="self-masked, whitened", whiten=True),
     ]
