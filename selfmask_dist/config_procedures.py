@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 
 from selfmask_dist.config_backbone import BackboneConfig
 from selfmask_dist.config_loading import Conflict
-from selfmask_dist.config_sections import NonEmpty, Section, SomeStrings, science
+from selfmask_dist.config_sections import Counts, NonEmpty, Section, SomeStrings, science
 
 PROCEDURES = ("packnet", "lottery", "evolution", "supsup", "wise_ft", "rebasin", "ensemble")
 
@@ -82,17 +82,18 @@ class ProcedureConfig(Section):
         gt=0,
         le=1,
     )
-    infer: Literal["one-shot", "binary", "each"] = science(
-        "one-shot",
-        "supsup: which of the three that are measured gives the result's accuracy. one-shot: one gradient of "
-        "the masks' superposition. binary: the better half of the tasks stays, again and again. each: the "
-        "lowest entropy under a mask alone, a forward for each task.",
+    infer: Literal["each", "one-shot", "binary"] = science(
+        "each",
+        "supsup: which of the three that are measured gives the result's accuracy. each: the lowest entropy "
+        "under a mask alone, a forward for each task; the surest on pretrained weights. one-shot: one "
+        "gradient of the masks' superposition, for many tasks. binary: the better half of the tasks stays, "
+        "again and again.",
     )
-    infer_images: int = science(
-        16,
-        "supsup: test images, all of one task, whose task is inferred together; more are told apart better.",
+    infer_images: Counts = science(
+        (16,),
+        "supsup: test images, all of one task, whose task is inferred together; more are told apart better. "
+        "Several numbers are all measured, and the first one is the result's.",
         unit="images",
-        ge=1,
     )
     adapt: Literal["finetune", "mask"] = science(
         "finetune", "wise_ft: what the frozen weights are adapted by: finetune, or a mask."

@@ -19,7 +19,7 @@ _OWN_FILES = (
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
     *("report.html", "status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
     *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
-    *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred.json"),  # of procedures
+    *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred-*.json"),  # of procedures
     *("adapted", "fit.npy", "alpha-*.json", "first", "second", "barrier-*.json", "reached-*.json"),
     *("member-*", "masks.json", "small_models.json"),
     *("embeddings", "eval"),

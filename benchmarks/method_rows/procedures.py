@@ -73,7 +73,8 @@ ROWS = [
         },
     ),
     _row(
-        *("supsup", "Wortsman et al. 2020", *_MASK, "procedure.tasks=2"),
+        *("supsup", "Wortsman et al. 2020", *_MASK, "procedure.tasks=2", "optim.score_lr=1"),
+        "procedure.infer_images=[16, 4, 1]",
         share=1.0,  # tasks have a part of the images
         stage="task-1",
         more=lambda result: {

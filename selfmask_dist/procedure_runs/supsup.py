@@ -7,6 +7,7 @@ all of one task, and their task is inferred in every way that `procedures.supsup
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from selfmask_dist.life import Life
 from selfmask_dist.procedure_runs.chain import Chain, Task, Tensors, class_tasks, mean_of, other_seed
 from selfmask_dist.procedure_runs.measuring import HEAD, load_images, open_classifier
 from selfmask_dist.procedures.supsup import METHODS, Supermasks
+from selfmask_dist.seeding import named_generator
 
 _FILE = "supermasks.mask"
 _NUM_REFERENCE = 32  # training images of each task, at most, that scores are held against
@@ -47,17 +49,21 @@ def run_supsup(chain: Chain) -> dict[str, Any]:
         for index, task in enumerate(tasks)
     ]
     path = chain.file(_FILE, lambda file: _bundle(config, chain.folder, tasks, file))
-    found = chain.measure("inferred.json", lambda life: _infer(config, life, tasks, chain.folder))
-    chosen = found["inferred"][config.procedure.infer]
+    found = {
+        str(size): chain.measure(f"inferred-{size}.json", partial(_infer, config, tasks, size, chain.folder))
+        for size in config.procedure.infer_images
+    }
+    first = found[str(config.procedure.infer_images[0])]
+    chosen = first[config.procedure.infer]
     return {
         "tasks": [
             {"classes": [train.classes[c] for c in task.classes], "active": result["mask"]["active"]}
             | result["adapted"]
             for task, result in zip(tasks, results, strict=True)
         ],
-        **found,
+        "inferred": found,
         "adapted": mean_of([result["adapted"] for result in results])
-        | {"head": found["known"], "head_inferred": chosen["head"], "inferred": chosen["tasks"]},
+        | {"head": first["known"]["head"], "head_inferred": chosen["head"], "inferred": chosen["tasks"]},
         "active": float(np.mean([result["mask"]["active"] for result in results])),
         "stored_bytes": path.stat().st_size,
         "stored_bits": 8 * path.stat().st_size,
@@ -82,12 +88,13 @@ def _mask(folder: Path, task: Task) -> Mask:
     return next(iter(artifact.read_mask_file(folder / task.name / "final.mask").masks.values()))
 
 
-def _infer(config: Config, life: Life, tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
-    """Accuracy with the known task; with the inferred one, and how often it is right, for each method."""
+def _infer(
+    config: Config, tasks: Sequence[Task], size: int, folder: Path, life: Life
+) -> dict[str, dict[str, float]]:
+    """By method: how often the task of `size` images is inferred, and the accuracy with what was inferred."""
     train, test = open_data(config)
     width = len(tasks[0].classes)
     network = open_classifier(config, train.classes[:width]).to(life.world.device)
-    step = config.procedure.infer_images
     of_tasks = [_images_of(train, task) for task in tasks]
     number = min(_NUM_REFERENCE, *(len(source) for source in of_tasks))
     # the same on every rank, as scores are compared that ranks compute apart
@@ -95,26 +102,22 @@ def _infer(config: Config, life: Life, tasks: Sequence[Task], folder: Path) -> d
         images
         for source in of_tasks
         for images, _ in load_images(
-            network,
-            data.evenly_spaced(source, number),
-            step,
-            life.world.device,
+            network, data.evenly_spaced(source, number), config.eval.batch_size, life.world.device
         )
     ]
     store = Supermasks(network, reference=reference)
     for task in tasks:
         store.add(task.name, _mask(folder, task), own=_shared_head(folder / task.name / HEAD, task, width))
-    # images, right with the known task; by method: groups inferred right, images right
+    # images, groups; right images with the known task; by method: groups inferred right, right images
     counts = torch.zeros(3 + 2 * len(METHODS), dtype=torch.float64, device=life.world.device)
-    for group in _groups(test, tasks, step, life):
+    for group in _groups(test, tasks, size, config.seed, life):
         if group is not None:
             counts += _count(store, tasks, *group, network=network).to(counts.device)
         life.check()
-    images, groups, known, *inferred = life.world.sum(counts).tolist()
+    num_images, num_groups, known, *inferred = life.world.sum(counts).tolist()
     pairs = zip(METHODS, inferred[::2], inferred[1::2], strict=True)
-    return {
-        "known": known / images,
-        "inferred": {name: {"tasks": hits / groups, "head": right / images} for name, hits, right in pairs},
+    return {"known": {"tasks": 1.0, "head": known / num_images}} | {
+        name: {"tasks": hits / num_groups, "head": right / num_images} for name, hits, right in pairs
     }
 
 
@@ -140,12 +143,14 @@ def _shared_head(path: Path, task: Task, width: int) -> Tensors:
 
 
 def _groups(
-    test: data.Source, tasks: Sequence[Task], size: int, life: Life
+    test: data.Source, tasks: Sequence[Task], size: int, seed: int, life: Life
 ) -> Iterator[tuple[int, data.Source] | None]:
-    """(task, `size` of its images) for this rank; None where the other ranks have one more."""
+    """(task, `size` of its images, by chance) for this rank; None where the other ranks have one more."""
     found: list[tuple[int, data.Source]] = []
     for index, task in enumerate(tasks):
         places = np.flatnonzero(np.isin(test.labels, task.classes))
+        order = torch.randperm(len(places), generator=named_generator(seed, f"groups of {task.name}"))
+        places = places[order.numpy()]
         found += [(index, data.Subset(test, places[i : i + size])) for i in range(0, len(places), size)]
     rank, ranks = life.world.rank, life.world.size
     rounds = -(-len(found) // ranks)
