@@ -23,7 +23,7 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.life import Life
 from selfmask_dist.procedure_runs.chain import Chain, Task, Tensors, class_tasks, mean_of, other_seed
-from selfmask_dist.procedure_runs.measuring import HEAD, load_images, open_classifier
+from selfmask_dist.procedure_runs.measuring import HEAD, Classifier, load_images, open_classifier
 from selfmask_dist.procedures.supsup import METHODS, Supermasks
 from selfmask_dist.seeding import named_generator
 
@@ -159,7 +159,7 @@ def _groups(
 
 
 def _count(
-    store: Supermasks, tasks: Sequence[Task], truth: int, source: data.Source, *, network: Any
+    store: Supermasks, tasks: Sequence[Task], truth: int, source: data.Source, *, network: Classifier
 ) -> Tensor:
     device = next(network.parameters()).device
     images, labels = next(load_images(network, source, len(source), device))
