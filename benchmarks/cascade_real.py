@@ -180,13 +180,10 @@ def validate(bench: Benchmark, base: list[str], options: Any, folder: Path) -> N
     for number, tried in enumerate(("", *options.tries)):
         found = []
         for seed in range(options.seeds):
-            name = [
-                f"seed={seed}",
-                f"run.name=validate-{number}-{seed}",
-                f"eval.frozen_baseline={not number}",
-            ]
+            is_first = number == seed == 0
+            name = [f"seed={seed}", f"run.name=validate-{number}-{seed}", f"eval.frozen_baseline={is_first}"]
             result = run(load_config(None, [*base, *COMMON, *part, *own, *place, *name, *tried.split()]))
-            if not number:
+            if is_first:
                 bench.figure("frozen knn20", result["frozen"]["knn20"])
             found.append(result["adapted"]["knn20"])
         bench.figure(f"self-masked knn20, {tried or 'settings as they are'}", found)
