@@ -34,15 +34,27 @@ class Config(Section):
     """A run, whole: the same object on every rank, and saved with the run."""
 
     seed: int = science(0, "Seed of sample order, augmentation and new heads.", ge=0, le=2**32 - 1)
-    method: Literal["mask", "cascade", "finetune", "probe", "frozen", "packnet", "lottery", "evolution"] = (
-        science(
-            "mask",
-            "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router "
-            "and one expert's mask for each of its clusters. finetune: weights, see finetune (baselines). "
-            "probe: a linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
-            "(baseline). packnet, lottery, evolution: chains of finetune runs, see procedure. "
-            "Keys that only another method uses are ignored, so that one file serves them all.",
-        )
+    method: Literal[
+        "mask",
+        "cascade",
+        "finetune",
+        "probe",
+        "frozen",
+        "packnet",
+        "lottery",
+        "evolution",
+        "supsup",
+        "wise_ft",
+        "rebasin",
+        "ensemble",
+    ] = science(
+        "mask",
+        "What is trained. mask: binary masks on frozen weights. cascade: a dispatcher's mask, a router "
+        "and one expert's mask for each of its clusters. finetune: weights, see finetune (baselines). "
+        "probe: a linear probe on frozen features (baseline). frozen: nothing, k-NN on frozen features "
+        "(baseline). packnet, lottery, evolution, supsup, wise_ft, rebasin, ensemble: chains of mask or "
+        "finetune runs, see procedure. "
+        "Keys that only another method uses are ignored, so that one file serves them all.",
     )
     backbone: config_backbone.BackboneConfig = Field(default_factory=config_backbone.BackboneConfig)
     mask: config_masks.MaskConfig = Field(default_factory=config_masks.MaskConfig)
@@ -203,7 +215,7 @@ def _views_conflicts(config: Config) -> Iterator[Conflict]:
 def _mask_conflicts(config: Config) -> Iterable[Conflict]:
     return config_masks.conflicts(
         config.mask,
-        method=config.method,
+        method=config_procedures.trained_by(config.procedure, config.method),
         engine=config.engine.name,
         objective=config.objective.name,
         head=config.objective.head,
@@ -216,6 +228,10 @@ def _procedure_conflicts(config: Config) -> Iterable[Conflict]:
         method=config.method,
         engine=config.engine.name,
         objective=config.objective.name,
+        head=config.objective.head,
+        head_norm=config.objective.head_norm,
+        finetune=config.finetune.train,
+        family=config.mask.family,
         max_steps=config.train.max_steps,
     )
 

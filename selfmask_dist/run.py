@@ -3,8 +3,8 @@
     engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
 
 `method` picks what is trained: mask (scores), cascade (several masks, see `cascade_run`), finetune (all
-weights), packnet, lottery or evolution (chains of those, see `procedure_run`), probe (a linear probe on
-frozen features) or frozen (nothing). Every other module knows only its own part.
+weights), a procedure (a chain of those, see `procedure_runs`), probe (a linear probe on frozen features) or
+frozen (nothing). Every other module knows only its own part.
 """
 
 import faulthandler
@@ -53,7 +53,7 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
 
             return run_cascade(config, stop, is_restart=is_restart, part=part)
         if config.method in PROCEDURES:
-            from selfmask_dist.procedure_run import run_procedure
+            from selfmask_dist.procedure_runs import run_procedure
 
             if part is None:
                 return run_procedure(config, stop, is_restart=is_restart)

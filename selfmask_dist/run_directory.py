@@ -19,7 +19,9 @@ _OWN_FILES = (
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
     *("report.html", "status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
     *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
-    *("task-*", "rewind", "round-*", "generation-*", "fit.json"),  # of a procedure
+    *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred-*.json"),  # of procedures
+    *("adapted", "fit.npy", "alpha-*.json", "first", "second", "barrier-*.json", "reached-*.json"),
+    *("member-*", "masks.json", "small_models.json"),
     *("embeddings", "eval"),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")

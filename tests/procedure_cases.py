@@ -1,12 +1,26 @@
-"""Scanned digits as rows of pixels, small networks on them, and a few lines that train one."""
+"""Scanned digits as rows of pixels, small networks on them, a few lines to train one; procedures as runs."""
 
 import itertools
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from selfmask_dist.config import load_config
+from selfmask_dist.run import run
+from tests.tiny_run import write_config
+
+RESNET = {
+    "name": "timm:resnet18",
+    "pretrained": False,
+    "image_size": 16,
+    "crop_pct": 1.0,
+    "kwargs": {"channels": [8, 8, 8, 16], "stem_width": 8},
+}
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,3 +71,11 @@ def train(
 @torch.no_grad()
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     return float((model(pixels).argmax(dim=1) == labels).double().mean())
+
+
+def start(folder: Path, data: dict[str, str], name: str, **sections: Any) -> tuple[dict[str, Any], Path]:
+    """Run a procedure on the smallest settings, or go on with it; its result and its folder."""
+    sections = {"train": {"epochs": 1}, "objective": {"head_norm": "l2"}, **sections}
+    path = write_config(folder / f"{name}.yaml", data, **sections)
+    result = run(load_config(path, [f"run.name={name}", "run.resume=true"]))
+    return result, folder / name

@@ -304,7 +304,7 @@ def test_a_wrong_value_names_line_value_and_what_is_expected(write, section: str
 def test_a_wrong_override_is_quoted() -> None:
     assert error_of(None, "method=maks") == (
         "override 'method=maks': method: got \"maks\"; expected mask | cascade | finetune | probe | frozen | "
-        "packnet | lottery | evolution"
+        "packnet | lottery | evolution | supsup | wise_ft | rebasin | ensemble"
     )
 
 

@@ -52,7 +52,7 @@ TABLE = {
     "config_masks": Rule(("config_loading", "config_sections"), TRAINING),
     "config_backbone": Rule(("config_sections",), TRAINING),
     "config_sections": Rule((), TRAINING),
-    "config_procedures": Rule(("config_loading", "config_sections"), TRAINING),
+    "config_procedures": Rule(("config_backbone", "config_loading", "config_sections"), TRAINING),
     "config_selfsupervised": Rule(("config_sections",), TRAINING),
     "config_objectives": Rule(("config_sections",), TRAINING),
     "config_training": Rule(("config_sections",), TRAINING),
@@ -127,7 +127,7 @@ TABLE = {
     # what wires the parts together
     "cascade_run": Rule((ALL,)),
     "cascade_stages": Rule((ALL,)),
-    "procedure_run": Rule((ALL,)),
+    "procedure_runs": Rule((ALL,)),
     "adapt": Rule((ALL,)),
     "assembly": Rule((ALL,)),
     "saving": Rule((ALL,)),

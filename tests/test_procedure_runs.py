@@ -13,28 +13,13 @@ from safetensors.torch import load_file
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.procedures import packnet
-from selfmask_dist.run import run
+from tests.procedure_cases import RESNET, start
 from tests.tiny_run import result_of, steps_of, submit, write_config, write_tiny_data
-
-RESNET = {
-    "name": "timm:resnet18",
-    "pretrained": False,
-    "image_size": 16,
-    "crop_pct": 1.0,
-    "kwargs": {"channels": [8, 8, 8, 16], "stem_width": 8},
-}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_tiny_data(tmp_path_factory.mktemp("data"))
-
-
-def start(folder: Path, data: dict[str, str], name: str, **sections: Any) -> tuple[dict[str, Any], Path]:
-    sections = {"train": {"epochs": 1}, "objective": {"head_norm": "l2"}, **sections}
-    path = write_config(folder / f"{name}.yaml", data, **sections)
-    result = run(load_config(path, [f"run.name={name}", "run.resume=true"]))
-    return result, folder / name
 
 
 def test_packnet_keeps_every_task_to_the_bit(tmp_path: Path, data: dict[str, str]) -> None:

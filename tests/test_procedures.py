@@ -1,7 +1,6 @@
 """Procedures that train: PackNet, lottery tickets, Knowledge Evolution, on digits, against their papers."""
 
 import copy
-import itertools
 import math
 
 import pytest
@@ -147,37 +146,36 @@ def test_lottery_tickets_are_rewound_and_beat_a_random_mask() -> None:
     model = mlp(64, 96, 10)
     train(model, model.parameters(), pixels, labels, steps=5, lr=0.1)
     at_k = copy.deepcopy(model.state_dict())
-    reached = []
+    names = ["0.weight", "2.weight"]
 
-    def train_fn(index: int, codes: Codes) -> None:
-        held = Hold(model, codes)
-        for name, tensor in model.state_dict().items():  # what a round starts from
-            expected = at_k[name] * (codes[name] == FREE) if name in codes else at_k[name]
-            assert torch.equal(tensor, expected)
+    def train_from_k(mask: lottery.Mask) -> float:
+        start = lottery.rewind(at_k, mask)
+        for name, tensor in at_k.items():
+            assert torch.equal(start[name], tensor * mask[name] if name in mask else tensor)
+        model.load_state_dict(start)
+        held = Hold(model, lottery.codes(mask))
         train(model, model.parameters(), pixels, labels, steps=60, lr=0.1, bind=held.bind)
         held.remove()
-        reached.append(accuracy(model, test_pixels, test_labels))
+        return accuracy(model, test_pixels, test_labels)
 
-    names = ["0.weight", "2.weight"]
-    tickets = lottery.find_tickets(model, names, train_fn, at_k=at_k, rounds=3, share=0.5)
-
-    total = sum(at_k[name].numel() for name in names)
-    assert [round(ticket.left * total) for ticket in tickets] == [total // 2**r for r in range(4)]
-    for before, after in itertools.pairwise(tickets):
-        kept_size = torch.cat([before.end[n][after.mask[n]].abs() for n in names]).min()
-        gone = {n: before.mask[n] & ~after.mask[n] for n in names}
-        assert torch.cat([before.end[n][gone[n]].abs() for n in names]).max() <= kept_size
-        assert all(not (after.mask[n] & ~before.mask[n]).any() for n in names)  # what is pruned stays so
-        assert all(not after.end[n][~after.mask[n]].any() for n in names)
-    assert reached[-1] > 0.85
+    mask = lottery.whole({name: at_k[name] for name in names})
+    total = sum(kept.numel() for kept in mask.values())
+    for round_ in range(4):
+        assert sum(int(kept.sum()) for kept in mask.values()) == total // 2**round_
+        reached = train_from_k(mask)
+        end = {name: model.get_parameter(name).detach().clone() for name in names}
+        assert all(not end[n][~mask[n]].any() for n in names)
+        before, mask = mask, lottery.prune(end, mask, 0.5)
+        assert all(not (mask[n] & ~before[n]).any() for n in names)  # what is pruned stays so
+        gone = torch.cat([end[n][before[n] & ~mask[n]].abs() for n in names])
+        assert gone.max() <= torch.cat([end[n][mask[n]].abs() for n in names]).min()
+    assert reached > 0.85
     generator = torch.Generator().manual_seed(0)
     shuffled = {
         n: m.flatten()[torch.randperm(m.numel(), generator=generator)].view(m.shape)
-        for n, m in tickets[-1].mask.items()
+        for n, m in before.items()
     }
-    model.load_state_dict(lottery.rewind(at_k, shuffled))
-    train_fn(4, lottery.codes(shuffled))
-    assert reached[3] > reached[4]
+    assert reached > train_from_k(shuffled)
 
 
 def test_a_share_that_prunes_nothing_or_all_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfmask_dist.evals import knn_accuracy, linear_probe
 from selfmask_dist.procedures import ensembles, permutation, rebasin, wise_ft
 from selfmask_dist.procedures.permutation_specs import permutation_spec
 from tests.procedure_cases import accuracy, digits, mlp, train
@@ -200,18 +201,30 @@ def test_unknown_parts_are_refused(model: Callable[[], nn.Module], complaint: st
 # ---- ensembles
 
 
-def test_ensembles_stand_beside_each_other_with_their_bits() -> None:
+def test_an_ensemble_is_measured_by_its_mean() -> None:
     pixels, labels, test_pixels, test_labels = digits()
     pixels, labels = pixels[:400], labels[:400]
-    bodies = [trained(64, 16, 10, seed=seed, steps=40)[0] for seed in range(3)]
+    networks = [trained(64, 16, 10, seed=seed, steps=40) for seed in range(3)]
+    train, test = (ensembles.Split(part, torch.arange(len(part))) for part in (labels, test_labels))
     with torch.no_grad():
-        members = [ensembles.Member(b(pixels), b(test_pixels), stored_bits=64 * 16 * 32) for b in bodies]
-    alone = ensembles.measure("one", members[:1], labels, test_labels, k=5)
-    three = ensembles.measure("three", members, labels, test_labels, k=5, shared_bits=1000)
-    assert alone.single == pytest.approx(alone.logits)
-    assert alone.total_bits == 64 * 16 * 32
-    assert three.total_bits == 3 * 64 * 16 * 32 + 1000
-    assert three.logits > three.single
-    assert "three" in ensembles.compare([alone, three])
-    with pytest.raises(ValueError, match="no members"):
-        ensembles.measure("none", [], labels, test_labels)
+        members = [ensembles.Member(n[0](pixels), n[0](test_pixels), n(test_pixels)) for n in networks]
+    three = ensembles.measure(members, train, test, ks=(5,))
+    shares = torch.stack([member.logits.softmax(dim=1) for member in members])
+    geometric = shares.log().mean(dim=0).argmax(dim=1)
+    assert three["head"] == pytest.approx(float((geometric == test_labels).double().mean()))
+    alone = [accuracy(network, test_pixels, test_labels) for network in networks]
+    assert three["head_alone"] == pytest.approx(sum(alone) / 3)
+    assert three["head"] > three["head_alone"]
+    mean, mean_test = (
+        torch.stack([F.normalize(part) for part in parts]).mean(dim=0)
+        for parts in ([m.train for m in members], [m.test for m in members])
+    )
+    (knn,) = knn_accuracy(mean, labels, mean_test, test_labels, ks=(5,), num_classes=10).values()
+    assert three["knn5"] == pytest.approx(knn)
+    assert three["probe"] == linear_probe(mean, labels, mean_test, test_labels).accuracy
+    assert three["probe_logits"] > three["probe_alone"]
+    one = ensembles.measure(members[:1], train, test, ks=(5,))
+    assert one["probe_alone"] == one["probe_logits"]
+    assert "probe" not in ensembles.measure(members, train, test, probe=False)
+    with pytest.raises(ValueError, match="one member or more"):
+        ensembles.measure([], train, test)

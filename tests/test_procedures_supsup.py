@@ -93,19 +93,56 @@ def test_the_superposition_and_its_gradient_are_the_formula(store: supsup.Superm
     torch.testing.assert_close(supsup.entropy(logits).mean(), value)
 
 
-def test_images_of_no_task_stand_out_less(store: supsup.Supermasks) -> None:
-    known = store.infer(permuted(large_digits()[2], 3)[:100])
-    foreign = store.infer(permuted(large_digits()[2], 1000)[:100])
+def test_each_is_the_lowest_entropy_under_a_mask_alone(store: supsup.Supermasks) -> None:
+    images = permuted(large_digits()[2], 3)[:16]
+    found = store.infer(images, method="each")
+    for task in ("task 3", "task 8"):
+        shares = store.logits(task, images).softmax(dim=1)
+        expected = (shares * shares.log()).sum(dim=1).mean()
+        assert found.scores[task] == pytest.approx(float(expected), rel=1e-4)
+    assert (found.task, found.steps) == ("task 3", NUM_TASKS)
 
-    def lead(scores: dict[str, float]) -> float:
-        first, second = sorted(scores.values(), reverse=True)[:2]
-        return first - second
 
-    assert lead(known.scores) > 2 * lead(foreign.scores)
-    flat = supsup.Inference("a", {"a": 0.1, "b": 0.1, "c": 0.1}, 1)
-    clear = supsup.Inference("a", {"a": 3.0, "b": 0.1, "c": 0.1}, 1)
-    assert supsup.is_new(flat)
-    assert not supsup.is_new(clear)
+def with_heads(reference: list[Tensor]) -> supsup.Supermasks:
+    """Two tasks with a masked first layer, and a second one of their own."""
+    network = random_network()
+    found = supsup.Supermasks(network, reference=reference)
+    for task in (0, 1):
+        generator = torch.Generator().manual_seed(task)
+        start = {"0.weight": torch.randn(128, SIDE**2, generator=generator)}
+        masks = attach(copy.deepcopy(network), include="0.weight", init=start)
+        head = torch.randn(10, 128, generator=generator) * (1 + 9 * task)
+        found.add(f"task {task}", artifact.from_masks(masks), own={"2.weight": head})
+    return found
+
+
+def test_heads_are_superposed_and_have_no_part_in_the_gradient() -> None:
+    images = permuted(large_digits()[2], 3)[:16]
+    store = with_heads([])
+    thetas = [store.theta(task) for task in store.names]
+    leaf = torch.tensor([0.4, 0.6], requires_grad=True)
+    mixed = {"0.weight": sum(a * t["0.weight"] for a, t in zip(leaf, thetas, strict=True))}
+    mixed["2.weight"] = 0.4 * thetas[0]["2.weight"] + 0.6 * thetas[1]["2.weight"]
+    supsup.entropy(torch.func.functional_call(random_network(), mixed, (images,))).mean().backward()
+    assert leaf.grad is not None
+    found = store.entropy_gradient(images, {"task 0": 0.4, "task 1": 0.6})
+    assert list(found.values()) == pytest.approx(leaf.grad.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_scores_are_held_against_the_reference() -> None:
+    pixels = permuted(large_digits()[2], 3)
+    batches = [pixels[:10], pixels[10:16]]
+    alphas = {"task 0": 0.5, "task 1": 0.5}
+    store, plain = with_heads(batches), with_heads([])
+    reference = plain.entropy_gradient(pixels[:16], alphas)
+    gradient = plain.entropy_gradient(pixels[50:], alphas)
+    for method in ("one-shot", "binary"):
+        scores = store.infer(pixels[50:], method=method).scores
+        expected = {task: reference[task] - gradient[task] for task in alphas}
+        assert scores == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert plain.infer(pixels[50:], method=method).scores == pytest.approx(
+            {task: -value for task, value in gradient.items()}
+        )
 
 
 def test_masks_that_do_not_belong_are_refused(store: supsup.Supermasks) -> None:
@@ -120,7 +157,7 @@ def test_masks_that_do_not_belong_are_refused(store: supsup.Supermasks) -> None:
         fresh.add("a", artifact.from_masks(masks))
     with pytest.raises(ValueError, match="other parameters"):
         fresh.add("b", artifact.from_masks(few))
-    with pytest.raises(ValueError, match="one-shot or binary"):
+    with pytest.raises(ValueError, match="one of one-shot, binary, each"):
         fresh.infer(torch.zeros(1, SIDE**2), method="guess")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wrong backbone"):
         supsup.Supermasks(mlp(SIDE**2, 128, 10, bias=False)).add("a", artifact.from_masks(masks))

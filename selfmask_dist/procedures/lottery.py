@@ -8,33 +8,14 @@ the Lottery Ticket Hypothesis", ICML 2020, arXiv 1912.05671, section 4). After r
 (1 - p)^r of the weights is left. Pure functions on tensors by name; knows no files and no training loop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfmask_dist.procedures.hold import FREE, ZERO, keep_largest
-from selfmask_dist.procedures.wise_ft import write
 
 Mask = dict[str, Tensor]
-
-TrainFn = Callable[[int, dict[str, Tensor]], None]
-"""(round, codes): trains the model from step k to the end under `hold.Hold(model, codes)`."""
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A mask that one round trained with, the weights that it starts from (w_k * m) and ends with."""
-
-    mask: Mask
-    start: dict[str, Tensor]
-    end: dict[str, Tensor]
-
-    @property
-    def left(self) -> float:
-        """The share of the weights that the mask keeps."""
-        return sum(int(m.sum()) for m in self.mask.values()) / sum(m.numel() for m in self.mask.values())
 
 
 def whole(weights: Mapping[str, Tensor]) -> Mask:
@@ -67,31 +48,3 @@ def rewind(at_k: Mapping[str, Tensor], mask: Mask) -> dict[str, Tensor]:
 def codes(mask: Mask) -> dict[str, Tensor]:
     """What training has to keep at zero."""
     return {name: torch.where(kept, FREE, ZERO).to(torch.int8) for name, kept in mask.items()}
-
-
-def find_tickets(
-    model: nn.Module,
-    names: Sequence[str],
-    train_fn: TrainFn,
-    *,
-    at_k: Mapping[str, Tensor],
-    rounds: int,
-    share: float = 0.2,
-    scope: str = "global",
-) -> list[Ticket]:
-    """Iterative magnitude pruning: `rounds` + 1 trainings, the first one of the whole network.
-
-    Args:
-        names: parameters that are pruned.
-        at_k: the model's whole state after k steps of training, to which every round is rewound.
-        share: pruned of what is left in each round. Frankle & Carbin: 0.2.
-    """
-    mask, tickets = whole({name: at_k[name] for name in names}), []
-    for index in range(rounds + 1):
-        start = rewind(at_k, mask)
-        write(model, start)
-        train_fn(index, codes(mask))
-        end = {name: model.get_parameter(name).detach().clone() for name in names}
-        tickets.append(Ticket(mask, start, end))
-        mask = prune(end, mask, share, scope=scope)
-    return tickets

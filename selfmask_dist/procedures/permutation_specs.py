@@ -3,9 +3,11 @@
 What leaves a network stays where it is: an encoder without a classifier keeps the order of its features.
 """
 
+import copy
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,30 @@ def permutation_spec(model: nn.Module) -> Spec:
         )
     _check_names(model, spec)
     return spec
+
+
+def classifier_spec(encoder: nn.Module, head: nn.Linear, *, encoder_name: str, head_name: str) -> Spec:
+    """The groups of an encoder and the linear head behind it, which are two modules of one network.
+
+    Args:
+        encoder_name, head_name: what they are called in it.
+    """
+    key = "fc" if hasattr(encoder, "layer1") else "head"
+    with_head = copy.copy(encoder)
+    with_head._modules = {**encoder._modules, key: head}
+
+    def place(name: str) -> str:
+        part, _, rest = name.partition(".")
+        return f"{head_name}.{rest}" if part == key else f"{encoder_name}.{name}"
+
+    return tuple(
+        replace(
+            group,
+            axes=tuple(replace(axis, tensor=place(axis.tensor)) for axis in group.axes),
+            probe=replace(group.probe, module=place(group.probe.module)),
+        )
+        for group in permutation_spec(with_head)
+    )
 
 
 def mlp(model: nn.Sequential) -> Spec:

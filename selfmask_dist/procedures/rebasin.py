@@ -109,10 +109,14 @@ def loss_barrier(
     return max(p.values["loss"] - ((1 - p.alpha) * start + p.alpha * end) for p in points)
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    return bool(_batchnorms(model))
+
+
 @torch.no_grad()
 def reset_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Measure the running statistics of batch normalisation anew, as the mean over batches, in place."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = _batchnorms(model)
     momenta, modes = [norm.momentum for norm in norms], {m: m.training for m in model.modules()}
     for norm in norms:
         norm.reset_running_stats()
@@ -126,6 +130,10 @@ def reset_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
+
+
+def _batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def _near(state: Mapping[str, Tensor], spec: Spec, group: Group) -> tuple[dict[str, Tensor], Spec]:

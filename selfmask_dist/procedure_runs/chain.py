@@ -1,0 +1,165 @@
+"""The stages of a procedure, each a folder or a file in the run's own, made once.
+
+A stage that is there is not made again, so that a run which was stopped anywhere goes on where it was. Knows
+no procedure.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selfmask_dist.assembly import build_backbone
+from selfmask_dist.config import Config
+from selfmask_dist.data import Source
+from selfmask_dist.life import Life, open_life
+from selfmask_dist.parallel import World
+from selfmask_dist.preempt import StopRequest
+from selfmask_dist.run_directory import run_path, write_json
+
+Tensors = dict[str, Tensor]
+ENCODER = "encoder.safetensors"  # what a finetune stage leaves
+
+
+class Chain:
+    """Makes the stages of one procedure. Every method is a collective: every rank must call."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
+        self.config = config
+        self.folder = run_path(config)
+        self._world = world
+        self._stop = stop
+
+    def train(
+        self, stage: str, *, method: str = "finetune", seed: int | None = None, **changes: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A run in the folder `stage`; returns its result.
+
+        Args:
+            seed: None for the procedure's own.
+            changes: by section, the keys that differ from the procedure's own configuration.
+        """
+        from selfmask_dist.run import run_in  # which imports this package
+
+        values = self.config.model_dump(mode="json")
+        common: dict[str, dict[str, Any]] = {
+            "run": {"dir": str(self.folder), "name": stage, "overwrite": False, "resume": False},
+            "eval": {"frozen_baseline": False},
+        }
+        for section, keys in (*common.items(), *changes.items()):
+            values[section] = {**values[section], **keys}
+        top = {"method": method, "seed": self.config.seed if seed is None else seed}
+        stage_config = type(self.config).model_validate({**values, **top})
+        return run_in(stage_config, self._world, self._stop, is_restart=True, parent=self.folder)
+
+    def file(self, name: str, write_fn: Callable[[Path], Any]) -> Path:
+        """A file that the main process writes where it is not there yet; its path.
+
+        Args:
+            write_fn: writes the whole file to the path that it gets, which is renamed at the end.
+        """
+        path = self.folder / name
+        if self._world.is_main and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            write_fn(partial)
+            partial.rename(path)
+        self._world.barrier()
+        return path
+
+    def once(self, name: str, make_fn: Callable[..., Tensors], *arguments: Any, **options: Any) -> Path:
+        """A file of tensors that the main process makes where it is not there yet; its path."""
+
+        def write(path: Path) -> None:
+            tensors = make_fn(*arguments, **options)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+        return self.file(name, write)
+
+    def places(self, name: str, is_chosen: npt.NDArray[np.bool_], *, within: str | None) -> str:
+        """A file with the numbers of the chosen samples, for `data.subset` of a stage; its path.
+
+        Args:
+            within: the procedure's own such file, whose samples `is_chosen` speaks of.
+        """
+        numbers = np.flatnonzero(is_chosen) if within is None else np.load(within)[is_chosen]
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # given a name, numpy would add an ending to it
+                np.save(file, numbers)
+
+        return str(self.file(name, write))
+
+    def frozen_backbone(self) -> dict[str, Any]:
+        """Keys of the backbone section by which stages of any seed have this run's frozen weights."""
+        section = self.config.backbone
+        if section.pretrained or section.weights is not None:
+            return {}
+        path = self.once("backbone.safetensors", lambda: build_backbone(self.config).encoder.state_dict())
+        return {"weights": str(path), "random": "library"}
+
+    def measure(self, name: str, measure_fn: Callable[[Life], dict[str, Any]]) -> dict[str, Any]:
+        """Numbers that all processes measure together, kept in a file."""
+        path = self.folder / name
+        exists = torch.tensor([float(self._world.is_main and path.exists())], device=self._world.device)
+        if not self._world.sum(exists).item():
+            with open_life(self.config, self.folder, self._world, self._stop, ends_as="training") as life:
+                values = measure_fn(life)
+            if self._world.is_main:
+                write_json(path, values)
+        self._world.barrier()
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some of the classes: `classes` by number, and the keys of the data section that take their images."""
+
+    name: str
+    classes: npt.NDArray[np.int64]
+    data: dict[str, str]
+
+
+def class_tasks(chain: Chain, train: Source, test: Source) -> list[Task]:
+    """The classes in their order as `procedure.tasks` tasks of nearly equal size, the larger ones first.
+
+    Raises:
+        ValueError: there are fewer classes than tasks.
+    """
+    number, section = chain.config.procedure.tasks, chain.config.data
+    if number > len(train.classes):
+        raise ValueError(
+            f"procedure.tasks is {number}; data.train has {len(train.classes)} classes to share out"
+        )
+    own = {"subset": (train, section.subset), "test_subset": (test, section.test_subset)}
+    tasks = []
+    for index, classes in enumerate(np.array_split(np.arange(len(train.classes)), number), start=1):
+        places = {
+            key: chain.places(f"task-{index}-{key}.npy", np.isin(source.labels, classes), within=within)
+            for key, (source, within) in own.items()
+        }
+        tasks.append(Task(f"task-{index}", classes, places))
+    return tasks
+
+
+def other_seed(seed: int, index: int) -> int:
+    """A seed for stage `index` of several; the first one's is the run's own."""
+    return (seed + 1_000_003 * index) % 2**32
+
+
+def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of every measure over stages."""
+    return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+
+
+def share_of(masks: Tensors) -> float:
+    """The share of entries that are not zero, over all tensors."""
+    return sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())

@@ -1,0 +1,56 @@
+"""A procedure to its end: its run's folder, its chain of stages, its result."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from selfmask_dist.adapt import format_numbers
+from selfmask_dist.config import Config
+from selfmask_dist.life import open_life
+from selfmask_dist.parallel import join_world
+from selfmask_dist.preempt import StopRequest
+from selfmask_dist.procedure_runs.chain import Chain
+from selfmask_dist.procedure_runs.ensemble import run_ensemble
+from selfmask_dist.procedure_runs.evolution import run_evolution
+from selfmask_dist.procedure_runs.lottery import run_lottery
+from selfmask_dist.procedure_runs.packnet import run_packnet
+from selfmask_dist.procedure_runs.rebasin import run_rebasin
+from selfmask_dist.procedure_runs.supsup import run_supsup
+from selfmask_dist.procedure_runs.wise_ft import run_wise_ft
+from selfmask_dist.run_directory import create_run_directory, run_path, write_json
+
+_PROCEDURES: dict[str, Callable[[Chain], dict[str, Any]]] = {
+    "packnet": run_packnet,
+    "lottery": run_lottery,
+    "evolution": run_evolution,
+    "supsup": run_supsup,
+    "wise_ft": run_wise_ft,
+    "rebasin": run_rebasin,
+    "ensemble": run_ensemble,
+}
+
+
+def run_procedure(config: Config, stop: StopRequest, *, is_restart: bool) -> dict[str, Any]:
+    """Run a procedure to its end; returns what its `result.json` holds. Every process of the run calls this.
+
+    Raises:
+        ValueError: configuration, data or backbone cannot be used.
+        Preempted: asked to stop; started again, it goes on.
+    """
+    section = config.engine
+    with join_world(section.device, threads=section.threads, needs_group=section.name != "ddp") as world:
+        directory = run_path(config)
+        if world.is_main:
+            create_run_directory(config, is_restart=is_restart)
+        world.barrier()
+        path = directory / "result.json"
+        if not path.exists():
+            result = {"method": config.method} | _PROCEDURES[config.method](Chain(config, world, stop))
+            with open_life(config, directory, world, stop) as life:
+                if world.is_main:
+                    write_json(path, result)
+                world.barrier()
+                life.writer.event("end", **result)
+                life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
+        finished: dict[str, Any] = json.loads(path.read_text())
+        return finished

@@ -1,0 +1,154 @@
+"""Numbers of networks that a procedure made: an encoder with its head, on one split or another.
+
+    network = open_classifier(config, classes)             images -> logits, by the names of `whole_state`
+    logits = embed(network, batches(...), world=world)     this rank's
+
+Every function that takes a `Life` is a collective: every rank must call.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from selfmask_dist import data
+from selfmask_dist.api import apply_masks
+from selfmask_dist.assembly import build_backbone, build_objective
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.config import Config
+from selfmask_dist.embed import Embeddings, embed
+from selfmask_dist.evals.ranks import share
+from selfmask_dist.evaluation import measure_knn, measure_probe
+from selfmask_dist.finetune import load_changed
+from selfmask_dist.life import Life
+from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.procedure_runs.chain import ENCODER, Tensors
+
+HEAD = "head.safetensors"
+
+
+class Classifier(nn.Module):
+    """An encoder and an objective's head as one network: images (n, 3, H, W) -> logits (n, classes)."""
+
+    def __init__(self, backbone: Backbone, objective: Objective) -> None:
+        super().__init__()
+        self.encoder, self.objective = backbone.encoder, objective
+        self.preprocessing = backbone.spec.preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.objective.predict(self.encoder, images)
+
+
+def open_classifier(config: Config, classes: tuple[str, ...]) -> Classifier:
+    """The configuration's backbone with a new head for `classes`, in eval mode, on the CPU."""
+    backbone = build_backbone(config)
+    objective = build_objective(config, backbone, classes, Context(), steps_per_epoch=1)
+    return Classifier(backbone, objective).eval()
+
+
+def whole_state(run: Path) -> Tensors:
+    """Encoder and head of a finished finetune run, by their names in `Classifier`."""
+    return name_parts(load_file(run / ENCODER), load_file(run / HEAD))
+
+
+def name_parts(encoder: Tensors, head: Tensors) -> Tensors:
+    """Tensors of both by their names in `Classifier`."""
+    return {f"encoder.{name}": tensor for name, tensor in encoder.items()} | {
+        f"objective.{name}": tensor for name, tensor in head.items()
+    }
+
+
+def part_of(state: Tensors, name: str) -> Tensors:
+    """The tensors of `encoder` or `objective`, by their names in it."""
+    return {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
+
+
+def adapted_encoder(config: Config, run: Path) -> Tensors:
+    """The whole state of the encoder that a finished run of method=mask or finetune ended with."""
+    encoder = build_backbone(config).encoder
+    if (run / "final.mask").exists():
+        apply_masks(encoder, run / "final.mask")
+    elif (run / "finetuned.safetensors").exists():
+        load_changed(encoder, run / "finetuned.safetensors")
+    else:
+        encoder.load_state_dict(load_file(run / ENCODER))
+    return dict(encoder.state_dict())
+
+
+def batches(config: Config, network: Classifier, source: data.Source, life: Life) -> Iterator[data.Batch]:
+    """This rank's part of a source, as the encoder sees images in evaluations."""
+    loader = data.eval_loader(
+        source,
+        data.eval_transform(network.preprocessing),
+        batch_size=config.eval.batch_size,
+        rank=life.world.rank,
+        world_size=life.world.size,
+        num_workers=config.engine.workers,
+        worker_kind=config.engine.worker_kind,
+    )
+    for batch in loader:
+        yield batch
+        life.check()
+
+
+def embeddings(config: Config, network: Classifier, source: data.Source, life: Life) -> Embeddings:
+    return embed(network.encoder, batches(config, network, source, life), world=life.world)
+
+
+def logits(config: Config, network: Classifier, source: data.Source, life: Life) -> Embeddings:
+    return embed(network, batches(config, network, source, life), world=life.world)
+
+
+def accuracy(found: Embeddings, life: Life) -> float:
+    """The share of logits that are largest at the label."""
+    return share(found.features.argmax(dim=1) == found.labels, life.world)
+
+
+def mean_loss(found: Embeddings, life: Life) -> float:
+    """Mean cross-entropy of logits, in nats."""
+    total = F.cross_entropy(found.features.double(), found.labels, reduction="sum")
+    sums = torch.stack([total, total.new_tensor(len(found.labels))])
+    loss, count = life.world.sum(sums).tolist()
+    return float(loss / count)
+
+
+def measure_all(
+    config: Config, network: Classifier, bank: data.Source, queries: data.Source, life: Life
+) -> dict[str, float]:
+    """k-NN and probe by the `bank`, and the network's own head, on the `queries`."""
+    return measure_encoder(config, network, embeddings(config, network, bank, life), queries, life) | {
+        "head": accuracy(logits(config, network, queries, life), life)
+    }
+
+
+def measure_encoder(
+    config: Config, network: Classifier, bank: Embeddings, queries: data.Source, life: Life
+) -> dict[str, float]:
+    """k-NN and, where `eval.probe` asks for it, the probe by embeddings of a bank."""
+    found, section = embeddings(config, network, queries, life), config.eval
+    values = measure_knn(
+        bank,
+        found,
+        section.knn_k,
+        section.knn_temperature,
+        num_classes=len(queries.classes),
+        world=life.world,
+    )
+    if section.probe:
+        values["probe"] = measure_probe(bank, found, seed=config.seed, world=life.world)
+    return values
+
+
+def load_images(
+    network: Classifier, source: data.Source, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of a whole source in batches, the same on every rank. No collective."""
+    loader = data.eval_loader(
+        source, data.eval_transform(network.preprocessing), batch_size=batch_size, num_workers=0
+    )
+    for batch in loader:
+        rows = batch.weights > 0
+        yield batch.views[0][rows].to(device), batch.labels[rows].to(device)

@@ -1,0 +1,136 @@
+"""WiSE-FT as a run: adapt once, then measure the line between the frozen and the adapted weights.
+
+    theta(alpha) = (1 - alpha) theta_0 + alpha theta_1
+
+The alpha is chosen on training images that were held out, and the whole curve is measured on the test images
+besides. Of a mask the line is W (1 - alpha + alpha a M): still one bit for each weight, and one number.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file
+
+from selfmask_dist import data
+from selfmask_dist.assembly import build_backbone, open_data
+from selfmask_dist.config import Config
+from selfmask_dist.life import Life
+from selfmask_dist.procedure_runs.chain import Chain, Tensors
+from selfmask_dist.procedure_runs.measuring import (
+    HEAD,
+    accuracy,
+    adapted_encoder,
+    embeddings,
+    logits,
+    measure_encoder,
+    open_classifier,
+)
+from selfmask_dist.procedures import wise_ft
+from selfmask_dist.seeding import named_generator
+
+_STAGE = "adapted"
+
+
+def run_wise_ft(chain: Chain) -> dict[str, Any]:
+    """Adapt, measure the curve, choose; `chosen.safetensors` is the encoder at the alpha that was chosen."""
+    config, section = chain.config, chain.config.procedure
+    train, _ = open_data(config)
+    is_held_out = hold_out(train, section.held_out, seed=config.seed)
+    fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
+    run = chain.train(
+        _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
+    )
+    first = dict(build_backbone(config).encoder.state_dict())
+    second = adapted_encoder(config, chain.folder / _STAGE)
+    curve = []
+    for alpha in section.alphas:
+        theta = wise_ft.interpolate(first, second, alpha)
+        measure = partial(_measure, config, theta, is_held_out, chain.folder / _STAGE)
+        values = chain.measure(f"alpha-{alpha:g}.json", measure)
+        curve.append({"alpha": alpha, **values})
+    key = choose_by(config, num_neighbours=int((~is_held_out).sum()))
+    points = [wise_ft.Point(point["alpha"], point["held_out"]) for point in curve]
+    alpha = wise_ft.best(points, key).alpha
+    path = chain.once("chosen.safetensors", wise_ft.interpolate, first, second, alpha)
+    chain.file("curve.png", lambda file: draw_curve(curve, key, alpha, file))
+    return {
+        "alpha": alpha,
+        "chosen_by": key,
+        "adapted": next(point["test"] for point in curve if point["alpha"] == alpha),
+        "curve": curve,
+        "active": run["mask"]["active"] if section.adapt == "mask" else 1.0,
+        # a mask and a number say all of the line's point
+        "stored_bytes": run["mask"]["bytes"] + 8 if section.adapt == "mask" else path.stat().st_size,
+    }
+
+
+def hold_out(train: data.Source, share: float, *, seed: int) -> npt.NDArray[np.bool_]:
+    """Which training images are held out, bool (n,): nearly that share of each class, and at least one.
+
+    Raises:
+        ValueError: a class has a single image, which cannot be on both sides.
+    """
+    order = torch.randperm(len(train), generator=named_generator(seed, "held out")).numpy()
+    is_held_out = np.zeros(len(train), dtype=bool)
+    for label, name in enumerate(train.classes):
+        of_class = order[train.labels[order] == label]
+        if len(of_class) == 1:
+            raise ValueError(
+                f"data.train has one image of {name}; one is needed to train on and one to choose alpha by"
+            )
+        is_held_out[of_class[: max(math.floor(share * len(of_class)), min(1, len(of_class)))]] = True
+    return is_held_out
+
+
+def choose_by(config: Config, *, num_neighbours: int) -> str:
+    """The measure that alpha is chosen by. A linear head is trained for one end of the line alone, so that it
+    is neighbours that are asked; CLIP's text head is of both.
+    """
+    return (
+        "head" if config.objective.head == "clip_text" else f"knn{min(config.eval.knn_k[0], num_neighbours)}"
+    )
+
+
+def _measure(
+    config: Config, theta: Tensors, is_held_out: npt.NDArray[np.bool_], run: Path, life: Life
+) -> dict[str, Any]:
+    train, test = open_data(config)
+    network = open_classifier(config, train.classes)
+    if (run / HEAD).exists():
+        network.objective.load_state_dict(load_file(run / HEAD))
+    wise_ft.write(network.encoder, theta)
+    network.to(life.world.device)
+    bank = embeddings(config, network, data.Subset(train, np.flatnonzero(~is_held_out)), life)
+    return {
+        name: measure_encoder(config, network, bank, queries, life)
+        | {"head": accuracy(logits(config, network, queries, life), life)}
+        for name, queries in (("held_out", data.Subset(train, np.flatnonzero(is_held_out))), ("test", test))
+    }
+
+
+def draw_curve(curve: list[dict[str, Any]], key: str, chosen: float, path: Path) -> None:
+    """Write the picture: every measure along the line, of held-out images dashed, of test images whole."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    alphas = [point["alpha"] for point in curve]
+    for number, name in enumerate(curve[0]["test"]):
+        for split, style in (("test", "-"), ("held_out", "--")):
+            label = name if split == "test" else None
+            values = [100 * point[split][name] for point in curve]
+            axes.plot(alphas, values, style, color=f"C{number}", label=label, marker=".")
+    axes.axvline(chosen, color="0.6", linewidth=1)
+    axes.set(xlabel="alpha: 0 frozen, 1 adapted", ylabel="accuracy, %")
+    axes.set(title=f"Test images; held out (dashed); chosen by {key}: {chosen:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
