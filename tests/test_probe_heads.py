@@ -10,7 +10,6 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from selfmask_dist import evals
-from selfmask_dist.evals.local_search import num_candidates
 from selfmask_dist.evals.low_shot import balanced_subset, labels_per_class
 from selfmask_dist.parallel import World
 from tests.distributed import run_distributed
@@ -169,27 +168,6 @@ def test_the_mean_embedding_is_of_unit_vectors():
     assert torch.equal(evals.mean_embedding([a, b]), torch.tensor([[0.5, 0.5]]))
     with pytest.raises(ValueError, match="of one shape"):
         evals.mean_embedding([a, torch.ones(1, 3)])
-
-
-# ---- bf16 search
-
-
-@pytest.mark.parametrize("kind", ["random", "tied", "crowded"])
-def test_bf16_finds_the_neighbours_of_float32(generator, kind):
-    bank, queries, k = (
-        torch.randn(3000, 32, generator=generator),
-        torch.randn(40, 32, generator=generator),
-        20,
-    )
-    if kind == "tied":  # corners of a cube: 1 / 4 is exact in bf16 too
-        bank, queries = bank[:, :16].sign(), queries[:, :16].sign()
-        bank = bank[: num_candidates(k) + 5].repeat(9, 1)
-    elif kind == "crowded":  # all within the rounding of bf16: candidates cannot be told apart
-        bank = torch.randn(32, generator=generator) + 1e-3 * bank
-    sims, ids = evals.search(bank, queries, k=k)
-    bf16_sims, bf16_ids = evals.search(bank, queries, k=k, precision="bf16")
-    torch.testing.assert_close(sims, bf16_sims, atol=1e-6, rtol=0)
-    assert torch.equal(ids, bf16_ids)
 
 
 def test_bad_input_is_named():
