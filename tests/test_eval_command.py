@@ -147,6 +147,56 @@ def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: 
     assert main(["eval", *files, "knn"]) == 2
 
 
+@pytest.fixture(scope="module")
+def tuned(shards: Path) -> Path:
+    """Two fine-tuned runs beside `a` and `b`: `bias` (a part of the weights) and `all` of them."""
+    common = ("method=finetune", "objective.name=supervised", "optim.warmup_epochs=0", "optim.weight_lr=0.05")
+    for train in ("bias", "all"):
+        more = (*common, f"finetune.train={train}", f"run.name={train}", "train.epochs=2")
+        run(load_config(None, settings(shards, shards.parent, *more)))
+    return shards.parent
+
+
+@pytest.mark.parametrize("name", ["bias", "all"])
+def test_a_fine_tuned_run_gives_the_numbers_of_the_run(
+    tuned: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(tuned / name, tmp_path / name))
+    assert main(["eval", str(path), "knn", "--k=5"]) == 0
+    of_run = json.loads((path / "result.json").read_text())
+    assert of_run["frozen"]["knn5"] != of_run["adapted"]["knn5"]
+    assert rows(path, "knn")["frozen"]["knn5"] == of_run["frozen"]["knn5"]
+    assert rows(path, "knn")["fine-tuned"]["knn5"] == of_run["adapted"]["knn5"]
+    assert result(path, "knn")["backbone"]["fingerprint"] == of_run["fingerprint"]
+    monkeypatch.setattr(subject_module, "embed_to_store", _fail)
+    assert main(["eval", str(path), "knn", "--k=5"]) == 0
+
+
+def test_fine_tuned_runs_stand_beside_masks(finished: Path, tuned: Path, tmp_path: Path) -> None:
+    paths = [str(finished / name) for name in ("bias", "a", "all")]
+    assert main(["eval", *paths, "--out", str(tmp_path), "--k=5", "knn", "masks"]) == 0
+    assert list(rows(tmp_path, "knn")) == ["frozen", "bias", "a", "all", "mean of embeddings"]
+    assert list(rows(tmp_path, "masks")) == ["a"]
+    for name in ("bias", "all", "a"):
+        adapted = json.loads((finished / name / "result.json").read_text())["adapted"]
+        assert rows(tmp_path, "knn")[name]["knn5"] == adapted["knn5"]
+
+
+def test_weights_that_do_not_fit_are_refused(
+    finished: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(tuned / "bias", tmp_path / "bias"))
+    assert main(["eval", str(path), "knn", "backbone.image_size=16"]) == 2
+    assert "finetuned.safetensors is of a backbone with fingerprint" in capsys.readouterr().err
+    result = json.loads((path / "result.json").read_text())
+    (path / "result.json").write_text(json.dumps(result | {"fingerprint": "0" * 64}))
+    assert main(["eval", str(path), str(finished / "a"), "knn", "--out", str(tmp_path / "out")]) == 2
+    assert "these are of different backbones" in capsys.readouterr().err
+    (path / "result.json").unlink()
+    assert main(["eval", str(path), "knn"]) == 2
+    assert "bias is not finished: it has finetuned.safetensors" in capsys.readouterr().err
+
+
 def test_what_masks_say_needs_no_images(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["eval", str(finished / "a"), str(finished / "b"), "masks", "--out", str(out)]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from selfmask_dist import evals
 from selfmask_dist.evals import local_search
-from selfmask_dist.evals.local_search import nearest
+from selfmask_dist.evals.local_search import Precision, nearest
 from selfmask_dist.evals.neighbour_keys import NO_ID, NO_KEY, decode, encode, sort_rows
 
-PRECISIONS = ("float32", "bf16")
+PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 
 
 def everything(bank, ids, queries, k):

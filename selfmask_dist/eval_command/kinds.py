@@ -17,6 +17,7 @@ from selfmask_dist.eval_command.subject import Subject
 from selfmask_dist.evals.global_knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
+from selfmask_dist.evals.probe_heads import EPOCHS
 from selfmask_dist.store import Rows
 
 
@@ -28,7 +29,7 @@ class Options:
     precision: Precision = "float32"
     memory_mib: float = 256
     tries: int = 5
-    epochs: int = 100
+    epochs: int = EPOCHS
 
 
 def measure_knn(subject: Subject, options: Options) -> Results:
