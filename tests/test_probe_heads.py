@@ -242,5 +242,7 @@ def test_bad_input_is_named():
         evals.probe_heads(train, train_labels, test, test_labels, learning_rates=(0.0,))
     with pytest.raises(ValueError, match="shares above 0 and up to 1"):
         evals.low_shot(train, train_labels, ids, test, test_labels, shares=(1.5,))
+    with pytest.raises(ValueError, match="strength C above 0, got 0"):
+        evals.low_shot(train, train_labels, ids, test, test_labels, c=0)
     with pytest.raises(ValueError, match="embeddings hold NaN"):
         evals.measure_shape(broken)
