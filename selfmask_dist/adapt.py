@@ -103,7 +103,13 @@ def adapt(
 def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
     """How many steps to make, and the learning rates' course, which `train.max_steps` does not shorten."""
     steps = max(round(config.train.epochs * per_epoch), 1)
-    schedule = Schedule(steps, round(config.optim.warmup_epochs * per_epoch), config.optim.schedule)
+    optim = config.optim
+    schedule = Schedule(
+        steps,
+        round(optim.warmup_epochs * per_epoch),
+        optim.schedule,
+        round(optim.head_first_epochs * per_epoch),
+    )
     return min(steps, config.train.max_steps or steps), schedule
 
 

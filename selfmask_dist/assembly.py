@@ -97,7 +97,14 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
 
         sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
         accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
+    if config.engine.channels_last:
+        # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
+        backbone.encoder.register_forward_pre_hook(_channels_last)
     return backbone
+
+
+def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(image.contiguous(memory_format=torch.channels_last) for image in images)
 
 
 def build_objective(
@@ -212,6 +219,7 @@ def prepare(
         group["lr"] = group["base_lr"]
     optimizer = _build_optimizer(config, groups)
     optimizer.register_step_pre_hook(partial(_hold, objective))
+    optimizer.register_step_pre_hook(_wait)
     engine.keep_unit_rows(objective.unit_rows())
     engine.start(optimizer)
     if (heads := objective.teacher_parameters()) is not None:
@@ -263,6 +271,14 @@ def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.opti
 def _hold(objective: objectives.Objective, *_: Any) -> None:
     for parameter in objective.held_parameters():
         parameter.grad = None
+
+
+def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A group whose time has not come gathers no momentum either."""
+    for group in optimizer.param_groups:
+        if group["lr"] == 0:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 def hold_weights(config: Config, engine: Engine) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selfmask_dist import artifact
 from selfmask_dist.artifact import Mask, MaskFile, MaskFileError
 from selfmask_dist.bank import MaskBank
-from selfmask_dist.cascade import Combination, Router
+from selfmask_dist.cascade import MODES, Combination, Router
 
 DISPATCHER = "dispatcher"
 
@@ -32,7 +32,7 @@ class Cascade:
 
     Attributes:
         router: dispatcher's embeddings -> cluster.
-        combinations: by mode, `conditional` and `unconditional`.
+        combinations: by mode: `conditional`, `unconditional` and what else the run made.
 
     Args:
         encode: (name of a mask, images) -> embeddings (n, dim) under it.
@@ -54,7 +54,8 @@ class Cascade:
 
         Args:
             mode: `conditional`: dispatcher and the expert that the router chose, two forwards an image.
-                `unconditional`: all experts. `dispatcher`: its embedding alone.
+                `unconditional`: all experts. `dispatcher`: its embedding alone. Others that the file has:
+                `cascade.MODES`.
 
         Raises:
             ValueError: another mode.
@@ -135,6 +136,12 @@ def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str 
             bank.remove(key)
         raise
     return Cascade(lambda part, images: bank.embed(images, f"{name}/{part}"), router, combinations)
+
+
+def modes_of(file: MaskFile) -> list[str]:
+    """The combinations that a cascade's file holds."""
+    parts = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
+    return [part for part in parts if part in MODES]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:

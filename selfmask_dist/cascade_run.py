@@ -172,7 +172,7 @@ def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
         "data": {"subset": str(directory / "router" / f"{expert_name(k)}.npy")},
         "mask": {"init_from": str(directory / DISPATCHER)},
         "train": {"epochs": epochs},
-        "optim": {"warmup_epochs": config.optim.warmup_epochs * longer},
+        "optim": {"warmup_epochs": config.optim.warmup_epochs * longer, "head_first_epochs": 0.0},
         "swav": {"queue_start_epoch": section.expert_queue_start * epochs},
         "eval": {"final": False, "frozen_baseline": False, "knn_every": 0.0},
     }

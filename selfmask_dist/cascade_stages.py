@@ -4,7 +4,7 @@ Each leaves files in the run's folder and does nothing where they are there alre
 
     embeddings/<view>/<split>/   stores of frozen, dispatcher, expert-k, conditional, unconditional
     router/                      router.safetensors, sizes.json, train.npy, test.npy (clusters), expert-k.npy
-    combination/                 conditional.safetensors, unconditional.safetensors
+    combination/                 conditional.safetensors, unconditional.safetensors, ...
     cascade.mask  cascade.png  result.json
 
 No process holds the embeddings of all images.
@@ -37,8 +37,7 @@ from selfmask_dist.run_directory import write_json
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
 SPLITS = ("train", "test")
-MODES = ("conditional", "unconditional")
-TITLES = {"frozen": "frozen", DISPATCHER: "self-masked", **{mode: mode for mode in MODES}}
+TITLES = {"frozen": "frozen", DISPATCHER: "self-masked"}  # a combination's is its mode
 _BUNDLE = "cascade.mask"
 
 
@@ -50,6 +49,7 @@ class Stages:
         self._life = life
         self._world = life.world
         self._directory = life.directory
+        self._modes = config.cascade.combinations
         self._sources = dict(zip(SPLITS, open_data(config), strict=True))
 
     @cached_property
@@ -187,7 +187,7 @@ class Stages:
         """One embedding out of dispatcher and experts, for each mode; stores like any other view's."""
         folder, num_experts = self._directory / "combination", len(read_sizes(self._directory))
         folder.mkdir(exist_ok=True)
-        for mode in MODES:
+        for mode in self._modes:
             path = folder / f"{mode}.safetensors"
             if not path.exists():
                 chunks = self._chunks("train", lambda store: store.chunks(self._world.rank, self._world.size))
@@ -204,7 +204,7 @@ class Stages:
             for split in SPLITS:
                 self._write_combined(combination, split, path)
         self._world.barrier()
-        self._say("combined", ", ".join(MODES))
+        self._say("combined", ", ".join(self._modes))
 
     def _write_combined(self, combination: Combination, split: str, path: Path) -> None:
         store = self._create(combination.mode, split, path, dim=combination.output_dim)
@@ -236,7 +236,8 @@ class Stages:
         exists = torch.tensor([int(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
             views = ["frozen"] if self._config.eval.frozen_baseline else []
-            values = {TITLES[view]: self._measure(view) for view in (*views, DISPATCHER, *MODES)}
+            shown = (*views, DISPATCHER, *self._modes)
+            values = {TITLES.get(view, view): self._measure(view) for view in shown}
             # the combinations end in a whitened PCA: the same without experts, to compare them with
             values |= {f"{TITLES[v]}, whitened": self._measure(v, whiten=True) for v in (*views, DISPATCHER)}
             if self._world.is_main:
@@ -284,7 +285,7 @@ class Stages:
                 self._directory / _BUNDLE,
                 masks,
                 Router.from_tensors(load_file(self._directory / "router" / "router.safetensors")),
-                {mode: self._combination(mode) for mode in MODES},
+                {mode: self._combination(mode) for mode in self._modes},
                 backbone=spec.name,
                 backbone_fingerprint=spec.fingerprint,
                 preprocessing=spec.preprocessing.to_dict(),

@@ -242,11 +242,28 @@ def _engine_conflicts(config: Config) -> Iterator[Conflict]:
 
 
 def _number_conflicts(config: Config) -> Iterator[Conflict]:
-    train, warmup = config.train, config.optim.warmup_epochs
+    train, warmup, first = config.train, config.optim.warmup_epochs, config.optim.head_first_epochs
     if warmup > train.epochs:
         yield Conflict(
             ("optim.warmup_epochs", "train.epochs"),
             f"optim.warmup_epochs ({warmup:g}) is longer than train.epochs ({train.epochs:g})",
+        )
+    if first and first + warmup > train.epochs:
+        yield Conflict(
+            ("optim.head_first_epochs", "optim.warmup_epochs", "train.epochs"),
+            f"optim.head_first_epochs ({first:g}) and optim.warmup_epochs ({warmup:g}) leave nothing of "
+            f"train.epochs ({train.epochs:g})",
+        )
+    if first and config.objective.name == "supervised" and config.objective.head == "clip_text":
+        yield Conflict(
+            ("optim.head_first_epochs", "objective.head"),
+            "optim.head_first_epochs: objective.head=clip_text has no head to train",
+        )
+    if first and config.engine.name == "deepspeed":
+        yield Conflict(
+            ("optim.head_first_epochs", "engine.name"),
+            "engine.name=deepspeed updates head and masks in one partition, where masks cannot wait; set "
+            "another engine, or mask.init_from a run with a tiny optim.score_lr",
         )
     if train.accumulate > train.global_batch_size:
         yield Conflict(

@@ -7,6 +7,17 @@ from pydantic import Field
 from selfmask_dist.config_sections import Counts, Fraction, Section, efficiency, orchestration, science
 
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+Combining = Literal[
+    "conditional",
+    "unconditional",
+    "conditional_pca",
+    "unconditional_pca",
+    "conditional_concat",
+    "unconditional_concat",
+    "conditional_add",
+    "unconditional_add",
+    "replace",
+]
 
 
 class CropsConfig(Section):
@@ -97,6 +108,13 @@ class CascadeConfig(Section):
     )
     expert_queue_start: float = science(
         0.2, "An expert's queue fills from here on. Paper: 1/5.", unit="fraction of its epochs", ge=0, le=1
+    )
+    combinations: Annotated[tuple[Combining, ...], Field(strict=False, min_length=1)] = science(
+        ("conditional", "unconditional"),
+        "Embeddings made of the dispatcher's and experts', all measured and kept in the file. conditional: "
+        "[D, 0 .. Er .. 0] of the chosen expert r; unconditional: [D, E1 .. EK]; both then go through a "
+        "whitened PCA back to the backbone's dimension. Variants: _pca is not whitened, _concat has no PCA, "
+        "_add is a sum; replace is Er alone.",
     )
     expert_groups: int = efficiency(
         0,

@@ -84,6 +84,14 @@ class OptimConfig(Section):
     warmup_epochs: float = science(
         0.0, "Learning rates rise linearly from zero for so long. Paper: 40 for ResNets.", unit="epochs", ge=0
     )
+    head_first_epochs: float = science(
+        0.0,
+        "The head alone is trained for so long, then all: gradients through a head that knows nothing yet "
+        "distort the features (Kumar et al. 2022, arXiv 2202.10054). In a cascade only the dispatcher does, "
+        "as experts start from its head. Paper: 0.",
+        unit="epochs",
+        ge=0,
+    )
     clip_norm: float | None = science(
         None,
         "The gradient of all trained parameters together is scaled down to this norm; null: never.",

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
+from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import Backbone, find_blocks, fingerprint, load_backbone, set_train_mode
 from selfmask_dist.backbones.load import _measure_dim
 from selfmask_dist.backbones.sign_activations import RECTIFIERS, SignActivation, use_sign_activations
+from selfmask_dist.config import load_config
 
 VIT = "timm:vit_tiny_patch16_224"
 VIT_KWARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -601,3 +603,24 @@ def test_a_backbone_with_sign_activations_is_the_same_weights(make: Callable[...
 def test_a_network_without_rectifiers_has_no_sign_activations() -> None:
     with pytest.raises(ValueError, match=r"backbone\.activations=library"):
         use_sign_activations(nn.Linear(2, 2))
+
+
+def test_channels_last_is_a_matter_of_layout_alone() -> None:
+    """Activation maps have the layout, weights keep theirs, and embeddings are the same."""
+    settings = ["backbone.name=timm:resnet18", "backbone.pretrained=false", "backbone.image_size=32"]
+    plain = build_backbone(load_config(None, settings)).encoder.double().eval()
+    changed = build_backbone(load_config(None, [*settings, "engine.channels_last=true"])).encoder
+    changed = changed.double().eval()
+    layouts = []
+    for module in changed.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda _, __, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+            )
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(changed(images), plain(images), rtol=1e-12, atol=1e-12)
+    assert len(layouts) == 20
+    assert all(layouts)
+    state = changed.state_dict()
+    for name, tensor in plain.state_dict().items():
+        assert state[name].stride() == tensor.stride(), name

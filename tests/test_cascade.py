@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,10 +17,12 @@ from selfmask_dist import apply_masks
 from selfmask_dist.artifact import MaskFileError, read_mask_file
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.bank import MaskBank
+from selfmask_dist.cascade import MODES
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade_model import load_cascade
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
+from selfmask_dist.config_selfsupervised import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.run import run
 from selfmask_dist.run_directory import create_run_directory, write_json
@@ -67,13 +69,16 @@ def test_groups_that_cannot_be_are_refused() -> None:
 
 # ---- a whole run
 
+COMBINATIONS = ("conditional", "unconditional", "replace", "unconditional_concat")
+
 
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cascade of one process, with the shards beside it."""
     folder = tmp_path_factory.mktemp("cascade")
     shards = write_shards(folder)
-    run(load_config(None, settings(shards, folder, "run.name=one")))
+    variants = f"cascade.combinations=[{', '.join(COMBINATIONS)}]"
+    run(load_config(None, settings(shards, folder, "run.name=one", variants)))
     return folder / "one"
 
 
@@ -84,7 +89,7 @@ def result_of(directory: Path) -> dict[str, Any]:
 
 def test_a_cascade_leaves_all_that_is_promised(cascade: Path) -> None:
     result = result_of(cascade)
-    views = ["frozen", "self-masked", "conditional", "unconditional"]
+    views = ["frozen", "self-masked", *COMBINATIONS]
     assert list(result["views"]) == [*views, "frozen, whitened", "self-masked, whitened"]
     assert all(set(row) == {"knn5", "probe"} for row in result["views"].values())
     assert sum(result["clusters"]) == 96
@@ -113,6 +118,12 @@ def test_experts_start_from_the_dispatcher(cascade: Path) -> None:
     assert common > 0.8 * pruned[0], "what the dispatcher pruned is mostly pruned by the expert"
 
 
+def test_every_combination_can_be_asked_for() -> None:
+    assert get_args(Combining) == tuple(MODES)
+    with pytest.raises(ValueError, match=r"cascade\.combinations"):
+        load_config(None, ["cascade.combinations=[both]"])
+
+
 def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
     config = load_config(cascade / "config.yaml")
     backbone, (_, test) = build_backbone(config), open_data(config)
@@ -123,13 +134,14 @@ def test_the_file_alone_embeds_as_the_run_did(cascade: Path) -> None:
     clusters = torch.from_numpy(np.load(cascade / "router" / "test.npy"))
     assert torch.equal(loaded.route(batch.views[0]), clusters)
     assert len(clusters.unique()) == 2
-    for mode in ("conditional", "unconditional", "dispatcher"):
+    for mode in (*COMBINATIONS, "dispatcher"):
         stored = EmbeddingStore.open(cascade / "embeddings" / mode / "test").read_slice()
         found = loaded.embed(batch.views[0], mode=mode)
         assert torch.allclose(found, stored.features, atol=1e-4), mode
     frozen = EmbeddingStore.open(cascade / "embeddings" / "frozen" / "test").read_slice()
     assert torch.allclose(bank.embed(batch.views[0], None), frozen.features, atol=1e-6)
-    with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, dispatcher"):
+    assert loaded.embed(batch.views[0], mode="unconditional_concat").shape[1] == 3 * backbone.spec.dim
+    with pytest.raises(ValueError, match="no mode 'both'; it has conditional, unconditional, replace, "):
         loaded.embed(batch.views[0], mode="both")
     with pytest.raises(MaskFileError, match="no router: it is no cascade"):
         load_cascade(cascade / "dispatcher" / "final.mask", backbone.encoder)

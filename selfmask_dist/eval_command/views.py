@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfmask_dist import artifact
-from selfmask_dist.cascade_model import DISPATCHER
+from selfmask_dist.cascade_model import DISPATCHER, modes_of
 from selfmask_dist.config import Config
 from selfmask_dist.eval_command.weights import Weights
-
-MODES = ("conditional", "unconditional")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
     """In a run's folder the stores are the run's, known by the files that they were made with."""
     of_run = {
         DISPATCHER: path.parent / DISPATCHER / "final.mask",
-        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in MODES},
+        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in modes_of(file)},
     }
     made_with = {
         name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
@@ -62,7 +60,7 @@ def cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
     frozen = View("frozen, whitened", "frozen", whiten=True)
     return [
         masked,
-        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in MODES),
+        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in modes_of(file)),
         frozen,
         replace(masked, name="self-masked, whitened", whiten=True),
     ]

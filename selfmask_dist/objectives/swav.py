@@ -27,17 +27,14 @@ from torch.nn import functional as F
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
-from selfmask_dist.objectives.parts import at_least_float32, encode_views, linear
+from selfmask_dist.objectives.parts import Watch, at_least_float32, encode_views, linear
 from selfmask_dist.seeding import named_generator
 
 AllReduce = Callable[[Tensor], Tensor]
 
 # float64 holds exp((s - 1) / epsilon) for every s in -1 .. 1 down to here; the paper's epsilon is 0.05
 SMALLEST_EPSILON = 0.005
-_COLLAPSED = 0.999  # length of the mean unit embedding
 _JUMP = 1.25  # a loss that grows by this factor where the queue comes in
-_FLAT = 0.002  # a loss that stays as near, as a share, to that of an encoder that tells nothing apart ...
-_FLAT_LOGS = 3  # ... for so many logged means
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,13 @@ class Swav(Objective):
         self._queue_rows = 0  # pushed so far by all ranks; not a tensor: reading one would stop a GPU
         self._step = 0
         self._loss_before_queue: float | None = None
-        self._flat_logs = 0
-        self._told: set[str] = set()
+        self._has_told_jump = False
+        self._watch = Watch(
+            "SwAV",
+            trivial=math.log(options.num_prototypes),
+            advice="Lower swav.epsilon (0.02, 0.01), optim.score_lr or optim.head_lr, or raise "
+            "train.global_batch_size",
+        )
 
     # ---- a step
 
@@ -205,32 +207,18 @@ class Swav(Objective):
     def remarks(self, values: Mapping[str, float]) -> list[str]:
         """A collapse, a loss that says that nothing is learned, and a jump of the loss where the queue comes
         in; each is said once."""
-        found: dict[str, str] = {}
+        found = self._watch(values)
         loss, before = values["loss"], self._loss_before_queue
-        trivial = math.log(self.options.num_prototypes)
-        self._flat_logs = self._flat_logs + 1 if abs(loss - trivial) < _FLAT * trivial else 0
-        if self._flat_logs == _FLAT_LOGS:
-            found["flat"] = (
-                f"SwAV learns nothing: the loss stays at {trivial:.3f}, the log of the number of prototypes, "
-                "as if every image were as near to all of them. Lower swav.epsilon (0.02, 0.01)"
-            )
-        if (length := values["concentration"]) > _COLLAPSED:
-            found["collapse"] = (
-                f"SwAV collapsed: all embeddings point one way (mean length {length:.4f}, loss {loss:.3f}, "
-                f"log of the number of prototypes {trivial:.3f}). Lower "
-                "optim.score_lr or optim.head_lr, or raise train.global_batch_size"
-            )
         if not values["queue"]:
             self._loss_before_queue = loss
-        elif before is not None and loss > _JUMP * before:
-            found["jump"] = (
+        elif before is not None and loss > _JUMP * before and not self._has_told_jump:
+            self._has_told_jump = True
+            found.append(
                 f"the loss went from {before:.3f} to {loss:.3f} as the queue came in: its embeddings are of "
                 "older masks. A later swav.queue_start_epoch or a lower optim.score_lr changes them less; it "
                 "usually recovers"
             )
-        new = [text for key, text in found.items() if key not in self._told]
-        self._told |= set(found)
-        return new
+        return found
 
 
 class Prototypes(nn.Module):
