@@ -96,7 +96,7 @@ def _scan(
 
 def _guess(k: int, share: float) -> int:
     """The rank among that share of the bank whose similarity k rows of all the bank reach, near to certain:
-    of the k nearest, k * share are expected there, and more by five deviations in one case of a million.
+    of the k nearest, k * share are expected there, and hardly ever more by five deviations.
     """
     return min(k, math.ceil(k * share + 5 * math.sqrt(k * share * (1 - share)) + 2))
 
