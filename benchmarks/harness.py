@@ -201,9 +201,17 @@ def versions() -> dict[str, str]:
 
 
 def interleave(
-    fns: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 1
+    fns: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, in turns A B C A B C ..., so that a slow minute meets all of them alike."""
+    """Seconds of each call, in turns A B C A B C ..., so that a slow minute meets all of them alike.
+
+    Args:
+        clock: `time.thread_time` for work of one thread on a processor that others use as well.
+    """
     import torch
 
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -215,11 +223,11 @@ def interleave(
             gc.disable()  # a collection would land on whoever happens to be running
             for name, fn in fns.items():
                 synchronize()
-                start = time.perf_counter()
+                start = clock()
                 fn()
                 synchronize()
                 if turn >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
     finally:
         if was_enabled:
             gc.enable()

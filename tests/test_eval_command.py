@@ -82,10 +82,11 @@ def test_a_run_is_measured_from_stores_that_are_made_once(
     # once more, and every kind: no model, no picture
     monkeypatch.setattr(subject_module, "embed_to_store", _fail)
     monkeypatch.setattr(subject_module, "build_backbone", _fail)
-    assert main(["eval", str(a_run), "knn", "lowshot", "labelfree", "--k=5,20", "--tries=2"]) == 0
+    assert main(["eval", str(a_run), "knn", "lowshot", "labelfree", "--k=5,20", "--tries=2", "--c=10"]) == 0
     assert rows(a_run, "knn") == {row["name"]: row["values"] for row in found["rows"]}
     shots = result(a_run, "lowshot")
     assert shots["columns"] == ["10 %"]
+    assert shots["settings"]["c"] == 10
     assert shots["details"]["views"]["masked"]["10 %"]["labels_per_class"] == 2
     assert "less than one label per class: 4 %, 2 %, 1 %, 0.5 %, 0.25 %" in shots["notes"][0]
     assert rows(a_run, "labelfree")["frozen"]["frozen's 5 neighbours kept"] == 1
@@ -145,6 +146,58 @@ def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: 
     assert list(rows(tmp_path, "knn")) == ["frozen", "a", "b", "mean of embeddings"]
     assert list(rows(tmp_path, "probe")) == ["frozen", "a", "b", "mean of embeddings", "mean of logits"]
     assert main(["eval", *files, "knn"]) == 2
+
+
+@pytest.fixture(scope="module")
+def tuned(shards: Path) -> Path:
+    """Two fine-tuned runs beside `a` and `b`: `bias` (a part of the weights) and `all` of them."""
+    common = ("method=finetune", "objective.name=supervised", "optim.warmup_epochs=0", "optim.weight_lr=0.2")
+    for train in ("bias", "all"):
+        more = (*common, f"finetune.train={train}", f"run.name={train}", "train.epochs=2")
+        run(load_config(None, settings(shards, shards.parent, *more)))
+    return shards.parent
+
+
+@pytest.mark.parametrize("name", ["bias", "all"])
+def test_a_fine_tuned_run_gives_the_numbers_of_the_run(
+    tuned: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(tuned / name, tmp_path / name))
+    assert main(["eval", str(path), "knn", "--k=5"]) == 0
+    of_run = json.loads((path / "result.json").read_text())
+    stores = [chunks(path / "embeddings" / view) for view in ("frozen", "trained")]
+    assert stores[0].keys() == stores[1].keys()
+    assert stores[0] != stores[1]
+    assert rows(path, "knn")["frozen"]["knn5"] == of_run["frozen"]["knn5"]
+    assert rows(path, "knn")["fine-tuned"]["knn5"] == of_run["adapted"]["knn5"]
+    assert result(path, "knn")["backbone"]["fingerprint"] == of_run["fingerprint"]
+    monkeypatch.setattr(subject_module, "embed_to_store", _fail)
+    assert main(["eval", str(path), "knn", "--k=5"]) == 0
+
+
+def test_fine_tuned_runs_stand_beside_masks(finished: Path, tuned: Path, tmp_path: Path) -> None:
+    paths = [str(finished / name) for name in ("bias", "a", "all")]
+    assert main(["eval", *paths, "--out", str(tmp_path), "--k=5", "knn", "masks"]) == 0
+    assert list(rows(tmp_path, "knn")) == ["frozen", "bias", "a", "all", "mean of embeddings"]
+    assert list(rows(tmp_path, "masks")) == ["a"]
+    for name in ("bias", "all", "a"):
+        adapted = json.loads((finished / name / "result.json").read_text())["adapted"]
+        assert rows(tmp_path, "knn")[name]["knn5"] == adapted["knn5"]
+
+
+def test_weights_that_do_not_fit_are_refused(
+    finished: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(tuned / "bias", tmp_path / "bias"))
+    assert main(["eval", str(path), "knn", "seed=9"]) == 2
+    assert "finetuned.safetensors is of a backbone with fingerprint" in capsys.readouterr().err
+    result = json.loads((path / "result.json").read_text())
+    (path / "result.json").write_text(json.dumps(result | {"fingerprint": "0" * 64}))
+    assert main(["eval", str(path), str(finished / "a"), "knn", "--out", str(tmp_path / "out")]) == 2
+    assert "these are of different backbones" in capsys.readouterr().err
+    (path / "result.json").unlink()
+    assert main(["eval", str(path), "knn"]) == 2
+    assert "bias is not finished: it has finetuned.safetensors" in capsys.readouterr().err
 
 
 def test_what_masks_say_needs_no_images(finished: Path, tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from selfmask_dist import evals
 from selfmask_dist.evals import probe as probe_module
-from selfmask_dist.evals.local_search import nearest
 
 
 def brute_force(bank, queries, k):
@@ -250,23 +248,3 @@ def test_the_probe_names_bad_input():
         evals.linear_probe(features[:2], labels[:2], features, labels)
     with pytest.raises(ValueError, match="l2 must be strengths above 0"):
         evals.linear_probe(features, labels, features, labels, l2=(0.0, 1.0))
-
-
-@pytest.mark.parametrize("order", ["random", "rising", "falling", "tied"])
-@pytest.mark.parametrize("k", [1, 7, 40])
-def test_rows_passed_over_by_one_comparison_are_no_neighbours(order: str, k: int) -> None:
-    """Blocks of 16: what enters, what waits and what runs over, against a stable sort of everything."""
-    generator = torch.Generator().manual_seed(k)
-    bank, queries = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (203, 9))
-    if order == "tied":
-        bank, queries = bank.sign(), queries.sign()
-    bank, queries = (F.normalize(rows).float() for rows in (bank, queries))
-    if order in ("rising", "falling"):  # for the first query
-        bank = bank[(bank @ queries[0]).argsort(descending=order == "falling")]
-    ids = torch.arange(0, 406, 2)
-    sims, found = nearest(bank, ids, queries, k, block=16, precision="float32")
-    # one product for both, so that ties are ties
-    everything = torch.cat([queries @ F.normalize(rows).T for rows in bank.split(16)], dim=1)
-    wanted, places = everything.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(sims, wanted[:, :k])
-    assert torch.equal(found.long(), ids[places[:, :k]])

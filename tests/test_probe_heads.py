@@ -1,6 +1,7 @@
 """Probes, low-shot and label-free numbers: the same under any number of ranks, and what they promise."""
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from selfmask_dist import evals
-from selfmask_dist.evals.local_search import num_candidates
 from selfmask_dist.evals.low_shot import balanced_subset, labels_per_class
+from selfmask_dist.evals.probe import L2_GRID, held_out, prepare
 from selfmask_dist.parallel import World
 from tests.distributed import run_distributed
 
@@ -23,16 +24,59 @@ def digits(train=400, test=200):
     return features[:train], labels[:train], features[train:end], labels[train:end]
 
 
-FEW: dict[str, Any] = {"learning_rates": (0.1, 3.0), "weight_decays": (1e-6, 1e-4), "epochs": 10}
+FEW: dict[str, Any] = {"learning_rates": (0.1, 1.0), "weight_decays": (1e-3, 1e-1), "epochs": 40}
+
+
+def ill_conditioned():
+    """Most of what tells the classes apart is in directions of little variance, as in real embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1000) % 5
+    centers = 0.5 * torch.randn(5, 32, generator=generator)
+    turned = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    hidden = (torch.randn(1000, 32, generator=generator) + centers[labels]) * torch.logspace(0, -3, 32)
+    features = hidden @ turned + 5
+    return features[:500], labels[:500], features[500:], labels[500:]
+
+
+def optimum(train, train_labels, test, l2):
+    """scikit-learn's predictions, by Newton's method."""
+    train, test = prepare(train.double(), test.double(), True, evals.Alone())
+    model = LogisticRegression(C=1 / (len(train) * l2), tol=1e-8, max_iter=200, solver="newton-cholesky")
+    return torch.from_numpy(model.fit(train.numpy(), train_labels.numpy()).predict(test.numpy()))
+
+
+def test_heads_reach_the_optimum_of_ill_conditioned_embeddings():
+    train, train_labels, test, test_labels = ill_conditioned()
+    for l2 in (1e-5, 1e-3, 1e-1):
+        pair: dict[str, Any] = {"learning_rates": (1.0,), "weight_decays": (l2,)}
+        found = evals.probe_heads(train, train_labels, test, test_labels, **pair)
+        assert (found.predictions == optimum(train, train_labels, test, l2)).double().mean() >= 0.998
+    chosen = evals.probe_heads(train, train_labels, test, test_labels)
+    held = held_out(train_labels, None, 0.2, 0, evals.Alone())
+    fit = (train[~held], train_labels[~held], train[held])
+    right = {l2: int((optimum(*fit, l2) == train_labels[held]).sum()) for l2 in L2_GRID}
+    assert chosen.weight_decay == max(right, key=lambda l2: (right[l2], l2)), "the choice of `linear_probe`"
+    best = optimum(train, train_labels, test, chosen.weight_decay)
+    assert chosen.accuracy == pytest.approx(float((best == test_labels).double().mean()), abs=0.003)
+
+
+def test_in_small_batches_they_come_near_it():
+    train, train_labels, test, test_labels = digits()
+    pair: dict[str, Any] = {"learning_rates": (0.25,), "weight_decays": (1e-2,), "batch_size": 100}
+    found = evals.probe_heads(train, train_labels, test, test_labels, epochs=100, **pair)
+    assert (found.predictions == optimum(train, train_labels, test, 1e-2)).double().mean() > 0.97
 
 
 def test_many_heads_at_once_are_the_heads_one_by_one():
     parts = digits()
-    together = evals.probe_heads(*parts, **FEW, rungs=((1.0, 0.5),))
+    together = evals.probe_heads(*parts, **FEW)
     for lr, decay in itertools.product(FEW["learning_rates"], FEW["weight_decays"]):
+        # beside one that learns nothing and so does not go on
         pair = {**FEW, "learning_rates": (lr, 1e-9), "weight_decays": (decay,)}
-        alone = evals.probe_heads(*parts, **pair, rungs=((1.0, 0.5),))
-        assert together.validation[lr, decay] == alone.validation[lr, decay]
+        alone = evals.probe_heads(*parts, **pair)
+        if together.epochs[lr, decay] == alone.epochs[lr, decay]:
+            assert together.validation[lr, decay] == alone.validation[lr, decay]
+        assert alone.epochs[lr, decay] > alone.epochs[1e-9, decay]
     assert len(set(together.validation.values())) > 1
     best = {**FEW, "learning_rates": (together.lr,), "weight_decays": (together.weight_decay,)}
     final = evals.probe_heads(*parts, **best)
@@ -41,24 +85,33 @@ def test_many_heads_at_once_are_the_heads_one_by_one():
     assert final.accuracy == together.accuracy
 
 
-def test_the_race_keeps_the_better_heads_and_the_test_part_has_no_say():
+def test_rates_are_judged_by_their_loss_decays_by_held_out_samples_and_the_test_part_has_no_say():
     train, train_labels, test, test_labels = digits()
-    race: dict[str, Any] = {"rungs": ((1.0, 0.1), (0.5, 0.2), (0.25, 0.3)), "epochs": 20}
-    rates = (1e-5, 0.3, 3.0, 1e4)
-    result = evals.probe_heads(
-        train, train_labels, test, test_labels, learning_rates=rates, weight_decays=(1e-6,), **race
-    )
-    epochs = [result.epochs[rate, 1e-6] for rate in rates]
-    assert sorted(epochs) == [2, 2, 6, 12]
-    kept = max(result.epochs, key=lambda pair: result.epochs[pair])
-    assert kept == (result.lr, result.weight_decay)
-    assert result.lr in (0.3, 3.0), "neither the rate that learns nothing nor the one that diverges"
+    choice: dict[str, Any] = {
+        "learning_rates": (1e-5, 0.3, 1.0, 1e4),
+        "weight_decays": (1e-2, 1e3),
+        "tune": 0.1,
+        "choose": 0.5,
+        "epochs": 20,
+    }
+    result = evals.probe_heads(train, train_labels, test, test_labels, **choice)
+    for decay in choice["weight_decays"]:
+        epochs = [result.epochs[lr, decay] for lr in choice["learning_rates"]]
+        assert sorted(epochs) == [2, 2, 2, 12], "one of each decay goes on"
+        assert epochs[0] == epochs[3] == 2, "neither the rate that learns nothing nor the one that diverges"
+    assert result.weight_decay == 1e-2, "the other one leaves no weights"
+    assert result.epochs[result.lr, result.weight_decay] == 12
     wrong = (test_labels + 1) % 10
-    again = evals.probe_heads(
-        train, train_labels, test, wrong, learning_rates=rates, weight_decays=(1e-6,), **race
-    )
+    again = evals.probe_heads(train, train_labels, test, wrong, **choice)
     assert (again.validation, again.lr) == (result.validation, result.lr)
     assert torch.equal(again.predictions, result.predictions)
+
+
+def test_parts_of_a_batch_are_the_whole(monkeypatch):
+    parts = digits()
+    whole = evals.probe_heads(*parts, **FEW)
+    monkeypatch.setattr(sys.modules["selfmask_dist.evals.probe_heads"], "_LOGITS", 1000)
+    assert evals.probe_heads(*parts, **FEW).validation == whole.validation
 
 
 def test_fifty_heads_find_what_scikit_learn_finds():
@@ -171,27 +224,6 @@ def test_the_mean_embedding_is_of_unit_vectors():
         evals.mean_embedding([a, torch.ones(1, 3)])
 
 
-# ---- bf16 search
-
-
-@pytest.mark.parametrize("kind", ["random", "tied", "crowded"])
-def test_bf16_finds_the_neighbours_of_float32(generator, kind):
-    bank, queries, k = (
-        torch.randn(3000, 32, generator=generator),
-        torch.randn(40, 32, generator=generator),
-        20,
-    )
-    if kind == "tied":  # corners of a cube: 1 / 4 is exact in bf16 too
-        bank, queries = bank[:, :16].sign(), queries[:, :16].sign()
-        bank = bank[: num_candidates(k) + 5].repeat(9, 1)
-    elif kind == "crowded":  # all within the rounding of bf16: candidates cannot be told apart
-        bank = torch.randn(32, generator=generator) + 1e-3 * bank
-    sims, ids = evals.search(bank, queries, k=k)
-    bf16_sims, bf16_ids = evals.search(bank, queries, k=k, precision="bf16")
-    torch.testing.assert_close(sims, bf16_sims, atol=1e-6, rtol=0)
-    assert torch.equal(ids, bf16_ids)
-
-
 def test_bad_input_is_named():
     train, train_labels, test, test_labels = digits(100, 50)
     broken = train.clone()
@@ -210,5 +242,7 @@ def test_bad_input_is_named():
         evals.probe_heads(train, train_labels, test, test_labels, learning_rates=(0.0,))
     with pytest.raises(ValueError, match="shares above 0 and up to 1"):
         evals.low_shot(train, train_labels, ids, test, test_labels, shares=(1.5,))
+    with pytest.raises(ValueError, match="strength C above 0, got 0"):
+        evals.low_shot(train, train_labels, ids, test, test_labels, c=0)
     with pytest.raises(ValueError, match="embeddings hold NaN"):
         evals.measure_shape(broken)

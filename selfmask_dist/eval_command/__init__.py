@@ -1,7 +1,8 @@
 """`selfmask eval`: what masks are worth, from embeddings made once.
 
 command   words of the command line -> subject, kinds, table, files
-subject   a run, mask file or cascade -> views, and their embeddings in stores
+subject   a run, mask file or cascade -> its data, and embeddings in stores
+views     the ways to embed that its masks and weights are; `weights`: files of fine-tuned ones
 kinds     KINDS: name -> function(subject, options) -> Results; a new kind is an entry
 results   one JSON format for all kinds, and a table
 plots     lines and bars

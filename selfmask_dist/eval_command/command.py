@@ -14,8 +14,8 @@ EPILOG = """\
 kinds: knn, probe, lowshot, zeroshot, labelfree, all (the default: whatever the data and the backbone allow).
 
 A RUN is evaluated on its own data, and its embeddings and results stay in its folder. A mask file takes
-its backbone's settings from the config.yaml beside it, or from --config and key=value. Several masks of
-one backbone are compared, and their mean is measured as well; give --out then.
+its backbone's settings from the config.yaml beside it, or from --config and key=value. Several masks or
+fine-tuned runs of one backbone are compared, and their mean is measured as well; give --out then.
 """
 
 
@@ -44,7 +44,10 @@ def add_command(commands: Any) -> None:
         "--memory-mib", type=float, default=256, metavar="N", help="of the search in MiB (256)"
     )
     parser.add_argument("--tries", type=int, default=5, metavar="N", help="low-shot: draws of a share (5)")
-    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="probe by SGD: epochs (100)")
+    parser.add_argument(
+        "--c", type=float, default=1.0, help="low-shot: strength of regularisation as scikit-learn's C (1)"
+    )
+    parser.add_argument("--epochs", type=int, default=300, metavar="N", help="probe by SGD: epochs (300)")
     parser.set_defaults(command=_eval)
 
 
@@ -60,6 +63,7 @@ def _eval(options: argparse.Namespace) -> int:
         precision=options.precision,
         memory_mib=options.memory_mib,
         tries=options.tries,
+        c=options.c,
         epochs=options.epochs,
     )
     with join_world(config.engine.device, threads=config.engine.threads) as world:

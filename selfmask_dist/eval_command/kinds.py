@@ -17,18 +17,22 @@ from selfmask_dist.eval_command.subject import Subject
 from selfmask_dist.evals.global_knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
+from selfmask_dist.evals.probe_heads import EPOCHS
 from selfmask_dist.store import Rows
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line chooses. ks: none for the usual ones. memory_mib: of the search, in MiB."""
+    """What the command line chooses. ks: none for the usual ones. memory_mib: of the search. tries, c:
+    of low-shot. epochs: of the probes by SGD.
+    """
 
     ks: tuple[int, ...] = ()
     precision: Precision = "float32"
     memory_mib: float = 256
     tries: int = 5
-    epochs: int = 100
+    c: float = 1.0
+    epochs: int = EPOCHS
 
 
 def measure_knn(subject: Subject, options: Options) -> Results:
@@ -167,6 +171,7 @@ def measure_low_shot(subject: Subject, options: Options) -> Results:
             queries.features,
             queries.labels,
             tries=options.tries,
+            c=options.c,
             seed=subject.config.seed,
             ranks=subject.world,
         )
@@ -197,7 +202,12 @@ def measure_low_shot(subject: Subject, options: Options) -> Results:
         names,
         rows,
         baseline="frozen",
-        settings={"tries": options.tries, "shares": list(columns), "seed": subject.config.seed, "c": 1.0},
+        settings={
+            "tries": options.tries,
+            "shares": list(columns),
+            "seed": subject.config.seed,
+            "c": options.c,
+        },
         details={"views": details},
         notes=notes,
         plot=lambda path: draw_lines(

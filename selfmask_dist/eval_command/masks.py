@@ -10,7 +10,7 @@ def measure_masks(subject: Subject, _options: object) -> Results:
     """Share of weights switched off, in all and by kind of layer; of several masks, how alike they are."""
     if not subject.masks:
         raise UnavailableError("there is no mask")
-    found = masks(read_subjects(subject.paths))
+    found = masks(read_subjects(subject.mask_paths))
     kinds = list(dict.fromkeys(kind.name for mask in found.masks for kind in mask.kinds))
     rows = []
     for mask in found.masks:

@@ -1,4 +1,4 @@
-"""What is evaluated: a run, mask files of one backbone, or a cascade; its views and their embeddings.
+"""What is evaluated: runs, mask files of one backbone, or a cascade; its views and their embeddings.
 
     DIR/embeddings/<view>/{train,test}     stores: made once, found again by where they come from
 
@@ -9,10 +9,9 @@ something has to be embedded: a second evaluation takes no model at all. A casca
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,31 +24,15 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import fit_pca
-from selfmask_dist.cascade_model import DISPATCHER, Cascade, load_cascade, modes_of
+from selfmask_dist.cascade_model import Cascade, load_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
+from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
+from selfmask_dist.eval_command.weights import find_weights
 from selfmask_dist.parallel import World
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True)
-class View:
-    """One way to embed an image, by its name in tables.
-
-    folder: of its stores. mask: None for the frozen weights. mode: of a cascade's combination. made_with:
-    what its stores' provenance says of the mask. whiten: after a whitened PCA of the training embeddings.
-    members: the mean of these views' embeddings.
-    """
-
-    name: str
-    folder: str = ""
-    mask: artifact.Mask | None = None
-    mode: str | None = None
-    made_with: str = ""
-    whiten: bool = False
-    members: tuple[View, ...] = ()
 
 
 class Subject:
@@ -57,7 +40,7 @@ class Subject:
 
     Attributes:
         paths: as given. kind: run, cascade or mask. directory: where embeddings/ and eval/ go.
-        masks: of all files, by name; reading them builds no backbone.
+        masks: of all files, by name; reading them builds no backbone. mask_paths: of `paths`, those with any.
         views: the frozen one first.
     """
 
@@ -81,7 +64,9 @@ class Subject:
         self.directory = directory
         self.views = views
         self.masks = {view.name: view.mask for view in views if view.mask is not None}
+        self.mask_paths = [path for path in paths if str(mask_path(path)) in files]
         self._files = files
+        self._weights = [view.weights for view in views if view.weights is not None]
         self._report = report
         self._trusts_files = trusts_files
         self._ready: set[str] = set()
@@ -91,6 +76,8 @@ class Subject:
         name, fingerprint = self.config.backbone.name, ""
         for file in self._files.values():
             name, fingerprint = file.backbone or name, file.backbone_fingerprint
+        for weights in self._weights:
+            fingerprint = weights.backbone_fingerprint
         sections = self.config.data
         return {
             "subjects": [str(path) for path in self.paths],
@@ -235,11 +222,13 @@ class Subject:
     @cached_property
     def backbone(self) -> Backbone:
         backbone = build_backbone(self.config)
-        for path, file in self._files.items():
-            if file.backbone_fingerprint and file.backbone_fingerprint != backbone.spec.fingerprint:
+        made_for = [(path, file.backbone_fingerprint, file.backbone) for path, file in self._files.items()]
+        made_for += [(str(each.path), each.backbone_fingerprint, "") for each in self._weights]
+        for path, fingerprint, name in made_for:
+            if fingerprint and fingerprint != backbone.spec.fingerprint:
                 raise ValueError(
-                    f"{path} is of a backbone with fingerprint {file.backbone_fingerprint[:12]} "
-                    f"({file.backbone or 'not named'}), and {backbone.spec.name} as configured has "
+                    f"{path} is of a backbone with fingerprint {fingerprint[:12]} "
+                    f"({name or 'not named'}), and {backbone.spec.name} as configured has "
                     f"{backbone.spec.fingerprint[:12]}; give its settings with --config or backbone.*=..."
                 )
         backbone.encoder.to(self.world.device)
@@ -257,6 +246,11 @@ class Subject:
     def _encoder(self, view: View) -> Callable[[Tensor], Tensor]:
         if view.mode is not None:
             return partial(self._cascade.embed, mode=view.mode)
+        if view.weights is not None:
+            _ = self.backbone  # which tells whether they are of it
+            changed = build_backbone(self.config).encoder
+            view.weights.load(changed)
+            return partial(MaskBank(changed.to(self.world.device)).embed, names=None)
         name = None if view.mask is None else view.name
         if view.mask is not None and view.name not in self._bank:
             self._bank.add(view.name, view.mask)
@@ -302,83 +296,27 @@ def open_subject(
     report: Callable[[str], None],
     trusts_files: bool,
 ) -> Subject:
-    """What the paths name: one run, one cascade, or masks of one backbone.
+    """What the paths name: one run, one cascade, or masks and fine-tuned weights of one backbone.
 
     Raises:
-        ValueError: a folder that is no run, masks of different backbones, or several subjects and no `out`.
+        ValueError: a folder that is no run, different backbones, or several subjects and no `out`.
     """
     if len(paths) > 1 and out is None:
         raise ValueError("several subjects have no folder in common: give one with --out")
     directory = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
-    files = {str(found): artifact.read_mask_file(found) for path in paths if (found := _mask_path(path))}
-    if len({file.backbone_fingerprint for file in files.values()}) > 1:
-        raise ValueError(f"these masks are of different backbones: {', '.join(files)}")
+    files = {str(found): artifact.read_mask_file(found) for path in paths if (found := mask_path(path))}
+    weights = {p: there for p in paths if mask_path(p) is None and (there := find_weights(p))}
+    fingerprints = {file.backbone_fingerprint for file in files.values()}
+    if len(fingerprints | {each.backbone_fingerprint for each in weights.values()}) > 1:
+        raise ValueError(f"these are of different backbones: {', '.join([*files, *map(str, weights)])}")
     kind = "run" if paths[0].is_dir() else "mask"
     views = [View("frozen", "frozen")]
     first = next(iter(files.values()), None)
     if len(files) == 1 and first is not None and any(name.startswith("router.") for name in first.tensors):
         kind = "cascade"
-        views += _cascade_views(Path(next(iter(files))), first)
+        views += cascade_views(Path(next(iter(files))), first)
     else:
-        views += _mask_views(files, config, is_alone=len(paths) == 1)
-    if not files:
+        views += mask_views(paths, files, weights, config)
+    if not files and not weights:
         report(f"{paths[0]} holds no mask: only the frozen backbone is measured")
     return Subject(paths, kind, config, world, directory, files, views, report, trusts_files=trusts_files)
-
-
-def _mask_path(path: Path) -> Path | None:
-    """Where the mask of a run or a file is; None for a run without one."""
-    if not path.is_dir():
-        return path
-    if not (path / "config.yaml").exists():
-        raise ValueError(f"{path} is not a run: it has no config.yaml")
-    for name in ("cascade.mask", "final.mask"):
-        if (path / name).exists():
-            return path / name
-    if (path / DISPATCHER).exists():
-        raise ValueError(f"{path} is a cascade that is not finished: it has no cascade.mask yet")
-    return None
-
-
-def _cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
-    """In a run's folder the stores are the run's, known by the files that they were made with."""
-    of_run = {
-        DISPATCHER: path.parent / DISPATCHER / "final.mask",
-        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in modes_of(file)},
-    }
-    made_with = {
-        name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
-        for name, place in of_run.items()
-    }
-    masked = View("self-masked", DISPATCHER, mask=file.masks[DISPATCHER], made_with=made_with[DISPATCHER])
-    frozen = View("frozen, whitened", "frozen", whiten=True)
-    return [
-        masked,
-        *(View(mode, mode, mode=mode, made_with=made_with[mode]) for mode in modes_of(file)),
-        frozen,
-        replace(masked, name="self-masked, whitened", whiten=True),
-    ]
-
-
-def _mask_views(files: dict[str, artifact.MaskFile], config: Config, *, is_alone: bool) -> list[View]:
-    views: list[View] = []
-    for path, file in files.items():
-        for name, mask in file.masks.items():
-            is_only = is_alone and len(file.masks) == 1
-            kind = "masked" if config.objective.name == "supervised" else "self-masked"
-            place = Path(path)
-            title = place.parent.name if place.name == "final.mask" else place.stem
-            if len(file.masks) > 1:
-                title = f"{title}:{name}"
-            while title in {view.name for view in views}:
-                title += "'"
-            folder = "masked" if is_only else title.replace("/", "_").replace(":", "_")
-            made_with = _sha256(place) + (f" {name}" if len(file.masks) > 1 else "")
-            views.append(View(kind if is_only else title, folder, mask=mask, made_with=made_with))
-    if len(views) > 1:
-        views.append(View("mean of embeddings", members=tuple(views)))
-    return views
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -59,9 +59,11 @@ def low_shot(
         seed: of the draws.
 
     Raises:
-        ValueError: a share outside (0, 1], no try, or what `linear_probe` refuses.
+        ValueError: a share outside (0, 1], no try, `c` not above 0, or what `linear_probe` refuses.
     """
     ranks = ranks or Alone()
+    if not c > 0:
+        raise ValueError(f"low-shot takes a strength C above 0, got {c}")
     if not shares or min(shares) <= 0 or max(shares) > 1 or tries < 1:
         raise ValueError(f"low-shot takes shares above 0 and up to 1, and a try; got {shares} and {tries}")
     everyone = gather_labels(train_labels, train_ids, ranks).cpu()

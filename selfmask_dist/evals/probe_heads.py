@@ -1,13 +1,22 @@
 """Linear probes by SGD, one for each learning rate and weight decay, all in one pass over the embeddings.
 
     heads W (dim + 1, heads * classes):  one product X W for all logits, one X^T R for all gradients
-    race:     all heads for a few epochs, the better ones (on held-out samples) for more, ...
-    final:    the best pair alone, from zero, on all training samples; tested once
+    tune:     all heads for a moment; of each decay, the rate that came nearest to its minimum goes on
+    choose:   one head for each decay for longer; held-out samples choose the decay
+    final:    that pair alone, from zero, on all training samples; tested once
 
-One head alone costs the final fit. The race is what choosing costs on top: it is cut so short that it costs
-about as much again (`RUNGS`). Each rung is a cosine of its own down to zero, so that heads are compared at
-rest. Ranks hold parts of the samples; a batch is the same samples under any number of ranks, and the
-gradient is summed over them.
+One head alone costs the final fit. The first two are what choosing costs on top, and short enough to cost
+about as much again. A decay asks for a minimum, and a rate is a way to it: so rates are judged by the loss
+that they leave, and only decays by held-out samples.
+
+Embeddings have a few directions of large variance and many of little, in which plain SGD does not arrive. So
+features are turned into their principal components, of variances v, and a step in each is divided by
+
+    v / 2 + decay        at least the loss's curvature in that direction (Boehning 1992)
+
+The problem stays the same, `linear_probe`'s: turning changes no |W|. A rate means the same for every
+backbone, and with 1 and all samples no step can fail. Ranks hold parts of the samples; a batch is the same
+samples under any number of ranks, and the gradient is summed over them.
 """
 
 import itertools
@@ -16,15 +25,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from selfmask_dist.evals.probe import check_probe, held_out, prepare
+from selfmask_dist.evals.probe import L2_GRID, check_probe, held_out, prepare
 from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, share
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-WEIGHT_DECAYS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
-RUNGS = ((1.0, 0.01), (0.25, 0.02), (0.08, 0.06))  # (share of the heads, share of the final fit's epochs)
+# below 1 for batches that are a small part of the samples
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
+EPOCHS = 300
+TUNE, CHOOSE = 0.01, 0.12  # lengths, as shares of the final fit's epochs
 _MOMENTUM = 0.9
+_LEAST = 1e-7  # variances below it are rounding of float32
+_BATCH = 8192
+_LOGITS = 2**23  # at a time
 Pair = tuple[float, float]  # learning rate, weight decay
 
 
@@ -34,9 +48,9 @@ class HeadsResult:
 
     Attributes:
         accuracy: of the final fit on the test part, in [0, 1].
-        lr, weight_decay: the pair chosen; lr as given, for features of unit length (see `probe_heads`).
-        validation: accuracy of each pair on the held-out samples, where it was last in the race.
-        epochs: of each pair, in the race.
+        lr, weight_decay: the pair chosen (see the module's docstring for their units).
+        validation: accuracy of each pair on the held-out samples, where it was last.
+        epochs: of each pair, before the final fit.
         predictions: (this rank's test samples,) int64 class ids.
     """
 
@@ -55,10 +69,11 @@ def probe_heads(
     test_labels: Tensor,
     *,
     learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = WEIGHT_DECAYS,
-    epochs: int = 100,
+    weight_decays: Sequence[float] = L2_GRID,
+    epochs: int = EPOCHS,
     batch_size: int | None = None,
-    rungs: Sequence[tuple[float, float]] = RUNGS,
+    tune: float = TUNE,
+    choose: float = CHOOSE,
     validation_fraction: float = 0.2,
     seed: int = 0,
     ranks: Ranks | None = None,
@@ -66,14 +81,13 @@ def probe_heads(
 ) -> HeadsResult:
     """The best of len(learning_rates) * len(weight_decays) linear probes. Collective if `ranks` is.
 
-    Features are standardised, and divided by sqrt(dim) so that they have unit length on average and a
-    learning rate means the same for every backbone.
+    Features are standardised. A weight decay is `linear_probe`'s l2, chosen on the same held-out samples.
 
     Args:
         train, test, their labels, seed, ranks, train_ids: as in `linear_probe`.
         epochs: of the final fit.
-        batch_size: samples of a step, over all ranks; None for a fiftieth of them, from 16 to 1,024.
-        rungs: of the race: share of the heads that take part, and of `epochs` that each rung lasts.
+        batch_size: samples of a step, over all ranks; None for all of them, up to 8,192.
+        tune, choose: how long, as shares of `epochs`, all pairs are trained, and the best one of each decay.
 
     Raises:
         ValueError: as `linear_probe`; or no positive learning rate.
@@ -88,34 +102,42 @@ def probe_heads(
     classes = check_probe(train, train_labels, test, test_labels, ranks)
     targets = torch.searchsorted(classes, train_labels)
     ids = train_ids if train_ids is not None else torch.arange(len(train), device=train.device)
-    scale = train.shape[1] ** -0.5
     train, test = train.float(), test.float()
 
-    scores: dict[Pair, tuple[float, float]] = {}
+    validation: dict[Pair, float] = {}
     lengths: dict[Pair, int] = dict.fromkeys(pairs, 0)
+    best = pairs[0]
     if len(pairs) > 1:
         is_held_out = held_out(targets, ids, validation_fraction, seed, ranks)
-        fit, held = prepare(train[~is_held_out], train[is_held_out], True, ranks)
-        batches = _Batches(fit * scale, targets[~is_held_out], ids[~is_held_out], batch_size, seed, ranks)
-        heads = _Heads(pairs, train.shape[1], len(classes), train.device)
-        for kept, part in rungs:
-            heads = heads.best(max(1, round(kept * len(pairs))), scores)
-            length = max(1, round(part * epochs))
+        fit, held, variances = _components(train[~is_held_out], train[is_held_out], ranks)
+        fit_targets, held_targets = targets[~is_held_out], targets[is_held_out]
+        batches = _Batches(fit, fit_targets, ids[~is_held_out], batch_size, seed, ranks)
+        heads = _Heads(pairs, variances, len(classes))
+        for share_of_epochs in (tune, choose):
+            length = max(1, round(share_of_epochs * epochs))
             heads.train(batches, length)
-            found = heads.scores(held * scale, targets[is_held_out], ranks)
-            for pair, score in zip(heads.pairs, found, strict=True):
-                scores[pair], lengths[pair] = score, lengths[pair] + length
-        best = heads.best(1, scores).pairs[0]
-    else:
-        best = pairs[0]
+            for pair, score in zip(heads.pairs, heads.accuracies(held, held_targets, ranks), strict=True):
+                validation[pair], lengths[pair] = score, lengths[pair] + length
+            if share_of_epochs == tune:
+                heads = heads.best_of_each_decay(heads.losses(fit, fit_targets, ranks))
+        best = max(heads.pairs, key=lambda pair: (validation[pair], pair[1]))
 
-    fit, test = prepare(train, test, True, ranks)
-    final = _Heads([best], train.shape[1], len(classes), train.device)
-    final.train(_Batches(fit * scale, targets, ids, batch_size, seed, ranks), epochs)
-    predictions = classes[final.logits(test * scale)[:, 0].argmax(dim=1)]
+    fit, test, variances = _components(train, test, ranks)
+    final = _Heads([best], variances, len(classes))
+    final.train(_Batches(fit, targets, ids, batch_size, seed, ranks), epochs)
+    predictions = classes[final.logits(test)[:, 0].argmax(dim=1)]
     accuracy = share(predictions == test_labels, ranks)
-    validation = {pair: score[0] for pair, score in scores.items()}
     return HeadsResult(accuracy, *best, validation, lengths, predictions)
+
+
+def _components(fit: Tensor, other: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Both standardised and in the principal components of `fit` over all ranks, and its variances (dim,)."""
+    fit, other = prepare(fit, other, True, ranks)
+    double = fit.double()
+    sums = ranks.sum(torch.cat([double.T @ double, double.new_full((1, fit.shape[1]), len(fit))]))
+    variances, directions = torch.linalg.eigh(sums[:-1] / sums[-1, 0])
+    directions = directions.to(fit.dtype)
+    return fit @ directions, other @ directions, variances.clamp(min=0).to(fit.dtype)
 
 
 class _Batches:
@@ -135,7 +157,7 @@ class _Batches:
         # place of every id among this rank's rows, -1 where another rank has it
         used = gather_labels(torch.zeros_like(ids), ids, ranks) >= 0
         self._used = used.nonzero().flatten().cpu()
-        self._batch_size = batch_size or min(max(len(self._used) // 50, 16), 1024)
+        self._batch_size = batch_size or math.ceil(len(self._used) / math.ceil(len(self._used) / _BATCH))
         self._place = torch.full((len(used),), -1, dtype=torch.int64)
         self._place[ids.cpu()] = torch.arange(len(ids))
 
@@ -157,34 +179,31 @@ class _Batches:
 
 
 class _Heads:
-    """Heads side by side in one matrix, with their momentum."""
+    """Heads side by side in one matrix, for features without correlations, of these variances (dim,)."""
 
     def __init__(
-        self,
-        pairs: list[Pair],
-        dim: int,
-        num_classes: int,
-        device: torch.device,
-        weights: Tensor | None = None,
+        self, pairs: list[Pair], variances: Tensor, num_classes: int, weights: Tensor | None = None
     ) -> None:
         self.pairs = pairs
-        # the bias is the weight of a last feature of 1
-        self._weights = weights if weights is not None else torch.zeros(dim + 1, len(pairs), num_classes)
-        self._weights = self._weights.to(device)
-        lr, decay = torch.tensor(pairs, device=device).T[:, None, :, None]
-        self._lr, self._decay = lr, decay
+        self._variances = variances
+        # the bias is the weight of a last feature of 1, and is not decayed
+        shape = (len(variances) + 1, len(pairs), num_classes)
+        self._weights = variances.new_zeros(shape) if weights is None else weights
+        self._lr, self._decay = variances.new_tensor(pairs).T[:, None, :, None]
+        curvature = F.pad(variances, (0, 1), value=1.0)[:, None, None] / 2 + F.pad(
+            self._decay.expand(len(variances), -1, -1), (0, 0, 0, 0, 0, 1)
+        )
+        self._step = self._lr / curvature.clamp(min=_LEAST)
 
-    def best(self, count: int, scores: dict[Pair, tuple[float, float]]) -> "_Heads":
-        """The `count` heads of the largest scores; of equal ones the larger decay."""
-        if count >= len(self.pairs):
-            return self
-        pairs = self.pairs
-        order = sorted(range(len(pairs)), key=lambda i: (*scores[pairs[i]], pairs[i][1]), reverse=True)[
-            :count
-        ]
-        chosen = [pairs[i] for i in order]
-        dim, _, num_classes = self._weights.shape
-        return _Heads(chosen, dim - 1, num_classes, self._weights.device, self._weights[:, order])
+    def best_of_each_decay(self, losses: list[float]) -> "_Heads":
+        """Of each decay the head of the smallest loss."""
+        by_decay: dict[float, int] = {}
+        for index, (_, decay) in enumerate(self.pairs):
+            if decay not in by_decay or losses[index] < losses[by_decay[decay]]:
+                by_decay[decay] = index
+        chosen = list(by_decay.values())
+        weights = self._weights[:, chosen]
+        return _Heads([self.pairs[i] for i in chosen], self._variances, weights.shape[2], weights)
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, heads, classes)."""
@@ -192,30 +211,52 @@ class _Heads:
         return torch.addmm(flat[-1], features, flat[:-1]).view(len(features), *self._weights.shape[1:])
 
     def train(self, batches: _Batches, epochs: int) -> None:
-        """SGD with momentum under a cosine from each head's rate to 0."""
+        """SGD with Nesterov's momentum under a cosine from each head's rate to 0."""
         velocity = torch.zeros_like(self._weights)
         total, step = epochs * batches.steps, 0
         for _ in range(epochs):
             for features, targets, batch_size in batches.epoch():
-                residual = self.logits(features).softmax(dim=2)
-                residual[torch.arange(len(targets), device=targets.device), :, targets] -= 1
-                flat = residual.flatten(1)
-                gradient = torch.cat([features.T @ flat, flat.sum(dim=0, keepdim=True)]) / batch_size
-                gradient = batches.sum(gradient).view_as(velocity)
+                gradient = batches.sum(self._gradient(features, targets)) / batch_size
                 gradient[:-1] += self._decay * self._weights[:-1]
+                gradient *= self._step
                 velocity.mul_(_MOMENTUM).add_(gradient)
-                rate = self._lr * (0.5 * (1 + math.cos(math.pi * step / total)))
-                self._weights -= rate * velocity
+                rate = 0.5 * (1 + math.cos(math.pi * step / total))
+                self._weights -= rate * (gradient + _MOMENTUM * velocity)
                 step += 1
 
-    def scores(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[tuple[float, float]]:
-        """Accuracy of each head over all ranks' samples and, to tell equal ones apart, its log likelihood;
-        a head that diverged has 0 and -infinity.
-        """
-        log_p = self.logits(features).double().log_softmax(dim=2)
-        hits = (log_p.argmax(dim=2) == targets[:, None]).double().sum(dim=0)
-        likelihood = log_p.gather(2, targets[:, None, None].expand(-1, log_p.shape[1], 1)).sum(dim=(0, 2))
-        count = hits.new_tensor([len(targets)])
-        *sums, total = ranks.sum(torch.cat([hits, likelihood, count])).tolist()
-        both = zip(sums[: len(self.pairs)], sums[len(self.pairs) :], strict=True)
-        return [(h / total, p / total) if math.isfinite(p) else (0.0, -math.inf) for h, p in both]
+    def _gradient(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Of the sum of these samples' losses, without the decay."""
+        gradient = torch.zeros_like(self._weights)
+        flat = gradient.flatten(1)
+        for part, classes in self._parts(features, targets):
+            residual = self.logits(part).softmax(dim=2)
+            residual[torch.arange(len(part), device=part.device), :, classes] -= 1
+            flat[:-1].addmm_(part.T, residual.flatten(1))
+            flat[-1] += residual.flatten(1).sum(dim=0)
+        return gradient
+
+    def _parts(self, features: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        size = max(1, _LOGITS // self._weights[0].numel())
+        return zip(features.split(size), targets.split(size), strict=True)
+
+    def losses(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
+        """What each head's training minimises, over all ranks' samples; infinite where it diverged."""
+        sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
+        for part, classes in self._parts(features, targets):
+            log_p = self.logits(part).log_softmax(dim=2)
+            chosen = log_p.gather(2, classes[:, None, None].expand(-1, len(self.pairs), 1))
+            sums -= F.pad(chosen.squeeze(2).double().sum(dim=0), (0, 1), value=-len(part))
+        *losses, total = ranks.sum(sums).tolist()
+        penalties = (0.5 * self._decay * self._weights[:-1].square()).sum(dim=(0, 2)).tolist()
+        found = [loss / total + penalty for loss, penalty in zip(losses, penalties, strict=True)]
+        return [loss if math.isfinite(loss) else math.inf for loss in found]
+
+    def accuracies(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
+        """Of each head over all ranks' samples; 0 where it diverged."""
+        sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
+        for part, classes in self._parts(features, targets):
+            logits = self.logits(part)
+            hits = (logits.argmax(dim=2) == classes[:, None]) & logits.isfinite().all(dim=2)
+            sums += F.pad(hits.double().sum(dim=0), (0, 1), value=len(part))
+        *hits_of_all, total = ranks.sum(sums).tolist()
+        return [hits / total for hits in hits_of_all]

@@ -3,9 +3,9 @@
     each round:  a block of every rank's queries goes to all ranks; each rank finds the k nearest in its part
                  of the bank; these go by all_to_all to the query's owner, who keeps the k nearest of all
 
-Nothing is left to chance: of equal similarities the smaller id is the nearer neighbour. Similarities are
-float32. No rank holds more of the bank than its part, and what is computed at a time keeps to a bound in MiB.
-One process alone is the case of one rank.
+Nothing is left to chance: of equal similarities the smaller id is the nearer neighbour, and on a CPU
+similarities (float32) are the same bits under any number of ranks. No rank holds more of the bank than its
+part, and what is computed at a time keeps to a bound in MiB. One process alone is the case of one rank.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from selfmask_dist.evals.checks import check_features
 from selfmask_dist.evals.local_search import Precision, nearest
+from selfmask_dist.evals.neighbour_keys import decode, sort_rows
 from selfmask_dist.evals.ranks import Alone, Ranks, raise_together
 
 MEMORY_MIB = 256
@@ -60,14 +61,19 @@ class Plan:
             ValueError: the memory is too small for one query of each rank.
         """
         half = memory_mib * 2**20 / 2
-        # of a query: itself as sent, received and normalised in float32; its candidates while they are merged
-        per_query = dim * (2 * element_size + 8) + 120 * k
+        # of a query: itself as sent, received, normalised and rounded; its candidates while they are found,
+        # sorted and merged
+        per_query = dim * (2 * element_size + 10) + 128 * (k + 32)
         at_once = min(_MAX_QUERIES, int(half / per_query))
-        queries = min(at_once // num_ranks, max(1, math.ceil(num_queries / num_ranks)))
-        # of a row of the bank: itself as float32, twice; a similarity to each query
-        block = int(half / (8 * dim + 4 * max(1, queries) * num_ranks))
+        per_rank = max(1, math.ceil(num_queries / num_ranks))
+        most = min(at_once // num_ranks, per_rank)
+        # rounds of equal length: what the last one lacks would be sent as zeros
+        queries = math.ceil(per_rank / math.ceil(per_rank / most)) if most else 0
+        # of a row of the bank: itself as float32, twice, and rounded; of it and a query, a product and a
+        # comparison
+        block = int(half / (12 * dim + 5 * max(1, queries) * num_ranks))
         if queries < 1 or block < _MIN_BLOCK:
-            least = 2 * max(num_ranks * per_query, _MIN_BLOCK * (8 * dim + 4 * num_ranks)) / 2**20
+            least = 2 * max(num_ranks * per_query, _MIN_BLOCK * (12 * dim + 5 * num_ranks)) / 2**20
             raise ValueError(
                 f"memory_mib is {memory_mib:g}; {dim} dimensions, k = {k} and {num_ranks} ranks need at "
                 f"least {math.ceil(least)}"
@@ -81,7 +87,7 @@ class Plan:
             block,
             rounds,
             bank_bytes=part * dim * element_size,
-            work_bytes=queries * num_ranks * (per_query + 4 * block) + block * 8 * dim,
+            work_bytes=queries * num_ranks * (per_query + 5 * block) + block * 12 * dim,
             sent_bytes=away * (dim * element_size + k * 8),
         )
 
@@ -203,16 +209,11 @@ def _round(
     sent[: len(mine)] = mine
     everyone = ranks.all_to_all(sent.expand(ranks.size, *sent.shape)).flatten(0, 1)
     normalised = F.normalize(everyone.float())
-    sims, ids = nearest(bank, bank_ids, normalised, k, block=plan.block, precision=precision)
+    keys = nearest(bank, bank_ids, normalised, k, block=plan.block, precision=precision)
     del sent, everyone, normalised
-    shape = (ranks.size, plan.queries, k)
-    sims = ranks.all_to_all(sims.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
-    ids = ranks.all_to_all(ids.view(shape)).transpose(0, 1).flatten(1)[: len(mine)]
-    if ranks.size > 1:
-        ids, order = ids.sort(dim=1)
-        sims, order = sims.gather(1, order).sort(dim=1, descending=True, stable=True)
-        ids = ids.gather(1, order)
-    return sims[:, :k].contiguous(), ids[:, :k].long()
+    keys = ranks.all_to_all(keys.view(ranks.size, plan.queries, k)).transpose(0, 1).flatten(1)[: len(mine)]
+    sort_rows(keys)
+    return decode(keys[:, :k])
 
 
 def _without(query_ids: Tensor, sims: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
