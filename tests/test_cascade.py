@@ -70,6 +70,7 @@ def test_groups_that_cannot_be_are_refused() -> None:
 # ---- a whole run
 
 COMBINATIONS = ("conditional", "unconditional", "replace", "unconditional_concat")
+VARIANTS = f"cascade.combinations=[{', '.join(COMBINATIONS)}]"
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,7 @@ def cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cascade of one process, with the shards beside it."""
     folder = tmp_path_factory.mktemp("cascade")
     shards = write_shards(folder)
-    variants = f"cascade.combinations=[{', '.join(COMBINATIONS)}]"
-    run(load_config(None, settings(shards, folder, "run.name=one", variants)))
+    run(load_config(None, settings(shards, folder, "run.name=one", VARIANTS)))
     return folder / "one"
 
 
@@ -215,7 +215,7 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
 
 
 def test_parts_run_one_after_the_other_end_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
-    config = load_config(None, settings(cascade.parent / "shards", tmp_path, "run.name=parts"))
+    config = load_config(None, settings(cascade.parent / "shards", tmp_path, "run.name=parts", VARIANTS))
     with pytest.raises(ValueError, match="parts has no router yet; run the part router first"):
         run(config, part="expert-0")
     assert run(config, part="router") == {}
@@ -312,7 +312,7 @@ def _run_rank(overrides: list[str]) -> None:
 @pytest.mark.distributed
 def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_path: Path) -> None:
     shards = cascade.parent / "shards"
-    overrides = settings(shards, tmp_path, "run.name=two", "cascade.expert_groups=2")
+    overrides = settings(shards, tmp_path, "run.name=two", "cascade.expert_groups=2", VARIANTS)
     run_distributed(_run_rank, 2, overrides, backend="", timeout=120)
     two = tmp_path / "two"
     assert list(result_of(two)["views"]) == list(result_of(cascade)["views"])
