@@ -231,8 +231,7 @@ def rounding(run: Path) -> dict[str, float]:
     return found
 
 
-def main() -> int:
-    bench = Benchmark("cascade_real", __doc__)
+def _add_arguments(bench: Benchmark) -> None:
     bench.parser.add_argument("--dataset", choices=("digits", "grocery", "clothing"), default="digits")
     bench.parser.add_argument(
         "--data", type=Path, default=os.environ.get("SELFMASK_SHARED_DATA", DEFAULT_DATA)
@@ -261,6 +260,11 @@ def main() -> int:
     bench.parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over this benchmark's"
     )
+
+
+def main() -> int:
+    bench = Benchmark("cascade_real", __doc__)
+    _add_arguments(bench)
     options = bench.parse()
     if options.dataset != "digits" and not (options.data / WEIGHTS[options.backbone]).is_file():
         bench.skip(f"no weights and images at {options.data}; give their folder with --data")
