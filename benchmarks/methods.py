@@ -233,7 +233,8 @@ _HEADS = {
 _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware and versions stand in
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
-are of one CPU thread, medians of ratios to full fine-tuning's of the same round or seed. Rates: each row's
+are of one CPU thread, medians of ratios to full fine-tuning's of the same round or seed; where they come
+from the runs themselves, of a machine with other work, they are rough. Rates: each row's
 learning rates, the best of {tries} along one line on held-out training images
 (`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by
 how fast they learn: the table compares costs and shows that each works; it says nothing of their best. The

@@ -32,7 +32,7 @@ WANTED = {
     "random frozen weights": ("edge_popup_random", "edge_popup_kaiming"),
     "fixed masks": ("random_mask", "magnitude_mask"),
     "layer subsets": ("first_layers", "layers_by_name"),
-    "maskable fractions": ("maskable", "maskable_magnitude"),
+    "maskable fractions": ("maskable", "maskable_random"),
     "first scores": ("threshold", "score_init", "score_init_shuffled", "score_init_normal"),
     "movement": ("movement", "soft_movement", "movement_distilled", "block_movement"),
     "quantised": ("binary_connect", "twn", "ttq", "multi_prize", "multi_prize_binary"),

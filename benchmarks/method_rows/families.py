@@ -30,8 +30,8 @@ ROWS: tuple[Row, ...] = (
     ),
     config_row("maskable", _GROUP, f"{_PAPER}, appendix F", *_MASKS),
     config_row(
-        *("maskable_magnitude", _GROUP, f"{_PAPER}, appendix F", *_MASKS),
-        "mask.maskable_by=magnitude",
+        *("maskable_random", _GROUP, f"{_PAPER}, appendix F", *_MASKS),
+        "mask.maskable_by=random",
         config="maskable",
     ),
     config_row("score_init", _GROUP, _PAPER, *_MASKS),

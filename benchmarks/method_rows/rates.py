@@ -45,7 +45,7 @@ STARTS: dict[str, dict[str, float]] = {
     "first_layers": _SCORES,
     "layers_by_name": _SCORES,
     "maskable": _SCORES,
-    "maskable_magnitude": _SCORES,
+    "maskable_random": _SCORES,
     "score_init": _SCORES,
     "score_init_shuffled": _SCORES,
     "score_init_normal": _SCORES,
