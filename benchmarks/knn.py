@@ -239,7 +239,7 @@ def main() -> int:
     sizes = (5000, 1000, 128, 50) if options.quick else (50_000, 10_000, 512, 200)
     bench.figure("bank, queries, dim, k", list(sizes))
     measure_worlds(bench, sizes)
-    measure_times(bench, sizes, rounds=2 if options.quick else 3)
+    measure_times(bench, sizes, rounds=2 if options.quick else 7)
     plan = Plan.make(2_700_000, 100_000, 768, k=200, num_ranks=8, memory_mib=1024, element_size=2)
     bench.figure(
         "plan of 2.7 M x 100 k, dim 768, float16, on 8 ranks with 1 GiB",
