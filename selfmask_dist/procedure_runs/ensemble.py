@@ -5,12 +5,17 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.api import apply_masks
 from selfmask_dist.assembly import open_data
 from selfmask_dist.config import Config
 from selfmask_dist.life import Life
-from selfmask_dist.procedure_runs.chain import ENCODER, Chain, other_seed
-from selfmask_dist.procedure_runs.measuring import HEAD, embeddings, logits, open_classifier
+from selfmask_dist.procedure_runs.chain import Chain, other_seed
+from selfmask_dist.procedure_runs.measuring import (
+    HEAD,
+    adapted_encoder,
+    embeddings,
+    logits,
+    open_classifier,
+)
 from selfmask_dist.procedures import ensembles
 
 
@@ -56,11 +61,7 @@ def _measure(
     members, splits = [], []
     for name in names:
         network = open_classifier(of_member, sources[0].classes)
-        mask = chain.folder / name / "final.mask"
-        if mask.exists():
-            apply_masks(network.encoder, mask)
-        else:
-            network.encoder.load_state_dict(load_file(chain.folder / name / ENCODER))
+        network.encoder.load_state_dict(adapted_encoder(of_member, chain.folder / name))
         network.objective.load_state_dict(load_file(chain.folder / name / HEAD))
         network.to(life.world.device)
         train, test = (embeddings(config, network, source, life) for source in sources)

@@ -40,7 +40,8 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
             mask={"init_from": str(chain.folder / f"{task.name}-train")},
             procedure={"hold": str(codes)},
             train={"epochs": config.train.epochs * section.retrain},
-            optim={"warmup_epochs": config.optim.warmup_epochs * section.retrain},
+            # the head has learned by now
+            optim={"warmup_epochs": config.optim.warmup_epochs * section.retrain, "head_first_epochs": 0.0},
         )
         weights_path = str(chain.folder / f"{task.name}-retrain" / ENCODER)
         results.append(result["adapted"])
