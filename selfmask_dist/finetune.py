@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from selfmask_dist.masking.selection import is_fused_qkv, norm_parameters
@@ -28,6 +28,7 @@ Train = Literal["all", "bias", "norm", "lora"]
 EMBEDDING = ("patch_embed.*", "stem.*", "stem_*", "conv_stem.*", "conv1.*", "bn1.*", "ln_pre.*", "norm_pre.*")
 _LORA = ".lora_"  # in the names of what peft adds
 _METADATA = "finetune"
+CHANGED, WHOLE = "finetuned.safetensors", "encoder.safetensors"  # what a run leaves: of a part, of all
 
 
 def choose_weights(model: nn.Module, train: Train, *, freeze: Sequence[str] = ()) -> list[str]:
@@ -180,3 +181,20 @@ def load_changed(model: nn.Module, path: Path) -> list[str]:
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
     return list(tensors)
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Put what a fine-tuning run left onto the pretrained network, in place: the file `CHANGED` or `WHOLE`.
+
+    Raises:
+        ValueError: the file is of another network.
+    """
+    if path.name == CHANGED:
+        load_changed(model, path)
+        return
+    tensors, own = load_file(path), model.state_dict()
+    odd = sorted(tensors.keys() ^ own.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if odd:
+        raise ValueError(f"{path} is of another network: {', '.join(odd[:5])} do not fit")
+    model.load_state_dict(tensors)

@@ -12,7 +12,7 @@ from selfmask_dist.api import Masks, save_masks
 from selfmask_dist.assembly import Trained, lora_options
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.finetune import save_changed
+from selfmask_dist.finetune import CHANGED, WHOLE, save_changed
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
 
@@ -67,7 +67,7 @@ def _save_weights(config: Config, trained: Trained, engine: Engine, directory: P
     section, buffers = config.finetune, dict(engine.encoder.named_buffers())
     moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
     is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
-    path = directory / ("finetuned.safetensors" if is_part else "encoder.safetensors")
+    path = directory / (CHANGED if is_part else WHOLE)
     weights = engine.whole_weights({*trained.weights, *moved} if is_part else None)
     if engine.world.is_main and is_part:
         save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)

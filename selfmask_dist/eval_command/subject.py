@@ -29,6 +29,7 @@ from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
 from selfmask_dist.eval_command.weights import find_weights
+from selfmask_dist.finetune import load_trained
 from selfmask_dist.parallel import World
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
@@ -249,7 +250,7 @@ class Subject:
         if view.weights is not None:
             _ = self.backbone  # which tells whether they are of it
             changed = build_backbone(self.config).encoder
-            view.weights.load(changed)
+            load_trained(changed, view.weights.path)
             return partial(MaskBank(changed.to(self.world.device)).embed, names=None)
         name = None if view.mask is None else view.name
         if view.mask is not None and view.name not in self._bank:

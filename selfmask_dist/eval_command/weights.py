@@ -4,12 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import nn
-
-from selfmask_dist.finetune import load_changed
-
-CHANGED, WHOLE = "finetuned.safetensors", "encoder.safetensors"
+from selfmask_dist.finetune import CHANGED, WHOLE
 
 
 @dataclass(frozen=True)
@@ -19,21 +14,6 @@ class Weights:
     path: Path
     method: str
     backbone_fingerprint: str
-
-    def load(self, encoder: nn.Module) -> None:
-        """Put them onto the pretrained encoder, in place.
-
-        Raises:
-            ValueError: the file is of another network.
-        """
-        if self.path.name == CHANGED:
-            load_changed(encoder, self.path)
-            return
-        tensors, own = load_file(self.path), encoder.state_dict()
-        odd = sorted(tensors.keys() ^ own.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
-        if odd:
-            raise ValueError(f"{self.path} is of another network: {', '.join(odd[:5])} do not fit")
-        encoder.load_state_dict(tensors)
 
 
 def find_weights(run: Path) -> Weights | None:

@@ -25,7 +25,6 @@ from selfmask_dist.preempt import StopRequest
 from selfmask_dist.run_directory import run_path, write_json
 
 Tensors = dict[str, Tensor]
-ENCODER = "encoder.safetensors"  # what a finetune stage leaves
 
 
 class Chain:

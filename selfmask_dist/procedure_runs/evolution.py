@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.evaluation import Evaluation
+from selfmask_dist.finetune import WHOLE
 from selfmask_dist.life import Life
-from selfmask_dist.procedure_runs.chain import ENCODER, Chain, Tensors, other_seed
+from selfmask_dist.procedure_runs.chain import Chain, Tensors, other_seed
 from selfmask_dist.procedures import knowledge_evolution, packnet, slim, wise_ft
 
 
@@ -37,7 +38,7 @@ def run_evolution(chain: Chain) -> dict[str, Any]:
             )
             weights_path = str(path)
         result = chain.train(f"generation-{index}", backbone={"weights": weights_path})
-        last = load_file(chain.folder / f"generation-{index}" / ENCODER)
+        last = load_file(chain.folder / f"generation-{index}" / WHOLE)
         generations.append(result["adapted"])
     wise_ft.write(encoder, last)
     fit = encoder

@@ -6,7 +6,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from selfmask_dist.assembly import build_backbone
-from selfmask_dist.procedure_runs.chain import ENCODER, Chain, share_of
+from selfmask_dist.finetune import WHOLE
+from selfmask_dist.procedure_runs.chain import Chain, share_of
 from selfmask_dist.procedures import lottery, packnet
 
 
@@ -29,9 +30,9 @@ def run_lottery(chain: Chain) -> dict[str, Any]:
         result = chain.train(f"round-{index}", procedure={"hold": str(codes), **start})
         rounds.append({"left": share_of(mask), **result["adapted"]})
         if index < section.rounds:
-            end = load_file(chain.folder / f"round-{index}" / ENCODER)
+            end = load_file(chain.folder / f"round-{index}" / WHOLE)
             mask = lottery.prune(end, mask, section.prune, scope=section.scope)
-    at_k = load_file(chain.folder / "rewind" / ENCODER) if start else encoder.state_dict()
+    at_k = load_file(chain.folder / "rewind" / WHOLE) if start else encoder.state_dict()
     chain.once("ticket.safetensors", lottery.rewind, at_k, mask)
     total = sum(kept.numel() for kept in mask.values())
     num_kept = sum(int(kept.sum()) for kept in mask.values())

@@ -22,10 +22,10 @@ from selfmask_dist.config import Config
 from selfmask_dist.embed import Embeddings, embed
 from selfmask_dist.evals.ranks import share
 from selfmask_dist.evaluation import measure_knn, measure_probe
-from selfmask_dist.finetune import load_changed
+from selfmask_dist.finetune import CHANGED, WHOLE, load_trained
 from selfmask_dist.life import Life
 from selfmask_dist.objectives import Context, Objective
-from selfmask_dist.procedure_runs.chain import ENCODER, Tensors
+from selfmask_dist.procedure_runs.chain import Tensors
 
 HEAD = "head.safetensors"
 
@@ -51,7 +51,7 @@ def open_classifier(config: Config, classes: tuple[str, ...]) -> Classifier:
 
 def whole_state(run: Path) -> Tensors:
     """Encoder and head of a finished finetune run, by their names in `Classifier`."""
-    return name_parts(load_file(run / ENCODER), load_file(run / HEAD))
+    return name_parts(load_file(run / WHOLE), load_file(run / HEAD))
 
 
 def name_parts(encoder: Tensors, head: Tensors) -> Tensors:
@@ -71,10 +71,8 @@ def adapted_encoder(config: Config, run: Path) -> Tensors:
     encoder = build_backbone(config).encoder
     if (run / "final.mask").exists():
         apply_masks(encoder, run / "final.mask")
-    elif (run / "finetuned.safetensors").exists():
-        load_changed(encoder, run / "finetuned.safetensors")
     else:
-        encoder.load_state_dict(load_file(run / ENCODER))
+        load_trained(encoder, run / (CHANGED if (run / CHANGED).exists() else WHOLE))
     return dict(encoder.state_dict())
 
 

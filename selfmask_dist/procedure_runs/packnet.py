@@ -6,7 +6,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from selfmask_dist.assembly import build_backbone, open_data
-from selfmask_dist.procedure_runs.chain import ENCODER, Chain, class_tasks, mean_of, share_of
+from selfmask_dist.finetune import WHOLE
+from selfmask_dist.procedure_runs.chain import Chain, class_tasks, mean_of, share_of
 from selfmask_dist.procedures import packnet
 
 _OWNERS, _CODES = "owners.safetensors", "codes.safetensors"
@@ -29,7 +30,7 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
         }
         codes = chain.once(f"{task.name}/train-{_CODES}", packnet.train_codes, encoder, owners, number)
         chain.train(f"{task.name}-train", **common, procedure={"hold": str(codes)})
-        trained = load_file(chain.folder / f"{task.name}-train" / ENCODER)
+        trained = load_file(chain.folder / f"{task.name}-train" / WHOLE)
         owners = load_file(
             chain.once(f"{task.name}/{_OWNERS}", packnet.reserve, trained, owners, number, keep=section.keep)
         )
@@ -43,7 +44,7 @@ def run_packnet(chain: Chain) -> dict[str, Any]:
             # the head has learned by now
             optim={"warmup_epochs": config.optim.warmup_epochs * section.retrain, "head_first_epochs": 0.0},
         )
-        weights_path = str(chain.folder / f"{task.name}-retrain" / ENCODER)
+        weights_path = str(chain.folder / f"{task.name}-retrain" / WHOLE)
         results.append(result["adapted"])
         shares.append(share_of({name: owner != packnet.NOBODY for name, owner in owners.items()}))
     last = load_file(str(weights_path))
