@@ -6,7 +6,6 @@ The alpha is chosen on training images that were held out, and the whole curve i
 besides. Of a mask the line is W (1 - alpha + alpha a M): still one bit for each weight, and one number.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from safetensors.torch import load_file
 from selfmask_dist import data
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
+from selfmask_dist.evals import Alone
+from selfmask_dist.evals.probe import held_out
 from selfmask_dist.life import Life
 from selfmask_dist.procedure_runs.chain import Chain, Tensors
 from selfmask_dist.procedure_runs.measuring import (
@@ -31,7 +32,6 @@ from selfmask_dist.procedure_runs.measuring import (
     open_classifier,
 )
 from selfmask_dist.procedures import wise_ft
-from selfmask_dist.seeding import named_generator
 
 _STAGE = "adapted"
 
@@ -40,7 +40,8 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     """Adapt, measure the curve, choose; `chosen.safetensors` is the encoder at the alpha that was chosen."""
     config, section = chain.config, chain.config.procedure
     train, _ = open_data(config)
-    is_held_out = hold_out(train, section.held_out, seed=config.seed)
+    labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
+    is_held_out = held_out(labels, None, section.held_out, config.seed, Alone()).numpy()
     fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
@@ -67,24 +68,6 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
         # a mask and a number say all of the line's point
         "stored_bytes": run["mask"]["bytes"] + 8 if section.adapt == "mask" else path.stat().st_size,
     }
-
-
-def hold_out(train: data.Source, share: float, *, seed: int) -> npt.NDArray[np.bool_]:
-    """Which training images are held out, bool (n,): nearly that share of each class, and at least one.
-
-    Raises:
-        ValueError: a class has a single image, which cannot be on both sides.
-    """
-    order = torch.randperm(len(train), generator=named_generator(seed, "held out")).numpy()
-    is_held_out = np.zeros(len(train), dtype=bool)
-    for label, name in enumerate(train.classes):
-        of_class = order[train.labels[order] == label]
-        if len(of_class) == 1:
-            raise ValueError(
-                f"data.train has one image of {name}; one is needed to train on and one to choose alpha by"
-            )
-        is_held_out[of_class[: max(math.floor(share * len(of_class)), min(1, len(of_class)))]] = True
-    return is_held_out
 
 
 def choose_by(config: Config, *, num_neighbours: int) -> str:
