@@ -270,10 +270,15 @@ def _number_conflicts(config: Config) -> Iterator[Conflict]:
             f"optim.head_first_epochs ({first:g}) and optim.warmup_epochs ({warmup:g}) leave nothing of "
             f"train.epochs ({train.epochs:g})",
         )
-    if first and config.objective.name == "supervised" and config.objective.head == "clip_text":
+    headless = {
+        "supervised": ("objective.head", config.objective.head == "clip_text"),
+        "clip": ("clip.text", config.clip.text == "frozen"),
+    }
+    key, has_no_head = headless.get(config.objective.name, ("", False))
+    if first and has_no_head:
         yield Conflict(
-            ("optim.head_first_epochs", "objective.head"),
-            "optim.head_first_epochs: objective.head=clip_text has no head to train",
+            ("optim.head_first_epochs", key),
+            f"optim.head_first_epochs: with the text tower as it is ({key}) there is no head to train first",
         )
     if first and config.engine.name == "deepspeed":
         yield Conflict(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config
 from tests.distributed import run_distributed
-from tests.test_run import _run_rank, losses_of, run_here, settings, shards
+from tests.test_run import _run_rank, losses_of, metrics_of, run_here, settings, shards
 
 __all__ = ["shards"]  # the fixture
 
@@ -41,3 +41,18 @@ def test_finetuning_on_shards_equals_one_process(shards: Path, tmp_path: Path) -
     assert losses_of(tmp_path / "fsdp") == pytest.approx(losses_of(whole), rel=1e-4)
     sizes = [(folder / "encoder.safetensors").stat().st_size for folder in (tmp_path / "fsdp", whole)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.distributed
+def test_a_head_goes_first_on_shards_too(shards: Path, tmp_path: Path) -> None:
+    """An epoch in which masks wait, half of one in which they do not: as one process has it."""
+    common = settings(shards, tmp_path, "train.epochs=1.5", "optim.head_first_epochs=1", "optim.score_lr=50")
+    whole = run_here([*common, "run.name=whole"])
+    for name in ("fsdp", "bits"):
+        keys = [f"run.name={name}", f"engine.name={name}"]
+        run_distributed(_run_rank, 2, [*common, *keys], backend="", timeout=240)
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(whole), rel=1e-4)
+        flips = [[line["mask/flips"] for line in metrics_of(folder)] for folder in (tmp_path / name, whole)]
+        assert flips[0] == flips[1]
+        assert flips[0][:4] == [0, 0, 0, 0]
+        assert sum(flips[0]) > 0

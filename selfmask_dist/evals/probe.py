@@ -154,8 +154,8 @@ def held_out(targets: Tensor, ids: Tensor | None, fraction: float, seed: int, ra
         is_held_out[members[: max(count, 0)]] = True
     if not is_held_out.any():
         raise ValueError(
-            "every class has a single training sample, so none can be held out to choose by: give a single l2 "
-            "to a probe, more images to anything else"
+            "every class has a single training sample, so none can be held out to choose by: give a probe a "
+            "single l2, and anything else more images"
         )
     return is_held_out[ids]
 
