@@ -97,7 +97,8 @@ ROWS = [
         more=_parts("generations", "fit"),
     ),
     _row(
-        *("wise_ft", "Wortsman et al. 2022", *_WEIGHTS, "procedure.alphas=[0.0, 0.25, 0.5, 0.75, 1.0]"),
+        *("wise_ft", "Wortsman et al. 2022", *_WEIGHTS, "optim.warmup_epochs=1"),  # one whole training
+        "procedure.alphas=[0.0, 0.25, 0.5, 0.75, 1.0]",
         share=1.0,
         stage="adapted",
         more=_parts("alpha", "curve"),
