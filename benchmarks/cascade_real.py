@@ -36,10 +36,10 @@ from benchmarks.harness import Benchmark
 from selfmask_dist import apply_masks
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.cascade import Combination, fit_pca
-from selfmask_dist.config import load_config
+from selfmask_dist.config import Config, load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
-from selfmask_dist.embed import embed
+from selfmask_dist.embed import Embeddings, embed
 from selfmask_dist.evaluation import measure_knn, measure_probe
 from selfmask_dist.parallel import World
 from selfmask_dist.run import run
@@ -190,17 +190,24 @@ def validate(bench: Benchmark, base: list[str], options: Any, folder: Path) -> N
     bench.figure("epochs", options.epochs)
 
 
+def embed_splits(config: Config, mask_path: Path | None = None) -> list[Embeddings]:
+    """Train and test under a mask, or as the backbone is."""
+    backbone, parts = build_backbone(config), []
+    if mask_path is not None:
+        apply_masks(backbone.encoder, mask_path)
+    for source in open_data(config):
+        loader = eval_loader(source, eval_transform(backbone.spec.preprocessing), batch_size=64)
+        parts.append(embed(backbone.encoder, loader, world=World()))
+    return parts
+
+
 def trained_on(overrides: list[str], cascade: Path) -> dict[str, dict[str, float]]:
     """The dispatcher trained on for as long as an expert, on all images: what more steps alone would give."""
     own = ["method=mask", f"mask.init_from={cascade / 'dispatcher'}", f"run.name={cascade.name}-trained-on"]
     own += ["optim.head_first_epochs=0", "eval.frozen_baseline=false"]
     config = load_config(None, [*overrides, *own])
     plain = run(config)["adapted"]
-    backbone, world, parts = build_backbone(config), World(), []
-    apply_masks(backbone.encoder, run_path(config) / "final.mask")
-    for source in open_data(config):
-        loader = eval_loader(source, eval_transform(backbone.spec.preprocessing), batch_size=64)
-        parts.append(embed(backbone.encoder, loader, world=world))
+    world, parts = World(), embed_splits(config, run_path(config) / "final.mask")
     bank = parts[0].features
     pca = fit_pca([bank], num_components=bank.shape[1], at_most=True)
     train, test = (replace(part, features=pca.transform(part.features, whiten=True)) for part in parts)

@@ -18,27 +18,18 @@ from typing import Any
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.cascade_real import BACKBONES, WEIGHTS, digits_settings, photo_settings
+from benchmarks.cascade_real import BACKBONES, WEIGHTS, digits_settings, embed_splits, photo_settings
 from benchmarks.harness import Benchmark, interleave
 from selfmask_dist import cli, evals
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import load_config
-from selfmask_dist.data import eval_loader, eval_transform
-from selfmask_dist.embed import embed
 from selfmask_dist.evals.probe import prepare
-from selfmask_dist.parallel import World
 from selfmask_dist.run import run
 
 
 def embeddings(settings: list[str]) -> tuple[Any, Any, Any, Any]:
     """Frozen embeddings and labels of both splits."""
-    config = load_config(None, settings)
-    backbone, parts = build_backbone(config), []
-    for source in open_data(config):
-        loader = eval_loader(source, eval_transform(backbone.spec.preprocessing), batch_size=64)
-        found = embed(backbone.encoder, loader, world=World())
-        parts += [found.features, found.labels]
-    return parts[0], parts[1], parts[2], parts[3]
+    train, test = embed_splits(load_config(None, settings))
+    return train.features, train.labels, test.features, test.labels
 
 
 def measure(
