@@ -91,7 +91,9 @@ def test_the_best_try_is_kept_and_the_others_are_told(
     assert rates.chosen("digits", "threshold") == rates.tries("threshold")[1.0], "untuned: where it starts"
     rates.save("digits", "threshold", {low: 0.5, middle: 0.6, high: 0.7, highest: 0.7})
     assert rates.chosen("digits", "threshold") == rates.tries("threshold")[high], "of equal ones the first"
-    assert rates.chosen("groceries", "threshold") == ("optim.score_lr=50",), "a tenth of the digits'"
+    assert rates.chosen("groceries", "threshold") == ("optim.score_lr=10",), (
+        "a tenth of where the line starts"
+    )
     assert rates.score({"knn20": 0.5, "head": 0.7, "probe": 1.0}) == pytest.approx(0.6)
     assert rates.score({"knn20": 0.5, "head": None}) == 0.5
 

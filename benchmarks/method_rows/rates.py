@@ -21,7 +21,7 @@ _ADAMW = {_WEIGHT: 0.005}
 _BOTH = {_SCORE: 10.0, _WEIGHT: 0.01}
 _CHAIN = {_WEIGHT: 0.05}
 
-# rates of another setting, relative to those of the digits, for rows that are not tuned there
+# rates of another setting, relative to `STARTS`, for rows that are not tuned there
 CARRIED = {"groceries": {_SCORE: 0.1, _WEIGHT: 0.2, _HEAD: 1.0}}
 
 # the middle of each row's line; rows that train nothing are not here
@@ -97,14 +97,12 @@ def table() -> dict[str, dict[str, Any]]:
 
 
 def chosen(setting: str, row: str) -> tuple[str, ...]:
-    """The overrides that tuning chose for a row; where it did not run, the first setting's, carried over."""
-    known = table()
-    if found := known.get(setting, {}).get(row):
+    """The overrides that tuning chose for a row; without it, where its line starts, carried over."""
+    if found := table().get(setting, {}).get(row):
         return tuple(found["rates"])
-    if setting in CARRIED:
-        pairs = (rate.split("=") for rate in chosen("digits", row))
-        return tuple(f"{key}={float(rate) * CARRIED[setting][key]:.3g}" for key, rate in pairs)
-    return tries(row).get(1.0, ())
+    relative = CARRIED.get(setting, {})
+    # not what the digits chose: their small network bears rates that destroy a larger one
+    return tuple(f"{key}={rate * relative.get(key, 1):.3g}" for key, rate in STARTS.get(row, {}).items())
 
 
 def save(setting: str, row: str, scores: Mapping[float, float]) -> None:
