@@ -202,10 +202,12 @@ def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
         "--output=/dev/null",
     ]
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
-    _wait(lambda: job_state(higher) == "RUNNING", seconds)
-    for job in jobs:
-        wait_for_state(job, "PENDING", seconds)
-    _run("scancel", higher)
+    try:
+        _wait(lambda: job_state(higher) == "RUNNING", seconds)
+        for job in jobs:
+            wait_for_state(job, "PENDING", seconds)
+    finally:  # else every test that follows finds the nodes taken
+        _run("scancel", higher)
     start_again(*jobs, seconds=seconds)
 
 

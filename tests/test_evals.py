@@ -244,7 +244,7 @@ def test_the_probe_names_bad_input():
         evals.linear_probe(features, labels, features * torch.nan, labels)
     with pytest.raises(ValueError, match="train_labels must have shape"):
         evals.linear_probe(features, labels[:-1], features, labels)
-    with pytest.raises(ValueError, match="give a single l2"):
+    with pytest.raises(ValueError, match="give a probe a single l2"):
         evals.linear_probe(features[:2], labels[:2], features, labels)
     with pytest.raises(ValueError, match="l2 must be strengths above 0"):
         evals.linear_probe(features, labels, features, labels, l2=(0.0, 1.0))
