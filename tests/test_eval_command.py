@@ -150,15 +150,15 @@ def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def tuned(shards: Path) -> Path:
-    """Two fine-tuned runs beside `a` and `b`: `bias` (a part of the weights) and `all` of them."""
+    """Fine-tuned runs beside `a` and `b`: a part of the weights, all of them, low-rank additions."""
     common = ("method=finetune", "objective.name=supervised", "optim.warmup_epochs=0", "optim.weight_lr=0.2")
-    for train in ("bias", "all"):
+    for train in ("bias", "all", "lora"):
         more = (*common, f"finetune.train={train}", f"run.name={train}", "train.epochs=2")
         run(load_config(None, settings(shards, shards.parent, *more)))
     return shards.parent
 
 
-@pytest.mark.parametrize("name", ["bias", "all"])
+@pytest.mark.parametrize("name", ["bias", "all", "lora"])
 def test_a_fine_tuned_run_gives_the_numbers_of_the_run(
     tuned: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,11 +176,11 @@ def test_a_fine_tuned_run_gives_the_numbers_of_the_run(
 
 
 def test_fine_tuned_runs_stand_beside_masks(finished: Path, tuned: Path, tmp_path: Path) -> None:
-    paths = [str(finished / name) for name in ("bias", "a", "all")]
+    paths = [str(finished / name) for name in ("bias", "a", "lora", "all")]
     assert main(["eval", *paths, "--out", str(tmp_path), "--k=5", "knn", "masks"]) == 0
-    assert list(rows(tmp_path, "knn")) == ["frozen", "bias", "a", "all", "mean of embeddings"]
+    assert list(rows(tmp_path, "knn")) == ["frozen", "bias", "a", "lora", "all", "mean of embeddings"]
     assert list(rows(tmp_path, "masks")) == ["a"]
-    for name in ("bias", "all", "a"):
+    for name in ("bias", "lora", "all", "a"):
         adapted = json.loads((finished / name / "result.json").read_text())["adapted"]
         assert rows(tmp_path, "knn")[name]["knn5"] == adapted["knn5"]
 
