@@ -118,7 +118,9 @@ def resnet(model: nn.Module) -> Spec:
 
 
 def vit(model: nn.Module) -> Spec:
-    """The residual stream (where a classifier follows), and each block's heads and hidden units."""
+    """The residual stream (where a classifier follows), each block's heads and what is in them, and its
+    hidden units.
+    """
     groups, parameters = [], dict(model.named_parameters())
     width = parameters["patch_embed.proj.weight"].shape[0]
     stream = [*_out(model, "patch_embed.proj")]
@@ -126,12 +128,7 @@ def vit(model: nn.Module) -> Spec:
     stream += _norm(model, ["norm_pre"])
     block = ""
     for block in (f"blocks.{name}" for name, _ in _children(model, "blocks")):
-        heads = _size(model, f"{block}.attn", "num_heads")
-        wide = _size(model, f"{block}.attn.proj", "in_features") // heads
-        qkv = [Axis(axis.tensor, 0, 3, wide) for axis in _out(model, f"{block}.attn.qkv")]
-        out = Axis(f"{block}.attn.proj.weight", 1, 1, wide)
-        seen = Probe(f"{block}.attn.proj", -1, is_input=True, after=wide)
-        groups.append(Group(f"heads {block}", heads, (*qkv, out), seen))
+        groups += _attention(model, f"{block}.attn")
         hidden = (*_out(model, f"{block}.mlp.fc1"), *_norm(model, [f"{block}.mlp.norm"]))
         axes = (*hidden, Axis(f"{block}.mlp.fc2.weight", 1))
         size = _size(model, f"{block}.mlp.fc1", "out_features")
@@ -149,6 +146,32 @@ def vit(model: nn.Module) -> Spec:
         stream.append(Axis("head.weight", 1))
         groups.insert(0, Group("stream", width, tuple(stream), Probe(block, -1)))
     return tuple(groups)
+
+
+def _attention(model: nn.Module, attention: str) -> list[Group]:
+    """Heads, and within each its queries with their keys, and its values."""
+    heads = _size(model, attention, "num_heads")
+    size = _size(model, f"{attention}.proj", "in_features")
+    # scales of normalised queries and keys are shared by all heads: there heads change places as they are
+    width = size // heads if f"{attention}.q_norm.weight" in model.state_dict() else 1
+    tensors = [axis.tensor for axis in _out(model, f"{attention}.qkv")]
+    queries = Group(
+        f"queries {attention}",
+        size // width,
+        tuple(Axis(tensor, 0, before=2, after=width, start=0) for tensor in tensors),
+        Probe(f"{attention}.qkv", -1, before=2, after=width, start=0),
+        blocks=heads,
+        order=f"heads {attention}",
+    )
+    values = Group(
+        f"values {attention}",
+        size,
+        (*(Axis(tensor, 0, start=2 * size) for tensor in tensors), Axis(f"{attention}.proj.weight", 1)),
+        Probe(f"{attention}.proj", -1, is_input=True),
+        blocks=heads,
+        order=queries.order,
+    )
+    return [queries, values]
 
 
 def _stream_probe(module: nn.Module, block: str) -> Probe:

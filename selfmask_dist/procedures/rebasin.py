@@ -39,24 +39,20 @@ def match_weights(
     """
     check_same(first, second)
     generator = torch.Generator().manual_seed(seed)
-    found = permutation.identity(spec)
+    found, sets = permutation.identity(spec), permutation.together(spec)
     for _ in range(_MAX_ROUNDS):
         is_better = False
-        for index in torch.randperm(len(spec), generator=generator).tolist():
-            group = spec[index]
-            others = permutation.apply(*_near(second, spec, group), found, leave_out=group.name)
-            gain = sum(
-                permutation.rows(first, group, axis).double()
-                @ permutation.rows(others, group, axis).double().T
-                for axis in group.axes
-                if not _is_statistic(axis.tensor)
-            )
-            assert isinstance(gain, Tensor)
-            best = _assign(gain)
-            units = torch.arange(group.size)
+        for index in torch.randperm(len(sets), generator=generator).tolist():
+            groups = sets[index]
+            chosen = {group.name: found[group.name] for group in groups}
+            others = permutation.apply(*_near(second, spec, groups), found, leave_out=chosen)
+            gains = [_gain(first, others, group) for group in groups]
+            best = _assign(gains, groups[0].blocks)
+            more = _total(gains, best) - _total(gains, list(chosen.values()))
             # by more than rounding, or two equal optima would change places for ever
-            if gain[units, best].sum() > gain[units, found[group.name]].sum() + 1e-9 * gain.abs().max():
-                found[group.name], is_better = best, True
+            if more > 1e-9 * max(float(gain.abs().max()) for gain in gains):
+                found |= dict(zip(chosen, best, strict=True))
+                is_better = True
         if not is_better:
             break
     return found
@@ -81,7 +77,12 @@ def match_activations(
             second(batch)
             for group in spec:
                 totals[group.name].add(seen_first[group.name], seen_second[group.name])
-    return {name: _assign(moments.correlation()) for name, moments in totals.items()}
+    found: Permutations = {}
+    for groups in permutation.together(spec):
+        correlations = [totals[group.name].correlation() for group in groups]
+        best = _assign(correlations, groups[0].blocks)
+        found |= {group.name: order for group, order in zip(groups, best, strict=True)}
+    return found
 
 
 def loss_barrier(
@@ -136,11 +137,21 @@ def _batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-def _near(state: Mapping[str, Tensor], spec: Spec, group: Group) -> tuple[dict[str, Tensor], Spec]:
-    """The tensors that a group indexes, and what permutes them."""
-    names = {axis.tensor for axis in group.axes}
+def _near(state: Mapping[str, Tensor], spec: Spec, groups: Sequence[Group]) -> tuple[dict[str, Tensor], Spec]:
+    """The tensors that groups index, and what permutes them."""
+    names = {axis.tensor for group in groups for axis in group.axes}
     touching = tuple(replace(g, axes=tuple(a for a in g.axes if a.tensor in names)) for g in spec)
     return {name: state[name] for name in names}, touching
+
+
+def _gain(first: Mapping[str, Tensor], second: Mapping[str, Tensor], group: Group) -> Tensor:
+    """What it adds to the inner product of two networks that unit i of one stands by unit j of the other."""
+    gain = torch.zeros(group.size, group.size, dtype=torch.float64)
+    for axis in group.axes:
+        if not _is_statistic(axis.tensor):
+            one, other = (permutation.rows(state, group, axis).double() for state in (first, second))
+            gain += one @ other.T
+    return gain
 
 
 class _Moments:
@@ -178,9 +189,9 @@ def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
 
         def look(module: nn.Module, inputs: Any, output: Any = None, group: Group = group) -> None:
             value = inputs[0] if group.probe.is_input else output
-            units = value.detach().movedim(group.probe.dim, 0).unflatten(0, (group.size, group.probe.after))
+            units = permutation.activations(value.detach(), group)
             # a copy: activations that work in place would change it
-            seen[group.name] = units.reshape(group.size, -1).to("cpu", torch.float64, copy=True)
+            seen[group.name] = units.to("cpu", torch.float64, copy=True)
 
         module = model.get_submodule(group.probe.module)
         register = module.register_forward_pre_hook if group.probe.is_input else module.register_forward_hook
@@ -195,9 +206,34 @@ def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _assign(gain: Tensor) -> Tensor:
-    """perm with the largest sum of gain[i, perm[i]]."""
+def _assign(gains: Sequence[Tensor], blocks: int) -> list[Tensor]:
+    """For each gain (units, units) the perm of a group, which together have the largest sum of
+    gain[i, perm[i]]: the best within every pair of blocks, then the best pairs.
+    """
+    sizes = [gain.shape[0] // blocks for gain in gains]
+    within = [
+        [[_best(gain[i * n : i * n + n, j * n : j * n + n]) for j in range(blocks)] for i in range(blocks)]
+        for gain, n in zip(gains, sizes, strict=True)
+    ]
+    pairs = torch.zeros(blocks, blocks, dtype=torch.float64)
+    for gain, n, best in zip(gains, sizes, within, strict=True):
+        units = torch.arange(n)
+        for i in range(blocks):
+            for j in range(blocks):
+                pairs[i, j] += gain[i * n + units, j * n + best[i][j]].sum()
+    order = _best(pairs).tolist()
+    return [
+        torch.cat([j * n + best[i][j] for i, j in enumerate(order)])
+        for n, best in zip(sizes, within, strict=True)
+    ]
+
+
+def _best(gain: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+
+
+def _total(gains: Sequence[Tensor], permutations: Sequence[Tensor]) -> float:
+    return sum(float(g[torch.arange(len(p)), p].sum()) for g, p in zip(gains, permutations, strict=True))
 
 
 def _is_statistic(name: str) -> bool:
