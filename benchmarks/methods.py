@@ -228,7 +228,9 @@ _HEADS = {
     "{seeds} seed(s). CLIP and SLIP: a CLIP model of about that size, trained on digits 0-4 with captions; "
     "its text tower stays frozen.",
     "groceries": "ViT-tiny, ImageNet weights, {photo_size} px, {photo_epochs:g} epochs, {photo_seeds} "
-    "seed(s). CLIP and SLIP: the same ViT-tiny beside a text tower that is trained from random weights.",
+    "seed(s). CLIP and SLIP: the same ViT-tiny beside a text tower that is trained from random weights. Rows "
+    "that `rates.json` has no rates of photographs for are not tuned: they have the middle of their line, "
+    "scores' rates times 0.1 and weights' times 0.2.",
 }
 _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware and versions stand in
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
