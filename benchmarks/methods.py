@@ -8,7 +8,7 @@ once.
 
     python benchmarks/methods.py [--quick] [--data DIR] [--seeds 3] [--jobs 2] [--only NAME ...] --json
     python benchmarks/methods.py --tune digits [--only NAME ...]
-    python benchmarks/methods.py --steps --work DIR       # one round of step times, for a later table
+    python benchmarks/methods.py --steps digits --work DIR       # a round of step times, for a later table
 
 Step times need a machine without other work: `--steps` runs a few steps of every row, full fine-tuning's
 again and again between them, and adds a round to those in DIR. Without rounds the table has what the runs
@@ -184,7 +184,7 @@ def main() -> int:
     bench.parser.add_argument("--photo-seeds", type=int, default=1)
     bench.parser.add_argument("--photo-size", type=int, default=64, help="pixels of the photographs")
     bench.parser.add_argument("--tune", choices=tuple(_TITLES), help="choose learning rates and do no more")
-    bench.parser.add_argument("--steps", action="store_true", help="add a round of step times to --work")
+    bench.parser.add_argument("--steps", choices=tuple(_TITLES), help="add a round of step times to --work")
     bench.parser.add_argument(
         "--work", type=Path, help="folder that keeps outcomes; a second start goes on there"
     )
@@ -194,8 +194,8 @@ def main() -> int:
     names = options.only or [row.name for row in ROWS]
     if unknown := sorted(set(names) - {row.name for row in ROWS}):
         bench.parser.error(f"no row {unknown[0]!r}; there are {', '.join(row.name for row in ROWS)}")
-    if options.tune == "groceries" and options.data is None:
-        bench.parser.error("--tune groceries needs --data")
+    if "groceries" in (options.tune, options.steps) and options.data is None:
+        bench.parser.error("groceries need --data")
     if options.steps and options.work is None:
         bench.parser.error("--steps needs --work, where its rounds are kept")
     rows = [row for row in ROWS if row.name in names]
@@ -208,7 +208,7 @@ def main() -> int:
             tune(options.tune, rows, options, work)
             return 0
         if options.steps:
-            time_steps("digits", rows, options, work)
+            time_steps(options.steps, rows, options, work)
             return 0
         sections, heads = {}, {"about": _ABOUT.format(tries=len(rates.FACTORS))}
         for name in ("digits",) if options.data is None else ("digits", "groceries"):
