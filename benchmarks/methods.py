@@ -11,8 +11,7 @@ once.
     python benchmarks/methods.py --steps digits --work DIR       # a round of step times, for a later table
 
 Step times need a machine without other work: `--steps` runs a few steps of every row, full fine-tuning's
-again and again between them, and adds a round to those in DIR. Without rounds the table has what the runs
-themselves took.
+again and again between them, and adds a round to those in DIR. Without rounds the table has no step times.
 """
 
 import argparse
@@ -235,9 +234,8 @@ _HEADS = {
 _ABOUT = """Written by `python benchmarks/methods.py`, as it came out; hardware and versions stand in
 `benchmarks/results/methods.json`. Mean and standard deviation over seeds. Active: share of the backbone's
 weights that are not zero. Bytes stored: what a task keeps beside the shared backbone, without the head. Steps
-are of one CPU thread, medians of ratios to full fine-tuning's of the same round or seed; where they come
-from the runs themselves, of a machine with other work, they are rough. Rates: each row's
-learning rates, the best of {tries} along one line on held-out training images
+are of one CPU thread, medians of ratios to full fine-tuning's of the same round (`--steps`). Rates: each
+row's learning rates, the best of {tries} along one line on held-out training images
 (`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by
 how fast they learn: the table compares costs and shows that each works; it says nothing of their best. The
 cascade is measured by `benchmarks/cascade_real.py`."""

@@ -160,9 +160,10 @@ def test_captions_are_written_beside_the_pictures(setting: Setting, tmp_path: Pa
 
 def test_numbers_over_seeds_and_failures_come_into_the_table(tmp_path: Path) -> None:
     one = {"knn20": 0.5, "probe": 0.6, "head": None, "active": 1.0, "stored_bytes": 1000}
-    full: dict[str, Any] = {**one, "step_seconds": 2.0, "more": {}}
-    mask = {**full, "step_seconds": 3.0, "more": {"x": 0.25}}
-    summary = table.summarise({"finetune_sgd": [full, full], "threshold": [mask, "ValueError: no"]})
+    full: dict[str, Any] = {**one, "more": {}}
+    mask = {**full, "more": {"x": 0.25}}
+    found: dict[str, list[Any]] = {"finetune_sgd": [full, full], "threshold": [mask, "ValueError: no"]}
+    summary = table.summarise(found, {"threshold": [1.5]})
     summary["threshold"]["rates"] = ("optim.score_lr=30", "optim.weight_lr=0.01")
     path = tmp_path / "table.md"
     table.write_table(path, ROWS, {"Digits": summary}, {"about": "About.", "Digits": "Small."})

@@ -19,26 +19,20 @@ _HEADER = (
 
 
 def summarise(
-    found: Mapping[str, list[Any]], rounds: Mapping[str, list[float]] | None = None
+    found: Mapping[str, list[Any]], rounds: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Any]]:
     """Mean and spread over seeds of every column, for each row.
 
     Args:
-        rounds: {row: ratios of its step to the yardstick's} where they were timed apart from the runs.
+        rounds: {row: ratios of its step to the yardstick's}; runs themselves share a machine with others.
     """
-    yardstick = [_get(one, "step_seconds") for one in found.get(YARDSTICK, [])]
     summary: dict[str, dict[str, Any]] = {}
     for name, outcomes in found.items():
         errors = [one for one in outcomes if isinstance(one, str)]
         columns: dict[str, Any] = {"errors": errors} if errors else {}
         for key in COLUMNS[:-1]:
             columns[key] = _spread(_get(one, key) for one in outcomes)
-        ratios = [
-            mine / full
-            for one, full in zip(outcomes, yardstick, strict=False)
-            if (mine := _get(one, "step_seconds")) and full
-        ]
-        columns["step_ratio"] = _spread(rounds.get(name, ()) if rounds else ratios)
+        columns["step_ratio"] = _spread(rounds.get(name, ()))
         columns["more"] = [one["more"] for one in outcomes if isinstance(one, dict) and one["more"]]
         summary[name] = columns
     return summary
