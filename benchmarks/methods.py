@@ -237,8 +237,8 @@ weights that are not zero. Bytes stored: what a task keeps beside the shared bac
 are of one CPU thread, medians of ratios to full fine-tuning's of the same round (`--steps`). Rates: each
 row's learning rates, the best of {tries} along one line on held-out training images
 (`benchmarks/method_rows/rates.json`), by the mean of k-NN and own head. Budgets this small rank methods by
-how fast they learn: the table compares costs and shows that each works; it says nothing of their best. The
-cascade is measured by `benchmarks/cascade_real.py`."""
+how fast they learn: the table compares costs and says nothing of the methods' best. The cascade is measured
+by `benchmarks/cascade_real.py`."""
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ ROWS = [
         stage="task-1-train",
         more=lambda result: {
             "tasks": result["tasks"],
-            "accuracies are": "means over tasks of two or three classes",
+            "accuracies are": "means over two tasks, of half the classes each",
         },
     ),
     _row(
