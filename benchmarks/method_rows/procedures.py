@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.method_rows.row import CONFIGS, Outcome, Row, Setting, outcome_of, step_seconds, train
+from benchmarks.method_rows.row import CONFIGS, Outcome, Row, Setting, outcome_of, train
 from selfmask_dist.config import load_config
 
 _GROUP = "procedures"
@@ -25,7 +25,6 @@ def _row(
     source: str,
     *own: str,
     share: float,
-    stage: str,
     more: MoreFn,
     own_fn: OwnFn = lambda setting: (),
 ) -> Row:
@@ -34,7 +33,6 @@ def _row(
     Args:
         own, own_fn: overrides of this row.
         share: of the setting's epochs, for each training.
-        stage: whose steps are timed.
         more: further numbers, from the run's result.
     """
 
@@ -42,10 +40,9 @@ def _row(
         epochs = load_config(None, setting.overrides).train.epochs * share
         overrides = (*_QUIET, *own, *own_fn(setting), f"train.epochs={epochs}")
         result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
-        seconds = step_seconds(folder / stage, setting.batch_size)
         active = result.get("active", 1.0)
         outcome = outcome_of(result, folder, setting)
-        return replace(outcome, active=active, step_seconds=seconds, more=more(result))
+        return replace(outcome, active=active, more=more(result))
 
     return Row(name, _GROUP, source, measure)
 
@@ -66,7 +63,6 @@ ROWS = [
     _row(
         *("packnet", "Mallya and Lazebnik 2018", *_WEIGHTS, "procedure.include=auto", "procedure.tasks=2"),
         share=2 / 3,  # tasks have a part of the images, and train one and a half times
-        stage="task-1-train",
         more=lambda result: {
             "tasks": result["tasks"],
             "accuracies are": "means over two tasks, of half the classes each",
@@ -76,7 +72,6 @@ ROWS = [
         *("supsup", "Wortsman et al. 2020", *_MASK, "procedure.tasks=2", "optim.score_lr=1"),
         "procedure.infer_images=[16, 4, 1]",
         share=1.0,  # tasks have a part of the images
-        stage="task-1",
         more=lambda result: {
             "accuracies are": "means over two tasks, each image's task known",
             **_parts("inferred")(result),
@@ -86,33 +81,28 @@ ROWS = [
         *("lottery", "Frankle and Carbin 2019, Frankle et al. 2020", *_WEIGHTS, "procedure.include=auto"),
         *("procedure.rounds=3", "procedure.prune=0.5", "procedure.rewind_steps=10"),
         share=1 / 4,
-        stage="round-0",
         more=_parts("rounds"),
     ),
     _row(
         *("evolution", "Taha et al. 2021", *_WEIGHTS, "procedure.include=auto", "procedure.split=wels"),
         *("procedure.split_rate=0.8", "procedure.generations=3"),
         share=1 / 3,
-        stage="generation-0",
         more=_parts("generations", "fit"),
     ),
     _row(
         *("wise_ft", "Wortsman et al. 2022", *_WEIGHTS, "optim.warmup_epochs=1"),  # one whole training
         "procedure.alphas=[0.0, 0.25, 0.5, 0.75, 1.0]",
         share=1.0,
-        stage="adapted",
         more=_parts("alpha", "curve"),
     ),
     _row(
         *("rebasin", "Ainsworth et al. 2023", *_WEIGHTS, *_SCRATCH),
         share=1 / 2,
-        stage="first",
         more=_parts("barriers", "matched_by", "networks", "averaged_as_they_are"),
     ),
     _row(
         *("ensemble", "Lakshminarayanan et al. 2017", *_WEIGHTS, *_MASK),
         share=1 / 3,
-        stage="member-masks-0",
         more=_parts("masks", "small_models"),
         own_fn=_small_vit,
     ),
