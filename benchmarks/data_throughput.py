@@ -31,6 +31,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as tv  # type: ignore[import-untyped]
 
 from benchmarks.harness import Benchmark
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader, train_transform
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.decode import counts
@@ -40,7 +41,6 @@ from selfmask_dist.data.multicrop import SWAV_CROPS
 from selfmask_dist.data.order import epoch_order, sample_generator
 from selfmask_dist.data.source import READ_TOGETHER, TarSource
 from selfmask_dist.data.storage import LocalStorage
-from selfmask_dist.preprocessing import Preprocessing
 
 PRE = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NUM_DISTINCT = 40

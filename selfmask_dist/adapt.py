@@ -24,7 +24,7 @@ from selfmask_dist.assembly import (
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.config import Config
-from selfmask_dist.config_objectives import WITH_CAPTIONS
+from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.evaluation import Evaluation
 from selfmask_dist.finetune import add_lora
 from selfmask_dist.life import Life

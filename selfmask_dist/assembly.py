@@ -23,7 +23,7 @@ from selfmask_dist.api import Masks, attach
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
-from selfmask_dist.config_objectives import VIEWS
+from selfmask_dist.config.objectives import VIEWS
 from selfmask_dist.finetune import choose_weights
 from selfmask_dist.mask_groups import mask_groups, second_weights, weight_group
 from selfmask_dist.masking import Family, build_family, measure

@@ -24,7 +24,7 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.checkpoint import Checkpoint, load_newest, read_checkpoint
 from selfmask_dist.config import Config
-from selfmask_dist.config_procedures import PROCEDURES
+from selfmask_dist.config.procedures import PROCEDURES
 from selfmask_dist.evaluation import Evaluation
 from selfmask_dist.life import Life, open_life, stacks_path
 from selfmask_dist.parallel import World, join_world

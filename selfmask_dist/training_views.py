@@ -1,9 +1,9 @@
 """The views of training that a configuration describes. Knows neither models nor loaders."""
 
 from selfmask_dist import data
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import Config
-from selfmask_dist.config_objectives import VIEWS, WITH_CAPTIONS
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
 
 
 def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:

@@ -22,7 +22,7 @@ from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_o
 from selfmask_dist.cascade_model import load_cascade
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
-from selfmask_dist.config_selfsupervised import Combining
+from selfmask_dist.config.selfsupervised import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.run import run
 from selfmask_dist.run_directory import create_run_directory, write_json

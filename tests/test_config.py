@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from selfmask_dist import config_help, config_yaml
 from selfmask_dist.config import Config, ConfigError, describe, load_config, to_yaml
+from selfmask_dist.config import help as config_help
+from selfmask_dist.config import yaml as config_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

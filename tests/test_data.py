@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from scipy import stats  # type: ignore[import-untyped]
 
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import (
     Batch,
     BatchLoader,
@@ -34,7 +35,6 @@ from selfmask_dist.data import (
 )
 from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
 from selfmask_dist.data.workers import ahead
-from selfmask_dist.preprocessing import Preprocessing
 from tests.tars import labelled, numbered_tars, picture, write_tar
 
 PRE = Preprocessing(24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))

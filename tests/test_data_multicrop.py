@@ -14,6 +14,7 @@ from scipy import stats  # type: ignore[import-untyped]
 from torchvision import transforms as tv  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tvf  # type: ignore[import-untyped]
 
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader
 from selfmask_dist.data import decode as decode_function
 from selfmask_dist.data import multicrop as multicrop_module
@@ -22,7 +23,6 @@ from selfmask_dist.data.distortion import HAS_OPENCV, distort_batch, distort_vie
 from selfmask_dist.data.multicrop import Crops, Distortion, FinishViews, draw_parameters
 from selfmask_dist.data.order import sample_generator
 from selfmask_dist.data.views import crop_box
-from selfmask_dist.preprocessing import Preprocessing
 from tests.tars import numbered_tars, picture
 
 PRE = Preprocessing(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))

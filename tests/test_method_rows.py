@@ -16,7 +16,7 @@ from benchmarks.method_rows import ROWS, rates, table
 from benchmarks.method_rows.row import CONFIGS, Row, Setting
 from benchmarks.method_rows.settings import _with_captions
 from selfmask_dist.config import load_config
-from selfmask_dist.config_objectives import WITH_CAPTIONS
+from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.data import open_source
 from tests.tiny_run import ROOT, write_tiny_data
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, BackboneSpec, load_backbone
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Supervised, build_objective, named_generator
 from selfmask_dist.objectives.supervised import L2_LENGTH, FeatureBatchNorm
-from selfmask_dist.preprocessing import Preprocessing
 
 DIM, NUM_CLASSES, ROWS = 12, 5, 8
 HEADS = ("linear", "masked", "clip_text")

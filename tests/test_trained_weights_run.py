@@ -13,7 +13,7 @@ from selfmask_dist import apply_masks
 from selfmask_dist.artifact import read_mask_file, verify_mask_file
 from selfmask_dist.assembly import build_backbone, build_objective
 from selfmask_dist.config import Config, ConfigError, load_config
-from selfmask_dist.config_masks import MASK_FAMILIES, OTHER_FAMILIES
+from selfmask_dist.config.masks import MASK_FAMILIES, OTHER_FAMILIES
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses

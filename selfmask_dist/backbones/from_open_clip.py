@@ -24,7 +24,7 @@ from selfmask_dist.backbones import from_timm
 from selfmask_dist.backbones.load import Built, TextParts
 from selfmask_dist.backbones.structure import remove_modules
 from selfmask_dist.backbones.weights import drop_modules, load_exactly, read_state_dict
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.common.preprocessing import Preprocessing
 
 _PROMPTS_AT_ONCE = 256
 _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")

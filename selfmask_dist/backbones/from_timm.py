@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from selfmask_dist.backbones.load import Built
 from selfmask_dist.backbones.structure import remove_modules
 from selfmask_dist.backbones.weights import drop_modules, load_exactly, read_state_dict
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.common.preprocessing import Preprocessing
 
 # set by load_backbone itself, or at odds with an encoder of RGB images
 _RESERVED = ("pretrained", "num_classes", "in_chans", "features_only", "checkpoint_path")

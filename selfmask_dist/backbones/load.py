@@ -20,7 +20,7 @@ from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.sign_activations import use_sign_activations
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.common.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)

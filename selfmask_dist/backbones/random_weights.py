@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.seeding import named_generator
+from selfmask_dist.common.seeding import named_generator
 
 KINDS = ("signed_constant", "kaiming_normal")
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.distortion import (
     COLOR,
     FACTORS,
@@ -35,7 +36,6 @@ from selfmask_dist.data.distortion import (
     distort_view,
 )
 from selfmask_dist.data.views import crop_box
-from selfmask_dist.preprocessing import Preprocessing
 
 _DRAWS = 40  # uniforms for each view; a later parameter takes a column that is still free
 

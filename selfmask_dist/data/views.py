@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.common.preprocessing import Preprocessing
 
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
 

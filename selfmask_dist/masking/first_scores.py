@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.seeding import named_generator
 
 NAMES = ("normal", "magnitude", "shuffled_magnitude", "kaiming_uniform")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
 from selfmask_dist.objectives.base import Context, Objective, Teacher
 from selfmask_dist.objectives.clip import Clip
@@ -16,7 +17,6 @@ from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
 from selfmask_dist.objectives.slip import Slip, SlipOptions
 from selfmask_dist.objectives.supervised import Distillation, Supervised
 from selfmask_dist.objectives.swav import Swav, SwavOptions
-from selfmask_dist.seeding import named_generator
 
 __all__ = [
     "OBJECTIVES",

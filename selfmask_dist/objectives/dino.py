@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Mlp, at_least_float32, encode_views, ramp
-from selfmask_dist.seeding import named_generator
 
 _LARGE = 2  # crops that the teacher sees
 _ALIKE = 0.998  # entropy of an image's targets, as a share of the largest one

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import (
@@ -34,7 +35,6 @@ from selfmask_dist.objectives.parts import (
     mean_length,
     ramp,
 )
-from selfmask_dist.seeding import named_generator
 
 
 @dataclass(frozen=True)

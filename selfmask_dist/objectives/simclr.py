@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Mlp, Watch, at_least_float32, encode_views, mean_length
-from selfmask_dist.seeding import named_generator
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, TextParts
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context
 from selfmask_dist.objectives.clip import Clip, Text, text_of
 from selfmask_dist.objectives.parts import Mlp, at_least_float32, encode_views
 from selfmask_dist.objectives.simclr import nt_xent
-from selfmask_dist.seeding import named_generator
 
 
 @dataclass(frozen=True)

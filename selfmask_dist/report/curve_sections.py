@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from selfmask_dist.common.numbers import compact, number
 from selfmask_dist.report.charts import Series, line_chart
 from selfmask_dist.report.markup import Html, tag
-from selfmask_dist.report.numbers import compact, number
 from selfmask_dist.report.parts import legend, measure_name, section
 from selfmask_dist.report.reading import Run
 

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfmask_dist.common.numbers import NONE
 from selfmask_dist.report.charts import COLOURS
 from selfmask_dist.report.markup import Child, Html, join, tag
-from selfmask_dist.report.numbers import NONE
 from selfmask_dist.report.reading import Run
 
 _MEASURES = {"probe": "linear probe", "head": "own head", "zeroshot": "zero-shot"}

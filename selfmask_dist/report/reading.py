@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist import config_yaml, status
+from selfmask_dist import status
+from selfmask_dist.common.numbers import number
+from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.mask_comparison import Subject, labels_of, read_subjects
-from selfmask_dist.report.numbers import number
 
 STAGES = ("dispatcher", "expert-*")
 MASK_FILES = ("final.mask", "cascade.mask")

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfmask_dist.common.numbers import NONE, accuracy, count, number, percent, size
 from selfmask_dist.report import paper
 from selfmask_dist.report.markup import Child, Html, join, table, tag
-from selfmask_dist.report.numbers import NONE, accuracy, count, number, percent, size
 from selfmask_dist.report.parts import mapping, measure_name, named, numeric, picture, section
 from selfmask_dist.report.reading import Run, median_of
 

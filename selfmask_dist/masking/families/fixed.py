@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.masking.families.topk import TopK
 from selfmask_dist.masking.segment import Segment
-from selfmask_dist.seeding import named_generator
 
 
 class RandomMask(TopK):

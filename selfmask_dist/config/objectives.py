@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfmask_dist.config_sections import Positive, Section, science
+from selfmask_dist.config.sections import Positive, Section, science
 
 # those whose loss is between views of one image, so that data comes as the crops section says
 VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino", "slip")

@@ -12,20 +12,18 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from selfmask_dist import (
-    config_backbone,
-    config_help,
-    config_loading,
-    config_masks,
-    config_objectives,
-    config_procedures,
-    config_sections,
-    config_selfsupervised,
-    config_training,
-    config_yaml,
-)
-from selfmask_dist.config_loading import ConfigError, Conflict, ConflictError
-from selfmask_dist.config_sections import Section, science
+from selfmask_dist.config import backbone as config_backbone
+from selfmask_dist.config import help as config_help
+from selfmask_dist.config import loading as config_loading
+from selfmask_dist.config import masks as config_masks
+from selfmask_dist.config import objectives as config_objectives
+from selfmask_dist.config import procedures as config_procedures
+from selfmask_dist.config import sections as config_sections
+from selfmask_dist.config import selfsupervised as config_selfsupervised
+from selfmask_dist.config import training as config_training
+from selfmask_dist.config import yaml as config_yaml
+from selfmask_dist.config.loading import ConfigError, Conflict, ConflictError
+from selfmask_dist.config.sections import Section, science
 
 __all__ = ["Config", "ConfigError", "describe", "load_config", "to_yaml"]
 

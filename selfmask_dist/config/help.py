@@ -14,7 +14,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from selfmask_dist import config_yaml
+from selfmask_dist.config import yaml as config_yaml
 
 GROUPS = {
     "science": "changes results",

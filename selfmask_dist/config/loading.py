@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from selfmask_dist import config_help, config_yaml
-from selfmask_dist.config_yaml import Keys, dotted
+from selfmask_dist.config import help as config_help
+from selfmask_dist.config import yaml as config_yaml
+from selfmask_dist.config.yaml import Keys, dotted
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from selfmask_dist.config_backbone import BackboneConfig
-from selfmask_dist.config_loading import Conflict
-from selfmask_dist.config_sections import Counts, NonEmpty, Section, SomeStrings, science
+from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.loading import Conflict
+from selfmask_dist.config.sections import Counts, NonEmpty, Section, SomeStrings, science
 
 PROCEDURES = ("packnet", "lottery", "evolution", "supsup", "wise_ft", "rebasin", "ensemble")
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfmask_dist.config_sections import Counts, Fraction, Section, efficiency, orchestration, science
+from selfmask_dist.config.sections import Counts, Fraction, Section, efficiency, orchestration, science
 
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 Combining = Literal[

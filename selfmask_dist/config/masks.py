@@ -8,8 +8,8 @@ import difflib
 from collections.abc import Iterator
 from typing import Literal
 
-from selfmask_dist.config_loading import Conflict
-from selfmask_dist.config_sections import NonEmpty, Section, SomeStrings, Strings, science
+from selfmask_dist.config.loading import Conflict
+from selfmask_dist.config.sections import NonEmpty, Section, SomeStrings, Strings, science
 
 # weights under these are trained or quantised: no masks on frozen weights
 LATENT_FAMILIES = ("twn", "ttq", "binary_connect", "neural_wirings")

@@ -1,0 +1,1 @@
+"""Words and file habits that every other package shares. Imports nothing of the project."""
