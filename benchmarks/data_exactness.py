@@ -31,7 +31,7 @@ from benchmarks.harness import Benchmark
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import BatchLoader, multicrop_transform, open_source, train_loader
 from selfmask_dist.data.build import build_index
-from selfmask_dist.data.multicrop import Crops
+from selfmask_dist.data.views.multicrop import Crops
 
 GLOBAL_BATCH, SEED = 24, 7
 WORLDS = (2, 4, 1, 3)

@@ -72,7 +72,7 @@ def _embed(options: argparse.Namespace) -> None:
     import torch
 
     from selfmask_dist.data import eval_transform
-    from selfmask_dist.data.decode import decode
+    from selfmask_dist.data.views.decode import decode
 
     bank, preprocessing = _bank(options)
     transform = eval_transform(preprocessing)

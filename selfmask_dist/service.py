@@ -31,7 +31,7 @@ from torch import Tensor
 from selfmask_dist.bank import MaskBank
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
-from selfmask_dist.data.decode import decode
+from selfmask_dist.data.views.decode import decode
 
 # PIL would hand others to programs of the machine (EPS to Ghostscript)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

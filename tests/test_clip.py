@@ -19,7 +19,7 @@ from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.data import Batch, SampleError, open_source, train_loader
 from selfmask_dist.data.build import build_index
-from selfmask_dist.data.index import difference
+from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Clip, Context, Slip, SlipOptions, build_objective
 from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine

@@ -13,8 +13,8 @@ from benchmarks import data_corruption
 from selfmask_dist.cli import main
 from selfmask_dist.data import SampleError, open_source
 from selfmask_dist.data.build import build_index, verify
-from selfmask_dist.data.index import INDEX_NAME, Index, Shard, difference, load_index
-from selfmask_dist.data.labels import resolve_labels
+from selfmask_dist.data.indexing.index import INDEX_NAME, Index, Shard, difference, load_index
+from selfmask_dist.data.indexing.labels import resolve_labels
 from tests.tars import labelled, numbered_tars, picture, write_tar
 
 

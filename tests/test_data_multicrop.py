@@ -15,14 +15,15 @@ from torchvision import transforms as tv  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tvf  # type: ignore[import-untyped]
 
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader
-from selfmask_dist.data import decode as decode_function
-from selfmask_dist.data import multicrop as multicrop_module
-from selfmask_dist.data.decode import counts
-from selfmask_dist.data.distortion import HAS_OPENCV, distort_batch, distort_view
-from selfmask_dist.data.multicrop import Crops, Distortion, FinishViews, draw_parameters
+from selfmask_dist.data import multicrop_transform, open_source, train_loader
 from selfmask_dist.data.order import sample_generator
-from selfmask_dist.data.views import crop_box
+from selfmask_dist.data.views import decode
+from selfmask_dist.data.views import decode as decode_function
+from selfmask_dist.data.views import multicrop as multicrop_module
+from selfmask_dist.data.views.decode import counts
+from selfmask_dist.data.views.distortion import HAS_OPENCV, distort_batch, distort_view
+from selfmask_dist.data.views.multicrop import Crops, Distortion, FinishViews, draw_parameters
+from selfmask_dist.data.views.single import crop_box
 from tests.tars import numbered_tars, picture
 
 PRE = Preprocessing(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -221,7 +222,7 @@ def test_the_fast_decoder_gives_pils_pixels(mode: str, monkeypatch: pytest.Monke
     simplejpeg = pytest.importorskip("simplejpeg", reason="simplejpeg is not installed")
     import sys
 
-    module = sys.modules["selfmask_dist.data.decode"]
+    module = sys.modules["selfmask_dist.data.views.decode"]
     data = picture(1, size=(61, 47), mode=mode)
     counts.clear()
     fast = np.asarray(decode_function(data), dtype=np.int16)

@@ -80,7 +80,7 @@ def test_tensors_smaller_than_the_world() -> None:
 
 def refuse_missing_ninja() -> list[str]:
     """On GPUs operators are built when it starts; on CPUs nothing is built, and no ninja is needed."""
-    from selfmask_dist.parallel.zero import _import_deepspeed
+    from selfmask_dist.parallel.deepspeed import _import_deepspeed
 
     os.environ["PATH"] = "/nowhere"
     build(Case(engine="deepspeed", dtype=torch.float32, family="conv"))

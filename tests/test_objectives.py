@@ -24,7 +24,7 @@ from selfmask_dist.objectives import (
     SimclrOptions,
 )
 from selfmask_dist.objectives.parts import GlobalBatchNorm
-from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.moving_average import Teacher
 from selfmask_dist.parallel.trained import TrainedParameter
 from tests.models import make
 

@@ -23,7 +23,7 @@ from selfmask_dist.backbones import fingerprint
 from selfmask_dist.bank import MaskBank
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
-from selfmask_dist.data.decode import decode
+from selfmask_dist.data.views.decode import decode
 from selfmask_dist.service import Limits, create_app
 from tests.models import make
 

@@ -13,14 +13,14 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 """
 
 from selfmask_dist.data.batch import Batch
-from selfmask_dist.data.decode import decode
-from selfmask_dist.data.joined import Joined
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
-from selfmask_dist.data.multicrop import Crops, Distortion, multicrop_transform
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
 from selfmask_dist.data.subset import Subset, evenly_spaced
-from selfmask_dist.data.views import Transform, eval_transform, train_transform
+from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.joined import Joined
+from selfmask_dist.data.views.multicrop import Crops, Distortion, multicrop_transform
+from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
 from selfmask_dist.data.workers import WorkerLostError
 
 __all__ = [

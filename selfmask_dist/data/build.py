@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from selfmask_dist.data.decode import decode, kind_of
-from selfmask_dist.data.index import INDEX_NAME, Index, index_of_table
-from selfmask_dist.data.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest, some
+from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table
+from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest, some
+from selfmask_dist.data.indexing.table import SampleTable
+from selfmask_dist.data.indexing.tar import Problem
 from selfmask_dist.data.source import (
     READ_TOGETHER,
     SampleError,
@@ -32,8 +33,7 @@ from selfmask_dist.data.source import (
     index_path,
     open_source,
 )
-from selfmask_dist.data.table import SampleTable
-from selfmask_dist.data.tar import Problem
+from selfmask_dist.data.views.decode import decode, kind_of
 
 REJECTS_NAME = "index_rejects.jsonl"
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from selfmask_dist.data.batch import Batch
-from selfmask_dist.data.decode import decode
-from selfmask_dist.data.index import difference
+from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import Ids, RankBatch, epoch_order, num_steps, rank_batch, sample_generator
 from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
-from selfmask_dist.data.views import Transform
+from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
     WorkerKind,

@@ -24,13 +24,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.data.checksum import crc32
-from selfmask_dist.data.index import INDEX_NAME, Index, index_of_table, load_index
-from selfmask_dist.data.labels import resolve_labels
-from selfmask_dist.data.manifest import MANIFEST_NAME, find_shards, read_manifest, some
+from selfmask_dist.data.indexing.checksum import crc32
+from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
+from selfmask_dist.data.indexing.labels import resolve_labels
+from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest, some
+from selfmask_dist.data.indexing.table import IMAGE_EXTENSIONS, SampleTable
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
-from selfmask_dist.data.table import IMAGE_EXTENSIONS, SampleTable
 
 READ_TOGETHER = 64  # pictures in one `read_many`: what bounds the encoded bytes in memory
 

@@ -25,7 +25,7 @@ from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
-from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.moving_average import Teacher
 from selfmask_dist.parallel.trained import (
     ADAMW_SLOTS,
     MOMENTS,

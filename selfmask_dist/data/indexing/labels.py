@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.data.index import Index
+from selfmask_dist.data.indexing.index import Index
 
 
 def resolve_labels(

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from selfmask_dist.data.views import Transform
+from selfmask_dist.data.views.single import Transform
 
 
 @dataclass(frozen=True)

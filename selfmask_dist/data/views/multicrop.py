@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data.distortion import (
+from selfmask_dist.data.views.distortion import (
     COLOR,
     FACTORS,
     FLIP,
@@ -35,7 +35,7 @@ from selfmask_dist.data.distortion import (
     distort_batch,
     distort_view,
 )
-from selfmask_dist.data.views import crop_box
+from selfmask_dist.data.views.single import crop_box
 
 _DRAWS = 40  # uniforms for each view; a later parameter takes a column that is still free
 

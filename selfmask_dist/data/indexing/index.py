@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.data.table import SampleTable
+from selfmask_dist.data.indexing.table import SampleTable
 
 INDEX_NAME = "samples.index"
 _MAGIC = b"selfmask index 1\n"

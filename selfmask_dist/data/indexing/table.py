@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.data.checksum import crc32 as crc32_of
-from selfmask_dist.data.tar import Problem, TarSample, walk_samples
+from selfmask_dist.data.indexing.checksum import crc32 as crc32_of
+from selfmask_dist.data.indexing.tar import Problem, TarSample, walk_samples
 
 # by name; what is inside is found out when it is decoded
 IMAGE_EXTENSIONS = (

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
-from selfmask_dist.parallel.teacher import Teacher
+from selfmask_dist.parallel.moving_average import Teacher
 from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"

@@ -1,0 +1,1 @@
+"""Tars to samples: what lies where in a shard, with which label, and what of it cannot be used."""

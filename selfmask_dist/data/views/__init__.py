@@ -1,0 +1,1 @@
+"""Samples to pixels: decoding, one view or several, distortions. Knows no files and no order."""
