@@ -23,7 +23,7 @@ import torch
 import zstandard
 
 from benchmarks.harness import Benchmark
-from selfmask_dist.artifact import (
+from selfmask_dist.maskfile import (
     Mask,
     MaskFile,
     MaskFileError,

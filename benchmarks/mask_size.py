@@ -24,11 +24,11 @@ import zstandard
 from torch import Tensor
 
 from benchmarks.harness import Benchmark
-from selfmask_dist.artifact import Mask, MaskFile, codec, read_mask_file, write_mask_file
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.config import load_config
 from selfmask_dist.demo import run_demo
+from selfmask_dist.maskfile import Mask, MaskFile, codec, read_mask_file, write_mask_file
 from selfmask_dist.masking import select
 
 LORA_RANK = 8

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.harness import Benchmark, interleave
-from selfmask_dist import artifact
-from selfmask_dist.artifact import Mask
+from selfmask_dist import maskfile
 from selfmask_dist.backbones import fingerprint, load_backbone
-from selfmask_dist.bank import MaskBank
+from selfmask_dist.maskfile import Mask
+from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.masking import select
 
 MOST_PRUNED, LEAST_PRUNED = 0.013, 0.001
@@ -196,7 +196,7 @@ def main() -> int:
     weights = fingerprint((key, encoder.get_parameter(key)) for key in names)
     encoder.to(options.device)
     first = random_mask(encoder, names, 0, weights)
-    thetas = {key: artifact.materialize(first, key, encoder.get_parameter(key).detach()) for key in names}
+    thetas = {key: maskfile.materialize(first, key, encoder.get_parameter(key).detach()) for key in names}
     bank = MaskBank(encoder, cache_mib=1024)
     for seed in range(num_masks):
         bank.add(f"mask-{seed}", random_mask(encoder, names, seed, weights))

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
-from selfmask_dist.api import Masks, attach
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS
 from selfmask_dist.finetune import choose_weights
 from selfmask_dist.mask_groups import mask_groups, second_weights, weight_group
+from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family, measure
 from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist import artifact
-from selfmask_dist.artifact import Mask, MaskFile, MaskFileError
-from selfmask_dist.bank import MaskBank
+from selfmask_dist import maskfile
 from selfmask_dist.cascade import MODES, Combination, Router
+from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.bank import MaskBank
 
 DISPATCHER = "dispatcher"
 
@@ -111,7 +111,7 @@ def save_cascade(
             small = tensor.half() if name == "pca.components" else tensor.float()
             tensors[f"{mode}.{name}"] = small if tensor.dtype == torch.float64 else tensor
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return artifact.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
+    return maskfile.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
 
 
 def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str = "cascade") -> Cascade:
@@ -146,7 +146,7 @@ def modes_of(file: MaskFile) -> list[str]:
 
 def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
     """Masks, router and combinations by mode; errors as in `load_cascade`."""
-    file = artifact.read_mask_file(path)
+    file = maskfile.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")

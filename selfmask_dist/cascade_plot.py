@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.artifact import Mask
+from selfmask_dist.maskfile import Mask
 
 _MAX_POINTS = 2000
 

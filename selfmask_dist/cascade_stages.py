@@ -23,16 +23,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfmask_dist import artifact, data
+from selfmask_dist import data, maskfile
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evaluation import measure_knn, measure_probe
 from selfmask_dist.life import Life
+from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.run_directory import write_json
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
@@ -277,7 +277,7 @@ class Stages:
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Write `cascade.mask`; returns its sizes."""
         names = [DISPATCHER, *map(expert_name, range(len(read_sizes(self._directory))))]
-        files = {name: artifact.read_mask_file(self._directory / name / "final.mask") for name in names}
+        files = {name: maskfile.read_mask_file(self._directory / name / "final.mask") for name in names}
         masks = {name: next(iter(file.masks.values())) for name, file in files.items()}
         if self._world.is_main:
             spec = self._backbone.spec
@@ -308,7 +308,7 @@ class Stages:
             draw_cascade(
                 router.reduce(self._open(DISPATCHER, "test").read_slice().features).numpy(),
                 np.load(self._directory / "router" / "test.npy"),
-                artifact.read_mask_file(self._directory / _BUNDLE).masks,
+                maskfile.read_mask_file(self._directory / _BUNDLE).masks,
                 self._directory / "cascade.png",
                 self._config.seed,
             )

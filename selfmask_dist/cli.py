@@ -86,12 +86,12 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import describe_file
+    from selfmask_dist.maskfile import describe_file
 
     if len(options.paths) == 1:
         print(describe_file(options.paths[0]))
         return
-    from selfmask_dist.mask_comparison import masks, read_subjects, table
+    from selfmask_dist.maskfile.tools.comparison import masks, read_subjects, table
 
     print(table(masks(read_subjects(options.paths))))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact import Mask, MaskFile, read_mask_file
-from selfmask_dist.artifact.arithmetic import check_same_backbone
 from selfmask_dist.checkpoint import load_newest
+from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
+from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
 from selfmask_dist.procedures import wise_ft
 

@@ -102,7 +102,7 @@ def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _load(name: str) -> tuple[str, Any, Any]:
     """(a name for it, the mask, the file) of `FILE` or `FILE:MASK`."""
-    from selfmask_dist.artifact import MaskFileError, read_mask_file
+    from selfmask_dist.maskfile import MaskFileError, read_mask_file
 
     path, _, wanted = name.rpartition(":") if not Path(name).exists() and ":" in name else (name, "", "")
     file = read_mask_file(path)
@@ -126,7 +126,7 @@ def _config(options: argparse.Namespace) -> Any:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact.arithmetic import check_same_backbone
+    from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 
     (first_name, first, _), (second_name, second, _) = _load(options.first), _load(options.second)
     if first.kind != second.kind:
@@ -172,8 +172,8 @@ def _row(name: str, row: list[int]) -> str:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import MaskFile, write_mask_file
-    from selfmask_dist.artifact.arithmetic import OPERATIONS
+    from selfmask_dist.maskfile import MaskFile, write_mask_file
+    from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 
     loaded = [_load(name) for name in options.files]
     about = {key: getattr(loaded[0][2], key) for key in ("backbone", "backbone_fingerprint", "preprocessing")}
@@ -191,8 +191,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _interpolate(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import MaskFile, write_mask_file
     from selfmask_dist.interpolation import interpolate, read_trained
+    from selfmask_dist.maskfile import MaskFile, write_mask_file
 
     first, second = read_trained(options.first), read_trained(options.second)
     masks = {f"{at:g}": interpolate(first, second, at) for at in options.at}
@@ -216,8 +216,8 @@ def _share_apart(mask: Any, other: Any) -> float:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import read_mask_file, weights_of, write_mask_file
     from selfmask_dist.assembly import build_backbone
+    from selfmask_dist.maskfile import read_mask_file, weights_of, write_mask_file
 
     needs_weights = options.config is not None or options.against_weights
     weights = weights_of(build_backbone(_config(options)).encoder) if needs_weights else None
@@ -233,7 +233,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from selfmask_dist.artifact import MaskFileError, verify_mask_file
+    from selfmask_dist.maskfile import MaskFileError, verify_mask_file
 
     bad = 0
     for path in options.files:
@@ -247,7 +247,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     from selfmask_dist.assembly import build_backbone
-    from selfmask_dist.export import export
+    from selfmask_dist.maskfile.tools.export import export
 
     config = _config(options)
     name, mask, file = _load(options.file)
@@ -259,10 +259,10 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import MaskFile, write_mask_file
     from selfmask_dist.assembly import build_backbone
     from selfmask_dist.config import load_config
-    from selfmask_dist.score_import import import_scores, read_state
+    from selfmask_dist.maskfile import MaskFile, write_mask_file
+    from selfmask_dist.maskfile.tools.score_import import import_scores, read_state
 
     if (options.config is None) == (options.backbone is None):
         raise ValueError("the backbone is needed: give either --backbone NAME or --config RUN/config.yaml")
@@ -288,9 +288,9 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from selfmask_dist.artifact import apply_mask
     from selfmask_dist.assembly import build_backbone
-    from selfmask_dist.shrink import save_smaller, shrink
+    from selfmask_dist.maskfile import apply_mask
+    from selfmask_dist.maskfile.tools.shrink import save_smaller, shrink
 
     _, mask, _ = _load(options.file)
     encoder = build_backbone(_config(options)).encoder

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from selfmask_dist.api import Masks
 from selfmask_dist.backbones.weights import read_state_dict
 from selfmask_dist.config import Config
+from selfmask_dist.maskfile.api import Masks
 from selfmask_dist.masking import Family
 
 

@@ -39,7 +39,7 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
     from selfmask_dist.assembly import build_backbone
-    from selfmask_dist.bank import MaskBank
+    from selfmask_dist.maskfile.bank import MaskBank
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = build_backbone(_config(options))
@@ -51,8 +51,8 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _config(options: argparse.Namespace) -> Any:
     """The settings of the backbone; whether it is the masks' is told by their fingerprints."""
-    from selfmask_dist.artifact import read_backbone_name
     from selfmask_dist.config import load_config
+    from selfmask_dist.maskfile import read_backbone_name
 
     if options.config is not None:
         return load_config(options.config)

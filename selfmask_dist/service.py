@@ -28,10 +28,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
-from selfmask_dist.bank import MaskBank
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.maskfile.bank import MaskBank
 
 # PIL would hand others to programs of the machine (EPS to Ghostscript)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

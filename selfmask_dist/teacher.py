@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfmask_dist import assembly, objectives
-from selfmask_dist.api import apply_masks
 from selfmask_dist.config import load_config
+from selfmask_dist.maskfile.api import apply_masks
 
 
 class Teacher:

@@ -13,7 +13,7 @@ import zstandard
 from torch import Tensor, nn
 
 from selfmask_dist import Masks, apply_masks, attach
-from selfmask_dist.artifact import (
+from selfmask_dist.maskfile import (
     Mask,
     MaskFile,
     MaskFileError,
@@ -23,7 +23,7 @@ from selfmask_dist.artifact import (
     read_parameter,
     write_mask_file,
 )
-from selfmask_dist.artifact.arithmetic import OPERATIONS
+from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 from tests.models import FAMILIES, make
 
 

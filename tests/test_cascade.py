@@ -14,9 +14,7 @@ import pytest
 import torch
 
 from selfmask_dist import apply_masks
-from selfmask_dist.artifact import MaskFileError, read_mask_file
 from selfmask_dist.assembly import build_backbone, open_data
-from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import MODES
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade_model import load_cascade
@@ -24,6 +22,8 @@ from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.config.selfsupervised import Combining
 from selfmask_dist.data import eval_loader, eval_transform
+from selfmask_dist.maskfile import MaskFileError, read_mask_file
+from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.run import run
 from selfmask_dist.run_directory import create_run_directory, write_json
 from selfmask_dist.status import read_status

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from selfmask_dist import checkpoint
-from selfmask_dist.artifact import read_mask_file
 from selfmask_dist.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -26,6 +25,7 @@ from selfmask_dist.checkpoint import (
 )
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
+from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.run import run
 from tests.distributed import run_distributed
 from tests.tiny_run import write_config, write_tiny_data

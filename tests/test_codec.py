@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from selfmask_dist.artifact import codec
+from selfmask_dist.maskfile import codec
 
 SHARES = (0.0, 0.001, 0.03, 0.12, 0.3, 0.5, 0.8, 0.97, 1.0)
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from selfmask_dist import apply_masks, attach
-from selfmask_dist.artifact import read_mask_file
 from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.config.masks import FIXED_FAMILIES, MASK_FAMILIES
+from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.masking import Family, build_family, first_scores, measure, ranking
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.masking.parametrized import parametrized_attach

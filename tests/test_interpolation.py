@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfmask_dist import artifact, cli
-from selfmask_dist.artifact import MaskFile, MaskFileError, from_masks, read_mask_file
+from selfmask_dist import cli, maskfile
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config
 from selfmask_dist.interpolation import Trained, interpolate, read_trained
+from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mask_file
 from selfmask_dist.masking import attach
 from selfmask_dist.run import run
 from tests.models import make
@@ -49,8 +49,8 @@ def test_the_ends_are_the_runs_masks_and_the_way_is_between(runs: Path, tmp_path
     for name in first.bits:
         weight = encoder.get_parameter(name)
         for at, end in (("0", first), ("1", second)):
-            theta = artifact.materialize(found.masks[at], name, weight)
-            assert torch.equal(theta, artifact.materialize(end, name, weight)), (name, at)
+            theta = maskfile.materialize(found.masks[at], name, weight)
+            assert torch.equal(theta, maskfile.materialize(end, name, weight)), (name, at)
         agree = first.bits[name] == second.bits[name]
         num_apart += int((~agree).sum())
         for at in ("0.25", "0.5"):
@@ -85,13 +85,13 @@ def test_what_has_no_way_between_is_refused(
     assert "holds no final.mask" in refused(tmp_path)
     shutil.copytree(runs / "a", tmp_path / "run")
     other = read_mask_file(runs / "b" / "final.mask")
-    artifact.write_mask_file(tmp_path / "run" / "final.mask", other)
+    maskfile.write_mask_file(tmp_path / "run" / "final.mask", other)
     assert "does not have the scores of" in refused(tmp_path / "run")
     graft = replace(other.masks["default"], kind="graft", values={})
     graft.values.update({name: torch.zeros(int(bits.sum())) for name, bits in graft.bits.items()})
-    artifact.write_mask_file(tmp_path / "run" / "final.mask", MaskFile({"default": graft}))
+    maskfile.write_mask_file(tmp_path / "run" / "final.mask", MaskFile({"default": graft}))
     assert "is of kind graft" in refused(tmp_path / "run")
-    artifact.write_mask_file(tmp_path / "run" / "final.mask", other)
+    maskfile.write_mask_file(tmp_path / "run" / "final.mask", other)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "has no valid checkpoint, and so no scores" in refused(tmp_path / "run")
     first, second = (read_trained(runs / name) for name in "ab")
@@ -138,6 +138,6 @@ def test_weights_that_are_always_kept_stay_so(at: float) -> None:
     ends = []
     for score in (-1.0, 2.0):
         scores = torch.tensor([torch.inf, score])
-        mask = artifact.Mask({"w": scores > 0}, "same")
+        mask = maskfile.Mask({"w": scores > 0}, "same")
         ends.append(Trained(mask, {"w": scores}, MaskFile({"default": mask})))
     assert interpolate(ends[0], ends[1], at).bits["w"].tolist() == [True, -1 + 3 * at > 0]

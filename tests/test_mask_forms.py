@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from selfmask_dist import apply_masks
-from selfmask_dist.artifact import (
+from selfmask_dist.backbones import fingerprint
+from selfmask_dist.cli import main
+from selfmask_dist.maskfile import (
     Mask,
     MaskFile,
     MaskFileError,
@@ -24,9 +26,7 @@ from selfmask_dist.artifact import (
     verify_mask_file,
     write_mask_file,
 )
-from selfmask_dist.artifact.arithmetic import OPERATIONS
-from selfmask_dist.backbones import fingerprint
-from selfmask_dist.cli import main
+from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 from tests.models import make
 from tests.test_artifact import parameter, rewrite_header
 

@@ -14,9 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from selfmask_dist import cli
-from selfmask_dist.artifact import Mask, MaskFile, from_masks, read_mask_file, write_mask_file
 from selfmask_dist.config import Config, to_yaml
-from selfmask_dist.evals.mask_similarity import (
+from selfmask_dist.maskfile import Mask, MaskFile, from_masks, read_mask_file, write_mask_file
+from selfmask_dist.maskfile.tools.comparison import (  # fmt: skip
+    as_dict,
+    labels_of,
+    masks,
+    matrix,
+    read_subjects,
+    table,
+)
+from selfmask_dist.maskfile.tools.comparison import from_masks as subjects_of
+from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
+from selfmask_dist.maskfile.tools.similarity import (
     agreement,
     changes,
     compare,
@@ -25,9 +35,6 @@ from selfmask_dist.evals.mask_similarity import (
     layers_of,
     tree_of,
 )
-from selfmask_dist.mask_comparison import as_dict, labels_of, masks, matrix, read_subjects, table  # fmt: skip
-from selfmask_dist.mask_comparison import from_masks as subjects_of
-from selfmask_dist.mask_plot import draw_similarity, draw_sparsity
 from selfmask_dist.masking import Masks
 from tests.models import FAMILIES, make
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfmask_dist import artifact
+from selfmask_dist import maskfile
 from selfmask_dist.masking import attach
 from selfmask_dist.procedures import supsup
 from tests.procedure_cases import digits, mlp, train
@@ -53,7 +53,7 @@ def store() -> supsup.Supermasks:
         masks = attach(model, include="*.weight", init=start)
         x = permuted(pixels, task)
         train(model, masks.parameters(), x, labels, steps=60, lr=0.3, bind=masks.bind)
-        found.add(f"task {task}", artifact.from_masks(masks))
+        found.add(f"task {task}", maskfile.from_masks(masks))
     return found
 
 
@@ -112,7 +112,7 @@ def with_heads(reference: list[Tensor]) -> supsup.Supermasks:
         start = {"0.weight": torch.randn(128, SIDE**2, generator=generator)}
         masks = attach(copy.deepcopy(network), include="0.weight", init=start)
         head = torch.randn(10, 128, generator=generator) * (1 + 9 * task)
-        found.add(f"task {task}", artifact.from_masks(masks), own={"2.weight": head})
+        found.add(f"task {task}", maskfile.from_masks(masks), own={"2.weight": head})
     return found
 
 
@@ -152,12 +152,12 @@ def test_masks_that_do_not_belong_are_refused(store: supsup.Supermasks) -> None:
     fresh = supsup.Supermasks(network)
     with pytest.raises(ValueError, match="no tasks"):
         fresh.infer(torch.zeros(1, SIDE**2))
-    fresh.add("a", artifact.from_masks(masks), own={})
+    fresh.add("a", maskfile.from_masks(masks), own={})
     with pytest.raises(ValueError, match="already"):
-        fresh.add("a", artifact.from_masks(masks))
+        fresh.add("a", maskfile.from_masks(masks))
     with pytest.raises(ValueError, match="other parameters"):
-        fresh.add("b", artifact.from_masks(few))
+        fresh.add("b", maskfile.from_masks(few))
     with pytest.raises(ValueError, match="one of one-shot, binary, each"):
         fresh.infer(torch.zeros(1, SIDE**2), method="guess")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="wrong backbone"):
-        supsup.Supermasks(mlp(SIDE**2, 128, 10, bias=False)).add("a", artifact.from_masks(masks))
+        supsup.Supermasks(mlp(SIDE**2, 128, 10, bias=False)).add("a", maskfile.from_masks(masks))

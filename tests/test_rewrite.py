@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from selfmask_dist.artifact import MaskFile, apply_mask, write_mask_file
-from selfmask_dist.bank import MaskBank
-from selfmask_dist.rewrite import Change, decoded, rewrite
+from selfmask_dist.maskfile import MaskFile, apply_mask, write_mask_file
+from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.maskfile.layers import Change, decoded
+from selfmask_dist.maskfile.rewrite import rewrite
 from tests.models import make
 from tests.rewrite_cases import DTYPES, INTEGERS, cases
 from tests.test_bank import images, random_masks
@@ -52,8 +53,8 @@ def test_a_theta_in_another_order_of_memory_is_rewritten_too() -> None:
 INTERPRETED = """
 import numpy as np, torch
 from selfmask_dist.masking import core
-from selfmask_dist.rewrite import Change, Layer
-from selfmask_dist.rewrite.kernel import BLOCK, rewrite_fused
+from selfmask_dist.maskfile.layers import Change, Layer
+from selfmask_dist.maskfile.kernel import BLOCK, rewrite_fused
 from tests.rewrite_cases import DTYPES, INTEGERS, cases
 
 everything, thetas = [], []
@@ -106,7 +107,7 @@ COMPILED = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from selfmask_dist.rewrite import kernel
+from selfmask_dist.maskfile import kernel
 
 for kind in ("fp32", "fp16", "bf16", "fp64"):
     signature = {"table": "*i64", "COLUMNS": "constexpr", "KIND": "constexpr", "BLOCK": "constexpr"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selfmask_dist import Masks, apply_masks, attach
-from selfmask_dist.artifact import MaskFileError, read_mask_file
+from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.masking import Family, build_family
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.masking.parametrized import parametrized_attach

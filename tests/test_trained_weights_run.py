@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from selfmask_dist import apply_masks
-from selfmask_dist.artifact import read_mask_file, verify_mask_file
 from selfmask_dist.assembly import build_backbone, build_objective
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.config.masks import MASK_FAMILIES, OTHER_FAMILIES
+from selfmask_dist.maskfile import read_mask_file, verify_mask_file
+from selfmask_dist.maskfile.tools.shrink import shrink
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses
 from selfmask_dist.run import run
 from selfmask_dist.run_directory import run_path
-from selfmask_dist.shrink import shrink
 from selfmask_dist.teacher import Teacher
 from tests.test_checkpoint import assert_same, cut_back, outcome
 from tests.tiny_run import SETTINGS, write_tiny_data

@@ -2,8 +2,8 @@
 
 from selfmask_dist.eval_command.results import Results, Row, UnavailableError
 from selfmask_dist.eval_command.subject import Subject
-from selfmask_dist.mask_comparison import MaskResults, as_dict, masks, read_subjects
-from selfmask_dist.mask_plot import draw_similarity, draw_sparsity
+from selfmask_dist.maskfile.tools.comparison import MaskResults, as_dict, masks, read_subjects
+from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 
 
 def measure_masks(subject: Subject, _options: object) -> Results:

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfmask_dist import artifact, data, evals
+from selfmask_dist import data, evals, maskfile
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.bank import MaskBank
 from selfmask_dist.cascade import fit_pca
 from selfmask_dist.cascade_model import Cascade, load_cascade
 from selfmask_dist.config import Config, load_config
@@ -30,6 +29,7 @@ from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
 from selfmask_dist.eval_command.weights import find_weights
 from selfmask_dist.finetune import load_trained
+from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World
 from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
@@ -52,7 +52,7 @@ class Subject:
         config: Config,
         world: World,
         directory: Path,
-        files: dict[str, artifact.MaskFile],
+        files: dict[str, maskfile.MaskFile],
         views: list[View],
         report: Callable[[str], None],
         *,
@@ -271,7 +271,7 @@ def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data
     if given is None and beside.exists():
         given = str(beside)
     elif given is None and path.is_file():
-        name = artifact.read_mask_file(path).backbone
+        name = maskfile.read_mask_file(path).backbone
         if name and not any(change.startswith("backbone.name=") for change in changes):
             changes.insert(0, f"backbone.name={name}")
     return load_config(given, changes)
@@ -305,7 +305,7 @@ def open_subject(
     if len(paths) > 1 and out is None:
         raise ValueError("several subjects have no folder in common: give one with --out")
     directory = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
-    files = {str(found): artifact.read_mask_file(found) for path in paths if (found := mask_path(path))}
+    files = {str(found): maskfile.read_mask_file(found) for path in paths if (found := mask_path(path))}
     weights = {p: there for p in paths if mask_path(p) is None and (there := find_weights(p))}
     fingerprints = {file.backbone_fingerprint for file in files.values()}
     if len(fingerprints | {each.backbone_fingerprint for each in weights.values()}) > 1:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfmask_dist import artifact
+from selfmask_dist import maskfile
 from selfmask_dist.cascade_model import DISPATCHER, modes_of
 from selfmask_dist.config import Config
 from selfmask_dist.eval_command.weights import Weights
@@ -24,7 +24,7 @@ class View:
 
     name: str
     folder: str = ""
-    mask: artifact.Mask | None = None
+    mask: maskfile.Mask | None = None
     weights: Weights | None = None
     mode: str | None = None
     made_with: str = ""
@@ -46,7 +46,7 @@ def mask_path(path: Path) -> Path | None:
     return None
 
 
-def cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
+def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
     """In a run's folder the stores are the run's, known by the files that they were made with."""
     of_run = {
         DISPATCHER: path.parent / DISPATCHER / "final.mask",
@@ -67,7 +67,7 @@ def cascade_views(path: Path, file: artifact.MaskFile) -> list[View]:
 
 
 def mask_views(
-    paths: Sequence[Path], files: dict[str, artifact.MaskFile], weights: dict[Path, Weights], config: Config
+    paths: Sequence[Path], files: dict[str, maskfile.MaskFile], weights: dict[Path, Weights], config: Config
 ) -> list[View]:
     """Of masks and weights in the order given, and their mean where they are several."""
     views: list[View] = []

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfmask_dist import artifact, data
-from selfmask_dist.artifact import Mask, MaskFile
+from selfmask_dist import data, maskfile
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
 from selfmask_dist.life import Life
+from selfmask_dist.maskfile import Mask, MaskFile
 from selfmask_dist.procedure_runs.chain import Chain, Task, Tensors, class_tasks, mean_of, other_seed
 from selfmask_dist.procedure_runs.measuring import HEAD, Classifier, load_images, open_classifier
 from selfmask_dist.procedures.supsup import METHODS, Supermasks
@@ -81,11 +81,11 @@ def _bundle(config: Config, folder: Path, tasks: Sequence[Task], path: Path) -> 
         backbone_fingerprint=spec.fingerprint,
         preprocessing=spec.preprocessing.to_dict(),
     )
-    artifact.write_mask_file(path, file)
+    maskfile.write_mask_file(path, file)
 
 
 def _mask(folder: Path, task: Task) -> Mask:
-    return next(iter(artifact.read_mask_file(folder / task.name / "final.mask").masks.values()))
+    return next(iter(maskfile.read_mask_file(folder / task.name / "final.mask").masks.values()))
 
 
 def _infer(

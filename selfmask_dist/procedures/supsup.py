@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selfmask_dist import artifact
+from selfmask_dist import maskfile
 
 Method = Literal["one-shot", "binary", "each"]
 METHODS: tuple[Method, ...] = ("one-shot", "binary", "each")
@@ -38,7 +38,7 @@ METHODS: tuple[Method, ...] = ("one-shot", "binary", "each")
 class _Packed:
     """A task's mask, eight weights to a byte, and tensors that the task has for itself (its head)."""
 
-    mask: artifact.Mask  # without its bits
+    mask: maskfile.Mask  # without its bits
     bits: dict[str, npt.NDArray[np.uint8]]
     own: dict[str, Tensor]
 
@@ -78,7 +78,7 @@ class Supermasks:
     def names(self) -> list[str]:
         return list(self._tasks)
 
-    def add(self, task: str, mask: artifact.Mask, *, own: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, task: str, mask: maskfile.Mask, *, own: Mapping[str, Tensor] | None = None) -> None:
         """Take in a task's mask, and further parameters of the model that the task has for itself.
 
         Raises:
@@ -93,7 +93,7 @@ class Supermasks:
                 f"superposed; learn it with backbone.batchnorm=frozen"
             )
         full = {id(p): name for name, p in self._model.named_parameters()}
-        places = {name: full[id(p)] for name, p in artifact.check_fits(self._model, mask).items()}
+        places = {name: full[id(p)] for name, p in maskfile.check_fits(self._model, mask).items()}
         names = {*places.values(), *(own or {})}
         if self._tasks and names != self._parameters():
             raise ValueError(
@@ -124,7 +124,7 @@ class Supermasks:
             weight = self._model.get_parameter(name)
             flat = np.unpackbits(bits, count=weight.numel()).astype(bool)
             mask = replace(packed.mask, bits={name: torch.from_numpy(flat).view(weight.shape)})
-            theta[name] = artifact.materialize(mask, name, weight)
+            theta[name] = maskfile.materialize(mask, name, weight)
         return theta
 
     def logits(self, task: str, images: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfmask_dist.common.numbers import NONE, count, percent
-from selfmask_dist.evals.mask_similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
-from selfmask_dist.mask_comparison import Group, MaskResults, Pair, Subject, masks, matrix
+from selfmask_dist.maskfile.tools.comparison import Group, MaskResults, Pair, Subject, masks, matrix
+from selfmask_dist.maskfile.tools.similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
 from selfmask_dist.report.charts import dendrogram
 from selfmask_dist.report.markup import Child, Html, join, table, tag
 from selfmask_dist.report.parts import section, swatch

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact import arrays, codec, container, forms
-from selfmask_dist.artifact.container import Container, Sections
-from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.maskfile import arrays, codec, container, forms
+from selfmask_dist.maskfile.container import Container, Sections
+from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 
 MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while they are read
 Weights = Callable[[str], Tensor]  # the frozen weights, by a parameter's name

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.artifact.file import Weights, read_mask_file
-from selfmask_dist.artifact.forms import as_kind, materialize, take_apart
-from selfmask_dist.artifact.mask import Mask, MaskFileError
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.maskfile.file import Weights, read_mask_file
+from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
+from selfmask_dist.maskfile.mask import Mask, MaskFileError
 from selfmask_dist.masking import Masks
 
 

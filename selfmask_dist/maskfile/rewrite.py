@@ -1,10 +1,18 @@
-"""Theta rewritten by vectorised passes, and by the kernel where that is to be had."""
+"""Theta out of decoded bits, in place: theta = a * W * M for any number of parameters at once.
+
+    layer = decoded(bits, weight)                    # once, as small as it can lie there
+    rewrite([Change(theta, weight, layer, scales)])  # every time the mask is put on
+
+Both ways give what `masking.core.materialize` gives: on a CPU vectorised passes (zeros may have another
+sign), on a GPU one fused kernel for all parameters (`kernel`) where Triton is there. Knows nothing of names,
+files or caches.
+"""
 
 from collections.abc import Sequence
 
 import torch
 
-from selfmask_dist.rewrite.layer import Change, is_fused
+from selfmask_dist.maskfile.layers import Change, is_fused
 
 
 @torch.no_grad()
@@ -15,7 +23,7 @@ def rewrite(changes: Sequence[Change]) -> None:
         if not is_fused(change.weight):
             _rewrite(change)
     if fused:
-        from selfmask_dist.rewrite.kernel import rewrite_fused  # imports triton
+        from selfmask_dist.maskfile.kernel import rewrite_fused  # imports triton
 
         rewrite_fused(fused)
 

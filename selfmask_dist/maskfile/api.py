@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from selfmask_dist import artifact, masking
+from selfmask_dist import maskfile, masking
 
 
 class Masks(masking.Masks):
@@ -59,21 +59,21 @@ def save_masks(
             only together with the backbone.
         is_writer: False only takes part in gathering the masks, and returns 0.
     """
-    mask = artifact.from_masks(masks)
+    mask = maskfile.from_masks(masks)
     weights = masks.first_weights() if against_weights else None
     if not is_writer:
         return 0
-    file = artifact.MaskFile(
+    file = maskfile.MaskFile(
         masks={"default": mask},
         backbone=backbone,
         backbone_fingerprint=backbone_fingerprint,
         preprocessing=dict(preprocessing or {}),
         metrics=dict(metrics or {}),
     )
-    return artifact.write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
+    return maskfile.write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
 
 
-def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> artifact.MaskFile:
+def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> maskfile.MaskFile:
     """Apply a mask file to a model that holds the frozen weights, in place; returns what the file holds.
 
     Args:
@@ -83,10 +83,10 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     Raises:
         MaskFileError: the file is damaged, or does not fit the model's architecture or weights.
     """
-    file = artifact.read_mask_file(path, weights=artifact.weights_of(model))
+    file = maskfile.read_mask_file(path, weights=maskfile.weights_of(model))
     if name is None and len(file.masks) > 1:
-        raise artifact.MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
+        raise maskfile.MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
     if name is not None and name not in file.masks:
-        raise artifact.MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
-    artifact.apply_mask(model, file.masks[name or next(iter(file.masks))])
+        raise maskfile.MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
+    maskfile.apply_mask(model, file.masks[name or next(iter(file.masks))])
     return file

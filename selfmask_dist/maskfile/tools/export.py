@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfmask_dist import __version__
-from selfmask_dist.artifact import Mask, MaskFile, apply_mask, write_mask_file
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.maskfile import Mask, MaskFile, apply_mask, write_mask_file
 
 _CARD = """---
 library_name: {library}

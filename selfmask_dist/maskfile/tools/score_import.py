@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfmask_dist.artifact import Mask
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.maskfile import Mask
 from selfmask_dist.masking import binarize
 
 KEY = "mask_real"

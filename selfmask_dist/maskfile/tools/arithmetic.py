@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact.mask import Mask, MaskFileError
+from selfmask_dist.maskfile.mask import Mask, MaskFileError
 
 
 def intersection(masks: Sequence[Mask]) -> Mask:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from selfmask_dist.artifact import Mask, read_mask_file
 from selfmask_dist.config import load_config
-from selfmask_dist.evals.mask_similarity import (
+from selfmask_dist.maskfile import Mask, read_mask_file
+from selfmask_dist.maskfile.tools.similarity import (
     Agreement,
     Layer,
     Pruned,

@@ -5,7 +5,7 @@ out and guards them, `arrays` reads what lies in them, `file` brings them togeth
 model, and `arithmetic` makes masks out of masks. Knows nothing of optimizers or process groups.
 """
 
-from selfmask_dist.artifact.file import (
+from selfmask_dist.maskfile.file import (
     MAX_WEIGHTS,
     read_backbone_name,
     read_mask_file,
@@ -13,15 +13,9 @@ from selfmask_dist.artifact.file import (
     verify_mask_file,
     write_mask_file,
 )
-from selfmask_dist.artifact.fit import (
-    apply_mask,
-    check_fits,
-    describe_file,
-    from_masks,
-    weights_of,
-)
-from selfmask_dist.artifact.forms import materialize, take_apart
-from selfmask_dist.artifact.mask import Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.fit import apply_mask, check_fits, describe_file, from_masks, weights_of
+from selfmask_dist.maskfile.forms import materialize, take_apart
+from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError
 
 __all__ = [
     "MAX_WEIGHTS",

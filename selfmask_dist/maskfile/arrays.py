@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact.container import Container, Sections
-from selfmask_dist.artifact.mask import MaskFileError
+from selfmask_dist.maskfile.container import Container, Sections
+from selfmask_dist.maskfile.mask import MaskFileError
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(name).newbyteorder("<")

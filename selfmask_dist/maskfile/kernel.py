@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from selfmask_dist.rewrite.layer import Change
+from selfmask_dist.maskfile.layers import Change
 
 BLOCK = 4096
 # of the table: addresses of theta, W and bits; first element, number of elements; bits of the float64 scale

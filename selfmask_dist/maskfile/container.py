@@ -24,7 +24,7 @@ from typing import Any
 
 import zstandard
 
-from selfmask_dist.artifact.mask import MaskFileError
+from selfmask_dist.maskfile.mask import MaskFileError
 
 MAGIC = b"SELFMASK"
 VERSION = 2

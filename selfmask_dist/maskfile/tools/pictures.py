@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from selfmask_dist.mask_comparison import MaskResults, matrix
+from selfmask_dist.maskfile.tools.comparison import MaskResults, matrix
 
 _MAX_NUMBERS = 16  # masks up to which a matrix holds its numbers in writing
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from selfmask_dist.artifact.mask import Kind, Mask, MaskFileError
+from selfmask_dist.maskfile.mask import Kind, Mask, MaskFileError
 from selfmask_dist.masking import core
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
