@@ -39,12 +39,12 @@ from selfmask_dist.cascade import Combination, fit_pca
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
-from selfmask_dist.embed import Embeddings, embed
-from selfmask_dist.evaluation import measure_knn, measure_probe
+from selfmask_dist.evals.embed import Embeddings, embed
+from selfmask_dist.evals.measure import measure_knn, measure_probe
+from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.parallel import World
 from selfmask_dist.run import run
-from selfmask_dist.run_directory import run_path
-from selfmask_dist.store import EmbeddingStore
+from selfmask_dist.runs.folder import run_path
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VIEWS = ("frozen", "self-masked", "conditional", "unconditional")

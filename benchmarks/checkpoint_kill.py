@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Benchmark
-from selfmask_dist.checkpoint import (
+from selfmask_dist.runs.checkpoint import (
     Checkpoint,
     Retention,
     committed,

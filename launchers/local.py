@@ -26,7 +26,7 @@ from types import FrameType
 
 from launchers.progress import MAX_FRUITLESS, is_fruitless
 from selfmask_dist.config import Config
-from selfmask_dist.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
+from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has

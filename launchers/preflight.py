@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.run_directory import flat_science
+from selfmask_dist.runs.folder import flat_science
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 

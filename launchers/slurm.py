@@ -27,8 +27,8 @@ from launchers.local import log_path
 from launchers.progress import MAX_FRUITLESS, is_fruitless
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config
-from selfmask_dist.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
-from selfmask_dist.run_directory import run_path
+from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
+from selfmask_dist.runs.folder import run_path
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it

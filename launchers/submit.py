@@ -25,7 +25,7 @@ from launchers import local
 from launchers.preflight import preflight
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config, describe, load_config, to_yaml
-from selfmask_dist.run_directory import run_path
+from selfmask_dist.runs.folder import run_path
 
 _ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 

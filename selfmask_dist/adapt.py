@@ -22,15 +22,15 @@ from selfmask_dist.assembly import (
     prepare,
 )
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import WITH_CAPTIONS
-from selfmask_dist.evaluation import Evaluation
+from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.finetune import add_lora
-from selfmask_dist.life import Life
 from selfmask_dist.meter import Meter
 from selfmask_dist.objectives import Context, Objective
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
+from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
+from selfmask_dist.runs.life import Life
 from selfmask_dist.saving import save
 from selfmask_dist.schedule import Schedule
 from selfmask_dist.state import Keeper, Position, RunState

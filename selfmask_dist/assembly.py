@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
-from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS
 from selfmask_dist.finetune import choose_weights
@@ -31,6 +30,7 @@ from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.procedures.hold import Hold
+from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.trainer import NonFiniteError
 from selfmask_dist.training_views import crop_sizes
 

@@ -24,11 +24,11 @@ from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_o
 from selfmask_dist.cascade_model import DISPATCHER, expert_name
 from selfmask_dist.cascade_stages import Stages, read_sizes
 from selfmask_dist.config import Config
-from selfmask_dist.life import Life, open_life
 from selfmask_dist.parallel import World, join_world
 from selfmask_dist.parallel.world import group_of, num_processes
-from selfmask_dist.preempt import Preempted, StopRequest
-from selfmask_dist.run_directory import create_run_directory, run_path
+from selfmask_dist.runs.folder import create_run_directory, run_path
+from selfmask_dist.runs.life import Life, open_life
+from selfmask_dist.runs.preempt import Preempted, StopRequest
 
 ROUTER, COMBINATION = "router", "combination"  # parts of a cascade, beside expert-K
 _POLL_SECONDS = 0.2

@@ -30,11 +30,11 @@ from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade_plot import draw_cascade
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.evaluation import measure_knn, measure_probe
-from selfmask_dist.life import Life
+from selfmask_dist.evals.measure import measure_knn, measure_probe
+from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.run_directory import write_json
-from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.runs.folder import write_json
+from selfmask_dist.runs.life import Life
 
 SPLITS = ("train", "test")
 TITLES = {"frozen": "frozen", DISPATCHER: "self-masked"}  # a combination's is its mode

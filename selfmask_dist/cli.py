@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from selfmask_dist import eval_command, exit_status, mask_command, report, serve_command, status
+from selfmask_dist import eval_command, mask_command, report, serve_command
 from selfmask_dist.config import describe, load_config, to_yaml
+from selfmask_dist.runs import exit_status, status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from selfmask_dist.life import is_lost_process
-    from selfmask_dist.preempt import Preempted
     from selfmask_dist.run import run
+    from selfmask_dist.runs.life import is_lost_process
+    from selfmask_dist.runs.preempt import Preempted
 
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
         try:

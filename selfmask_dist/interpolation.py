@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
 from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
 from selfmask_dist.procedures import wise_ft
+from selfmask_dist.runs.checkpoint import load_newest
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
 

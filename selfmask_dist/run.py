@@ -22,14 +22,14 @@ from selfmask_dist import data
 from selfmask_dist.adapt import adapt, format_numbers
 from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.checkpoint import Checkpoint, load_newest, read_checkpoint
 from selfmask_dist.config import Config
 from selfmask_dist.config.procedures import PROCEDURES
-from selfmask_dist.evaluation import Evaluation
-from selfmask_dist.life import Life, open_life, stacks_path
+from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.parallel import World, join_world
-from selfmask_dist.preempt import StopRequest
-from selfmask_dist.run_directory import create_run_directory, drop_metrics_after, run_path, write_json
+from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoint
+from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path, write_json
+from selfmask_dist.runs.life import Life, open_life, stacks_path
+from selfmask_dist.runs.preempt import StopRequest
 
 
 def run(config: Config, *, part: str | None = None) -> dict[str, Any]:

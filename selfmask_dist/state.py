@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from selfmask_dist.checkpoint import Checkpoint, Saver
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
 from selfmask_dist.parallel.trained import EngineState
-from selfmask_dist.preempt import Preempted, StopRequest
+from selfmask_dist.runs.checkpoint import Checkpoint, Saver
+from selfmask_dist.runs.preempt import Preempted, StopRequest
 
 _PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")  # tensors by name
 

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.meter import Meter
-from selfmask_dist.metrics import MetricsWriter
 from selfmask_dist.parallel import Engine
-from selfmask_dist.preempt import Preempted
+from selfmask_dist.runs.metrics import MetricsWriter
+from selfmask_dist.runs.preempt import Preempted
 from selfmask_dist.schedule import Schedule
 from selfmask_dist.state import Keeper, Position
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from selfmask_dist.masking import core
 from selfmask_dist.maskfile.layers import Change, decoded
+from selfmask_dist.masking import core
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

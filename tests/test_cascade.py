@@ -22,12 +22,12 @@ from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.config.selfsupervised import Combining
 from selfmask_dist.data import eval_loader, eval_transform
+from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.run import run
-from selfmask_dist.run_directory import create_run_directory, write_json
-from selfmask_dist.status import read_status
-from selfmask_dist.store import EmbeddingStore
+from selfmask_dist.runs.folder import create_run_directory, write_json
+from selfmask_dist.runs.status import read_status
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
 from tests.tiny_run import child_environment, submit_command, wait_until

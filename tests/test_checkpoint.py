@@ -10,8 +10,12 @@ import timm  # noqa: F401 (so that the ranks' server has it too)
 import torch
 from safetensors.torch import load_file
 
-from selfmask_dist import checkpoint
-from selfmask_dist.checkpoint import (
+from selfmask_dist.cli import main
+from selfmask_dist.config import load_config
+from selfmask_dist.maskfile import read_mask_file
+from selfmask_dist.run import run
+from selfmask_dist.runs import checkpoint
+from selfmask_dist.runs.checkpoint import (
     Checkpoint,
     CheckpointError,
     Retention,
@@ -23,10 +27,6 @@ from selfmask_dist.checkpoint import (
     verify,
     write_checkpoint,
 )
-from selfmask_dist.cli import main
-from selfmask_dist.config import load_config
-from selfmask_dist.maskfile import read_mask_file
-from selfmask_dist.run import run
 from tests.distributed import run_distributed
 from tests.tiny_run import write_config, write_tiny_data
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from launchers import local, progress
-from selfmask_dist.checkpoint import committed, load_newest, step_of
-from selfmask_dist.exit_status import BAD_INPUT, FAILED, HUNG, LOST
-from selfmask_dist.metrics import _Lines
 from selfmask_dist.parallel import is_lost_peer, set_timeout
+from selfmask_dist.runs.checkpoint import committed, load_newest, step_of
+from selfmask_dist.runs.exit_status import BAD_INPUT, FAILED, HUNG, LOST
+from selfmask_dist.runs.metrics import _Lines
 from tests.distributed import run_distributed
 from tests.test_launchers import fake
 from tests.tiny_run import (

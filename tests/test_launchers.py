@@ -14,7 +14,7 @@ from launchers import local, slurm
 from launchers.preflight import preflight
 from launchers.snapshot import snapshot_environment, take_snapshot
 from selfmask_dist.config import load_config
-from selfmask_dist.exit_status import DIVERGED, HUNG, LOST, REQUEUE, is_restartable
+from selfmask_dist.runs.exit_status import DIVERGED, HUNG, LOST, REQUEUE, is_restartable
 from tests.tiny_run import (
     child_environment,
     processes_of,

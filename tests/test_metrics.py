@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from selfmask_dist.metrics import MetricsWriter
+from selfmask_dist.runs.metrics import MetricsWriter
 
 
 def test_a_restart_goes_on_with_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from selfmask_dist.cli import main
-from selfmask_dist.exit_status import HUNG, REQUEUE
-from selfmask_dist.preempt import StopRequest
-from selfmask_dist.watchdog import Watchdog
+from selfmask_dist.runs.exit_status import HUNG, REQUEUE
+from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.runs.watchdog import Watchdog
 from tests.tiny_run import (
     child_environment,
     events_of,

@@ -17,7 +17,7 @@ from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.run import run
-from selfmask_dist.run_directory import run_path
+from selfmask_dist.runs.folder import run_path
 from selfmask_dist.trainer import NonFiniteError
 from tests.distributed import run_distributed
 from tests.models import make

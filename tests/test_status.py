@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from selfmask_dist.checkpoint import Checkpoint, write_checkpoint
 from selfmask_dist.cli import main
+from selfmask_dist.runs.checkpoint import Checkpoint, write_checkpoint
 
 
 def make_run(folder: Path, **status: Any) -> Path:

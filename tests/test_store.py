@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_loader, eval_transform, open_source
-from selfmask_dist.store import EmbeddingStore, StoreError, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, StoreError, embed_to_store
 from tests.distributed import run_distributed
 from tests.tars import labelled, write_tar
 

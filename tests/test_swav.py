@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.any_size import accept_sizes
-from selfmask_dist.checkpoint import load_newest
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Context, Swav, SwavOptions
 from selfmask_dist.objectives.swav import encode_views, sinkhorn
+from selfmask_dist.runs.checkpoint import load_newest
 from tests.distributed import run_distributed
 from tests.models import make, open_clip_tower, timm_vit
 from tests.test_run import losses_of, metrics_of, run_here, settings, shards  # noqa: F401 (a fixture)

@@ -19,7 +19,7 @@ from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses
 from selfmask_dist.run import run
-from selfmask_dist.run_directory import run_path
+from selfmask_dist.runs.folder import run_path
 from selfmask_dist.teacher import Teacher
 from tests.test_checkpoint import assert_same, cut_back, outcome
 from tests.tiny_run import SETTINGS, write_tiny_data

@@ -18,7 +18,7 @@ from selfmask_dist.evals.global_knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
 from selfmask_dist.evals.probe_heads import EPOCHS
-from selfmask_dist.store import Rows
+from selfmask_dist.evals.store import Rows
 
 
 @dataclass(frozen=True)

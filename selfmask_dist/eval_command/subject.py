@@ -28,10 +28,10 @@ from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
 from selfmask_dist.eval_command.weights import find_weights
+from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
 from selfmask_dist.finetune import load_trained
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World
-from selfmask_dist.store import EmbeddingStore, Rows, embed_to_store
 
 SPLITS = ("train", "test")
 

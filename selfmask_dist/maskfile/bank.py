@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from selfmask_dist import maskfile
 from selfmask_dist.maskfile import Mask, MaskFileError, codec
-from selfmask_dist.masking import core
 from selfmask_dist.maskfile.layers import Change, Layer, decoded
 from selfmask_dist.maskfile.rewrite import rewrite
+from selfmask_dist.masking import core
 
 CACHE_MIB = 512
 _HALF_WRITTEN = object()

@@ -19,10 +19,10 @@ from torch import Tensor
 from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
-from selfmask_dist.life import Life, open_life
 from selfmask_dist.parallel import World
-from selfmask_dist.preempt import StopRequest
-from selfmask_dist.run_directory import run_path, write_json
+from selfmask_dist.runs.folder import run_path, write_json
+from selfmask_dist.runs.life import Life, open_life
+from selfmask_dist.runs.preempt import StopRequest
 
 Tensors = dict[str, Tensor]
 

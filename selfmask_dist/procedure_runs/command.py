@@ -6,9 +6,7 @@ from typing import Any
 
 from selfmask_dist.adapt import format_numbers
 from selfmask_dist.config import Config
-from selfmask_dist.life import open_life
 from selfmask_dist.parallel import join_world
-from selfmask_dist.preempt import StopRequest
 from selfmask_dist.procedure_runs.chain import Chain
 from selfmask_dist.procedure_runs.ensemble import run_ensemble
 from selfmask_dist.procedure_runs.evolution import run_evolution
@@ -17,7 +15,9 @@ from selfmask_dist.procedure_runs.packnet import run_packnet
 from selfmask_dist.procedure_runs.rebasin import run_rebasin
 from selfmask_dist.procedure_runs.supsup import run_supsup
 from selfmask_dist.procedure_runs.wise_ft import run_wise_ft
-from selfmask_dist.run_directory import create_run_directory, run_path, write_json
+from selfmask_dist.runs.folder import create_run_directory, run_path, write_json
+from selfmask_dist.runs.life import open_life
+from selfmask_dist.runs.preempt import StopRequest
 
 _PROCEDURES: dict[str, Callable[[Chain], dict[str, Any]]] = {
     "packnet": run_packnet,

@@ -7,7 +7,6 @@ from safetensors.torch import load_file
 
 from selfmask_dist.assembly import open_data
 from selfmask_dist.config import Config
-from selfmask_dist.life import Life
 from selfmask_dist.procedure_runs.chain import Chain, other_seed
 from selfmask_dist.procedure_runs.measuring import (
     HEAD,
@@ -17,6 +16,7 @@ from selfmask_dist.procedure_runs.measuring import (
     open_classifier,
 )
 from selfmask_dist.procedures import ensembles
+from selfmask_dist.runs.life import Life
 
 
 def run_ensemble(chain: Chain) -> dict[str, Any]:

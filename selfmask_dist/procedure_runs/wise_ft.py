@@ -20,7 +20,6 @@ from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
-from selfmask_dist.life import Life
 from selfmask_dist.procedure_runs.chain import Chain, Tensors
 from selfmask_dist.procedure_runs.measuring import (
     HEAD,
@@ -32,6 +31,7 @@ from selfmask_dist.procedure_runs.measuring import (
     open_classifier,
 )
 from selfmask_dist.procedures import wise_ft
+from selfmask_dist.runs.life import Life
 
 _STAGE = "adapted"
 

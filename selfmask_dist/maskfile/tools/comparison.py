@@ -34,7 +34,7 @@ from selfmask_dist.maskfile.tools.similarity import (
     total,
     tree_of,
 )
-from selfmask_dist.run_directory import flat_science
+from selfmask_dist.runs.folder import flat_science
 
 DISPATCHER, _EXPERT = "dispatcher", "expert-"
 _FILES = ("final.mask", "cascade.mask")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from selfmask_dist.exit_status import REQUEUE
+from selfmask_dist.runs.exit_status import REQUEUE
 
 _LOOK_SECONDS = 1.0  # between two looks at the watched file
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from selfmask_dist.exit_status import HUNG
-from selfmask_dist.preempt import dump_stacks
+from selfmask_dist.runs.exit_status import HUNG
+from selfmask_dist.runs.preempt import dump_stacks
 
 _INTERVAL = 2.0
 _PATIENCE = 10  # times the timeout, until the first beat: building, compiling and meeting take their time

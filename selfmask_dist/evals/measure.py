@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.embed import Embeddings, embed, eval_mode
+from selfmask_dist.evals.embed import Embeddings, embed, eval_mode
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import World
 

@@ -232,7 +232,7 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _checkpoints(options: argparse.Namespace) -> int:
-    from selfmask_dist import checkpoint  # imports torch
+    from selfmask_dist.runs import checkpoint  # imports torch
 
     run = Path(options.run)
     folder = run / "checkpoints"
