@@ -34,7 +34,6 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark
 from selfmask_dist import apply_masks
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.cascade import Combination, fit_pca
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.data import eval_loader, eval_transform
@@ -43,8 +42,9 @@ from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.parallel import World
-from selfmask_dist.run import run
 from selfmask_dist.runs.folder import run_path
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.run import run
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 VIEWS = ("frozen", "self-masked", "conditional", "unconditional")

@@ -26,12 +26,12 @@ from selfmask_dist import attach
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.config import load_config
 from selfmask_dist.data import Batch
-from selfmask_dist.meter import Meter
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import EngineOptions, build_engine
 from selfmask_dist.runs.checkpoint import Retention, Saver, committed
 from selfmask_dist.runs.preempt import StopRequest
-from selfmask_dist.state import Keeper, Position, RunState
+from selfmask_dist.training.meter import Meter
+from selfmask_dist.training.state import Keeper, Position, RunState
 from tests.distributed import run_distributed
 from tests.engine_cases import CLASSES, Step, world_here
 

@@ -23,7 +23,7 @@ from benchmarks.harness import Benchmark, interleave
 from selfmask_dist import cli, evals
 from selfmask_dist.config import load_config
 from selfmask_dist.evals.probe import prepare
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 
 
 def embeddings(settings: list[str]) -> tuple[Any, Any, Any, Any]:

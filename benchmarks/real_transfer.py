@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 
 WEIGHTS = "weights/vit_tiny_patch16_224.in1k.fp16.safetensors"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -189,7 +189,7 @@ def _changed(config: Config, name: str, changes: dict[str, dict[str, Any]]) -> C
 
 
 def _train(config: Config, world: World, stop: StopRequest, *, parent: Path | None = None) -> dict[str, Any]:
-    from selfmask_dist.run import run_in  # which imports this module
+    from selfmask_dist.training.run import run_in  # which imports this module
 
     return run_in(config, world, stop, is_restart=True, parent=parent)
 

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selfmask_dist import data, maskfile
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade_model import DISPATCHER, expert_name, save_cascade
@@ -35,6 +34,7 @@ from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.folder import write_json
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import build_backbone, open_data
 
 SPLITS = ("train", "test")
 TITLES = {"frozen": "frozen", DISPATCHER: "self-masked"}  # a combination's is its mode

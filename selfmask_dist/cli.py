@@ -44,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    from selfmask_dist.run import run
     from selfmask_dist.runs.life import is_lost_process
     from selfmask_dist.runs.preempt import Preempted
+    from selfmask_dist.training.run import run
 
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
         try:

@@ -216,8 +216,8 @@ def _share_apart(mask: Any, other: Any) -> float:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.maskfile import read_mask_file, weights_of, write_mask_file
+    from selfmask_dist.training.build import build_backbone
 
     needs_weights = options.config is not None or options.against_weights
     weights = weights_of(build_backbone(_config(options)).encoder) if needs_weights else None
@@ -246,8 +246,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.maskfile.tools.export import export
+    from selfmask_dist.training.build import build_backbone
 
     config = _config(options)
     name, mask, file = _load(options.file)
@@ -259,10 +259,10 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.config import load_config
     from selfmask_dist.maskfile import MaskFile, write_mask_file
     from selfmask_dist.maskfile.tools.score_import import import_scores, read_state
+    from selfmask_dist.training.build import build_backbone
 
     if (options.config is None) == (options.backbone is None):
         raise ValueError("the backbone is needed: give either --backbone NAME or --config RUN/config.yaml")
@@ -288,9 +288,9 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _shrink(options: argparse.Namespace) -> None:
-    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.maskfile import apply_mask
     from selfmask_dist.maskfile.tools.shrink import save_smaller, shrink
+    from selfmask_dist.training.build import build_backbone
 
     _, mask, _ = _load(options.file)
     encoder = build_backbone(_config(options)).encoder

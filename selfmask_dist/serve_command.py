@@ -38,8 +38,8 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     """(bank, preprocessing); masks are called by their files, `runs/pets/final.mask` by its folder."""
     import torch
 
-    from selfmask_dist.assembly import build_backbone
     from selfmask_dist.maskfile.bank import MaskBank
+    from selfmask_dist.training.build import build_backbone
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = build_backbone(_config(options))

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 from tests.tiny_run import write_config
 
 RESNET = {

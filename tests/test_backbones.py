@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import Backbone, find_blocks, fingerprint, load_backbone, set_train_mode
 from selfmask_dist.backbones.load import _measure_dim
 from selfmask_dist.backbones.sign_activations import RECTIFIERS, SignActivation, use_sign_activations
 from selfmask_dist.config import load_config
+from selfmask_dist.training.build import build_backbone
 
 VIT = "timm:vit_tiny_patch16_224"
 VIT_KWARGS: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from selfmask_dist import apply_masks
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.cascade import MODES
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade_model import load_cascade
@@ -25,9 +24,10 @@ from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.run import run
 from selfmask_dist.runs.folder import create_run_directory, write_json
 from selfmask_dist.runs.status import read_status
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.run import run
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
 from tests.tiny_run import child_environment, submit_command, wait_until

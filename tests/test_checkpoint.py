@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
-from selfmask_dist.run import run
 from selfmask_dist.runs import checkpoint
 from selfmask_dist.runs.checkpoint import (
     Checkpoint,
@@ -27,6 +26,7 @@ from selfmask_dist.runs.checkpoint import (
     verify,
     write_checkpoint,
 )
+from selfmask_dist.training.run import run
 from tests.distributed import run_distributed
 from tests.tiny_run import write_config, write_tiny_data
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from selfmask_dist import data
-from selfmask_dist.assembly import TrainStep
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
@@ -23,6 +22,7 @@ from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Clip, Context, Slip, SlipOptions, build_objective
 from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.training.build import TrainStep
 from tests.distributed import run_distributed
 from tests.resuming import check_resumed_equals_whole, last_state, losses_of
 from tests.tars import labelled, picture, write_tar

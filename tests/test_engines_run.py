@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config
+from selfmask_dist.training.build import build_backbone
 from tests.distributed import run_distributed
 from tests.test_run import _run_rank, losses_of, metrics_of, run_here, settings, shards
 

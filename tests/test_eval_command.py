@@ -12,7 +12,7 @@ from selfmask_dist.config import load_config
 from selfmask_dist.eval_command import subject as subject_module
 from selfmask_dist.eval_command.results import Results, Row, format_table, read_results
 from selfmask_dist.maskfile import read_mask_file
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 from tests.cascade_cases import settings, write_shards
 from tests.distributed import run_distributed
 from tests.tars import labelled, picture, write_tar

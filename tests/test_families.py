@@ -25,7 +25,7 @@ from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.masking.shards import Shards
 from selfmask_dist.parallel.world import World
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 from tests.distributed import run_distributed
 from tests.engine_cases import Case, build, check_equal, run_case, run_cases, world_here
 from tests.models import make

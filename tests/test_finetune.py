@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import Config, ConfigError, load_config
-from selfmask_dist.finetune import add_lora, choose_weights, load_changed, save_changed
 from selfmask_dist.masking import attach
 from selfmask_dist.parallel import EngineOptions, World, build_engine
+from selfmask_dist.training.build import build_backbone
+from selfmask_dist.training.finetune import add_lora, choose_weights, load_changed, save_changed
 from tests.distributed import run_distributed
 from tests.engine_cases import Step, batch_of, world_here
 from tests.models import make

@@ -239,7 +239,7 @@ def test_the_table_has_no_circle() -> None:
         ),
         ("trainer", "if TYPE_CHECKING:\n    import selfmask_dist.evals.knn", "trainer must not know evals"),
         ("launchers", "import torch.multiprocessing", "launchers must not know torch"),
-        ("launchers", "from selfmask_dist.trainer import train", "launchers must not know trainer"),
+        ("launchers", "from selfmask_dist.training.trainer import train", "launchers must not know trainer"),
         ("objectives", "import launchers.submit", "objectives must not know launchers"),
         ("brand_new", "import os", "brand_new is not in the table"),
     ],

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from selfmask_dist import apply_masks
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config, to_yaml
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.maskfile.tools.export import two_of_four
 from selfmask_dist.runs import exit_status
+from selfmask_dist.training.build import build_backbone
 
 TINY = [
     "backbone.name=timm:vit_tiny_patch16_224",

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from selfmask_dist.assembly import TrainStep
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Context
 from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.training.build import TrainStep
 from tests.distributed import run_distributed
 from tests.engine_cases import BLOCKS
 from tests.models import make

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.procedures import knowledge_evolution, lottery, packnet, slim
-from selfmask_dist.procedures.hold import FREE, HELD, ZERO, Codes, Hold, keep_largest
+from selfmask_dist.training.hold import FREE, HELD, ZERO, Codes, Hold, keep_largest
 from tests.models import conv_net
 from tests.procedure_cases import accuracy, digits, mlp, train
 

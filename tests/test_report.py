@@ -12,14 +12,14 @@ import pytest
 from safetensors.torch import save_file
 
 from selfmask_dist import cli
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.common.numbers import NONE, compact, duration, size
 from selfmask_dist.config import load_config
 from selfmask_dist.report import paper
 from selfmask_dist.report.charts import thinned, ticks
 from selfmask_dist.report.markup import Html, join, tag
 from selfmask_dist.report.reading import read_run
-from selfmask_dist.run import run
+from selfmask_dist.training.build import build_backbone
+from selfmask_dist.training.run import run
 from tests import chromium
 from tests.cascade_cases import settings, write_shards
 from tests.tiny_run import write_config, write_tiny_data

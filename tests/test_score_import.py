@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist import apply_masks, cli
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config, to_yaml
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.maskfile.tools.score_import import import_scores, read_state
 from selfmask_dist.runs import exit_status
+from selfmask_dist.training.build import build_backbone
 from tests.models import ConvNet, make
 
 SETTINGS = ["backbone.name=timm:resnet18", "backbone.pretrained=false", "data.train=unused"]

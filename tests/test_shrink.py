@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config, to_yaml
 from selfmask_dist.maskfile import Mask, MaskFile, write_mask_file
 from selfmask_dist.maskfile.tools.shrink import load_smaller, resize, save_smaller, shrink
+from selfmask_dist.training.build import build_backbone
 from tests.models import make
 from tests.test_mask_command import TINY
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run as run_here
+from selfmask_dist.training.run import run as run_here
 from tests import slurm
 from tests.distributed import run_distributed
 from tests.tiny_run import (

@@ -334,7 +334,7 @@ SWAV = (
 
 def _run_rank(overrides: list[str]) -> None:
     from selfmask_dist.config import load_config
-    from selfmask_dist.run import run
+    from selfmask_dist.training.run import run
 
     run(load_config(None, overrides))
 

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from selfmask_dist import apply_masks
-from selfmask_dist.assembly import build_backbone, build_objective
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.config.masks import MASK_FAMILIES, OTHER_FAMILIES
 from selfmask_dist.maskfile import read_mask_file, verify_mask_file
@@ -18,9 +17,10 @@ from selfmask_dist.maskfile.tools.shrink import shrink
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses
-from selfmask_dist.run import run
 from selfmask_dist.runs.folder import run_path
-from selfmask_dist.teacher import Teacher
+from selfmask_dist.training.build import build_backbone, build_objective
+from selfmask_dist.training.distill import Teacher
+from selfmask_dist.training.run import run
 from tests.test_checkpoint import assert_same, cut_back, outcome
 from tests.tiny_run import SETTINGS, write_tiny_data
 

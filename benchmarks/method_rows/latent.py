@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.method_rows.row import CONFIGS, Outcome, Row, Setting, config_row, outcome_of, train
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import apply_mask, read_mask_file
 from selfmask_dist.maskfile.tools.shrink import shrink
+from selfmask_dist.training.build import build_backbone
 
 GROUP = "weights trained or quantised"
 _HEAD = "optim.head_lr=0.05"

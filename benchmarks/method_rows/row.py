@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 

@@ -22,7 +22,7 @@ from benchmarks.cascade_real import WEIGHTS, digits_settings
 from data_prep.image_folder import convert_image_folder
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.config import load_config
-from selfmask_dist.run import run
+from selfmask_dist.training.run import run
 
 BATCH = 64
 COMMON = (

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from selfmask_dist import data, evals, maskfile
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import fit_pca
 from selfmask_dist.cascade_model import Cascade, load_cascade
@@ -29,9 +28,10 @@ from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
 from selfmask_dist.eval_command.weights import find_weights
 from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
-from selfmask_dist.finetune import load_trained
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.finetune import load_trained
 
 SPLITS = ("train", "test")
 

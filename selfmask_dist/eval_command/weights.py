@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfmask_dist.finetune import CHANGED, WHOLE
+from selfmask_dist.training.finetune import CHANGED, WHOLE
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from selfmask_dist.adapt import format_numbers
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import join_world
-from selfmask_dist.procedure_runs.chain import Chain
 from selfmask_dist.procedure_runs.ensemble import run_ensemble
 from selfmask_dist.procedure_runs.evolution import run_evolution
 from selfmask_dist.procedure_runs.lottery import run_lottery
@@ -18,6 +16,8 @@ from selfmask_dist.procedure_runs.wise_ft import run_wise_ft
 from selfmask_dist.runs.folder import create_run_directory, run_path, write_json
 from selfmask_dist.runs.life import open_life
 from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.training.adapt import format_numbers
+from selfmask_dist.training.chain import Chain
 
 _PROCEDURES: dict[str, Callable[[Chain], dict[str, Any]]] = {
     "packnet": run_packnet,

@@ -5,9 +5,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.assembly import open_data
 from selfmask_dist.config import Config
-from selfmask_dist.procedure_runs.chain import Chain, other_seed
 from selfmask_dist.procedure_runs.measuring import (
     HEAD,
     adapted_encoder,
@@ -17,6 +15,8 @@ from selfmask_dist.procedure_runs.measuring import (
 )
 from selfmask_dist.procedures import ensembles
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import open_data
+from selfmask_dist.training.chain import Chain, other_seed
 
 
 def run_ensemble(chain: Chain) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.finetune import WHOLE
-from selfmask_dist.procedure_runs.chain import Chain, Tensors, other_seed
 from selfmask_dist.procedures import knowledge_evolution, packnet, slim, wise_ft
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.chain import Chain, Tensors, other_seed
+from selfmask_dist.training.finetune import WHOLE
 
 
 def run_evolution(chain: Chain) -> dict[str, Any]:

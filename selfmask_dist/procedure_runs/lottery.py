@@ -5,10 +5,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.assembly import build_backbone
-from selfmask_dist.finetune import WHOLE
-from selfmask_dist.procedure_runs.chain import Chain, share_of
 from selfmask_dist.procedures import lottery, packnet
+from selfmask_dist.training.build import build_backbone
+from selfmask_dist.training.chain import Chain, share_of
+from selfmask_dist.training.finetune import WHOLE
 
 
 def run_lottery(chain: Chain) -> dict[str, Any]:

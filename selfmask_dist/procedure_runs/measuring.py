@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist import data
-from selfmask_dist.assembly import build_backbone, build_objective
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.ranks import share
-from selfmask_dist.finetune import CHANGED, WHOLE, load_trained
 from selfmask_dist.maskfile.api import apply_masks
 from selfmask_dist.objectives import Context, Objective
-from selfmask_dist.procedure_runs.chain import Tensors
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import build_backbone, build_objective
+from selfmask_dist.training.chain import Tensors
+from selfmask_dist.training.finetune import CHANGED, WHOLE, load_trained
 
 HEAD = "head.safetensors"
 

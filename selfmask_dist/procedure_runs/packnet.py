@@ -5,10 +5,10 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.assembly import build_backbone, open_data
-from selfmask_dist.finetune import WHOLE
-from selfmask_dist.procedure_runs.chain import Chain, class_tasks, mean_of, share_of
 from selfmask_dist.procedures import packnet
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.chain import Chain, class_tasks, mean_of, share_of
+from selfmask_dist.training.finetune import WHOLE
 
 _OWNERS, _CODES = "owners.safetensors", "codes.safetensors"
 

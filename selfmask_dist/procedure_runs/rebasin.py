@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from selfmask_dist import data
-from selfmask_dist.assembly import open_data
 from selfmask_dist.config import Config
-from selfmask_dist.procedure_runs.chain import Chain, Tensors, other_seed
 from selfmask_dist.procedure_runs.measuring import (
     Classifier,
     load_images,
@@ -30,6 +28,8 @@ from selfmask_dist.procedure_runs.measuring import (
 from selfmask_dist.procedures import permutation, rebasin, wise_ft
 from selfmask_dist.procedures.permutation_specs import classifier_spec
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import open_data
+from selfmask_dist.training.chain import Chain, Tensors, other_seed
 
 _AS_THEY_ARE, _WAYS = "as they are", ("weights", "activations")
 

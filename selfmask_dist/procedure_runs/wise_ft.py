@@ -16,11 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from selfmask_dist import data
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
-from selfmask_dist.procedure_runs.chain import Chain, Tensors
 from selfmask_dist.procedure_runs.measuring import (
     HEAD,
     accuracy,
@@ -32,6 +30,8 @@ from selfmask_dist.procedure_runs.measuring import (
 )
 from selfmask_dist.procedures import wise_ft
 from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.chain import Chain, Tensors
 
 _STAGE = "adapted"
 

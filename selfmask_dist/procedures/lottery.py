@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from selfmask_dist.procedures.hold import FREE, ZERO, keep_largest
+from selfmask_dist.training.hold import FREE, ZERO, keep_largest
 
 Mask = dict[str, Tensor]
 

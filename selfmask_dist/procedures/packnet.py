@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.masking import select
 from selfmask_dist.masking.reading import norm_statistics
-from selfmask_dist.procedures.hold import FREE, HELD, ZERO, Codes, keep_largest
+from selfmask_dist.training.hold import FREE, HELD, ZERO, Codes, keep_largest
 
 NOBODY = 0
 MAX_TASKS = 255

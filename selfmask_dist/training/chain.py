@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfmask_dist.assembly import build_backbone
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
 from selfmask_dist.parallel import World
 from selfmask_dist.runs.folder import run_path, write_json
 from selfmask_dist.runs.life import Life, open_life
 from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.training.build import build_backbone
 
 Tensors = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ class Chain:
             seed: None for the procedure's own.
             changes: by section, the keys that differ from the procedure's own configuration.
         """
-        from selfmask_dist.run import run_in  # which imports this package
+        from selfmask_dist.training.run import run_in  # which imports this package
 
         values = self.config.model_dump(mode="json")
         common: dict[str, dict[str, Any]] = {

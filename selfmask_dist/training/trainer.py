@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from selfmask_dist.data import Batch, Quarantine
-from selfmask_dist.meter import Meter
 from selfmask_dist.parallel import Engine
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted
-from selfmask_dist.schedule import Schedule
-from selfmask_dist.state import Keeper, Position
+from selfmask_dist.training.meter import Meter
+from selfmask_dist.training.schedule import Schedule
+from selfmask_dist.training.state import Keeper, Position
 
 
 class NonFiniteError(ArithmeticError):

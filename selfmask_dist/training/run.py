@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 
 from selfmask_dist import data
-from selfmask_dist.adapt import adapt, format_numbers
-from selfmask_dist.assembly import build_backbone, open_data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.config.procedures import PROCEDURES
@@ -30,6 +28,8 @@ from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoi
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path, write_json
 from selfmask_dist.runs.life import Life, open_life, stacks_path
 from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.training.adapt import adapt, format_numbers
+from selfmask_dist.training.build import build_backbone, open_data
 
 
 def run(config: Config, *, part: str | None = None) -> dict[str, Any]:

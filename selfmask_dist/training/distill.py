@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from selfmask_dist import assembly, objectives
+from selfmask_dist import objectives
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile.api import apply_masks
+from selfmask_dist.training import build
 
 
 class Teacher:
@@ -40,13 +41,13 @@ class Teacher:
                 f"objective.distill_from: {run} was trained by {config.objective.name}, which tells no "
                 "classes apart; name a supervised run"
             )
-        backbone = assembly.build_backbone(config)
+        backbone = build.build_backbone(config)
         if weights.exists():
             backbone.encoder.load_state_dict(load_file(weights))
         else:
             apply_masks(backbone.encoder, mask)
         self._encoder = backbone.encoder.requires_grad_(False).eval()
-        self._objective = assembly.build_objective(
+        self._objective = build.build_objective(
             config, backbone, classes, objectives.Context(), steps_per_epoch=1
         )
         if head.exists():

@@ -22,17 +22,17 @@ from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone, set_train_mode
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS
-from selfmask_dist.finetune import choose_weights
-from selfmask_dist.mask_groups import mask_groups, second_weights, weight_group
 from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family, measure
-from selfmask_dist.objective_options import objective_options
 from selfmask_dist.parallel import Engine, EngineOptions
 from selfmask_dist.parallel.trained import EngineState
-from selfmask_dist.procedures.hold import Hold
 from selfmask_dist.runs.checkpoint import load_newest
-from selfmask_dist.trainer import NonFiniteError
-from selfmask_dist.training_views import crop_sizes
+from selfmask_dist.training.finetune import choose_weights
+from selfmask_dist.training.hold import Hold
+from selfmask_dist.training.mask_groups import mask_groups, second_weights, weight_group
+from selfmask_dist.training.objective_options import objective_options
+from selfmask_dist.training.trainer import NonFiniteError
+from selfmask_dist.training.views import crop_sizes
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -118,7 +118,7 @@ def build_objective(
     options = objective_options(config, steps_per_epoch=steps_per_epoch)
     supervised = config.objective
     if supervised.name == "supervised" and supervised.distill_from is not None:
-        from selfmask_dist.teacher import Teacher  # which makes a run's parts with this module
+        from selfmask_dist.training.distill import Teacher  # which makes a run's parts with this module
 
         options["distillation"] = objectives.Distillation(
             Teacher(Path(supervised.distill_from), classes),

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from selfmask_dist import data
-from selfmask_dist.assembly import (
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import WITH_CAPTIONS
+from selfmask_dist.evals.measure import Evaluation
+from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
+from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
+from selfmask_dist.runs.life import Life
+from selfmask_dist.training.build import (
     MaskTelemetry,
     Trained,
     TrainStep,
@@ -21,21 +29,13 @@ from selfmask_dist.assembly import (
     lora_options,
     prepare,
 )
-from selfmask_dist.backbones import Backbone
-from selfmask_dist.config import Config
-from selfmask_dist.config.objectives import WITH_CAPTIONS
-from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.finetune import add_lora
-from selfmask_dist.meter import Meter
-from selfmask_dist.objectives import Context, Objective
-from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
-from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
-from selfmask_dist.runs.life import Life
-from selfmask_dist.saving import save
-from selfmask_dist.schedule import Schedule
-from selfmask_dist.state import Keeper, Position, RunState
-from selfmask_dist.trainer import Trainer
-from selfmask_dist.training_views import train_transform
+from selfmask_dist.training.finetune import add_lora
+from selfmask_dist.training.meter import Meter
+from selfmask_dist.training.saving import save
+from selfmask_dist.training.schedule import Schedule
+from selfmask_dist.training.state import Keeper, Position, RunState
+from selfmask_dist.training.trainer import Trainer
+from selfmask_dist.training.views import train_transform
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 

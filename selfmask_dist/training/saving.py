@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfmask_dist import objectives
-from selfmask_dist.assembly import Trained, lora_options
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.finetune import CHANGED, WHOLE, save_changed
 from selfmask_dist.maskfile.api import Masks, save_masks
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
+from selfmask_dist.training.build import Trained, lora_options
+from selfmask_dist.training.finetune import CHANGED, WHOLE, save_changed
 
 
 def save(
