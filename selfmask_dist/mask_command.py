@@ -191,8 +191,8 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _interpolate(options: argparse.Namespace) -> None:
-    from selfmask_dist.interpolation import interpolate, read_trained
     from selfmask_dist.maskfile import MaskFile, write_mask_file
+    from selfmask_dist.procedures.interpolation import interpolate, read_trained
 
     first, second = read_trained(options.first), read_trained(options.second)
     masks = {f"{at:g}": interpolate(first, second, at) for at in options.at}

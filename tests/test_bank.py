@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from selfmask_dist import apply_masks, attach
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cascade import Combination, Router
-from selfmask_dist.cascade_model import DISPATCHER, expert_name, load_cascade, save_cascade
+from selfmask_dist.cascade.model import DISPATCHER, expert_name, load_cascade, save_cascade
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError, forms, from_masks, write_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
 from tests.models import FAMILIES, make

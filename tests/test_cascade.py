@@ -15,8 +15,8 @@ import torch
 
 from selfmask_dist import apply_masks
 from selfmask_dist.cascade import MODES
+from selfmask_dist.cascade.model import load_cascade
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
-from selfmask_dist.cascade_model import load_cascade
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.config.selfsupervised import Combining

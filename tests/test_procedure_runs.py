@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from selfmask_dist.config import ConfigError, load_config
-from selfmask_dist.procedures import packnet
+from selfmask_dist.procedures import packnet_math as packnet
 from selfmask_dist.training.build import build_backbone
 from tests.procedure_cases import RESNET, start
 from tests.tiny_run import result_of, steps_of, submit, write_config, write_tiny_data

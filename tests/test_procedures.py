@@ -8,7 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.procedures import knowledge_evolution, lottery, packnet, slim
+from selfmask_dist.procedures import knowledge_evolution, slim
+from selfmask_dist.procedures import lottery_math as lottery
+from selfmask_dist.procedures import packnet_math as packnet
 from selfmask_dist.training.hold import FREE, HELD, ZERO, Codes, Hold, keep_largest
 from tests.models import conv_net
 from tests.procedure_cases import accuracy, digits, mlp, train

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfmask_dist.evals import knn_accuracy, linear_probe
-from selfmask_dist.procedures import ensembles, permutation, rebasin, wise_ft
-from selfmask_dist.procedures.permutation_specs import permutation_spec
+from selfmask_dist.procedures import ensembles_math as ensembles
+from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures.rebasin import match as rebasin
+from selfmask_dist.procedures.rebasin import permutation
+from selfmask_dist.procedures.rebasin.specs import permutation_spec
 from tests.procedure_cases import accuracy, digits, mlp, train
 
 # ---- WiSE-FT

@@ -22,7 +22,7 @@ from torch import Tensor
 from selfmask_dist import data, evals, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import fit_pca
-from selfmask_dist.cascade_model import Cascade, load_cascade
+from selfmask_dist.cascade.model import Cascade, load_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.eval_command.results import UnavailableError
 from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfmask_dist import maskfile
-from selfmask_dist.cascade_model import DISPATCHER, modes_of
+from selfmask_dist.cascade.model import DISPATCHER, modes_of
 from selfmask_dist.config import Config
 from selfmask_dist.eval_command.weights import Weights
 

@@ -13,7 +13,7 @@ from selfmask_dist.procedure_runs.measuring import (
     logits,
     open_classifier,
 )
-from selfmask_dist.procedures import ensembles
+from selfmask_dist.procedures import ensembles_math as ensembles
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import open_data
 from selfmask_dist.training.chain import Chain, other_seed

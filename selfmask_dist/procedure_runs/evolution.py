@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.procedures import knowledge_evolution, packnet, slim, wise_ft
+from selfmask_dist.procedures import knowledge_evolution, slim
+from selfmask_dist.procedures import packnet_math as packnet
+from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors, other_seed

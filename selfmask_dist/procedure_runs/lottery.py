@@ -5,7 +5,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.procedures import lottery, packnet
+from selfmask_dist.procedures import lottery_math as lottery
+from selfmask_dist.procedures import packnet_math as packnet
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.chain import Chain, share_of
 from selfmask_dist.training.finetune import WHOLE

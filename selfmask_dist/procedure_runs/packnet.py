@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from selfmask_dist.procedures import packnet
+from selfmask_dist.procedures import packnet_math as packnet
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, class_tasks, mean_of, share_of
 from selfmask_dist.training.finetune import WHOLE

@@ -25,8 +25,10 @@ from selfmask_dist.procedure_runs.measuring import (
     part_of,
     whole_state,
 )
-from selfmask_dist.procedures import permutation, rebasin, wise_ft
-from selfmask_dist.procedures.permutation_specs import classifier_spec
+from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures.rebasin import match as rebasin
+from selfmask_dist.procedures.rebasin import permutation
+from selfmask_dist.procedures.rebasin.specs import classifier_spec
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import open_data
 from selfmask_dist.training.chain import Chain, Tensors, other_seed

@@ -28,7 +28,7 @@ from selfmask_dist.procedure_runs.measuring import (
     measure_encoder,
     open_classifier,
 )
-from selfmask_dist.procedures import wise_ft
+from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors

@@ -49,7 +49,7 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     stacks = stacks_path(run_path(config))
     with StopRequest(force_after=config.checkpoint.stop_seconds, stacks=stacks) as stop:
         if config.method == "cascade":
-            from selfmask_dist.cascade_run import run_cascade
+            from selfmask_dist.cascade.run import run_cascade
 
             return run_cascade(config, stop, is_restart=is_restart, part=part)
         if config.method in PROCEDURES:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from selfmask_dist.masking.selection import is_norm
-from selfmask_dist.procedures.permutation import Axis, Group, Probe, Spec, unfold
+from selfmask_dist.procedures.rebasin.permutation import Axis, Group, Probe, Spec, unfold
 
 _RESNET = r"(conv1|bn1|fc)\.\w+|layer[1-4]\.\d+\.(conv\d|bn\d|downsample\.\d)\.\w+"
 _VIT = (

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from selfmask_dist.cascade.model import DISPATCHER, expert_name
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
-from selfmask_dist.cascade_model import DISPATCHER, expert_name
-from selfmask_dist.cascade_stages import Stages, read_sizes
+from selfmask_dist.cascade.stages import Stages, read_sizes
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import World, join_world
 from selfmask_dist.parallel.world import group_of, num_processes

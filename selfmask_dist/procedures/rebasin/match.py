@@ -19,9 +19,9 @@ import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from selfmask_dist.procedures import permutation
-from selfmask_dist.procedures.permutation import Group, Permutations, Spec
-from selfmask_dist.procedures.wise_ft import ALPHAS, check_same, curve
+from selfmask_dist.procedures.rebasin import permutation
+from selfmask_dist.procedures.rebasin.permutation import Group, Permutations, Spec
+from selfmask_dist.procedures.wise_ft_math import ALPHAS, check_same, curve
 
 _MAX_ROUNDS = 100
 

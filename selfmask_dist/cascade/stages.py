@@ -26,8 +26,8 @@ from torch import Tensor
 from selfmask_dist import data, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
-from selfmask_dist.cascade_model import DISPATCHER, expert_name, save_cascade
-from selfmask_dist.cascade_plot import draw_cascade
+from selfmask_dist.cascade.model import DISPATCHER, expert_name, save_cascade
+from selfmask_dist.cascade.plot import draw_cascade
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store

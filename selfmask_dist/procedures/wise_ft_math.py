@@ -4,7 +4,7 @@
 
 Some alpha in between is often better under a shift than both ends, and as good on the new data (Wortsman et
 al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903, eq. 1). The same line between the
-scores of two masks is `selfmask_dist.interpolation`. Pure functions on state dicts.
+scores of two masks is `selfmask_dist.procedures.interpolation`. Pure functions on state dicts.
 """
 
 import math
