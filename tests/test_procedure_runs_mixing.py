@@ -20,7 +20,7 @@ from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.evals import knn_accuracy
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.maskfile.api import apply_masks
-from selfmask_dist.procedure_runs.measuring import Classifier, open_classifier
+from selfmask_dist.procedures.classifier import Classifier, open_classifier
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.run import run
 from tests.distributed import run_distributed

@@ -53,7 +53,7 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
 
             return run_cascade(config, stop, is_restart=is_restart, part=part)
         if config.method in PROCEDURES:
-            from selfmask_dist.procedure_runs import run_procedure
+            from selfmask_dist.procedures import run_procedure
 
             if part is None:
                 return run_procedure(config, stop, is_restart=is_restart)

@@ -15,7 +15,8 @@ from torch import nn
 
 from selfmask_dist import data
 from selfmask_dist.config import Config
-from selfmask_dist.procedure_runs.measuring import (
+from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures.classifier import (
     Classifier,
     load_images,
     logits,
@@ -25,7 +26,6 @@ from selfmask_dist.procedure_runs.measuring import (
     part_of,
     whole_state,
 )
-from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import classifier_spec

@@ -6,14 +6,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from selfmask_dist.config import Config
-from selfmask_dist.procedure_runs.measuring import (
-    HEAD,
-    adapted_encoder,
-    embeddings,
-    logits,
-    open_classifier,
-)
 from selfmask_dist.procedures import ensembles_math as ensembles
+from selfmask_dist.procedures.classifier import HEAD, adapted_encoder, embeddings, logits, open_classifier
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import open_data
 from selfmask_dist.training.chain import Chain, other_seed

@@ -21,7 +21,7 @@ from selfmask_dist import data, maskfile
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
 from selfmask_dist.maskfile import Mask, MaskFile
-from selfmask_dist.procedure_runs.measuring import HEAD, Classifier, load_images, open_classifier
+from selfmask_dist.procedures.classifier import HEAD, Classifier, load_images, open_classifier
 from selfmask_dist.procedures.supsup_math import METHODS, Supermasks
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data

@@ -6,13 +6,13 @@ from typing import Any
 
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import join_world
-from selfmask_dist.procedure_runs.ensemble import run_ensemble
-from selfmask_dist.procedure_runs.evolution import run_evolution
-from selfmask_dist.procedure_runs.lottery import run_lottery
-from selfmask_dist.procedure_runs.packnet import run_packnet
-from selfmask_dist.procedure_runs.rebasin import run_rebasin
-from selfmask_dist.procedure_runs.supsup import run_supsup
-from selfmask_dist.procedure_runs.wise_ft import run_wise_ft
+from selfmask_dist.procedures.ensemble import run_ensemble
+from selfmask_dist.procedures.evolution import run_evolution
+from selfmask_dist.procedures.lottery import run_lottery
+from selfmask_dist.procedures.packnet import run_packnet
+from selfmask_dist.procedures.rebasin import run_rebasin
+from selfmask_dist.procedures.supsup import run_supsup
+from selfmask_dist.procedures.wise_ft import run_wise_ft
 from selfmask_dist.runs.folder import create_run_directory, run_path, write_json
 from selfmask_dist.runs.life import open_life
 from selfmask_dist.runs.preempt import StopRequest

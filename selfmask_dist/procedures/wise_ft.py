@@ -19,7 +19,8 @@ from selfmask_dist import data
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
-from selfmask_dist.procedure_runs.measuring import (
+from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures.classifier import (
     HEAD,
     accuracy,
     adapted_encoder,
@@ -28,7 +29,6 @@ from selfmask_dist.procedure_runs.measuring import (
     measure_encoder,
     open_classifier,
 )
-from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors
