@@ -35,9 +35,9 @@ from torch import Tensor
 from benchmarks.harness import Benchmark
 from selfmask_dist import apply_masks
 from selfmask_dist.cascade import Combination, fit_pca
+from selfmask_dist.cli.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.data import eval_loader, eval_transform
-from selfmask_dist.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
 from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore

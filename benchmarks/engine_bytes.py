@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import find_blocks
+from selfmask_dist.cli.plan import Hardware, estimate, measure_shape
 from selfmask_dist.config import load_config
 from selfmask_dist.masking import attach, select
 from selfmask_dist.parallel import Engine, EngineOptions, build_engine
-from selfmask_dist.planner import Hardware, estimate, measure_shape
 from tests.distributed import run_distributed
 from tests.engine_cases import ROWS, Step, batch_of, world_here
 

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import Benchmark
+from selfmask_dist.cli.demo import BACKBONE, OLD_DIGITS, write_digits
 from selfmask_dist.config import load_config
-from selfmask_dist.demo import BACKBONE, OLD_DIGITS, write_digits
 from selfmask_dist.maskfile.tools.comparison import MaskResults, masks, read_subjects, table
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 from selfmask_dist.training.run import run

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.backbones import load_backbone
+from selfmask_dist.cli.demo import run_demo
 from selfmask_dist.config import load_config
-from selfmask_dist.demo import run_demo
 from selfmask_dist.maskfile import Mask, MaskFile, codec, read_mask_file, write_mask_file
 from selfmask_dist.masking import select
 from selfmask_dist.training.build import build_backbone

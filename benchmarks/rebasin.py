@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.harness import Benchmark
+from selfmask_dist.cli.demo import BACKBONE, write_digits
 from selfmask_dist.config import load_config
-from selfmask_dist.demo import BACKBONE, write_digits
 from selfmask_dist.training.run import run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "methods" / "rebasin.yaml"

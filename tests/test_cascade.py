@@ -373,8 +373,8 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
     cascade: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from selfmask_dist import cli
-    from selfmask_dist.eval_command import subject as subject_module
-    from selfmask_dist.eval_command.results import read_results
+    from selfmask_dist.cli.eval import subject as subject_module
+    from selfmask_dist.cli.eval.results import read_results
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("no model and no picture is needed")

@@ -20,8 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from selfmask_dist import cli, serve_command
+from selfmask_dist import cli
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.cli import serve as serve_command
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.runs import exit_status

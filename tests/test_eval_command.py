@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from selfmask_dist.cli import main
+from selfmask_dist.cli.eval import subject as subject_module
+from selfmask_dist.cli.eval.results import Results, Row, format_table, read_results
 from selfmask_dist.config import load_config
-from selfmask_dist.eval_command import subject as subject_module
-from selfmask_dist.eval_command.results import Results, Row, format_table, read_results
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.training.run import run
 from tests.cascade_cases import settings, write_shards

@@ -7,8 +7,8 @@ import torch
 
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.cli import main
+from selfmask_dist.cli.plan import GIB, Hardware, build_on_meta, choose, estimate, measure_shape, plan
 from selfmask_dist.config import load_config
-from selfmask_dist.planner import GIB, Hardware, build_on_meta, choose, estimate, measure_shape, plan
 from tests.models import make
 
 LARGE = [

@@ -19,12 +19,12 @@ import uvicorn
 from PIL import Image
 
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.cli.service import Limits, create_app
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.maskfile import Mask
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.service import Limits, create_app
 from tests.models import make
 
 PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

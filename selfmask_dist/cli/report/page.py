@@ -5,10 +5,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from selfmask_dist.report import curve_sections, mask_sections, result_sections, run_sections
-from selfmask_dist.report.markup import Html, join, tag
-from selfmask_dist.report.parts import state_badge
-from selfmask_dist.report.reading import Run, read_runs
+from selfmask_dist.cli.report import curve_sections, mask_sections, result_sections, run_sections
+from selfmask_dist.cli.report.markup import Html, join, tag
+from selfmask_dist.cli.report.parts import state_badge
+from selfmask_dist.cli.report.reading import Run, read_runs
 
 # a browser then refuses scripts and whatever is not in the file
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from selfmask_dist.report.page import write_report  # imports torch
+    from selfmask_dist.cli.report.page import write_report  # imports torch
 
     runs = [Path(run) for run in options.runs]
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfmask_dist.cli.report import paper
+from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
+from selfmask_dist.cli.report.parts import mapping, measure_name, named, numeric, picture, section
+from selfmask_dist.cli.report.reading import Run, median_of
 from selfmask_dist.common.numbers import NONE, accuracy, count, number, percent, size
-from selfmask_dist.report import paper
-from selfmask_dist.report.markup import Child, Html, join, table, tag
-from selfmask_dist.report.parts import mapping, measure_name, named, numeric, picture, section
-from selfmask_dist.report.reading import Run, median_of
 
 
 def tiles(run: Run) -> Html | None:

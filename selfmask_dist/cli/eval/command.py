@@ -52,8 +52,8 @@ def add_command(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from selfmask_dist.eval_command.kinds import KINDS, Options
-    from selfmask_dist.eval_command.subject import open_subject, read_config
+    from selfmask_dist.cli.eval.kinds import KINDS, Options
+    from selfmask_dist.cli.eval.subject import open_subject, read_config
     from selfmask_dist.parallel import join_world
 
     paths, kinds, overrides = sort_words(options.words, KINDS)
@@ -77,8 +77,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 def measure_all(subject: Any, kinds: Sequence[str], choices: Any, *, report: Any) -> None:
     """Measure each kind, print its table and write its files; of all kinds, those that can be had."""
-    from selfmask_dist.eval_command.kinds import KINDS
-    from selfmask_dist.eval_command.results import UnavailableError, format_table, join, write_results
+    from selfmask_dist.cli.eval.kinds import KINDS
+    from selfmask_dist.cli.eval.results import UnavailableError, format_table, join, write_results
 
     found = []
     for kind in kinds or KINDS:

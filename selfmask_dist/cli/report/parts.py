@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfmask_dist.cli.report.charts import COLOURS
+from selfmask_dist.cli.report.markup import Child, Html, join, tag
+from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.numbers import NONE
-from selfmask_dist.report.charts import COLOURS
-from selfmask_dist.report.markup import Child, Html, join, tag
-from selfmask_dist.report.reading import Run
 
 _MEASURES = {"probe": "linear probe", "head": "own head", "zeroshot": "zero-shot"}
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from selfmask_dist.cli.report.charts import Series, line_chart
+from selfmask_dist.cli.report.markup import Html, tag
+from selfmask_dist.cli.report.parts import legend, measure_name, section
+from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.numbers import compact, number
-from selfmask_dist.report.charts import Series, line_chart
-from selfmask_dist.report.markup import Html, tag
-from selfmask_dist.report.parts import legend, measure_name, section
-from selfmask_dist.report.reading import Run
 
 _Curve = tuple[str, str, Callable[[float], str]]  # metric, title, how its values read
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from selfmask_dist.report.markup import Html, join, tag
+from selfmask_dist.cli.report.markup import Html, join, tag
 
 COLOURS = 8
 _WIDTH, _HEIGHT = 344, 168

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from selfmask_dist import maskfile
 from selfmask_dist.cascade.model import DISPATCHER, modes_of
+from selfmask_dist.cli.eval.weights import Weights
 from selfmask_dist.config import Config
-from selfmask_dist.eval_command.weights import Weights
 
 
 @dataclass(frozen=True)

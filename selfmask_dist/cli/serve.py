@@ -99,7 +99,7 @@ def _serve(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from selfmask_dist.service import Limits, create_app
+        from selfmask_dist.cli.service import Limits, create_app
     except ImportError as error:
         raise ValueError(
             f"the service needs starlette and uvicorn ({error}): pip install -e '.[serve]'"

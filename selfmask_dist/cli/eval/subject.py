@@ -23,10 +23,10 @@ from selfmask_dist import data, evals, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import fit_pca
 from selfmask_dist.cascade.model import Cascade, load_cascade
+from selfmask_dist.cli.eval.results import UnavailableError
+from selfmask_dist.cli.eval.views import View, cascade_views, mask_path, mask_views
+from selfmask_dist.cli.eval.weights import find_weights
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.eval_command.results import UnavailableError
-from selfmask_dist.eval_command.views import View, cascade_views, mask_path, mask_views
-from selfmask_dist.eval_command.weights import find_weights
 from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World

@@ -8,6 +8,6 @@ results   one JSON format for all kinds, and a table
 plots     lines and bars
 """
 
-from selfmask_dist.eval_command.command import add_command
+from selfmask_dist.cli.eval.command import add_command
 
 __all__ = ["add_command"]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from selfmask_dist.cli.report import paper
+from selfmask_dist.cli.report.curve_sections import TELEMETRY, figures_of
+from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
+from selfmask_dist.cli.report.parts import bar, fold, mapping, named, numeric, picture, section, state_badge
+from selfmask_dist.cli.report.reading import Run, median_of, seconds_of
 from selfmask_dist.common.numbers import NONE, compact, count, duration, number, percent, size
-from selfmask_dist.report import paper
-from selfmask_dist.report.curve_sections import TELEMETRY, figures_of
-from selfmask_dist.report.markup import Child, Html, join, table, tag
-from selfmask_dist.report.parts import bar, fold, mapping, named, numeric, picture, section, state_badge
-from selfmask_dist.report.reading import Run, median_of, seconds_of
 
 
 def runs_table(runs: Sequence[Run]) -> Html | None:

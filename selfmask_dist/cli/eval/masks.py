@@ -1,7 +1,7 @@
 """The kind `masks`: what the masks themselves say, without images."""
 
-from selfmask_dist.eval_command.results import Results, Row, UnavailableError
-from selfmask_dist.eval_command.subject import Subject
+from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
+from selfmask_dist.cli.eval.subject import Subject
 from selfmask_dist.maskfile.tools.comparison import MaskResults, as_dict, masks, read_subjects
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 

@@ -13,7 +13,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from selfmask_dist import eval_command, mask_command, report, serve_command
+from selfmask_dist.cli import eval as eval_command
+from selfmask_dist.cli import mask as mask_command
+from selfmask_dist.cli import report
+from selfmask_dist.cli import serve as serve_command
 from selfmask_dist.config import describe, load_config, to_yaml
 from selfmask_dist.runs import exit_status, status
 
@@ -98,7 +101,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from selfmask_dist.planner import Hardware, describe
+    from selfmask_dist.cli.plan import Hardware, describe
 
     given = ("nodes", "gpus_per_node", "memory_gib", "tflops", "within_node_gbs", "between_nodes_gbs")
     hardware = Hardware(**{name: getattr(options, name) for name in given})
@@ -136,7 +139,7 @@ def _data_stats(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from selfmask_dist.demo import run_demo
+    from selfmask_dist.cli.demo import run_demo
 
     return run_demo(options.out, num_processes=options.processes)
 
@@ -228,7 +231,3 @@ def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 def _who() -> str:
     return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())
