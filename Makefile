@@ -31,10 +31,10 @@ format: .venv/.installed  ## rewrite the code as `make check` wants it
 	.venv/bin/ruff check --fix $(CODE)
 
 slurm-up: .venv/.installed  ## a SLURM of four virtual nodes on this machine (root; needs slurm-wlm and munge)
-	.venv/bin/python -m tests.slurm up
+	.venv/bin/python -m tests.support.slurm up
 
 slurm-down: .venv/.installed  ## stop it
-	.venv/bin/python -m tests.slurm down
+	.venv/bin/python -m tests.support.slurm down
 
 clean:  ## remove the environment, caches and builds (runs are kept)
 	rm -rf .venv .uv build dist .mypy_cache .pytest_cache .ruff_cache

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
-from tests.cascade_cases import settings, write_shards
-from tests.tiny_run import events_of, submit
+from tests.support.cascade_cases import settings, write_shards
+from tests.support.tiny_run import events_of, submit
 
 _SAMPLES, _BATCH, _EPOCHS = 50_000, 64, 150
 _KINDS = ("equal_steps", "equal_epochs")

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.chaos import ranks_of
 from benchmarks.harness import Benchmark
-from tests.cascade_cases import write_shards
-from tests.tiny_run import ROOT, child_environment, processes_of, submit, submit_command
+from tests.support.cascade_cases import write_shards
+from tests.support.tiny_run import ROOT, child_environment, processes_of, submit, submit_command
 
 CONFIG = ROOT / "configs" / "debug_cascade.yaml"
 STAGES = (

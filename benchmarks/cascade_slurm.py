@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks.cascade_real import COMMON, DIGITS, digits_settings
 from benchmarks.harness import Benchmark
-from tests import slurm
-from tests.tiny_run import ROOT, events_of, submit, wait_until
+from tests.support import slurm
+from tests.support.tiny_run import ROOT, events_of, submit, wait_until
 
 CONFIG = ROOT / "configs" / "cascade_vitb32.yaml"
 # the config's own values that a CPU and 16 pixels cannot have

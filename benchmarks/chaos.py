@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Benchmark
-from tests.tiny_run import (
+from tests.support.tiny_run import (
     child_environment,
     processes_of,
     submit,

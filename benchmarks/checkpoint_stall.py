@@ -32,8 +32,8 @@ from selfmask_dist.runs.checkpoint import Retention, Saver, committed
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.meter import Meter
 from selfmask_dist.training.state import Keeper, Position, RunState
-from tests.distributed import run_distributed
-from tests.engine_cases import CLASSES, Step, world_here
+from tests.support.distributed import run_distributed
+from tests.support.engine_cases import CLASSES, Step, world_here
 
 ROWS, IMAGE_SIZE = 8, 32  # of the global batch
 SETTINGS = (("ddp", 1), ("ddp", 2), ("fsdp", 2))

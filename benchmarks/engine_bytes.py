@@ -30,8 +30,8 @@ from selfmask_dist.cli.plan import Hardware, estimate, measure_shape
 from selfmask_dist.config import load_config
 from selfmask_dist.masking import attach, select
 from selfmask_dist.parallel import Engine, EngineOptions, build_engine
-from tests.distributed import run_distributed
-from tests.engine_cases import ROWS, Step, batch_of, world_here
+from tests.support.distributed import run_distributed
+from tests.support.engine_cases import ROWS, Step, batch_of, world_here
 
 SMALL, LARGE = (192, 4), (512, 6)  # width, blocks
 BUCKET_MB = 4.0

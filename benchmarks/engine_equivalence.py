@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Benchmark
-from tests.distributed import run_distributed
-from tests.engine_cases import Case, Outcome, difference, run_case, run_cases
+from tests.support.distributed import run_distributed
+from tests.support.engine_cases import Case, Outcome, difference, run_case, run_cases
 
 FAMILIES = {"conv": 60.0, "odd_vit": 40.0, "open_clip": 40.0}
 OPTIONS = {

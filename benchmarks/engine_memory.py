@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.parallel import EngineOptions, build_engine
-from tests.distributed import run_distributed
-from tests.engine_cases import Step, world_here
+from tests.support.distributed import run_distributed
+from tests.support.engine_cases import Step, world_here
 
 
 def write_model(path: Path, name: str) -> int:

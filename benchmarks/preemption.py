@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import Benchmark
-from tests import slurm
-from tests.tiny_run import (
+from tests.support import slurm
+from tests.support.tiny_run import (
     child_environment,
     events_of,
     rank_process,

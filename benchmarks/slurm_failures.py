@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import Benchmark
-from tests import slurm
-from tests.test_failures import data_worker
-from tests.tiny_run import (
+from tests.runs.test_failures import data_worker
+from tests.support import slurm
+from tests.support.tiny_run import (
     events_of,
     rank_process,
     steps_of,

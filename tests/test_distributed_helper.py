@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import DistributedError, run_distributed
+from tests.support.distributed import DistributedError, run_distributed
 
 pytestmark = pytest.mark.distributed
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from selfmask_dist import attach
-from tests.tiny_run import child_environment
+from tests.support.tiny_run import child_environment
 
 CLIP = {
     "embed_dim": 16,

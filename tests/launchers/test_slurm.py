@@ -1,0 +1,179 @@
+"""Runs on a real SLURM of four virtual nodes; see `tests.support.slurm`."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from selfmask_dist.config import load_config
+from selfmask_dist.training.run import run as run_here
+from tests.support import slurm
+from tests.support.distributed import run_distributed
+from tests.support.tiny_run import (
+    events_of,
+    rank_process,
+    result_of,
+    steps_of,
+    submit,
+    wait_until,
+    write_config,
+    write_tiny_data,
+)
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """SLURM_CONF of the running cluster: the one that `make slurm-up` started, or its own."""
+    if reason := slurm.why_not():
+        pytest.skip(reason)
+    was_up = slurm.is_up()
+    yield slurm.up()
+    if not was_up:
+        slurm.down()
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SLURM_CONF", str(cluster))
+    return write_config(tmp_path / "tiny.yaml", write_tiny_data(tmp_path / "data"))
+
+
+def logs_of(run: Path) -> str:
+    texts = [path.read_text() for folder in ("logs", "slurm") for path in (run / folder).glob("*.*g")]
+    return "\n".join([*texts, *(path.read_text() for path in (run / "slurm").glob("*_log.*"))])
+
+
+def test_two_seeds_train_on_two_nodes_each(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", "--seeds=0,1", "launch.exclusive=true", nodes=2, cluster="slurm")
+    runs = [tmp_path / f"run-seed{seed}" for seed in (0, 1)]
+    assert done.returncode == 0, done.stderr + done.stdout + "".join(logs_of(run) for run in runs)
+    assert done.stdout.count("COMPLETED") == 2
+    for seed, run in enumerate(runs):
+        assert result_of(run)["steps"] == 8
+        assert load_config(run / "config.yaml").seed == seed
+        assert "on 2 process(es)" in (run / "logs" / "rank-0.log").read_text()
+    assert (runs[0] / "final.mask").read_bytes() != (runs[1] / "final.mask").read_bytes()
+
+
+def test_a_user_error_ends_the_job_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", "backbone.name=timm:no_such_model", nodes=2, cluster="slurm")
+    assert done.returncode == 1
+    assert "FAILED" in done.stdout
+    assert "no_such_model" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+
+
+def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
+    config_path: Path, tmp_path: Path
+) -> None:
+    storm = ["launch.exclusive=true", "train.epochs=60", "optim.score_lr=300", "engine.workers=1"]
+    assert submit(config_path, *storm, "run.name=calm", nodes=2).returncode == 0
+    done = submit(config_path, *storm, "run.name=stormy", nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job = slurm.submitted_job(done.stdout)
+    run = tmp_path / "stormy"
+    wait_until(lambda: len(steps_of(run)) > 20)
+    slurm.preempt(job)
+    slurm.wait_for_end(job)
+    assert (run / "result.json").exists(), logs_of(run)
+    kinds = [event["event"] for event in events_of(run) if event["event"] != "checkpoint"]
+    assert kinds == ["start", "preempted", "start", "resume", "end"], logs_of(run)
+    assert (run / "final.mask").read_bytes() == (tmp_path / "calm" / "final.mask").read_bytes()
+    assert steps_of(run) == steps_of(tmp_path / "calm")
+
+
+@pytest.mark.parametrize(
+    ("method", "stopped_in", "file"),
+    [("topk", "", "final.mask"), ("packnet", "task-2-train", "packed.safetensors")],
+)
+def test_a_ranking_family_and_a_chain_of_trainings_are_preempted_and_end_as_if_nothing_had_been(
+    method: str, stopped_in: str, file: str, config_path: Path, tmp_path: Path
+) -> None:
+    """PackNet is stopped in its second task."""
+    common = ["launch.exclusive=true", "train.global_batch_size=4", "run.log_every=4"]
+    ranked = ["mask.family=topk", "mask.keep=0.6", "mask.keep_schedule=cubic", "mask.init=magnitude"]
+    own = {
+        "topk": [*ranked, "optim.score_lr=300", "train.epochs=30"],
+        "packnet": ["method=packnet", "procedure.tasks=2", "optim.weight_lr=0.05", "train.epochs=90"],
+    }[method]
+    folder, calm = tmp_path / "stormy", tmp_path / "calm"
+    done = submit(config_path, *common, *own, "run.name=stormy", nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job = slurm.submitted_job(done.stdout)
+    wait_until(lambda: steps_of(folder / stopped_in))
+    slurm.preempt(job)
+    assert slurm.wait_for_end(job) == "COMPLETED", logs_of(folder)
+    overrides = [*common, *own, "run.name=calm"]
+    run_distributed(_run_rank, 2, str(config_path), overrides, backend="", timeout=120)
+    assert (folder / file).read_bytes() == (calm / file).read_bytes()
+    parts = [path.parent.relative_to(folder) for path in folder.rglob("metrics.jsonl")]
+    events = [event["event"] for part in parts for event in events_of(folder / part)]
+    assert "preempted" in events, logs_of(folder)
+    for part in parts:
+        assert steps_of(folder / part) == steps_of(calm / part), "no step done twice, none left out"
+
+
+def _run_rank(config_path: str, overrides: list[str]) -> None:
+    run_here(load_config(config_path, overrides))
+
+
+def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path: Path) -> None:
+    hang = 3.0
+    storm = [
+        "run.name=hung",
+        "train.epochs=40",
+        "checkpoint.every_steps=5",
+        f"checkpoint.hang_minutes={hang / 60}",
+    ]
+    done = submit(config_path, *storm, nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "hung"
+    wait_until(lambda: len(steps_of(run)) > 10)
+    os.kill(rank_process(tmp_path, 1, "hung"), signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_until(lambda: slurm.job_state(job) not in ("RUNNING", "COMPLETING"))
+    # its time, the watchdog's interval, the wait for the peers' stacks, SLURM's own
+    assert time.monotonic() - stopped < hang + 2 + 5 + 10, logs_of(run)
+    slurm.start_again(job)
+    assert "trainer.py" in (run / "stacks" / "rank-0.txt").read_text()
+    # SLURM wakes the stopped process as it ends it: its own watchdog or the task's abort shows where it was
+    own = run / "stacks" / "rank-1.txt"
+    shown = own.read_text() if own.exists() else (run / "logs" / "rank-1.log").read_text()
+    assert "most recent call first" in shown, logs_of(run)
+    assert slurm.wait_for_end(job) == "COMPLETED", logs_of(run)
+    assert steps_of(run) == list(range(1, 161))
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "run"
+    wait_until(lambda: len(steps_of(run)) > 5)
+    slurm.cancel(job)
+    assert slurm.wait_for_end(job) == "CANCELLED"
+    last = events_of(run)[-1]
+    assert (last["event"], last["reason"]) == ("preempted", "SIGTERM"), logs_of(run)
+    assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
+
+
+def test_a_second_cluster_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(slurm, "_CONTROL_PORT", port)
+        with pytest.raises(RuntimeError, match=f"port {port} is taken, maybe by another cluster"):
+            slurm._check_ports()
+
+
+def test_the_cluster_really_has_four_nodes(cluster: Path) -> None:
+    command = ["srun", "--nodes=4", "sh", "-c", "echo $SLURMD_NODENAME"]
+    environment = {**os.environ, "SLURM_CONF": str(cluster)}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(shown.stdout.split()) == list(slurm.NODES)

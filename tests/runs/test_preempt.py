@@ -1,0 +1,183 @@
+"""Being stopped: any rank's signal stops all at one step, the run goes on bit for bit, hangs are noticed."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfmask_dist.cli import main
+from selfmask_dist.runs.exit_status import HUNG, REQUEUE
+from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.runs.watchdog import Watchdog
+from tests.support.tiny_run import (child_environment, events_of, processes_of, rank_process, result_of, steps_of, submit, submit_command, wait_until, write_config, write_tiny_data)
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def config_of(folder: Path, data: dict[str, str], **sections: Any) -> Path:
+    train = {"epochs": 40, "global_batch_size": 12, **sections.pop("train", {})}
+    return write_config(folder / "tiny.yaml", data, optim={"score_lr": 300.0}, train=train, **sections)
+
+
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def started(run: Path, number: int) -> bool:
+    return sum(event["event"] == "start" for event in events_of(run)) >= number
+
+
+def stepped(run: Path, number: int) -> bool:
+    return len(steps_of(run)) >= number
+
+
+# ---- the parts
+
+
+def test_a_signal_is_heard_while_the_main_thread_is_blocked() -> None:
+    with StopRequest() as stop:
+        assert not stop.requested
+        heard = threading.Thread(target=lambda: wait_until(lambda: stop.requested, 5))
+        heard.start()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        heard.join()
+        assert stop.reason == "SIGUSR2"
+
+
+def test_handlers_are_put_back() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGUSR2, signal.SIGTERM)]
+    with StopRequest():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(signum) for signum in (signal.SIGUSR2, signal.SIGTERM)] == before
+
+
+def test_a_stop_that_takes_too_long_is_forced(tmp_path: Path) -> None:
+    ended: list[int] = []
+    with StopRequest(force_after=0.1, stacks=tmp_path / "stacks.txt", exit_process=ended.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: ended, 5)
+    assert ended == [REQUEUE]
+    assert "test_a_stop_that_takes_too_long_is_forced" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_the_watchdog_dumps_and_ends_what_hangs_and_leaves_what_moves(tmp_path: Path) -> None:
+    ended: list[int] = []
+    silences: list[float] = []
+    with Watchdog(
+        timeout=0.4, stacks=tmp_path / "s.txt", heartbeat=silences.append, exit_process=ended.append
+    ) as dog:
+        for _ in range(10):
+            time.sleep(0.1)
+            dog.beat()
+        assert ended == []
+        wait_until(lambda: ended, 5)
+    assert ended == [HUNG]
+    assert "nothing moved" in (tmp_path / "s.txt").read_text()
+    assert len(silences) > 5
+
+
+# ---- runs
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
+    """A run that nobody interrupts."""
+    config = config_of(tmp_path_factory.mktemp("calm"), tiny_data, eval={"knn_every": 5, "knn_k": [5]})
+    done = submit(config, "run.name=calm", timeout=300)
+    assert done.returncode == 0, done.stderr
+    return config.parent / "calm"
+
+
+def test_preempted_and_killed_a_run_ends_as_if_nothing_had_been(
+    calm: Path, tmp_path: Path, tiny_data: dict[str, str]
+) -> None:
+    config = config_of(
+        tmp_path, tiny_data, eval={"knn_every": 5, "knn_k": [5]}, checkpoint={"every_steps": 7}
+    )
+    run = tmp_path / "stormy"
+    command = submit_command(config, "run.name=stormy", "engine.workers=1")
+    storms = ((1, signal.SIGUSR2), (0, signal.SIGTERM), (1, signal.SIGKILL))
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        for number, (rank, signum) in enumerate(storms):
+            wait_until(partial(started, run, number + 1))
+            first = len(steps_of(run))
+            wait_until(partial(stepped, run, first + 9))
+            os.kill(rank_process(tmp_path, rank, "stormy"), signum)
+        assert launcher.stderr is not None
+        said = launcher.stderr.read()
+    assert launcher.returncode == 0, said
+    assert "restart 3" in said
+    assert "killed by SIGKILL" in said
+    assert (run / "final.mask").read_bytes() == (calm / "final.mask").read_bytes()
+    assert losses_of(run) == losses_of(calm)  # none left out, none twice
+    events = events_of(run)
+    stops = [event["event"] for event in events if event["event"] in ("preempted", "resume")]
+    assert stops == ["preempted", "resume", "preempted", "resume", "resume"]
+    for before, event in itertools.pairwise(events):  # announced: saved at the very step
+        if event["event"] == "preempted":
+            assert before["event"] == "checkpoint"
+    assert not processes_of(tmp_path)
+
+
+def test_a_hung_rank_is_noticed_dumped_and_started_again(tmp_path: Path, tiny_data: dict[str, str]) -> None:
+    config = config_of(tmp_path, tiny_data, checkpoint={"every_steps": 5, "hang_minutes": 0.05})
+    command = submit_command(config, "run.name=hung")
+    run = tmp_path / "hung"
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        wait_until(lambda: len(steps_of(run)) > 7)
+        started = time.monotonic()
+        os.kill(rank_process(tmp_path, 1, "hung"), signal.SIGSTOP)
+        wait_until(lambda: (run / "stacks" / "rank-0.txt").exists())
+        assert time.monotonic() - started < 3 + 10
+        assert launcher.stderr is not None
+        said = launcher.stderr.read()
+    assert launcher.returncode == 0, said
+    assert f"ended with status {HUNG}" in said
+    assert "trainer.py" in (run / "stacks" / "rank-0.txt").read_text()
+    assert "most recent call first" in (run / "logs" / "rank-1.log").read_text()  # the stopped one, woken
+    assert result_of(run)["steps"] == 160
+
+
+def test_a_signal_while_evaluating_stops_all_ranks(tmp_path: Path, tiny_data: dict[str, str]) -> None:
+    config = config_of(
+        tmp_path, tiny_data, eval={"batch_size": 1, "frozen_baseline": True}, launch={"max_restarts": 0}
+    )
+    command = submit_command(config, "run.name=a")
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        wait_until(lambda: any(event["event"] == "start" for event in events_of(tmp_path / "a")))
+        os.kill(rank_process(tmp_path, 1, "a"), signal.SIGUSR2)
+        assert launcher.wait(60) == REQUEUE
+    assert [event["event"] for event in events_of(tmp_path / "a")] == ["start", "preempted"]
+
+
+def test_status_and_logs_tell_from_files_alone(
+    calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "a"
+    shutil.copytree(calm, run)
+    assert main(["status", str(run)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    for part in ("finished", "160/160", "step-000000160"):
+        assert part in line
+    (run / "result.json").unlink()
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "running", "time": 0}))
+    assert main(["status", str(run)]) == 0
+    assert "silent" in capsys.readouterr().out
+    assert main(["logs", str(run), "--rank", "1"]) == 0
+    assert "start 0" in capsys.readouterr().out
+    assert main(["logs", str(run), "--rank", "7"]) == 2
+    assert main(["status", str(tmp_path)]) == 2

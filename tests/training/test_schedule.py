@@ -1,0 +1,91 @@
+"""Learning rates by step: the formula, and a head that goes first."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from selfmask_dist.config import load_config
+from selfmask_dist.runs.checkpoint import load_newest
+from selfmask_dist.runs.folder import run_path
+from selfmask_dist.training.run import run
+from selfmask_dist.training.schedule import Schedule
+from tests.support.tiny_run import write_config, write_tiny_data
+
+
+def rates(schedule: Schedule, name: str) -> list[float]:
+    """Of a group of base rate 2, at every step."""
+    optimizer = torch.optim.SGD([{"name": name, "base_lr": 2.0, "params": [torch.zeros(1)]}], lr=0.0)
+    found = []
+    for step in range(schedule.num_steps):
+        schedule.apply(optimizer, step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_warm_up_then_cosine() -> None:
+    expected = [2 * (t + 1) / 4 for t in range(4)]
+    expected += [1 + math.cos(math.pi * (t - 4) / 6) for t in range(4, 10)]
+    assert rates(Schedule(10, 4), "scores") == pytest.approx(expected)
+    assert rates(Schedule(6, 2, "constant"), "scores") == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_the_backbone_waits_and_then_has_the_whole_course() -> None:
+    schedule = Schedule(13, 4, head_first_steps=3)
+    assert rates(schedule, "scores") == [0.0] * 3 + rates(Schedule(10, 4), "scores")
+    assert rates(schedule, "head") == rates(Schedule(13, 4), "head")
+
+
+def momenta_of(tensors: dict[str, torch.Tensor]) -> set[str]:
+    names = {key for key in tensors if key.startswith("momentum/")}
+    return {"encoder" if ".encoder." in name or "/encoder." in name else "head" for name in names}
+
+
+def test_masks_stay_whole_without_momentum_while_the_head_learns(tmp_path: Path) -> None:
+    """4 steps an epoch, one of them for the head alone."""
+    data = write_tiny_data(tmp_path)
+    optim = {"score_lr": 200, "head_first_epochs": 1}
+    runs = {}
+    for name, steps in (("waiting", 4), ("after", 8)):
+        path = write_config(tmp_path / name / "config.yaml", data, optim=optim, train={"max_steps": steps})
+        config = load_config(path, [f"run.name={name}", "run.overwrite=true"])
+        result = run(config)
+        found = load_newest(run_path(config) / "checkpoints", report=print)
+        assert found is not None
+        runs[name] = (result, found[0].tensors, load_file(run_path(config) / "head.safetensors"))
+    result, tensors, head = runs["waiting"]
+    assert result["mask"]["active"] == 1.0
+    scores = {k: v for k, v in tensors.items() if k.startswith("parameters/") and "encoder" in k}
+    assert scores
+    assert all((tensor == 1).all() for tensor in scores.values())
+    assert momenta_of(tensors) == {"head"}
+    result, tensors, later = runs["after"]
+    assert result["mask"]["active"] < 1.0
+    assert momenta_of(tensors) == {"head", "encoder"}
+    assert any((head[name] != later[name]).any() for name in head)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.head_first_epochs=2", "train.epochs=2", "optim.warmup_epochs=1"], "leave nothing"),
+        (["optim.head_first_epochs=1", "engine.name=deepspeed"], "one partition"),
+        (
+            [
+                "optim.head_first_epochs=1",
+                "objective.head=clip_text",
+                "backbone.name=open_clip:ViT-B-32/openai",
+            ],
+            "no head to train",
+        ),
+        (
+            ["optim.head_first_epochs=1", "objective.name=clip", "backbone.name=open_clip:ViT-B-32/openai"],
+            "no head to train",
+        ),
+    ],
+)
+def test_what_does_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
