@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import methods
-from benchmarks.method_rows import ROWS, rates, table
-from benchmarks.method_rows.row import CONFIGS, Row, Setting
-from benchmarks.method_rows.settings import _with_captions
+from benchmarks.methods import ROWS, methods, rates, table
+from benchmarks.methods.row import CONFIGS, Row, Setting
+from benchmarks.methods.settings import _with_captions
 from selfmask_dist.config import load_config
 from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.data import open_source

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import data_corruption
+from benchmarks.data import corruption as data_corruption
 from selfmask_dist.cli import main
 from selfmask_dist.data import SampleError, open_source
 from selfmask_dist.data.build import build_index, verify

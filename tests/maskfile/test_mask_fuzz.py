@@ -1,6 +1,6 @@
-"""A short run of `benchmarks/mask_fuzz.py`: no mutated mask file crashes the reader or passes as another."""
+"""A short run of `benchmarks/maskfile/fuzz.py`: no mutated mask file crashes the reader or passes as another."""
 
-from benchmarks.mask_fuzz import MAX_MEMORY, fuzz
+from benchmarks.maskfile.fuzz import MAX_MEMORY, fuzz
 
 
 def test_mutated_files_are_refused_or_say_what_they_are() -> None:
