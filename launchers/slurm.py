@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from launchers.local import log_path
-from launchers.progress import MAX_FRUITLESS, is_fruitless
+from launchers.restarts import MAX_FRUITLESS, is_fruitless
 from launchers.snapshot import take_snapshot
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable

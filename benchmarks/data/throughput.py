@@ -32,14 +32,13 @@ from torchvision import transforms as tv  # type: ignore[import-untyped]
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import multicrop_transform, open_source, train_loader, train_transform
+from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader, train_transform
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, Shard, load_index
 from selfmask_dist.data.indexing.labels import resolve_labels
 from selfmask_dist.data.order import epoch_order, sample_generator
 from selfmask_dist.data.source import READ_TOGETHER, TarSource
 from selfmask_dist.data.storage import LocalStorage
-from selfmask_dist.data.views import decode
 from selfmask_dist.data.views.decode import counts
 from selfmask_dist.data.views.multicrop import SWAV_CROPS
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.methods.row import CONFIGS, Outcome, Row, Setting, config_row, outcome_of, train
+from benchmarks.methods.row import Outcome, Row, Setting, config_path, config_row, outcome_of, train
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import apply_mask, read_mask_file
 from selfmask_dist.maskfile.tools.shrink import shrink
@@ -24,7 +24,7 @@ def _finetuned(setting: Setting, place: str) -> Path:
 def _graft(setting: Setting) -> Outcome:
     """Fine-tuned first, then grafted."""
     own = (f"mask.graft_from={_finetuned(setting, 'grafted_from')}", _HEAD)
-    result, folder = train(setting, "graft", CONFIGS / "graft.yaml", own)
+    result, folder = train(setting, "graft", config_path("graft"), own)
     return outcome_of(result, folder, setting)
 
 
@@ -32,7 +32,7 @@ def _distilled(setting: Setting) -> Outcome:
     """Movement pruning taught by the fine-tuned, unpruned model."""
     teacher = _finetuned(setting, "taught_by")
     own = (f"objective.distill_from={teacher}", "objective.distill_weight=0.5", _HEAD)
-    result, folder = train(setting, "movement_distilled", CONFIGS / "movement.yaml", own)
+    result, folder = train(setting, "movement_distilled", config_path("movement"), own)
     return outcome_of(result, folder, setting)
 
 

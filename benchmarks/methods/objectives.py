@@ -2,7 +2,7 @@
 See `docs/methods.md`.
 """
 
-from benchmarks.methods.row import CONFIGS, Outcome, Row, Setting, config_row, outcome_of, train
+from benchmarks.methods.row import Outcome, Row, Setting, config_path, config_row, outcome_of, train
 
 _GROUP = "objective"
 _MASKS = ("mask.include=vit", "backbone.batchnorm=frozen", "optim.head_lr=0.05")
@@ -15,7 +15,7 @@ def _captioned(name: str, source: str, *own: str) -> Row:
 
     def measure(setting: Setting) -> Outcome:
         overrides = (*setting.captioned, *_MASKS, *own, "eval.final=true", "eval.frozen_baseline=true")
-        result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
+        result, folder = train(setting, name, config_path(name), overrides)
         outcome = outcome_of(result, folder, setting)
         outcome.more[_OF_CAPTIONS] = {
             key: value for key, value in result.get("frozen", {}).items() if key in ("knn20", "probe")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.methods.row import CONFIGS, Outcome, Row, Setting, outcome_of, train
+from benchmarks.methods.row import Outcome, Row, Setting, config_path, outcome_of, train
 from selfmask_dist.config import load_config
 
 _GROUP = "procedures"
@@ -39,7 +39,7 @@ def _row(
     def measure(setting: Setting) -> Outcome:
         epochs = load_config(None, setting.overrides).train.epochs * share
         overrides = (*_QUIET, *own, *own_fn(setting), f"train.epochs={epochs}")
-        result, folder = train(setting, name, CONFIGS / f"{name}.yaml", overrides)
+        result, folder = train(setting, name, config_path(name), overrides)
         active = result.get("active", 1.0)
         outcome = outcome_of(result, folder, setting)
         return replace(outcome, active=active, more=more(result))

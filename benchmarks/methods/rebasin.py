@@ -1,8 +1,9 @@
 """How far Git Re-Basin lowers the loss barrier between two networks that learned scanned digits apart.
 
 ResNet-18s of several widths and a ViT, from random weights, two of each and seed (`method=rebasin`, as in
-`configs/methods/rebasin.yaml`): the barrier on the straight line between them as they are, after matching by
-weights and by activations, and the test accuracy of the two, of their plain average and of the matched one.
+`configs/methods/procedures/rebasin.yaml`): the barrier on the straight line between them as they are, after
+matching by weights and by activations, and the test accuracy of the two, of their plain average and of the
+matched one.
 
     python benchmarks/methods/rebasin.py [--quick] [--seeds 3] [--epochs 20] [--only NAME ...] --json
 """
@@ -18,7 +19,7 @@ from selfmask_dist.cli.demo import BACKBONE, write_digits
 from selfmask_dist.config import load_config
 from selfmask_dist.training.run import run
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "methods" / "rebasin.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "methods" / "procedures" / "rebasin.yaml"
 COMMON = (
     *("data.flip=false", "data.crop_scale=[0.7, 1.0]", "backbone.crop_pct=1.0", "train.global_batch_size=64"),
     *("backbone.mean=[0.5, 0.5, 0.5]", "backbone.std=[0.5, 0.5, 0.5]"),

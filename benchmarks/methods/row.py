@@ -17,6 +17,11 @@ from selfmask_dist.training.run import run
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 
 
+def config_path(name: str) -> Path:
+    """The file `name`.yaml in one of the folders of `configs/methods/`."""
+    return next(CONFIGS.glob(f"*/{name}.yaml"))
+
+
 @dataclass(frozen=True)
 class Setting:
     """The data, the backbone and the budget that all rows share, as overrides of a configuration.
@@ -89,7 +94,7 @@ def config_row(
     config = config or name
 
     def measure(setting: Setting) -> Outcome:
-        result, folder = train(setting, name, CONFIGS / f"{config}.yaml", own)
+        result, folder = train(setting, name, config_path(config), own)
         outcome = outcome_of(result, folder, setting)
         if measures is not None:
             outcome.more.update(measures(folder))

@@ -51,14 +51,14 @@ def test_every_method_has_a_row(part: str) -> None:
 
 def test_every_config_has_an_entry_and_a_row() -> None:
     run = {config for row in ROWS for config in (row.configs or (row.name,))}
-    for path in CONFIGS.glob("*.yaml"):
+    for path in CONFIGS.glob("*/*.yaml"):
         name = path.stem
         assert name in run, f"configs/methods/{name}.yaml has no row in benchmarks/method_rows"
-        mention = rf"`(configs/methods/)?{name}(\.yaml)?`"
+        mention = rf"`(configs/methods/\w+/)?{name}(\.yaml)?`"
         assert re.search(mention, DOCS), f"configs/methods/{name}.yaml is not in docs/methods.md"
         load_config(path)
     for row in ROWS:
-        assert all((CONFIGS / f"{config}.yaml").exists() for config in row.configs), row.name
+        assert all(list(CONFIGS.glob(f"*/{config}.yaml")) for config in row.configs), row.name
 
 
 def test_every_row_is_in_the_table() -> None:

@@ -26,6 +26,7 @@ from selfmask_dist.data import (
     QuarantineError,
     SampleError,
     Source,
+    decode,
     eval_loader,
     eval_transform,
     open_source,
@@ -33,7 +34,6 @@ from selfmask_dist.data import (
     train_transform,
 )
 from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
-from selfmask_dist.data.views import decode
 from selfmask_dist.data.workers import ahead
 from tests.support.tars import labelled, numbered_tars, picture, write_tar
 

@@ -15,10 +15,9 @@ from torchvision import transforms as tv  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tvf  # type: ignore[import-untyped]
 
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import multicrop_transform, open_source, train_loader
+from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader
+from selfmask_dist.data import decode as decode_function
 from selfmask_dist.data.order import sample_generator
-from selfmask_dist.data.views import decode
-from selfmask_dist.data.views import decode as decode_function
 from selfmask_dist.data.views import multicrop as multicrop_module
 from selfmask_dist.data.views.decode import counts
 from selfmask_dist.data.views.distortion import HAS_OPENCV, distort_batch, distort_view

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from selfmask_dist.data import SampleError, check_same_classes, open_source, storage
-from selfmask_dist.data.views import decode
+from selfmask_dist.data import SampleError, check_same_classes, decode, open_source, storage
 from tests.support.tars import labelled, numbered_tars, picture, write_tar
 
 

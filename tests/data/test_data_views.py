@@ -14,9 +14,8 @@ from torchvision import transforms as tv  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tvf  # type: ignore[import-untyped]
 
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import eval_transform, train_transform
+from selfmask_dist.data import decode, eval_transform, train_transform
 from selfmask_dist.data.order import sample_generator
-from selfmask_dist.data.views import decode
 from selfmask_dist.data.views.single import random_crop_box
 from tests.support.tars import picture
 

@@ -16,9 +16,8 @@ from data_prep.image_folder import convert_image_folder
 from data_prep.inaturalist import convert_inaturalist
 from data_prep.sun397 import convert_sun397
 from data_prep.torchvision_dataset import convert_torchvision
-from selfmask_dist.data import check_same_classes, open_source
+from selfmask_dist.data import check_same_classes, decode, open_source
 from selfmask_dist.data.build import build_index
-from selfmask_dist.data.views import decode
 from tests.support.published_trees import contents, inat, save, sun, tree
 from tests.support.tars import picture
 

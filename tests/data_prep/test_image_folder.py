@@ -15,8 +15,7 @@ from PIL import Image
 
 from data_prep import image_folder, shards
 from data_prep.image_folder import convert_image_folder, main
-from selfmask_dist.data import check_same_classes, open_source
-from selfmask_dist.data.views import decode
+from selfmask_dist.data import check_same_classes, decode, open_source
 
 
 def save(

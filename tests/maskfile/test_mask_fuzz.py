@@ -1,4 +1,4 @@
-"""A short run of `benchmarks/maskfile/fuzz.py`: no mutated mask file crashes the reader or passes as another."""
+"""A short run of `benchmarks/maskfile/fuzz.py`: no mutated file crashes the reader or passes for another."""
 
 from benchmarks.maskfile.fuzz import MAX_MEMORY, fuzz
 

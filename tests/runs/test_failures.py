@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launchers import local, progress
+from launchers import local, restarts as progress
 from selfmask_dist.parallel import is_lost_peer, set_timeout
 from selfmask_dist.runs.checkpoint import committed, load_newest, step_of
 from selfmask_dist.runs.exit_status import BAD_INPUT, FAILED, HUNG, LOST

@@ -1,6 +1,6 @@
 """A real SLURM of four virtual nodes on this machine, for tests and benchmarks.
 
-    python -m tests.support.slurm up          # as root, with slurm-wlm and munge installed; prints what to export
+    python -m tests.support.slurm up    # as root, with slurm-wlm and munge; prints what to export
     python -m tests.support.slurm down
 
 One slurmctld and one slurmd per node, each at its own port. Two partitions: `low`, whose jobs are requeued

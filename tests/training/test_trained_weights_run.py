@@ -63,7 +63,7 @@ def config_of(folder: Path, name: str, *more: str) -> Config:
     own = [f"mask.graft_from={folder / 'runs' / 'finetuned'}"] if name == "graft" else []
     if name == "block_movement":
         own += ["mask.block_rows=16", "mask.block_columns=0"]
-    return load_config(CONFIGS / f"{name}.yaml", settings(folder, *own, *more))
+    return load_config(next(CONFIGS.glob(f"*/{name}.yaml")), settings(folder, *own, *more))
 
 
 @pytest.mark.parametrize("name", OTHER_FAMILIES)
