@@ -12,7 +12,7 @@ _KINDS = {
     "ddp": ("ddp", "DDPEngine"),
     "fsdp": ("fsdp", "FSDPEngine"),
     "bits": ("bits", "BitsEngine"),
-    "deepspeed": ("zero", "DeepSpeedEngine"),
+    "deepspeed": ("deepspeed", "DeepSpeedEngine"),
 }
 ENGINES = tuple(_KINDS)
 
