@@ -16,7 +16,7 @@ from selfmask_dist.cli.report import paper
 from selfmask_dist.cli.report.charts import thinned, ticks
 from selfmask_dist.cli.report.markup import Html, join, tag
 from selfmask_dist.cli.report.reading import read_run
-from selfmask_dist.common.numbers import NONE, compact, duration, size
+from selfmask_dist.common.text import NONE, compact, duration, size
 from selfmask_dist.config import load_config
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.run import run

@@ -6,7 +6,7 @@ from selfmask_dist.cli.report.charts import Series, line_chart
 from selfmask_dist.cli.report.markup import Html, tag
 from selfmask_dist.cli.report.parts import legend, measure_name, section
 from selfmask_dist.cli.report.reading import Run
-from selfmask_dist.common.numbers import compact, number
+from selfmask_dist.common.text import compact, number
 
 _Curve = tuple[str, str, Callable[[float], str]]  # metric, title, how its values read
 

@@ -8,7 +8,7 @@ from selfmask_dist.cli.report.charts import dendrogram
 from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
 from selfmask_dist.cli.report.parts import section, swatch
 from selfmask_dist.cli.report.reading import Run
-from selfmask_dist.common.numbers import NONE, count, percent
+from selfmask_dist.common.text import NONE, count, percent
 from selfmask_dist.maskfile.tools.comparison import Group, MaskResults, Pair, Subject, masks, matrix
 from selfmask_dist.maskfile.tools.similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
 

@@ -8,7 +8,7 @@ from typing import Any
 from selfmask_dist.cli.report.charts import COLOURS
 from selfmask_dist.cli.report.markup import Child, Html, join, tag
 from selfmask_dist.cli.report.reading import Run
-from selfmask_dist.common.numbers import NONE
+from selfmask_dist.common.text import NONE
 
 _MEASURES = {"probe": "linear probe", "head": "own head", "zeroshot": "zero-shot"}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.common.numbers import number
+from selfmask_dist.common.text import number
 from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.maskfile.tools.comparison import Subject, labels_of, read_subjects
 from selfmask_dist.runs import status

@@ -8,7 +8,7 @@ from selfmask_dist.cli.report import paper
 from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
 from selfmask_dist.cli.report.parts import mapping, measure_name, named, numeric, picture, section
 from selfmask_dist.cli.report.reading import Run, median_of
-from selfmask_dist.common.numbers import NONE, accuracy, count, number, percent, size
+from selfmask_dist.common.text import NONE, accuracy, count, number, percent, size
 
 
 def tiles(run: Run) -> Html | None:

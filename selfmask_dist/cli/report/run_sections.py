@@ -8,7 +8,7 @@ from selfmask_dist.cli.report.curve_sections import TELEMETRY, figures_of
 from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
 from selfmask_dist.cli.report.parts import bar, fold, mapping, named, numeric, picture, section, state_badge
 from selfmask_dist.cli.report.reading import Run, median_of, seconds_of
-from selfmask_dist.common.numbers import NONE, compact, count, duration, number, percent, size
+from selfmask_dist.common.text import NONE, compact, count, duration, number, percent, size
 
 
 def runs_table(runs: Sequence[Run]) -> Html | None:

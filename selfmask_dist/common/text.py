@@ -1,6 +1,7 @@
-"""Numbers for people: as many digits as mean something, and a unit."""
+"""Numbers and tables for people: as many digits as mean something, a unit, and columns that line up."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 NONE = "–"  # noqa: RUF001 (an en dash: nothing was measured)
@@ -61,3 +62,37 @@ def compact(value: Any) -> str:
     if found and not 1e-3 <= abs(found) < 1e5:
         return f"{found:.2e}"
     return f"{found:,.0f}" if abs(found) >= 1000 else f"{found:.4g}"
+
+
+def table(rows: Sequence[Sequence[str]], *, right: bool | Sequence[bool] = True) -> str:
+    """Return rows of text as lines whose columns line up, two blanks apart; the first row is the header.
+
+    Args:
+        rows: cells by row; a row may have fewer cells than the first.
+        right: whether a column is aligned to the right. True: every column but the first; or one value for
+            each column.
+    """
+    number = max(map(len, rows), default=0)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(number)]
+    sides = [i > 0 and right for i in range(number)] if isinstance(right, bool) else [*right]
+    sides += [False] * (number - len(sides))
+    return "\n".join(
+        "  ".join(f"{cell:{'>' if sides[i] else '<'}{widths[i]}}" for i, cell in enumerate(row)).rstrip()
+        for row in rows
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few of many names, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def positive(text: str) -> int:
+    """Return the whole number above 0 that `text` writes.
+
+    Raises:
+        ValueError: it writes none. (argparse turns that into a message when this is an argument's type.)
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -1,0 +1,40 @@
+"""The names of the files and folders in a run's folder, each said once.
+
+`runs.folder` makes the folder; `docs/architecture.md` says who writes and who reads each of them.
+"""
+
+# every run
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+STATUS = "status.json"
+RESULT = "result.json"
+FROZEN = "frozen.json"
+QUARANTINE = "quarantine.jsonl"
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+STACKS = "stacks"
+REPORT = "report.html"
+EMBEDDINGS = "embeddings"
+EVAL = "eval"
+
+# what training leaves
+MASK = "final.mask"
+HEAD = "head.safetensors"
+ENCODER = "encoder.safetensors"  # of a fine-tuning run: the whole network
+FINETUNED = "finetuned.safetensors"  # of one that changes a part: that part
+
+# a cascade
+DISPATCHER = "dispatcher"
+ROUTER = "router"
+COMBINATION = "combination"
+VIEWS = "views.json"
+CASCADE_MASK = "cascade.mask"
+CASCADE_PICTURE = "cascade.png"
+CLUSTER_SIZES = "sizes.json"  # in the router's folder
+
+
+def expert(index: int) -> str:
+    """Return the folder of a cascade's expert number `index`, from 0."""
+    return f"expert-{index}"
