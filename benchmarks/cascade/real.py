@@ -36,6 +36,7 @@ from benchmarks.harness import Benchmark
 from selfmask_dist import apply_masks
 from selfmask_dist.cascade import Combination, fit_pca
 from selfmask_dist.cli.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.embed import Embeddings, embed
@@ -44,7 +45,6 @@ from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.parallel import World
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import build_backbone, open_data
-from selfmask_dist.training.run import run
 
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VIEWS = ("frozen", "self-masked", "conditional", "unconditional")

@@ -21,9 +21,9 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks.cascade.real import BACKBONES, WEIGHTS, digits_settings, embed_splits, photo_settings
 from benchmarks.harness import Benchmark, interleave
 from selfmask_dist import cli, evals
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.evals.probe import prepare
-from selfmask_dist.training.run import run
 
 
 def embeddings(settings: list[str]) -> tuple[Any, Any, Any, Any]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.cli.demo import BACKBONE, OLD_DIGITS, write_digits
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile.tools.comparison import MaskResults, masks, read_subjects, table
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
-from selfmask_dist.training.run import run
 
 TASKS = {"digits-0-4": OLD_DIGITS, "digits-5-9": range(5, 10), "digits-3-7": range(3, 8)}
 COMMON = [

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Benchmark
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run
 
 WEIGHTS = "weights/vit_tiny_patch16_224.in1k.fp16.safetensors"
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.cli.demo import BACKBONE, write_digits
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "methods" / "procedures" / "rebasin.yaml"
 COMMON = (

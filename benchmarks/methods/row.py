@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "methods"
 

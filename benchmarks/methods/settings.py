@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.cascade.real import WEIGHTS, digits_settings
 from data_prep.image_folder import convert_image_folder
 from selfmask_dist.backbones import load_backbone
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run
 
 BATCH = 64
 COMMON = (

@@ -29,6 +29,7 @@ from selfmask_dist.parallel.world import group_of, num_processes
 from selfmask_dist.runs.folder import create_run_directory, run_path
 from selfmask_dist.runs.life import Life, open_life
 from selfmask_dist.runs.preempt import Preempted, StopRequest
+from selfmask_dist.training.run import run_in
 
 ROUTER, COMBINATION = "router", "combination"  # parts of a cascade, beside expert-K
 _POLL_SECONDS = 0.2
@@ -189,8 +190,6 @@ def _changed(config: Config, name: str, changes: dict[str, dict[str, Any]]) -> C
 
 
 def _train(config: Config, world: World, stop: StopRequest, *, parent: Path | None = None) -> dict[str, Any]:
-    from selfmask_dist.training.run import run_in  # which imports this module
-
     return run_in(config, world, stop, is_restart=True, parent=parent)
 
 

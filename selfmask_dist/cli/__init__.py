@@ -5,18 +5,15 @@ Imports what a command needs only when it runs, so that `--help` answers at once
 """
 
 import argparse
-import contextlib
 import errno
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import Any
 
 from selfmask_dist.cli import eval as eval_command
 from selfmask_dist.cli import mask as mask_command
 from selfmask_dist.cli import report
 from selfmask_dist.cli import serve as serve_command
+from selfmask_dist.cli.train import process_name, train
 from selfmask_dist.config import describe, load_config, to_yaml
 from selfmask_dist.runs import exit_status, status
 
@@ -31,58 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options) or 0)
     except (ValueError, FileNotFoundError) as error:
-        print(f"{_who()}error: {error}", file=sys.stderr)
+        print(f"{process_name()}error: {error}", file=sys.stderr)
         return exit_status.BAD_INPUT
     except ArithmeticError as error:  # training diverged: the message says it all
-        print(f"{_who()}stopped: {error}", file=sys.stderr)
+        print(f"{process_name()}stopped: {error}", file=sys.stderr)
         return exit_status.DIVERGED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{_who()}error: {error}; make room and go on with run.resume=true", file=sys.stderr)
+        print(f"{process_name()}error: {error}; make room and go on with run.resume=true", file=sys.stderr)
         return exit_status.BAD_INPUT
     except KeyboardInterrupt:
         return 130
-
-
-def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
-    from selfmask_dist.runs.life import is_lost_process
-    from selfmask_dist.runs.preempt import Preempted
-    from selfmask_dist.training.run import run
-
-    with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
-        try:
-            run(config, part=options.part)
-        except Preempted:
-            print(f"{_who()}stopped as asked, to go on later", file=sys.stderr)
-            return exit_status.REQUEUE
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            traceback.print_exc()
-            print(f"{_who()}lost another process, to be started again: {error}", file=sys.stderr)
-            return exit_status.LOST
-        return exit_status.OK
-
-
-class _Unfailing:
-    """Standard error, mostly a log on a disk: when that is full, what is said is lost, and not the run."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -150,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, help in (
-        ("train", _train, "train masks (or a baseline) in this process; launchers/submit.py starts several"),
+        ("train", train, "train masks (or a baseline) in this process; launchers/submit.py starts several"),
         ("config", _config, "print the resolved configuration"),
     ):
         command = commands.add_parser(
@@ -164,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
         )
-        if function is _train:
+        if function is train:
             command.add_argument(
                 "--part",
                 metavar="PART",
@@ -227,7 +184,3 @@ def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         action.add_argument("path", metavar="PATH", help="folder of tars, or one tar")
     for action in (index, verify):
         action.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-
-
-def _who() -> str:
-    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""

@@ -23,6 +23,7 @@ from selfmask_dist.runs.folder import run_path, write_json
 from selfmask_dist.runs.life import Life, open_life
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.build import build_backbone
+from selfmask_dist.training.run import run_in
 
 Tensors = dict[str, Tensor]
 
@@ -45,8 +46,6 @@ class Chain:
             seed: None for the procedure's own.
             changes: by section, the keys that differ from the procedure's own configuration.
         """
-        from selfmask_dist.training.run import run_in  # which imports this package
-
         values = self.config.model_dump(mode="json")
         common: dict[str, dict[str, Any]] = {
             "run": {"dir": str(self.folder), "name": stage, "overwrite": False, "resume": False},

@@ -1,15 +1,12 @@
-"""One run from its configuration to its result: the place where all parts are wired.
+"""One run from its configuration to its result.
 
     engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
 
-`method` picks what is trained: mask (scores), cascade (several masks, see `cascade_run`), finetune (all
-weights), a procedure (a chain of those, see `procedure_runs`), probe (a linear probe on frozen features) or
-frozen (nothing). Every other module knows only its own part.
+`method` says what is trained: mask (scores), finetune (weights), probe (a linear probe on frozen features) or
+frozen (nothing). Methods that are chains of runs, the cascade and the procedures, call `run_in` for each.
 """
 
-import faulthandler
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,54 +18,22 @@ import torch.distributed as dist
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.config.procedures import PROCEDURES
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.parallel import World, join_world
+from selfmask_dist.parallel import World
 from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoint
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path, write_json
-from selfmask_dist.runs.life import Life, open_life, stacks_path
+from selfmask_dist.runs.life import Life, open_life
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.adapt import adapt, format_numbers
 from selfmask_dist.training.build import build_backbone, open_data
 
 
-def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
-    """Run a configuration to its end and return what `result.json` holds. Every process of the run calls
-    this.
-
-    Args:
-        part: of a cascade, the only one to run; see `run_cascade`.
-
-    Raises:
-        ValueError: the configuration, the data or the backbone cannot be used; the message says which and how
-            to mend it.
-        NonFiniteError: training diverged.
-    """
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash shows where; a notebook replaces sys.stderr
-    is_restart = bool(int(os.environ.get("SELFMASK_RESTARTS", 0)))
-    stacks = stacks_path(run_path(config))
-    with StopRequest(force_after=config.checkpoint.stop_seconds, stacks=stacks) as stop:
-        if config.method == "cascade":
-            from selfmask_dist.cascade.run import run_cascade
-
-            return run_cascade(config, stop, is_restart=is_restart, part=part)
-        if config.method in PROCEDURES:
-            from selfmask_dist.procedures import run_procedure
-
-            if part is None:
-                return run_procedure(config, stop, is_restart=is_restart)
-        if part is not None:
-            raise ValueError(f"--part is of a cascade, and method is {config.method}")
-        with join_world(
-            config.engine.device, threads=config.engine.threads, needs_group=config.engine.name != "ddp"
-        ) as world:
-            return run_in(config, world, stop, is_restart=is_restart)
-
-
 def run_in(
     config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
 ) -> dict[str, Any]:
-    """`run` within a world that is there. Collective: every rank must call.
+    """Run a configuration to its end within a world that is there; returns what `result.json` holds.
+
+    Collective: every rank must call.
 
     Args:
         is_restart: go on in the run's folder where there is one.

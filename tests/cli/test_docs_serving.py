@@ -23,11 +23,11 @@ from PIL import Image
 from selfmask_dist import cli
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cli import serve as serve_command
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file, write_mask_file
 from selfmask_dist.runs import exit_status
 from selfmask_dist.training.build import build_backbone
-from selfmask_dist.training.run import run
 from tests.maskfile.test_bank import images, random_masks, write_cascade
 from tests.support.tiny_run import child_environment, write_config, write_tiny_data
 

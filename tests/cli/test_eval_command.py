@@ -10,9 +10,9 @@ import pytest
 from selfmask_dist.cli import main
 from selfmask_dist.cli.eval import subject as subject_module
 from selfmask_dist.cli.eval.results import Results, Row, format_table, read_results
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
-from selfmask_dist.training.run import run
 from tests.support.cascade_cases import settings, write_shards
 from tests.support.distributed import run_distributed
 from tests.support.tars import labelled, picture, write_tar

@@ -16,10 +16,10 @@ from selfmask_dist.cli.report import paper
 from selfmask_dist.cli.report.charts import thinned, ticks
 from selfmask_dist.cli.report.markup import Html, join, tag
 from selfmask_dist.cli.report.reading import read_run
+from selfmask_dist.cli.train import run
 from selfmask_dist.common.text import NONE, compact, duration, size
 from selfmask_dist.config import load_config
 from selfmask_dist.training.build import build_backbone
-from selfmask_dist.training.run import run
 from tests.support import chromium
 from tests.support.cascade_cases import settings, write_shards
 from tests.support.tiny_run import write_config, write_tiny_data

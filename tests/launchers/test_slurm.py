@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from selfmask_dist.cli.train import run as run_here
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run as run_here
 from tests.support import slurm
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import (

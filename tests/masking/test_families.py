@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from selfmask_dist import apply_masks, attach
 from selfmask_dist.backbones.random_weights import randomise
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.config.masks import FIXED_FAMILIES, MASK_FAMILIES
 from selfmask_dist.maskfile import read_mask_file
@@ -25,7 +26,6 @@ from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.masking.shards import Shards
 from selfmask_dist.parallel.world import World
-from selfmask_dist.training.run import run
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Case, build, check_equal, run_case, run_cases, world_here
 from tests.support.models import make

@@ -333,8 +333,8 @@ SWAV = (
 
 
 def _run_rank(overrides: list[str]) -> None:
+    from selfmask_dist.cli.train import run
     from selfmask_dist.config import load_config
-    from selfmask_dist.training.run import run
 
     run(load_config(None, overrides))
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from selfmask_dist import cli, maskfile
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mask_file
 from selfmask_dist.masking import attach
 from selfmask_dist.procedures.interpolation import Trained, interpolate, read_trained
 from selfmask_dist.training.build import build_backbone
-from selfmask_dist.training.run import run
 from tests.support.models import make
 from tests.support.tiny_run import write_config, write_tiny_data
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist import data as selfmask_data
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.evals import knn_accuracy
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.maskfile.api import apply_masks
 from selfmask_dist.procedures.classifier import Classifier, open_classifier
 from selfmask_dist.training.build import build_backbone, open_data
-from selfmask_dist.training.run import run
 from tests.support.distributed import run_distributed
 from tests.support.procedure_cases import RESNET, start
 from tests.support.tiny_run import result_of, write_config, write_tiny_data

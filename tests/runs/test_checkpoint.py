@@ -26,7 +26,7 @@ from selfmask_dist.runs.checkpoint import (
     verify,
     write_checkpoint,
 )
-from selfmask_dist.training.run import run
+from selfmask_dist.cli.train import run
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import write_config, write_tiny_data
 

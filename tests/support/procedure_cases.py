@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.training.run import run
 from tests.support.tiny_run import write_config
 
 RESNET = {

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.runs.checkpoint import committed, read_checkpoint, step_of
-from selfmask_dist.training.run import run
 
 KEEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=100", "checkpoint.asynchronous=false")
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from data_prep.image_folder import convert_image_folder
 from selfmask_dist import apply_masks, attach
 from selfmask_dist.cli import main
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import MaskTelemetry, build_backbone
-from selfmask_dist.training.run import run
 from selfmask_dist.training.trainer import NonFiniteError
 from tests.support.distributed import run_distributed
 from tests.support.models import make

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.runs.folder import run_path
-from selfmask_dist.training.run import run
 from selfmask_dist.training.schedule import Schedule
 from tests.support.tiny_run import write_config, write_tiny_data
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from selfmask_dist import apply_masks
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import Config, ConfigError, load_config
 from selfmask_dist.config.masks import MASK_FAMILIES, OTHER_FAMILIES
 from selfmask_dist.maskfile import read_mask_file, verify_mask_file
@@ -20,7 +21,6 @@ from selfmask_dist.objectives.supervised import distillation_losses
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import build_backbone, build_objective
 from selfmask_dist.training.distill import Teacher
-from selfmask_dist.training.run import run
 from tests.runs.test_checkpoint import assert_same, cut_back, outcome
 from tests.support.tiny_run import SETTINGS, write_tiny_data
 

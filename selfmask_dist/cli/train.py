@@ -1,0 +1,102 @@
+"""`selfmask train`: one process of a run. The place where a run's method is chosen.
+
+method   mask, finetune, probe, frozen   -> training.run
+         cascade                         -> cascade.run
+         packnet, supsup, lottery, ...   -> procedures.run
+"""
+
+import argparse
+import contextlib
+import faulthandler
+import os
+import sys
+import traceback
+from typing import Any
+
+from selfmask_dist.config import Config, load_config
+from selfmask_dist.runs import exit_status
+
+
+def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
+    """Run a configuration to its end and return what `result.json` holds. Every process of the run calls
+    this.
+
+    Args:
+        part: of a cascade, the only one to run; see `run_cascade`.
+
+    Raises:
+        ValueError: the configuration, the data or the backbone cannot be used; the message says which and how
+            to mend it.
+        NonFiniteError: training diverged.
+    """
+    # what trains imports torch, and `selfmask --help` must not wait for it
+    from selfmask_dist.config.procedures import PROCEDURES
+    from selfmask_dist.parallel import join_world
+    from selfmask_dist.runs.folder import run_path
+    from selfmask_dist.runs.life import stacks_path
+    from selfmask_dist.runs.preempt import StopRequest
+    from selfmask_dist.training.run import run_in
+
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash shows where; a notebook replaces sys.stderr
+    if part is not None and config.method != "cascade":
+        raise ValueError(f"--part is of a cascade, and method is {config.method}")
+    is_restart = bool(int(os.environ.get("SELFMASK_RESTARTS", 0)))
+    stacks = stacks_path(run_path(config))
+    with StopRequest(force_after=config.checkpoint.stop_seconds, stacks=stacks) as stop:
+        if config.method == "cascade":
+            from selfmask_dist.cascade.run import run_cascade
+
+            return run_cascade(config, stop, is_restart=is_restart, part=part)
+        if config.method in PROCEDURES:
+            from selfmask_dist.procedures import run_procedure
+
+            return run_procedure(config, stop, is_restart=is_restart)
+        with join_world(
+            config.engine.device, threads=config.engine.threads, needs_group=config.engine.name != "ddp"
+        ) as world:
+            return run_in(config, world, stop, is_restart=is_restart)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Run `selfmask train`; returns the exit status."""
+    config = load_config(options.config, options.overrides)
+    from selfmask_dist.runs.life import is_lost_process
+    from selfmask_dist.runs.preempt import Preempted
+
+    with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
+        try:
+            run(config, part=options.part)
+        except Preempted:
+            print(f"{process_name()}stopped as asked, to go on later", file=sys.stderr)
+            return exit_status.REQUEUE
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            traceback.print_exc()
+            print(f"{process_name()}lost another process, to be started again: {error}", file=sys.stderr)
+            return exit_status.LOST
+        return exit_status.OK
+
+
+def process_name() -> str:
+    """Return what a message of this process opens with, where there are several."""
+    return f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+class _Unfailing:
+    """Standard error, mostly a log on a disk: when that is full, what is said is lost, and not the run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
