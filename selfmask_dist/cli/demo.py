@@ -157,10 +157,8 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
     }
     if method == "finetune":  # from random weights: their frozen numbers say nothing
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
-    import yaml
-
     path = out / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path.write_text(json.dumps(settings))  # which is YAML too
     path.write_text(to_yaml(load_config(path)))  # checked, and complete
     return path
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from selfmask_dist.config import load_config
+from selfmask_dist.config import flat_science, load_config
 from selfmask_dist.maskfile import Mask, read_mask_file
 from selfmask_dist.maskfile.tools.similarity import (
     Agreement,
@@ -34,7 +34,6 @@ from selfmask_dist.maskfile.tools.similarity import (
     total,
     tree_of,
 )
-from selfmask_dist.runs.folder import flat_science
 
 DISPATCHER, _EXPERT = "dispatcher", "expert-"
 _FILES = ("final.mask", "cascade.mask")
