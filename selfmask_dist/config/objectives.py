@@ -85,6 +85,10 @@ class SwavConfig(Section):
         0, "Prototypes stay as they are for so long. The authors' code: 5005 of 117,188.", unit="steps", ge=0
     )
 
+    def queue_start(self, steps_per_epoch: int) -> int:
+        """Return the step from which on the queue fills."""
+        return round(self.queue_start_epoch * steps_per_epoch)
+
 
 class SimclrConfig(Section):
     """The SimCLR objective (objective.name=simclr)."""
@@ -183,6 +187,14 @@ class DinoConfig(Section):
     freeze_epochs: float = science(
         1.0, "The head's last layer stays as it is for so long. Published: 1.", unit="epochs", ge=0
     )
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Return the steps in which the teacher's temperature goes to its last value."""
+        return round(self.temperature_epochs * steps_per_epoch)
+
+    def freeze_steps(self, steps_per_epoch: int) -> int:
+        """Return the steps for which the head's last layer stays as it is."""
+        return round(self.freeze_epochs * steps_per_epoch)
 
 
 class ClipConfig(Section):

@@ -19,10 +19,12 @@ from selfmask_dist.data import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of its run: this rank's place among the ranks that share a batch.
+    """What an objective may know of its run: its length, and this rank's place among those that share a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
+    steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
+        that rises until the end follows the second.
     """
 
     rank: int = 0
@@ -30,6 +32,8 @@ class Context:
     global_batch_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    steps_per_epoch: int = 1
+    num_steps: int = 1
 
     def gather(self, rows: Tensor) -> Tensor:
         """(rows, ...) of each rank -> (rows * ranks, ...), in the order of the global batch, of which ranks
@@ -41,8 +45,8 @@ class Context:
         whole[self.rank :: self.world_size] = rows
         return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
 
-    def places(self, num_rows: int, device: torch.device) -> Tensor:
-        """Where this rank's rows lie in what `gather` returns: (num_rows,)."""
+    def own_columns(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return where this rank's rows lie in what `gather` returns: (num_rows,)."""
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
 
 

@@ -30,7 +30,6 @@ from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.mask_groups import mask_groups, second_weights, weight_group
-from selfmask_dist.training.objective_options import objective_options
 from selfmask_dist.training.trainer import NonFiniteError
 from selfmask_dist.training.views import crop_sizes
 
@@ -115,18 +114,15 @@ def build_objective(
     *,
     steps_per_epoch: int,
 ) -> objectives.Objective:
-    options = objective_options(config, steps_per_epoch=steps_per_epoch)
-    supervised = config.objective
-    if supervised.name == "supervised" and supervised.distill_from is not None:
+    num_steps = round(config.train.epochs * steps_per_epoch)
+    context = replace(context, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    teacher: objectives.DistillTeacher | None = None
+    if config.objective.name == "supervised" and config.objective.distill_from is not None:
         from selfmask_dist.training.distill import Teacher  # which makes a run's parts with this module
 
-        options["distillation"] = objectives.Distillation(
-            Teacher(Path(supervised.distill_from), classes),
-            weight=supervised.distill_weight,
-            temperature=supervised.distill_temperature,
-        )
+        teacher = Teacher(Path(config.objective.distill_from), classes)
     return objectives.build_objective(
-        config.objective.name, backbone=backbone, classes=classes, context=context, **options
+        config, backbone=backbone, classes=classes, context=context, distill_teacher=teacher
     )
 
 
