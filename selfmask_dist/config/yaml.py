@@ -121,7 +121,7 @@ class _Reader:
     def read(self, node: Node, keys: Keys) -> Any:
         line = node.start_mark.line + 1
         self.parsed.lines[keys] = line
-        kind = node.tag.removeprefix(_TAG)
+        kind = _kind(node)
         if kind not in (*_PYTHON, "seq", "map"):
             raise MarkedYAMLError(
                 problem=f"the tag {node.tag} is not supported", problem_mark=node.start_mark
@@ -138,9 +138,9 @@ class _Reader:
 
     def _scalar(self, node: ScalarNode) -> Any:
         try:
-            return _PYTHON[node.tag.removeprefix(_TAG)](node.value)
+            return _PYTHON[_kind(node)](node.value)
         except (ValueError, KeyError) as error:  # only with a tag: !!int x
-            problem = f"{node.value!r} is no {node.tag.removeprefix(_TAG)}"
+            problem = f"{node.value!r} is no {_kind(node)}"
             raise MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def _sequence(self, node: Node, keys: Keys) -> list[Any]:
@@ -150,7 +150,7 @@ class _Reader:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, ScalarNode) or key_node.tag != _TAG + "str":
+            if not isinstance(key_node, ScalarNode) or _kind(key_node) != "str":
                 text = key_node.value if isinstance(key_node, ScalarNode) else "of lists or mappings"
                 self.parsed.problems.append((line, f"the key {text} is not text"))
                 continue
@@ -162,6 +162,11 @@ class _Reader:
             values[key_node.value] = self.read(value_node, here)
             self.parsed.lines[here] = line  # of the key: its value may begin on a later one
         return values
+
+
+def _kind(node: Node) -> str:
+    """Return the name of a node's tag: int, str, seq, map, and so on."""
+    return str(node.tag).removeprefix(_TAG)
 
 
 def dotted(keys: Sequence[str | int]) -> str:
@@ -198,7 +203,7 @@ def flow(value: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver, yaml.Representer, yaml.Emitter = _CarefulResolver, _Representer, _Emitter
     yaml.default_flow_style, yaml.allow_unicode, yaml.width = True, False, 2**31
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.brace_single_entry_mapping_in_flow_sequence = True
     stream = io.StringIO()
     yaml.dump(value, stream)

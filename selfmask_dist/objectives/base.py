@@ -19,7 +19,8 @@ from selfmask_dist.data import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of its run: its length, and this rank's place among those that share a batch.
+    """What an objective may know of its run: its length, and this rank's place among the ranks that share
+    a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.

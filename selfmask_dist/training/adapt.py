@@ -23,7 +23,6 @@ from selfmask_dist.training.build import (
     Trained,
     TrainStep,
     build_objective,
-    engine_options,
     hold_weights,
     load_first_state,
     lora_options,
@@ -169,7 +168,9 @@ def _build(
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world,
-        options=engine_options(config),
+        config=config.engine,
+        accumulate=config.train.accumulate,
+        clip_norm=config.optim.clip_norm,
     )
     return objective, engine
 

@@ -24,7 +24,7 @@ from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS
 from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family, measure
-from selfmask_dist.parallel import Engine, EngineOptions
+from selfmask_dist.parallel import Engine
 from selfmask_dist.parallel.trained import EngineState
 from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.training.finetune import choose_weights
@@ -135,25 +135,6 @@ class Trained:
     summary: str
     weights: tuple[str, ...] = ()  # names of the backbone's that are trained as they are
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # the backbone's, before training
-
-
-def engine_options(config: Config) -> EngineOptions:
-    section = config.engine
-    return EngineOptions(
-        name=section.name,
-        precision=section.precision,
-        reduce_dtype=section.reduce_dtype,
-        compile=section.compile,
-        checkpoint_activations=section.checkpoint_activations,
-        reshard_after_forward=section.reshard_after_forward,
-        shard_size=section.shard_size,
-        cpu_offload=section.cpu_offload,
-        bucket_mb=section.bucket_mb,
-        zero_stage=section.zero_stage,
-        deepspeed=section.deepspeed,
-        accumulate=config.train.accumulate,
-        clip_norm=config.optim.clip_norm,
-    )
 
 
 def mask_family(config: Config, *, num_steps: int) -> Family:

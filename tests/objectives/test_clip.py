@@ -17,12 +17,13 @@ from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.config.objectives import ClipConfig, SlipConfig
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch, SampleError, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Clip, Context, Slip, build_objective
-from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.parallel import EngineState, World, build_engine
 from selfmask_dist.training.build import TrainStep
 from tests.support.distributed import run_distributed
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of
@@ -282,7 +283,7 @@ def run_steps(name: str, kind: str) -> tuple[list[float], EngineState]:
         encoder=found.encoder,
         blocks=found.spec.blocks,
         world=world,
-        options=EngineOptions(name=kind),
+        config=EngineConfig.model_validate({"name": kind}),
     )
     masks = engine.attach(found.encoder, attach, include="vit")
     groups = [

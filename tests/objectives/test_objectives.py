@@ -22,7 +22,7 @@ from selfmask_dist.objectives import (
     Simclr,
 )
 from selfmask_dist.objectives.parts import GlobalBatchNorm
-from selfmask_dist.parallel.moving_average import Teacher
+from selfmask_dist.parallel.moving_average import MovingAverage
 from selfmask_dist.parallel.trained import TrainedParameter
 from tests.support.models import make
 
@@ -171,7 +171,7 @@ def test_losses_steps_and_teachers_are_those_of_the_formula(name: str) -> None:
     teacher = None
     if heads is not None:
         kept = {key: p for key, p in parameters.items() if key == "encoder" or any(p is h for h in heads)}
-        teacher = objective.teacher = Teacher(whole(kept), {}, lambda: None)
+        teacher = objective.teacher = MovingAverage(whole(kept), {}, lambda: None)
     optimizer = torch.optim.SGD(parameters.values(), lr=LR)
     for step in range(STEPS):
         batch = batch_of(step, views=CROPS.get(name, 2))
@@ -287,7 +287,7 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
     entries = {entry.name: entry for entry in masks.entries}
     trained = whole({name: entry.scores for name, entry in entries.items()})
     statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    teacher = Teacher(trained, statistics, masks.rewrite)
+    teacher = MovingAverage(trained, statistics, masks.rewrite)
     teacher.momentum = 0.75
     averages = {name: entry.scores.detach().clone() for name, entry in entries.items()}
     for _ in range(3):
@@ -324,7 +324,7 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
 
 def test_under_autocast_the_student_computes_with_its_own_weights() -> None:
     layer, x = nn.Linear(4, 3), torch.randn(5, 4)
-    teacher = Teacher(whole(dict(layer.named_parameters())), {}, lambda: None)
+    teacher = MovingAverage(whole(dict(layer.named_parameters())), {}, lambda: None)
     layer.weight.data.add_(1.0)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)

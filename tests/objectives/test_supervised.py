@@ -184,7 +184,9 @@ def test_heads_follow_the_seed_and_leave_the_global_generator() -> None:
 
 def test_first_logits_have_the_size_their_head_needs(generator: torch.Generator) -> None:
     features = torch.randn(500, 256, generator=generator)
-    linear, masked = (Supervised(256, 100, ObjectiveConfig(head=head)) for head in HEADS[:2])
+    linear, masked = (
+        Supervised(256, 100, ObjectiveConfig.model_validate({"head": head})) for head in HEADS[:2]
+    )
     identity = nn.Identity()
     loss = F.cross_entropy(
         linear.predict(identity, features), torch.randint(100, (500,), generator=generator)
