@@ -23,6 +23,7 @@ from data_prep.image_folder import convert_image_folder
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
+from selfmask_dist.config.backbone import BackboneConfig
 
 BATCH = 64
 COMMON = (
@@ -228,8 +229,8 @@ def _grocery_clip(folder: Path, weights: Path) -> Path:
     path = folder / "clip" / "groceries.safetensors"
     if path.exists():
         return path
-    built = load_backbone("open_clip:ViT-B-32", pretrained=False, kwargs=_TRUNK_KWARGS)
-    vit = load_backbone("timm:vit_tiny_patch16_224", weights=weights).encoder
+    built = load_backbone(BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=_TRUNK_KWARGS))
+    vit = load_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224", weights=str(weights))).encoder
     assert built.text is not None
     whole = {f"visual.trunk.{name}": tensor for name, tensor in vit.state_dict().items()}
     whole |= {name.removeprefix("clip."): t for name, t in built.text.module.state_dict().items()}
