@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -58,7 +59,7 @@ _CLIP_KWARGS = {
     "vision_cfg": {"image_size": 16, "layers": 4, "width": 64, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 16, "width": 64, "heads": 4, "layers": 2},
 }
-_TRUNK_KWARGS = {
+_TRUNK_KWARGS: dict[str, Any] = {
     "embed_dim": 192,
     "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "none"},
     "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2},

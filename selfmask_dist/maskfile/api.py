@@ -9,7 +9,7 @@ from torch import nn
 from selfmask_dist import maskfile, masking
 
 
-class Masks(masking.Masks):
+class Masks(masking.AttachedMasks):
     """Masks on a model, that can save themselves. Made by `attach`."""
 
     def save(
@@ -38,7 +38,7 @@ attach = Masks.attach
 
 
 def save_masks(
-    masks: masking.Masks,
+    masks: masking.AttachedMasks,
     path: str | Path,
     *,
     backbone: str = "",

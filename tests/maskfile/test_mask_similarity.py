@@ -35,7 +35,7 @@ from selfmask_dist.maskfile.tools.similarity import (
     layers_of,
     tree_of,
 )
-from selfmask_dist.masking import Masks
+from selfmask_dist.masking import attach
 from tests.support.models import FAMILIES, make
 
 T = TypeVar("T")
@@ -145,7 +145,7 @@ def test_changes_are_the_bits_that_differ(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sparsity_by_kind_is_that_of_the_model(family: str, generator: torch.Generator) -> None:
     model, preset = make(family, dtype=torch.float32)
-    attached = Masks.attach(model, include=preset)
+    attached = attach(model, include=preset)
     attached.load_state_dict(
         {name: torch.rand(s.shape, generator=generator) - 0.4 for name, s in attached.state_dict().items()}
     )
@@ -318,7 +318,7 @@ def test_labels_tell_paths_apart() -> None:
 
 def test_saved_masks_are_read_as_they_were(tmp_path: Path) -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
-    attached = Masks.attach(model, include=preset)
+    attached = attach(model, include=preset)
     write_mask_file(tmp_path / "a.mask", MaskFile({"default": from_masks(attached)}))
     (subject,) = read_subjects([tmp_path / "a.mask"])
     assert (

@@ -30,7 +30,7 @@ from tests.support.tars import labelled, picture, write_tar
 from tests.support.tiny_run import write_config
 
 ROWS, STEPS = 6, 3
-KWARGS = {
+KWARGS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1},

@@ -326,7 +326,7 @@ def test_clip_text_averages_the_prompts_of_a_class() -> None:
 
 
 def test_clip_text_is_clips_own_zero_shot_classifier(batch: Batch) -> None:
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "embed_dim": DIM,
         "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
         "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1},
