@@ -20,18 +20,17 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from selfmask_dist.backbones.spec import BuiltEncoder, TextParts
+from selfmask_dist.backbones.spec import BackboneSettings, BuiltEncoder, TextParts
 from selfmask_dist.backbones.structure import remove_modules
 from selfmask_dist.backbones.weights import convert, drop_modules, load_exactly, read_state_dict
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.config.backbone import BackboneConfig
 
 _PROMPTS_AT_ONCE = 256
 _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 _VISUAL, _TRUNK = "visual.", "trunk."
 
 
-def build(name: str, section: BackboneConfig) -> BuiltEncoder:
+def build(name: str, section: BackboneSettings) -> BuiltEncoder:
     """Build the visual tower of `<model>[/<tag>]`, and the text tower beside it.
 
     Errors are those of `load_backbone`.

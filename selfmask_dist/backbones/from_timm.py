@@ -14,17 +14,16 @@ import timm.data
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
-from selfmask_dist.backbones.spec import BuiltEncoder
+from selfmask_dist.backbones.spec import BackboneSettings, BuiltEncoder
 from selfmask_dist.backbones.structure import remove_modules
 from selfmask_dist.backbones.weights import convert, drop_modules, load_exactly, read_state_dict
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.config.backbone import BackboneConfig
 
 # set by load_backbone itself, or at odds with an encoder of RGB images
 _RESERVED = ("pretrained", "num_classes", "in_chans", "features_only", "checkpoint_path")
 
 
-def build(name: str, section: BackboneConfig) -> BuiltEncoder:
+def build(name: str, section: BackboneSettings) -> BuiltEncoder:
     """Build a timm model with `num_classes=0`; errors as in `load_backbone`.
 
     Args:

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from selfmask_dist.backbones.mapping import leave_in_files
 from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.sign_activations import use_sign_activations
-from selfmask_dist.backbones.spec import Backbone, BackboneSpec, BuiltEncoder
+from selfmask_dist.backbones.spec import Backbone, BackboneSettings, BackboneSpec, BuiltEncoder
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
 from selfmask_dist.common.optional import require
-from selfmask_dist.config.backbone import BackboneConfig
 
 
-def load_backbone(section: BackboneConfig, *, seed: int = 0, in_file: bool = False) -> Backbone:
+def load_backbone(section: BackboneSettings, *, seed: int = 0, in_file: bool = False) -> Backbone:
     """Build the frozen encoder that `section` describes, in eval mode, on the CPU.
 
     Where `section.weights` names a file, a classifier in it is left out and everything else must fit exactly;
@@ -30,7 +29,7 @@ def load_backbone(section: BackboneConfig, *, seed: int = 0, in_file: bool = Fal
     they were.
 
     Args:
-        section: the keys `backbone` of a config; `batchnorm` is the training loop's and not read here.
+        section: a config's section `backbone`, or whatever has its keys.
         seed: of random weights.
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
             copies each process's share of them; see `mapping`. Random weights, and files that cannot be
@@ -70,7 +69,7 @@ def load_backbone(section: BackboneConfig, *, seed: int = 0, in_file: bool = Fal
     return Backbone(encoder, spec, built.text_embeddings, built.logit_scale, built.text)
 
 
-def _build(section: BackboneConfig, seed: int) -> BuiltEncoder:
+def _build(section: BackboneSettings, seed: int) -> BuiltEncoder:
     family, _, model_name = section.name.partition(":")
     # imported here: timm and open_clip take seconds to import, and each is needed by its own models only
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

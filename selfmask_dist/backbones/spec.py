@@ -1,11 +1,42 @@
-"""What a backbone is to the rest of a run: records, without the code that makes them."""
+"""What describes a backbone, before and after it is built: records, without the code that builds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from selfmask_dist.common.preprocessing import Preprocessing
+
+
+class BackboneSettings(Protocol):
+    """What `load_backbone` reads of a config's section `backbone`, whose help says what each key does.
+
+    It is a protocol because this package stands beside `config` and does not import it.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pretrained(self) -> bool: ...
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def random(self) -> str: ...
+    @property
+    def activations(self) -> str: ...
+    @property
+    def image_size(self) -> int | None: ...
+    @property
+    def kwargs(self) -> Mapping[str, Any]: ...
+    @property
+    def remove(self) -> Sequence[str]: ...
+    @property
+    def mean(self) -> Sequence[float] | None: ...
+    @property
+    def std(self) -> Sequence[float] | None: ...
+    @property
+    def crop_pct(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
