@@ -1,6 +1,7 @@
 """What every test shares: markers that skip with a reason, seeds, the shared data, no network.
 
-Torch is imported inside the functions: pytest-xdist's controlling process loads this file too and runs no test.
+Torch is imported inside the functions: the controlling process of pytest-xdist loads this file too, and runs
+no test.
 """
 
 import fcntl
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.bytecode import keep_bytecode
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,10 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-    # Tests start dozens of processes, and each would compile torch and timm anew, which takes 10 s. The compiled
-    # modules are kept apart from the sources, where whoever set the variable does not want them.
-    os.environ.setdefault("PYTHONPYCACHEPREFIX", f"{tempfile.gettempdir()}/selfmask-pycache")
+if keep_bytecode(os.environ):
     sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 
 
