@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.weights import write
 from selfmask_dist.masking.selection import is_norm
-from selfmask_dist.procedures.wise_ft_math import write
 
 Split = dict[str, Tensor]
 """{parameter name: bool tensor of its shape}, True where a weight is part of the fit hypothesis."""

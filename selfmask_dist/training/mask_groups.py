@@ -52,7 +52,7 @@ def second_weights(config: Config, family: Family) -> dict[str, Any]:
                 f"mask.graft_from: {path.parent} has no {path.name}; name the folder of a finished run of "
                 "method=finetune, or a file of weights"
             )
-    return {"other": read_state_dict(path)}
+    return {"other": read_state_dict(path, setting="mask.graft_from")}
 
 
 def weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]:

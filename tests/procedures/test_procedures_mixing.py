@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfmask_dist.evals import knn_accuracy, linear_probe
+from selfmask_dist.evals import linear_probe
 from selfmask_dist.procedures import ensembles_math as ensembles
 from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import permutation_spec
+from tests.support.knn import knn_accuracy
 from tests.support.procedure_cases import accuracy, digits, mlp, train
 
 # ---- WiSE-FT
@@ -263,7 +264,7 @@ def test_an_ensemble_is_measured_by_its_mean() -> None:
         torch.stack([F.normalize(part) for part in parts]).mean(dim=0)
         for parts in ([m.train for m in members], [m.test for m in members])
     )
-    (knn,) = knn_accuracy(mean, labels, mean_test, test_labels, ks=(5,), num_classes=10).values()
+    knn = knn_accuracy(mean, labels, mean_test, test_labels, k=5, num_classes=10)
     assert three["knn5"] == pytest.approx(knn)
     assert three["probe"] == linear_probe(mean, labels, mean_test, test_labels).accuracy
     assert three["probe_logits"] > three["probe_alone"]
