@@ -192,3 +192,10 @@ class ProcedureConfig(Section):
         "Folder of a run from whose newest checkpoint this one goes on as if it were its own; null: from the "
         "start. The stages set it.",
     )
+
+
+def trained_by(section: ProcedureConfig, method: str) -> str:
+    """Return the method of a procedure's stages, mask or finetune; without a procedure, the method itself."""
+    if method in ("supsup", "ensemble") or (method == "wise_ft" and section.adapt == "mask"):
+        return "mask"
+    return "finetune" if method in PROCEDURES else method

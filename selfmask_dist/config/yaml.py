@@ -102,7 +102,7 @@ def parse(text: str) -> Parsed:
     try:
         node = yaml.compose(text)
         if node is not None:
-            parsed.value = _Reader(parsed).read(node, ())
+            parsed.value = _NodeReader(parsed).read(node, ())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         parsed.problems.append((mark.line + 1 if mark else 1, f"cannot be read as YAML: {_reason(error)}"))
@@ -111,7 +111,7 @@ def parse(text: str) -> Parsed:
     return parsed
 
 
-class _Reader:
+class _NodeReader:
     """Turns a tree of nodes into plain values; `parsed` collects their lines and the problems."""
 
     def __init__(self, parsed: Parsed) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
-from selfmask_dist.objectives.base import Context, Objective, Teacher
+from selfmask_dist.objectives.base import Context, MomentumTeacher, Objective
 from selfmask_dist.objectives.clip import Clip
 from selfmask_dist.objectives.dino import Dino
 from selfmask_dist.objectives.moco_v2 import MocoV2
@@ -27,12 +27,12 @@ __all__ = [
     "DistillTeacher",
     "MocoV2",
     "MocoV3",
+    "MomentumTeacher",
     "Objective",
     "Simclr",
     "Slip",
     "Supervised",
     "Swav",
-    "Teacher",
     "build_objective",
 ]
 

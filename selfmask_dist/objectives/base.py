@@ -51,7 +51,7 @@ class Context:
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
 
 
-class Teacher(Protocol):
+class MomentumTeacher(Protocol):
     """A slow copy of encoder and heads: t <- m t + (1 - m) s after each step, with m = `momentum`."""
 
     momentum: float
@@ -75,7 +75,7 @@ class Objective(nn.Module):
     teacher: given by whoever trains, before the first step, where `teacher_parameters` asks for one.
     """
 
-    teacher: Teacher = NoTeacher()
+    teacher: MomentumTeacher = NoTeacher()
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, and of each metric.

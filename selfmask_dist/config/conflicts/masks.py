@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Iterator
 
 from selfmask_dist.config.all_sections import AllSections
-from selfmask_dist.config.conflicts.procedures import trained_by
 from selfmask_dist.config.loading import Conflict
 from selfmask_dist.config.masks import (
     FIXED_FAMILIES,
@@ -14,6 +13,7 @@ from selfmask_dist.config.masks import (
     THRESHOLD_FAMILIES,
     MaskConfig,
 )
+from selfmask_dist.config.procedures import trained_by
 
 
 def mask_conflicts(config: AllSections) -> Iterator[Conflict]:
@@ -27,7 +27,7 @@ def mask_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"mask.family {mask.family!r} is neither one of {', '.join(MASK_FAMILIES)} nor "
             f"module:Class{hint}",
         )
-    if trained_by(config) not in ("mask", "cascade"):
+    if trained_by(config.procedure, config.method) not in ("mask", "cascade"):
         return
     yield from _first_score_conflicts(mask)
     yield from _keep_conflicts(mask)

@@ -5,15 +5,7 @@ from collections.abc import Iterator
 from selfmask_dist.config.all_sections import AllSections
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.loading import Conflict
-from selfmask_dist.config.procedures import PROCEDURES
-
-
-def trained_by(config: AllSections) -> str:
-    """Return the method of a procedure's stages, mask or finetune; without a procedure, the method itself."""
-    method = config.method
-    if method in ("supsup", "ensemble") or (method == "wise_ft" and config.procedure.adapt == "mask"):
-        return "mask"
-    return "finetune" if method in PROCEDURES else method
+from selfmask_dist.config.procedures import PROCEDURES, trained_by
 
 
 def procedure_conflicts(config: AllSections) -> Iterator[Conflict]:
@@ -71,7 +63,7 @@ def _stage_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield trainings that a procedure cannot go on from."""
     section, method, engine = config.procedure, config.method, config.engine.name
     finetune, family = config.finetune.train, config.mask.family
-    masks = trained_by(config) == "mask"
+    masks = trained_by(section, method) == "mask"
     if masks and family not in ("threshold", "piggyback", "edge_popup", "topk"):
         yield Conflict(
             ("method", "mask.family"),
