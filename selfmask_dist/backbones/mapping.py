@@ -70,7 +70,7 @@ class FilePages:
                     self._spans.append(span)
 
     def one_by_one(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor by sorted name, read once: pages of files are given back on the way."""
+        """Yield each tensor by sorted name, read once: pages of files are given back on the way."""
         held: list[Tensor] = []
         for name in sorted(state):
             yield name, state[name]

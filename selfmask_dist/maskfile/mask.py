@@ -44,9 +44,11 @@ class Mask:
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows, columns that share a bit
 
     def num_weights(self) -> int:
+        """Return the number of weights under the mask."""
         return sum(bits.numel() for bits in self.bits.values())
 
     def num_kept(self) -> int:
+        """Return how many of them the mask keeps."""
         return sum(int(bits.sum()) for bits in self.bits.values())
 
 

@@ -23,6 +23,7 @@ from selfmask_dist.maskfile import (
     write_mask_file,
 )
 from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
+from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make
 
 
@@ -47,7 +48,9 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": "none"}, {"split_qkv": True}], ids=["scaled", "unscaled", "split"]
+    "options",
+    [{}, {"family": build_family("threshold", scale="none")}, {"split_qkv": True}],
+    ids=["scaled", "unscaled", "split"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_applied_backbone_equals_the_trained_model_bit_for_bit(
