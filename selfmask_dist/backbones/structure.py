@@ -1,5 +1,4 @@
-"""What a model is made of, read from its module tree alone: repeated blocks, removed parts, train and eval
-mode.
+"""What a model is made of, read from its module tree alone: repeated blocks, removed parts, modes.
 
 Knows no architecture by name, and nothing of masks, files or process groups.
 """

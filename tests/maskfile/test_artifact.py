@@ -27,9 +27,9 @@ from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make
 
 
-def trained(family: str, **options) -> tuple[nn.Module, nn.Module, Masks]:
+def trained(architecture: str, /, **options) -> tuple[nn.Module, nn.Module, Masks]:
     """(the untouched backbone, the masked model, its masks) with about a third pruned."""
-    model, preset = make(family, dtype=torch.float32)
+    model, preset = make(architecture, dtype=torch.float32)
     backbone = copy.deepcopy(model)
     masks = attach(model, include=preset, **options)
     generator = torch.Generator().manual_seed(3)

@@ -1,5 +1,7 @@
-"""Block movement pruning (Lagunas, Charlaix, Sanh, Rush 2021, arXiv 2109.04838): one score for each block of
-weights, so that whole blocks, rows or heads go and the network can be made smaller.
+"""Block movement pruning (Lagunas, Charlaix, Sanh, Rush 2021, arXiv 2109.04838).
+
+Each block of weights has one score, so that whole blocks, rows or heads go and the network can be made
+smaller.
 
     M = 1[block's S among the v largest of the tensor's]        theta = W * M
     dL/dS = sum over the block of G * W                         dL/dW = G * M

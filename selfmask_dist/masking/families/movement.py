@@ -1,5 +1,6 @@
-"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683): weights are trained, and scores add up how far
-each of them moves away from zero.
+"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683).
+
+Weights are trained, and scores add up how far each of them moves away from zero.
 
     hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `FamilyOptions`
     soft    M = 1[sigmoid(S) > tau]                tau rises from 0 along the same schedule
