@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.names import ENCODER, FINETUNED, HEAD, MASK
 from selfmask_dist.config import Config
 from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
@@ -25,9 +26,7 @@ from selfmask_dist.objectives import Context, Objective
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, build_objective
 from selfmask_dist.training.chain import Tensors
-from selfmask_dist.training.finetune import CHANGED, WHOLE, load_trained
-
-HEAD = "head.safetensors"
+from selfmask_dist.training.finetune import load_trained
 
 
 class Classifier(nn.Module):
@@ -51,7 +50,7 @@ def open_classifier(config: Config, classes: tuple[str, ...]) -> Classifier:
 
 def whole_state(run: Path) -> Tensors:
     """Encoder and head of a finished finetune run, by their names in `Classifier`."""
-    return name_parts(load_file(run / WHOLE), load_file(run / HEAD))
+    return name_parts(load_file(run / ENCODER), load_file(run / HEAD))
 
 
 def name_parts(encoder: Tensors, head: Tensors) -> Tensors:
@@ -69,10 +68,10 @@ def part_of(state: Tensors, name: str) -> Tensors:
 def adapted_encoder(config: Config, run: Path) -> Tensors:
     """The whole state of the encoder that a finished run of method=mask or finetune ended with."""
     encoder = build_backbone(config).encoder
-    if (run / "final.mask").exists():
-        apply_masks(encoder, run / "final.mask")
+    if (run / MASK).exists():
+        apply_masks(encoder, run / MASK)
     else:
-        load_trained(encoder, run / (CHANGED if (run / CHANGED).exists() else WHOLE))
+        load_trained(encoder, run / (FINETUNED if (run / FINETUNED).exists() else ENCODER))
     return dict(encoder.state_dict())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
 from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
-from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures import wise_ft
 from selfmask_dist.runs.checkpoint import load_newest
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)

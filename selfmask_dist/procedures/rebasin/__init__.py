@@ -15,7 +15,7 @@ from torch import nn
 
 from selfmask_dist import data
 from selfmask_dist.config import Config
-from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures import wise_ft
 from selfmask_dist.procedures.classifier import (
     Classifier,
     load_images,
