@@ -35,7 +35,12 @@ TABLE: dict[str, tuple[str, ...]] = {
     "cascade": _ABOVE_CLI,
     "procedures": _ABOVE_CLI,
     "cli": (*_ABOVE_CLI, "cascade", "procedures", "__init__", "launchers", "data_prep"),
-    "__init__": ("maskfile", "masking", "cascade"),  # the public names, each imported when it is asked for
+    "__init__": (
+        "common",
+        "maskfile",
+        "masking",
+        "cascade",
+    ),  # the public names, each imported when it is asked for
     "launchers": ("common", "config", "runs.folder", "runs.exit_status"),
     "data_prep": ("data",),
 }

@@ -20,9 +20,12 @@ from threading import RLock
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist import maskfile
-from selfmask_dist.maskfile import Mask, MaskFileError, codec
+from selfmask_dist.maskfile import codec
+from selfmask_dist.maskfile.file import read_mask_file
+from selfmask_dist.maskfile.fit import check_fits, weights_of
+from selfmask_dist.maskfile.forms import materialize
 from selfmask_dist.maskfile.layers import Change, Layer, decoded
+from selfmask_dist.maskfile.mask import Mask, MaskFileError
 from selfmask_dist.maskfile.rewrite import rewrite
 from selfmask_dist.masking import core
 
@@ -108,12 +111,12 @@ class MaskBank:
                 raise ValueError(f"the bank holds a mask {name!r} already; remove it, or take another name")
             self._put(None)
             if not isinstance(mask, Mask):
-                file = maskfile.read_mask_file(mask, weights=maskfile.weights_of(self._encoder))
+                file = read_mask_file(mask, weights=weights_of(self._encoder))
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
             known = self._fingerprints.get(frozenset(mask.bits))
-            for key, tensor in maskfile.check_fits(self._encoder, mask, known=known).items():
+            for key, tensor in check_fits(self._encoder, mask, known=known).items():
                 if key not in self._frozen:
                     self._tensors[key] = tensor
                     self._frozen[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -234,7 +237,7 @@ class MaskBank:
                 kept = codec.decode(coded.signs[key], int(bits.sum()))
                 signs[key] = torch.zeros_like(bits).masked_scatter_(bits, torch.from_numpy(kept))
             mask = replace(coded.rest, bits={key: bits}, signs=signs)
-            self._tensors[key].copy_(maskfile.materialize(mask, key, weight))
+            self._tensors[key].copy_(materialize(mask, key, weight))
 
     def _layers(self, name: str, coded: _Coded) -> dict[str, Layer]:
         """A mask's layers out of the cache, or decoded into it.

@@ -77,7 +77,7 @@ def decode(
     if codec == "packbits-zstd":
         return _decode_packed(data, num_bits)
     _check(codec)
-    reader = _Reader(data)
+    reader = _ByteReader(data)
     plan: list[tuple[slice | np.ndarray, int, bool, int, int]] = []
     for places in _split(num_bits, classes):
         size = num_bits if isinstance(places, slice) else places.size
@@ -214,7 +214,7 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-class _Reader:
+class _ByteReader:
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 

@@ -11,10 +11,10 @@ from selfmask_dist.backbones import fingerprint
 from selfmask_dist.maskfile.file import Weights, read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
-from selfmask_dist.masking import Masks
+from selfmask_dist.masking import AttachedMasks
 
 
-def from_masks(masks: Masks) -> Mask:
+def from_masks(masks: AttachedMasks) -> Mask:
     """The file's view of masks in training. Collective where they are sharded: every rank must call.
 
     Raises:
@@ -42,7 +42,7 @@ def from_masks(masks: Masks) -> Mask:
     )
 
 
-def _blocks(masks: Masks) -> dict[str, tuple[int, int]]:
+def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:
     """Blocks that share a bit, where those of a parameter's segments line up with its own."""
     found = {}
     for entry in masks.entries:

@@ -15,21 +15,23 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, core, first_scores
+from selfmask_dist.masking import checks, first_scores
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
+from selfmask_dist.masking.pieces import Shards
 from selfmask_dist.masking.reading import MaskSet
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.selection import Selection
 
 
-class Masks(MaskSet[MaskedParameter]):
+class AttachedMasks(MaskSet[MaskedParameter]):
     """The masks on one model. Made by `attach`."""
 
     def __init__(
@@ -60,19 +62,14 @@ class Masks(MaskSet[MaskedParameter]):
         cls,
         model: nn.Module,
         *,
-        include: str | Sequence[str] = "auto",
-        exclude: str | Sequence[str] = (),
-        first_layers: int | None = None,
         family: str | Family = "threshold",
-        threshold: float = 0.0,
         init: float | str | Mapping[str, Tensor] = 1.0,
-        scale: core.Scale = "through",
         split_qkv: bool = False,
-        allow_norm: bool = False,
         other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
+        **selected: Unpack[Selection],
     ) -> Self:
         """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
 
@@ -80,13 +77,10 @@ class Masks(MaskSet[MaskedParameter]):
         After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
-            include, exclude, first_layers, allow_norm: which parameters, see `selection.select`.
-            family: how masks follow from scores, see `families`; a `Family` brings its own options.
-            threshold: mu, of a family given by name.
+            family: how masks follow from scores, see `families`; `build_family` makes one with other options
+                than the default ones (a threshold, a scale).
             init: the scores' first value, one of `first_scores.NAMES`, or scores by parameter name (an expert
                 starts from its dispatcher's).
-            scale: of a family given by name: gradient `through` the scale a (the authors'), a `detached` from
-                the graph, or `none` (Piggyback: a = 1).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
                 paper's CLIP).
             other: second frozen weights by parameter name, for families that need them (`graft`); those of
@@ -96,21 +90,15 @@ class Masks(MaskSet[MaskedParameter]):
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
                 not, attaching, stepping and reading are collectives.
             auto: False leaves it to the caller to call `pull_back` after the last backward of a step.
+            selected: `include` ("auto"), `exclude`, `first_layers` and `allow_norm`: which parameters, see
+                `selection.select`.
 
         Raises:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
                 names or shapes of given scores differ, or the model is masked already.
         """
-        family = checks.as_family(family, threshold=threshold, scale=scale)
-        names = checks.choose(
-            model,
-            include,
-            exclude=exclude,
-            first_layers=first_layers,
-            allow_norm=allow_norm,
-            init=init,
-            family=family,
-        )
+        family = build_family(family) if isinstance(family, str) else family
+        names = checks.choose(model, family=family, init=init, **selected)
         seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
@@ -307,7 +295,7 @@ class Masks(MaskSet[MaskedParameter]):
             entry.theta.grad = None
 
 
-attach = Masks.attach
+attach = AttachedMasks.attach
 
 
 def _at_end_of_backward(callback: Any) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.segment import Segment, Whole
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.pieces import Segment, Shards, Whole
 
 First = float | Tensor | Callable[[Tensor], Tensor]  # first scores; a callable makes them of the whole weight
 

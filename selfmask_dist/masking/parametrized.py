@@ -9,7 +9,7 @@ and weights while it runs. Knows nothing of files, process groups or kinds of op
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from selfmask_dist.masking import checks, core, first_scores
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.passes import look
+from selfmask_dist.masking.pieces import Segment, Shards, Whole
 from selfmask_dist.masking.reading import MaskSet
-from selfmask_dist.masking.segment import Segment, Whole
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.selection import Selection
 
 
 class Clock:
@@ -186,33 +187,23 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
 def parametrized_attach(
     model: nn.Module,
     *,
-    include: str | Sequence[str] = "auto",
-    exclude: str | Sequence[str] = (),
-    first_layers: int | None = None,
     family: str | Family = "threshold",
-    threshold: float = 0.0,
     init: float | str | Mapping[str, Tensor] = 1.0,
-    scale: core.Scale = "through",
     split_qkv: bool = False,
-    allow_norm: bool = False,
     read: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach(),
+    **selected: Unpack[Selection],
 ) -> ParametrizedMasks:
-    """Put a learned mask on chosen parameters of `model`, in place; see `Masks.attach`.
+    """Put a learned mask on chosen parameters of `model`, in place; see `AttachedMasks.attach`.
 
     Args:
         read: gives a parameter's whole value, for optimizers that partition parameters.
+
+    Raises:
+        ValueError: as `attach`, or theta cannot be made of one parameter's scores and frozen weight alone.
     """
-    family = checks.as_family(family, threshold=threshold, scale=scale)
+    family = build_family(family) if isinstance(family, str) else family
     _check_family(family)
-    names = checks.choose(
-        model,
-        include,
-        exclude=exclude,
-        first_layers=first_layers,
-        allow_norm=allow_norm,
-        init=init,
-        family=family,
-    )
+    names = checks.choose(model, family=family, init=init, **selected)
     model.requires_grad_(False)
     shards, entries, clock = ReadShards(read), [], Clock()
     for name in names:

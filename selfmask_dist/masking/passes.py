@@ -17,8 +17,7 @@ from torch import Tensor
 from selfmask_dist.masking import core, ranking
 from selfmask_dist.masking.families.base import Family
 from selfmask_dist.masking.parameter import MaskedParameter
-from selfmask_dist.masking.segment import Segment
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.pieces import Segment, Shards
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Passes:
         if not is_looked:
             look(self.family, segments, self.shards, step)
         written = torch.stack([self.family.write(segment) for segment in segments])
-        sums = self.shards.sum_written(written, entries, self.family)
+        threshold = self.family.options.threshold if self.family.has_threshold else None
+        sums = self.shards.sum_written(written, entries, threshold=threshold, mask_fn=self.family.mask)
         kept, sizes = sums[:, 0], self._segment_sizes(entries, sums.device)
         scales = {
             dtype: core.scale_factor(kept, sizes, dtype).unbind()

@@ -10,36 +10,15 @@ Knows nothing of scores or masks, and of other processes only what `Shards` says
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.pieces import Cut, Shards
 
 _BINS = 256
 _BYTE = 8
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Which elements of one piece are among the k largest of the whole.
-
-    value: the k-th largest, 0-d.
-    dropped: of this piece's elements equal to it, so many of the last are not kept.
-    """
-
-    value: Tensor
-    dropped: int
-
-    def write(self, ranked: Tensor, *, out: Tensor) -> Tensor:
-        """Write ones (True) where `ranked` is kept and zeros elsewhere into `out`; both have one shape."""
-        torch.ge(ranked, self.value, out=out)
-        if self.dropped:
-            ties = (ranked == self.value).nonzero()[-self.dropped :]
-            out[tuple(ties.T)] = 0
-        return out
 
 
 def select(

@@ -10,6 +10,7 @@ Knows nothing of scores, files or process groups.
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import TypedDict
 
 from torch import nn
 
@@ -36,6 +37,15 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Selection(TypedDict, total=False):
+    """Which parameters of a model get a mask: the arguments of `select`, as `attach` hands them on."""
+
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    first_layers: int | None
+    allow_norm: bool
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` normalises (batch, layer, group, RMS, ... and timm's fused norm-activation layers)."""
     return "norm" in type(module).__name__.lower()
@@ -53,7 +63,7 @@ def norm_parameters(model: nn.Module) -> set[str]:
 
 def select(
     model: nn.Module,
-    include: str | Sequence[str],
+    include: str | Sequence[str] = "auto",
     *,
     exclude: str | Sequence[str] = (),
     first_layers: int | None = None,

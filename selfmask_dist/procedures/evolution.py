@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.weights import write
 from selfmask_dist.common.names import ENCODER
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.masking.selection import is_norm
 from selfmask_dist.procedures.packnet import packable
-from selfmask_dist.procedures.wise_ft import write
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors, other_seed

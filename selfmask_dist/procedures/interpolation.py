@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selfmask_dist.backbones import weights
 from selfmask_dist.common.names import MASK
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
 from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
-from selfmask_dist.procedures import wise_ft
 from selfmask_dist.training.saving import read_last_checkpoint
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
@@ -78,12 +78,12 @@ def interpolate(first: ScoredMask, second: ScoredMask, at: float) -> Mask:
         raise ValueError("only one of the runs moved running statistics: what lies between is not defined")
     threshold = (1 - at) * a.threshold + at * b.threshold
     of_first, of_second = ({name: end.scores[name] for name in a.bits} for end in (first, second))
-    between = wise_ft.interpolate(of_first, of_second, at)
+    between = weights.interpolate(of_first, of_second, at)
     return Mask(
         {name: binarize(scores, threshold) for name, scores in between.items()},
         a.weights_fingerprint,
         scaled=a.scaled,
         num_segments=dict(a.num_segments),
-        statistics=wise_ft.interpolate(a.statistics, b.statistics, at),
+        statistics=weights.interpolate(a.statistics, b.statistics, at),
         threshold=threshold,
     )

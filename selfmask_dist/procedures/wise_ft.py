@@ -11,7 +11,6 @@ The equations come first, as pure functions on state dicts. The run below them a
 training images that were held out, and measures the whole curve on the test images besides.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist import data
+from selfmask_dist.backbones.weights import interpolate, write
 from selfmask_dist.common.names import HEAD
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
@@ -50,28 +50,6 @@ class Point:
 
     alpha: float
     values: dict[str, float]
-
-
-def interpolate(first: Mapping[str, Tensor], second: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """theta(alpha) in new tensors; whole numbers (counters of batches) are those of the nearer end.
-
-    Args:
-        alpha: 0 to 1; beyond lies extrapolation, which is allowed.
-
-    Raises:
-        ValueError: names, shapes or kinds of numbers differ, or alpha is not finite.
-    """
-    check_same(first, second)
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha}")
-    if alpha in (0, 1):  # to the bit, infinities and all
-        return {name: tensor.clone() for name, tensor in (second if alpha else first).items()}
-    return {
-        name: _between(tensor, second[name], alpha)
-        if tensor.is_floating_point()
-        else (second[name] if alpha >= 0.5 else tensor).clone()
-        for name, tensor in first.items()
-    }
 
 
 def measure_curve(
@@ -106,32 +84,6 @@ def best_point(points: Sequence[Point], key: str) -> Point:
     if not points or any(key not in point.values for point in points):
         raise ValueError(f"not every point of the curve has a value {key!r}")
     return max(points, key=lambda point: (point.values[key], -point.alpha))
-
-
-@torch.no_grad()
-def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the model's own, by name."""
-    own = model.state_dict()
-    if unknown := sorted(set(tensors) - set(own)):
-        raise ValueError(f"the model has no {unknown[0]} (and {len(unknown) - 1} more)")
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-
-
-def check_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError where names or shapes of two states differ."""
-    if names := sorted(set(first) ^ set(second)):
-        raise ValueError(f"two models with other parameters cannot be mixed: only one has {names[0]}")
-    for name, tensor in first.items():
-        if tensor.shape != second[name].shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} in one model and {tuple(second[name].shape)} in the "
-                f"other; only models of one architecture can be mixed"
-            )
-
-
-def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
-    return (first.double() * (1 - alpha) + second.double() * alpha).to(first.dtype)
 
 
 # ---- the run

@@ -62,22 +62,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
     Args:
         in_file: leave the weights in their file, for an engine that takes its share of them.
     """
-    section = config.backbone
-    backbone = load_backbone(
-        section.name,
-        pretrained=section.pretrained,
-        weights=section.weights,
-        image_size=section.image_size,
-        kwargs=section.kwargs,
-        remove=section.remove,
-        mean=section.mean,
-        std=section.std,
-        crop_pct=section.crop_pct,
-        random=section.random,
-        activations=section.activations,
-        seed=config.seed,
-        in_file=in_file,
-    )
+    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file)
     if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
 

@@ -166,7 +166,7 @@ def _second_weights(config: Config, family: Family) -> dict[str, Any]:
                 "method=finetune, or a file of weights"
             )
         path = weights
-    return {"other": read_state_dict(path)}
+    return {"other": read_state_dict(path, setting="mask.graft_from")}
 
 
 def _weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]:

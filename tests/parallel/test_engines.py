@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from selfmask_dist.masking import attach
+from selfmask_dist.masking import attach, build_family
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel import EngineOptions, World, build_engine
 from selfmask_dist.parallel.bits import pack
@@ -195,7 +195,7 @@ def test_parametrised_masks_equal_attached_ones(family: str, scale: Any) -> None
     gradients = []
     for put_on in (attach, parametrized_attach):
         model, preset = make(family)
-        masks = put_on(model, include=preset, split_qkv=True, scale=scale)
+        masks = put_on(model, include=preset, split_qkv=True, family=build_family("threshold", scale=scale))
         scores = list(masks.parameters())
         for index, tensor in enumerate(scores):
             generator = torch.Generator().manual_seed(index)

@@ -12,7 +12,7 @@ from selfmask_dist import cli, maskfile
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mask_file
-from selfmask_dist.masking import attach
+from selfmask_dist.masking import attach, build_family
 from selfmask_dist.procedures.interpolation import ScoredMask, interpolate, read_trained
 from selfmask_dist.training.build import build_backbone
 from tests.support.models import make
@@ -106,7 +106,7 @@ def test_thresholds_and_running_statistics_go_along() -> None:
     for seed, threshold in ((0, 0.0), (1, 0.5)):
         generator = torch.Generator().manual_seed(seed)
         trained = copy.deepcopy(model)
-        masks = attach(trained, include=preset, threshold=threshold)
+        masks = attach(trained, include=preset, family=build_family("threshold", threshold=threshold))
         masks.load_state_dict(
             {
                 name: torch.randn(value.shape, generator=generator) + threshold

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfmask_dist.evals import knn_accuracy, linear_probe
+from selfmask_dist.backbones.weights import interpolate
+from selfmask_dist.evals import linear_probe
 from selfmask_dist.procedures import ensemble, wise_ft
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import permutation_spec
+from tests.support.knn import knn_accuracy
 from tests.support.procedure_cases import accuracy, digits, mlp, train
 
 # ---- WiSE-FT
@@ -49,20 +51,20 @@ def test_the_ends_of_the_curve_are_the_two_models() -> None:
         p.values["accuracy"] for p in points
     )
     for alpha in (0.0, 1.0):
-        ends = wise_ft.interpolate(first, second, alpha)
+        ends = interpolate(first, second, alpha)
         assert all(torch.equal(ends[name], (second if alpha else first)[name]) for name in first)
 
 
 def test_the_line_is_the_formula() -> None:
     first = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(10)}
     second = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(20)}
-    middle = wise_ft.interpolate(first, second, 0.3)
+    middle = interpolate(first, second, 0.3)
     torch.testing.assert_close(middle["w"], 0.7 * first["w"] + 0.3 * second["w"])
     assert middle["n"] == 10
     with pytest.raises(ValueError, match="only one has w"):
-        wise_ft.interpolate({"n": first["n"]}, second, 0.3)
+        interpolate({"n": first["n"]}, second, 0.3)
     with pytest.raises(ValueError, match=r"\(5,\) in one model and \(4,\)"):
-        wise_ft.interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
+        interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
 
 
 # ---- Git Re-Basin
@@ -277,7 +279,7 @@ def test_an_ensemble_is_measured_by_its_mean() -> None:
         torch.stack([F.normalize(part) for part in parts]).mean(dim=0)
         for parts in ([m.train for m in members], [m.test for m in members])
     )
-    (knn,) = knn_accuracy(mean, labels, mean_test, test_labels, ks=(5,), num_classes=10).values()
+    knn = knn_accuracy(mean, labels, mean_test, test_labels, k=5, num_classes=10)
     assert three["knn5"] == pytest.approx(knn)
     assert three["probe"] == linear_probe(mean, labels, mean_test, test_labels).accuracy
     assert three["probe_logits"] > three["probe_alone"]

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfmask_dist.common.files import replacing, write_json
+
 # what acts on each number by itself, so that a constant stays one
 _ELEMENTWISE = (
     nn.ReLU,
@@ -82,8 +84,9 @@ def save_smaller(model: nn.Module, left: Mapping[str, int], folder: str | Path) 
     """Write a shrunk model's weights and sizes into a folder; returns the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / _WEIGHTS)
-    (folder / _SIZES).write_text(json.dumps(dict(left), indent=1) + "\n")
+    with replacing(folder / _WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    write_json(folder / _SIZES, dict(left))
     return [folder / _WEIGHTS, folder / _SIZES]
 
 

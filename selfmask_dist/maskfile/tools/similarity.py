@@ -51,7 +51,7 @@ class Pruned:
 
 
 @dataclass(frozen=True)
-class Layer(Pruned):
+class PrunedLayer(Pruned):
     """A parameter under a mask."""
 
     kind: str
@@ -120,17 +120,17 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
     return "linear"
 
 
-def layers_of(bits: Bits) -> list[Layer]:
+def layers_of(bits: Bits) -> list[PrunedLayer]:
     """Every parameter's sparsity, in the mask's order."""
     return [
-        Layer(
+        PrunedLayer(
             name, mask.numel(), mask.numel() - int(mask.sum()), kind_of(name, mask.shape), tuple(mask.shape)
         )
         for name, mask in bits.items()
     ]
 
 
-def kinds_of(layers: Sequence[Layer]) -> list[Pruned]:
+def kinds_of(layers: Sequence[PrunedLayer]) -> list[Pruned]:
     """Sparsity by kind of layer, in the order in which the kinds appear."""
     kinds = dict.fromkeys(layer.kind for layer in layers)
     return [total([layer for layer in layers if layer.kind == kind], kind) for kind in kinds]

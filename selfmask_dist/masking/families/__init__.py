@@ -6,22 +6,20 @@ import difflib
 import importlib
 from typing import Any
 
-from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.base import Family, FamilyOptions
 from selfmask_dist.masking.families.binary_connect import BinaryConnect
 from selfmask_dist.masking.families.block_movement import BlockMovement
-from selfmask_dist.masking.families.edge_popup import EdgePopup
 from selfmask_dist.masking.families.fixed import MagnitudeMask, RandomMask
 from selfmask_dist.masking.families.graft import Graft
 from selfmask_dist.masking.families.joint import Joint
 from selfmask_dist.masking.families.movement import Movement, SoftMovement
 from selfmask_dist.masking.families.multi_prize import MultiPrize
 from selfmask_dist.masking.families.neural_wirings import NeuralWirings
-from selfmask_dist.masking.families.piggyback import Piggyback
 from selfmask_dist.masking.families.ternary import TernaryWeights, TrainedTernary
-from selfmask_dist.masking.families.threshold import Threshold
-from selfmask_dist.masking.families.topk import TopK
+from selfmask_dist.masking.families.threshold import Piggyback, Threshold
+from selfmask_dist.masking.families.topk import EdgePopup, TopK
 
-# config_masks.MASK_FAMILIES has the same names
+# config.masks.MASK_FAMILIES has the same names
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
     for family in (
@@ -48,12 +46,12 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def build(name: str, **options: Any) -> Family:
-    """A family by its name, or by `module:Class`; `options` are the fields of `Options`.
+    """A family by its name, or by `module:Class`; `options` are the fields of `FamilyOptions`.
 
     Raises:
         ValueError: there is no such family, or it does not take these options.
     """
-    return find(name)(Options(**options))
+    return find(name)(FamilyOptions(**options))
 
 
 def find(name: str) -> type[Family]:
@@ -80,4 +78,4 @@ def find(name: str) -> type[Family]:
     return found
 
 
-__all__ = ["FAMILIES", "Family", "Options", "build", "find"]
+__all__ = ["FAMILIES", "Family", "FamilyOptions", "build", "find"]

@@ -10,17 +10,17 @@ A new family overrides what differs; `docs/methods.md` has a worked example.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from selfmask_dist.masking import core
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 @dataclass(frozen=True)
-class Options:
+class FamilyOptions:
     """The keys of the config's mask section that families read.
 
     keep: share of the weights that families which rank keep at the end of their schedule.
@@ -49,11 +49,15 @@ class Options:
     maskable_by: Literal["random", "magnitude"] = "random"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.scale not in get_args(core.Scale):
+            raise ValueError(f"scale {self.scale!r} is not one of {', '.join(get_args(core.Scale))}")
+
 
 class Family:
     """The base: theta = W * M, or a * W * M, of a mask M that a subclass defines.
 
-    form: the kind of mask that files hold of it, see `artifact.forms`.
+    form: the kind of mask that files hold of it, see `maskfile.forms`.
     is_mask: theta = [a] * W * M on frozen weights, so that one bit a weight says it all: engine `bits` sends
         it and mask files hold it.
     has_threshold: what is kept has scores above `options.threshold`.
@@ -81,8 +85,8 @@ class Family:
     needs_other: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
 
-    def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
+    def __init__(self, options: FamilyOptions | None = None) -> None:
+        self.options = options or FamilyOptions()
 
     @property
     def is_scaled(self) -> bool:

@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.base import Family, FamilyOptions
 from selfmask_dist.masking.families.movement import write_kept
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 def grid_of(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
@@ -58,7 +58,7 @@ class BlockMovement(Family):
     trains_scores: ClassVar[bool] = False
     trains_weight: ClassVar[bool] = True
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: FamilyOptions | None = None) -> None:
         super().__init__(options)
         if self.options.keep_scope == "global":
             raise ValueError("block_movement ranks the blocks of one tensor; set mask.keep_scope=tensor")

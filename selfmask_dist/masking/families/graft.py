@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfmask_dist.masking import core
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class Graft(Family):

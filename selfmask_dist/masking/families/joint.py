@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.masking.families.threshold import Threshold
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class Joint(Threshold):

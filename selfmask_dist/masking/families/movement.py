@@ -1,7 +1,7 @@
 """Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683): weights are trained, and scores add up how far
 each of them moves away from zero.
 
-    hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `Options`
+    hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `FamilyOptions`
     soft    M = 1[sigmoid(S) > tau]                tau rises from 0 along the same schedule
             and the loss gains lambda tau_now / tau * mean over tensors of mean sigmoid(S)
     theta = W * M        dL/dW = G * M        dL/dS = G * W, for pruned weights too
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.masking import core
-from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.base import Family, FamilyOptions
 from selfmask_dist.masking.families.topk import TopK
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 def write_kept(segment: Segment, mask: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ class SoftMovement(Family):
     is_mask: ClassVar[bool] = False
     trains_weight: ClassVar[bool] = True
 
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options or Options(threshold=0.1))
+    def __init__(self, options: FamilyOptions | None = None) -> None:
+        super().__init__(options or FamilyOptions(threshold=0.1))
         if not 0 < self.options.threshold < 1:
             raise ValueError(
                 f"soft_movement compares sigmoid(S) with mask.threshold, which is "

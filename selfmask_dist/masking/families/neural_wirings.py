@@ -12,7 +12,7 @@ from torch import Tensor
 
 from selfmask_dist.masking import core
 from selfmask_dist.masking.families.topk import TopK
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class NeuralWirings(TopK):

@@ -19,9 +19,10 @@ import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.weights import check_same
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.permutation import Group, Permutations, Spec
-from selfmask_dist.procedures.wise_ft import ALPHAS, check_same, measure_curve
+from selfmask_dist.procedures.wise_ft import ALPHAS, measure_curve
 
 _MAX_ROUNDS = 100
 
