@@ -165,12 +165,10 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
     }
     if method == "finetune":  # from random weights: their frozen numbers say nothing
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
-    import yaml
-
     from selfmask_dist.config import load_config, to_yaml
 
     path = out / f"{name}.yaml"
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, json.dumps(settings))  # which is YAML too
     write_text(path, to_yaml(load_config(path)))  # checked, and complete
     return path
 

@@ -42,7 +42,7 @@ class ConflictError(ValueError):
         self.conflicts = tuple(conflicts)
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """Where a value was given; sorts in the order of reading."""
 
     order: tuple[int, int]  # (0, line) in the file, (1, position) among the overrides
@@ -60,7 +60,7 @@ def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) 
     if path is not None:
         draft.read_file(Path(path))
     for position, text in enumerate(overrides):
-        draft.override(text, Source((1, position), f"override {text!r}", is_file=False))
+        draft.override(text, Origin((1, position), f"override {text!r}", is_file=False))
     result: Model | None = None
     try:
         result = model.model_validate(draft.values)
@@ -71,7 +71,7 @@ def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) 
     return result
 
 
-def _message(problems: Iterable[tuple[Source, str]]) -> str:
+def _message(problems: Iterable[tuple[Origin, str]]) -> str:
     lines = [f"{source.place}: {message}" for source, message in sorted(dict.fromkeys(problems))]
     if len(lines) == 1:
         return lines[0]
@@ -84,8 +84,8 @@ class _Draft:
 
     model: type[BaseModel]
     values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[Keys, Source] = field(default_factory=dict)
-    problems: list[tuple[Source, str]] = field(default_factory=list)
+    sources: dict[Keys, Origin] = field(default_factory=dict)
+    problems: list[tuple[Origin, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.fields = {tuple(name.split(".")): info for name, info in config_help.fields(self.model)}
@@ -103,7 +103,7 @@ class _Draft:
                 (sources[()], f"got {_shown(parsed.value)}; expected keys and values, for example seed: 0")
             )
 
-    def override(self, text: str, source: Source) -> None:
+    def override(self, text: str, source: Origin) -> None:
         """Take the value of one `key=value`."""
         name, equals, value_text = text.partition("=")
         keys = tuple(name.strip().split("."))
@@ -115,7 +115,7 @@ class _Draft:
         if not parsed.problems:
             self.add(keys, parsed.value, {(*keys, *rest): source for rest in parsed.lines})
 
-    def add(self, keys: tuple[str, ...], value: Any, sources: dict[Keys, Source]) -> None:
+    def add(self, keys: tuple[str, ...], value: Any, sources: dict[Keys, Origin]) -> None:
         """Merge `value` at `keys`: a section key by key; a field's value and source replace earlier ones."""
         if isinstance(value, dict) and (not keys or keys in self.sections):
             for key, inner in value.items():
@@ -141,7 +141,7 @@ class _Draft:
 
     def explain(self, error: ValidationError) -> None:
         """Turn pydantic's errors into problems: one for each field, one for each conflict between fields."""
-        wrong: dict[Keys, Source] = {}
+        wrong: dict[Keys, Origin] = {}
         for detail in error.errors(include_url=False):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, ConflictError):
@@ -159,13 +159,13 @@ class _Draft:
     def _is_mapping(self, keys: tuple[str, ...]) -> bool:
         return get_origin(self.fields[keys].annotation) is dict
 
-    def _source(self, keys: Keys) -> Source:
+    def _source(self, keys: Keys) -> Origin:
         """Where the value at `keys` was given, or the nearest value around it."""
         return next(
             self.sources[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in self.sources
         )
 
-    def _conflict(self, conflict: Conflict) -> tuple[Source, str]:
+    def _conflict(self, conflict: Conflict) -> tuple[Origin, str]:
         keys = [tuple(name.split(".")) for name in conflict.keys]
         given = sorted(
             {self._source(key) for key in keys if any(at[: len(key)] == key for at in self.sources)}
@@ -210,8 +210,8 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot read the configuration: {reason}") from error
 
 
-def _in_file(path: Path, line: int) -> Source:
-    return Source((0, line), f"{path}:{line}", is_file=True)
+def _in_file(path: Path, line: int) -> Origin:
+    return Origin((0, line), f"{path}:{line}", is_file=True)
 
 
 def _nearest(keys: tuple[str, ...], known: Iterable[tuple[str, ...]], limit: int = 4) -> list[str]:

@@ -20,10 +20,13 @@ from selfmask_dist.data import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of its run: this rank's place among the ranks that share a batch.
+    """What an objective may know of its run: its length, and this rank's place among the ranks that share
+    a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
+    steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
+        that rises until the end follows the second.
     """
 
     rank: int = 0
@@ -31,6 +34,8 @@ class Context:
     global_batch_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    steps_per_epoch: int = 1
+    num_steps: int = 1
 
     def gather(self, rows: Tensor) -> Tensor:
         """(rows, ...) of each rank -> (rows * ranks, ...), in the order of the global batch, of which ranks
@@ -42,12 +47,12 @@ class Context:
         whole[self.rank :: self.world_size] = rows
         return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
 
-    def places(self, num_rows: int, device: torch.device) -> Tensor:
-        """Where this rank's rows lie in what `gather` returns: (num_rows,)."""
+    def own_columns(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return where this rank's rows lie in what `gather` returns: (num_rows,)."""
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
 
 
-class Teacher(Protocol):
+class MomentumTeacher(Protocol):
     """A slow copy of encoder and heads: t <- m t + (1 - m) s after each step, with m = `momentum`."""
 
     momentum: float
@@ -71,7 +76,7 @@ class Objective(nn.Module):
     teacher: given by whoever trains, before the first step, where `teacher_parameters` asks for one.
     """
 
-    teacher: Teacher = NoTeacher()
+    teacher: MomentumTeacher = NoTeacher()
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, and of each metric.

@@ -20,7 +20,7 @@ from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.runs.life import Life
-from selfmask_dist.training.build import build_objective, engine_options, lora_options, train_transform
+from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
@@ -167,7 +167,9 @@ def _build(
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world,
-        options=engine_options(config),
+        config=config.engine,
+        accumulate=config.train.accumulate,
+        clip_norm=config.optim.clip_norm,
     )
     return objective, engine
 

@@ -20,7 +20,7 @@ from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_o
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.config.selfsupervised import Combining
+from selfmask_dist.config.procedures import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
