@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launchers.restarts import MAX_FRUITLESS, is_fruitless
+from .restarts import MAX_FRUITLESS, is_fruitless
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launchers.local import log_path
-from launchers.restarts import MAX_FRUITLESS, is_fruitless
-from launchers.snapshot import take_snapshot
+from .local import log_path
+from .restarts import MAX_FRUITLESS, is_fruitless
+from .snapshot import take_snapshot
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 from selfmask_dist.runs.folder import run_path
@@ -40,7 +40,7 @@ _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", 
 
 
 @dataclass
-class Task:
+class TrainTask:
     """What submitit runs in every task of the job."""
 
     train_arguments: tuple[str, ...]
@@ -230,7 +230,7 @@ def submit(
     after = ""
     for job in jobs_of(config, experts_array=experts_array):
         tasks = [
-            Task(
+            TrainTask(
                 (*train_arguments, *(f"--part={part}" for part in job.parts[index : index + 1])),
                 folder / "logs",
                 config.launch.container,
@@ -249,7 +249,10 @@ def submit(
 
 
 def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False) -> str:
-    """What sbatch would get; submitit has no public way to show it."""
+    """Return what sbatch would get, a script for each job. Needs no program of SLURM's.
+
+    submitit has no public way to show it.
+    """
     scripts, after = [], ""
     for job in jobs_of(config, experts_array=experts_array):
         executor = _executor(config, run_path(config).resolve() / "slurm", num_nodes, after=after)
@@ -285,7 +288,7 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "") 
         srun.append(f"--cpus-per-task={launch.cpus_per_process}")
     variables = dict(launch.environment)
     if launch.snapshot:
-        from launchers.snapshot import snapshot_environment
+        from .snapshot import snapshot_environment
 
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]

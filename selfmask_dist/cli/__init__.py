@@ -1,5 +1,5 @@
-"""The command line: `selfmask train | eval | config | plan | inspect | report | mask | embed | serve | data |
-status | logs | checkpoints | demo`.
+"""The command line: `selfmask launch | train | eval | config | configs | plan | inspect | report | mask | embed |
+serve | data | status | logs | checkpoints | demo`.
 
 Imports what a command needs only when it runs, so that `--help` answers at once.
 """
@@ -9,9 +9,9 @@ import errno
 import sys
 from collections.abc import Sequence
 
+from selfmask_dist.cli import configs, data, launch, report
 from selfmask_dist.cli import eval as eval_command
 from selfmask_dist.cli import mask as mask_command
-from selfmask_dist.cli import report
 from selfmask_dist.cli import serve as serve_command
 from selfmask_dist.cli.train import process_name, train
 from selfmask_dist.config import describe, load_config, to_yaml
@@ -65,36 +65,6 @@ def _plan(options: argparse.Namespace) -> None:
     print(describe(load_config(options.config, options.overrides), hardware))
 
 
-def _data_index(options: argparse.Namespace) -> None:
-    from selfmask_dist.data.build import build_index
-
-    built = build_index(
-        options.path,
-        decode_check=options.decode,
-        budget=options.budget,
-        num_workers=options.workers,
-        classes=options.classes.split(",") if options.classes else None,
-        require_labels=not options.unlabelled,
-    )
-    for reject in built.rejects:
-        print(f"{'left out' if reject.is_lost else 'note'}: {reject.shard}: {reject.key!r} {reject.reason}")
-    print(f"{built.path}: {len(built.index)} samples, {built.index.num_rejected} left out")
-
-
-def _data_verify(options: argparse.Namespace) -> int:
-    from selfmask_dist.data.build import verify
-
-    found = verify(options.path, num_workers=options.workers)
-    print("\n".join(found) if found else f"{options.path}: every picture is as it was indexed")
-    return 1 if found else 0
-
-
-def _data_stats(options: argparse.Namespace) -> None:
-    from selfmask_dist.data.build import describe
-
-    print(describe(options.path))
-
-
 def _demo(options: argparse.Namespace) -> int:
     from selfmask_dist.cli.demo import run_demo
 
@@ -107,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, help in (
-        ("train", train, "train masks (or a baseline) in this process; launchers/submit.py starts several"),
+        ("train", train, "train masks (or a baseline) in this process; `selfmask launch` starts several"),
         ("config", _config, "print the resolved configuration"),
     ):
         command = commands.add_parser(
@@ -155,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         help = f"{meaning} ({default:g})"
         plan.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help)
     plan.set_defaults(command=_plan)
-    _add_data_commands(commands)
+    data.add_command(commands)
+    launch.add_command(commands)
+    configs.add_command(commands)
     demo = commands.add_parser(
         "demo", help="learn a mask on real scanned digits, with two processes, in minutes"
     )
@@ -164,23 +136,3 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
     return parser
 
-
-def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    data = commands.add_parser("data", help="index, verify or describe a folder of tars")
-    actions = data.add_subparsers(required=True, metavar="ACTION")
-    index = actions.add_parser("index", help="check every picture and write the index beside the tars")
-    index.add_argument("--no-decode", dest="decode", action="store_false", help="do not decode the pictures")
-    index.add_argument(
-        "--budget", type=float, default=0.001, help="share of samples that may be unusable (0.001)"
-    )
-    index.add_argument("--classes", metavar="A,B,...", help="class names in the order of their numbers")
-    index.add_argument("--unlabelled", action="store_true", help="take samples without a label")
-    index.set_defaults(command=_data_index)
-    verify = actions.add_parser("verify", help="read every picture and compare it with the index")
-    verify.set_defaults(command=_data_verify)
-    stats = actions.add_parser("stats", help="counts, sizes and classes")
-    stats.set_defaults(command=_data_stats)
-    for action in (index, verify, stats):
-        action.add_argument("path", metavar="PATH", help="folder of tars, or one tar")
-    for action in (index, verify):
-        action.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
