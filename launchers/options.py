@@ -2,15 +2,15 @@
 
 import argparse
 
-from selfmask_dist.config import describe
+EPILOG = "`selfmask help` lists the sections of a configuration, and `selfmask help optim` the keys of one."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options to `parser`, and after them the list of configuration keys."""
+    """Add the options to `parser`, with a description and an epilog."""
     parser.description = (
         "Start a run on this machine or on a SLURM cluster; with several --config or --seeds, several runs."
     )
-    parser.epilog = describe()
+    parser.epilog = EPILOG
     parser.add_argument(
         "--nodes", type=_positive, default=1, metavar="N", help="nodes; local: groups of processes (1)"
     )
@@ -54,7 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--wait", action="store_true", help="SLURM: return when the job has ended")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings over the file's, for example train.epochs=3",
     )
 
 

@@ -25,5 +25,5 @@ def take_snapshot(run: Path) -> dict[str, str]:
 
 
 def snapshot_environment(run: Path) -> dict[str, str]:
-    """Return the variables by which Python imports from `run/code` first, and not from the folder it is started in."""
+    """Return the variables that make Python import from `run/code`, and not from the folder it starts in."""
     return {"PYTHONPATH": str((run / "code").resolve()), "PYTHONSAFEPATH": "1"}

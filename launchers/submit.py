@@ -22,14 +22,15 @@ if not __package__:  # started by its path: Python put this file's folder on the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launchers"
 
+from selfmask_dist.common.shipped import find_config
+from selfmask_dist.config import Config, load_config, to_yaml
+from selfmask_dist.config.help import unrecognized
+from selfmask_dist.runs.folder import run_path
+
 from . import local
 from .options import add_options
 from .preflight import preflight
 from .snapshot import take_snapshot
-from selfmask_dist.common.arguments import unrecognized
-from selfmask_dist.common.shipped import find_config
-from selfmask_dist.config import Config, load_config, to_yaml
-from selfmask_dist.runs.folder import run_path
 
 _ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -44,13 +45,11 @@ class PlannedRun:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, and return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="submit.py", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="submit.py")
     add_options(parser)
     options, rest = parser.parse_known_args(arguments)
     if rest:
-        parser.error(unrecognized(rest))
+        parser.error(unrecognized(rest, Config))
     try:
         return launch(options)
     except ValueError as error:

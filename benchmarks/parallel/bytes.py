@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import find_blocks
-from selfmask_dist.cli.plan import Hardware, estimate, measure_shape
+from selfmask_dist.cli.model_size import measure_size
+from selfmask_dist.cli.plan import Hardware, estimate
 from selfmask_dist.config import load_config
 from selfmask_dist.masking import attach, select
 from selfmask_dist.parallel import Engine, EngineOptions, build_engine
@@ -168,7 +169,7 @@ def check_memory(bench: Benchmark, worlds: tuple[int, ...]) -> None:
     Buckets of 4 MiB, as 25 MiB, the default, is a third of this model; gloo copies each one on its way.
     """
     with torch.device("meta"):
-        shape = measure_shape(make_encoder(LARGE), 16, "vit")
+        shape = measure_size(make_encoder(LARGE), 16, "vit")
     config = load_config(None, [f"train.global_batch_size={ROWS}", f"engine.bucket_mb={BUCKET_MB}"])
     labels = ("ddp", "fsdp", "bits", "deepspeed-1", "deepspeed-2", "deepspeed-3")
     for size in worlds:

@@ -1,138 +1,151 @@
-"""The command line: `selfmask launch | train | eval | config | configs | plan | inspect | report | mask | embed |
-serve | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask launch | train | eval | config | configs | help | plan | inspect | report |
+mask | embed | serve | data | status | logs | checkpoints | demo`.
 
-Imports what a command needs only when it runs, so that `--help` answers at once.
+A module of `cli` adds its commands to the parser and imports what a command needs (torch, the configuration)
+only when it runs, so that `--help` answers at once.
 """
 
 import argparse
 import errno
+import io
+import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from selfmask_dist.cli import configs, data, launch, report
+from selfmask_dist.cli import config as config_command
+from selfmask_dist.cli import configs as configs_command
+from selfmask_dist.cli import data as data_command
+from selfmask_dist.cli import demo as demo_command
 from selfmask_dist.cli import eval as eval_command
+from selfmask_dist.cli import launch as launch_command
 from selfmask_dist.cli import mask as mask_command
+from selfmask_dist.cli import plan as plan_command
+from selfmask_dist.cli import report as report_command
 from selfmask_dist.cli import serve as serve_command
-from selfmask_dist.cli.train import process_name, train
-from selfmask_dist.config import describe, load_config, to_yaml
 from selfmask_dist.runs import exit_status, status
+
+# a path that does not fit: the message says all there is to say
+_WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_BROKEN_PIPE = 128 + 13  # what a shell reports of a program that the signal SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; an error that a user can mend is one line, no traceback."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and (any(word.startswith("-") for word in rest) or not hasattr(options, "words")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(_unrecognized(rest))
     if rest:  # argparse ends a list of words at the first option; those after it belong to it too
         options.words += rest
     try:
-        return int(options.command(options) or 0)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{process_name()}error: {error}", file=sys.stderr)
-        return exit_status.BAD_INPUT
+        code = int(options.command(options) or 0)
+        sys.stdout.flush()  # a reader that has gone away is found out here, not while Python shuts down
+        return code
+    except (ValueError, *_WRONG_PATH) as error:
+        return _fail(f"error: {_reason(error)}", exit_status.BAD_INPUT)
     except ArithmeticError as error:  # training diverged: the message says it all
-        print(f"{process_name()}stopped: {error}", file=sys.stderr)
-        return exit_status.DIVERGED
+        return _fail(f"stopped: {error}", exit_status.DIVERGED)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return _BROKEN_PIPE
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{process_name()}error: {error}; make room and go on with run.resume=true", file=sys.stderr)
-        return exit_status.BAD_INPUT
+        return _fail(f"error: {error}; make room and go on with run.resume=true", exit_status.BAD_INPUT)
     except KeyboardInterrupt:
         return 130
 
 
-def _config(options: argparse.Namespace) -> None:
-    print(to_yaml(load_config(options.config, options.overrides)), end="")
+def _unrecognized(words: Sequence[str]) -> str:
+    from selfmask_dist.config import Config
+    from selfmask_dist.config import help as config_help
+
+    return config_help.unrecognized(words, Config)
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from selfmask_dist.maskfile import describe_file
+def _fail(message: str, code: int) -> int:
+    from selfmask_dist.cli.train import process_name
 
-    if len(options.paths) == 1:
-        print(describe_file(options.paths[0]))
-        return
-    from selfmask_dist.maskfile.tools.comparison import masks, read_subjects, table
-
-    print(table(masks(read_subjects(options.paths))))
+    print(f"{process_name()}{message}", file=sys.stderr)
+    return code
 
 
-def _plan(options: argparse.Namespace) -> None:
-    from selfmask_dist.cli.plan import Hardware, describe
+def _reason(error: Exception) -> str:
+    """Return the error in words; the operating system's own errors name the path first."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    where = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
+    if isinstance(error, IsADirectoryError):
+        return f"{where} is a folder; name a file"
+    return f"{where}: {(error.strerror or 'cannot be used').lower()}"
 
-    given = ("nodes", "gpus_per_node", "memory_gib", "tflops", "within_node_gbs", "between_nodes_gbs")
-    hardware = Hardware(**{name: getattr(options, name) for name in given})
-    print(describe(load_config(options.config, options.overrides), hardware))
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads standard output any more, as after `selfmask inspect X | head`."""
+    try:
+        output = sys.stdout.fileno()
+    except io.UnsupportedOperation:  # replaced by a stream without a file, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    # what is still in the buffer goes nowhere; else Python would complain when it flushes at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
-def _demo(options: argparse.Namespace) -> int:
-    from selfmask_dist.cli.demo import run_demo
+class _Version(argparse.Action):
+    """Print the version, which is looked up only when it is asked for."""
 
-    return run_demo(options.out, num_processes=options.processes)
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from selfmask_dist import __version__
+
+        print(f"selfmask_dist {__version__}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, function, help in (
-        ("train", train, "train masks (or a baseline) in this process; `selfmask launch` starts several"),
-        ("config", _config, "print the resolved configuration"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=describe(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
-        )
-        if function is train:
-            command.add_argument(
-                "--part",
-                metavar="PART",
-                help="of a cascade, only this: router (and all before it), expert-0, expert-1, ..., "
-                "combination (and all after it)",
-            )
-        command.set_defaults(command=function)
-    inspect = commands.add_parser(
-        "inspect", help="show what a mask file holds, or how alike several masks are"
-    )
-    inspect.add_argument(
-        "paths", nargs="+", metavar="FILE", help="mask files; of several, also runs' folders"
-    )
-    inspect.set_defaults(command=_inspect)
+    launch_command.add_command(commands)
+    _add_train(commands)
+    config_command.add_commands(commands)
+    configs_command.add_command(commands)
+    mask_command.add_inspect(commands)
     mask_command.add_command(commands)
     serve_command.add_commands(commands)
     eval_command.add_command(commands)
     status.add_commands(commands)
-    report.add_command(commands)
-    plan = commands.add_parser("plan", help="memory, traffic and time of each engine, reckoned without a GPU")
-    plan.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the file's")
-    for name, kind, default, meaning in (
-        ("nodes", int, 1, "machines"),
-        ("gpus-per-node", int, 1, "GPUs in each"),
-        ("memory-gib", float, 80.0, "memory of a GPU"),
-        ("tflops", float, 300.0, "TFLOP/s that training reaches on one"),
-        ("within-node-gbs", float, 300.0, "GB/s that one sends inside a node"),
-        ("between-nodes-gbs", float, 25.0, "GB/s that one sends to other nodes"),
-    ):
-        help = f"{meaning} ({default:g})"
-        plan.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=help)
-    plan.set_defaults(command=_plan)
-    data.add_command(commands)
-    launch.add_command(commands)
-    configs.add_command(commands)
-    demo = commands.add_parser(
-        "demo", help="learn a mask on real scanned digits, with two processes, in minutes"
-    )
-    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where everything goes (runs/demo)")
-    demo.add_argument("--processes", type=int, default=2, metavar="N", help="training processes (2)")
-    demo.set_defaults(command=_demo)
+    report_command.add_command(commands)
+    plan_command.add_command(commands)
+    data_command.add_command(commands)
+    demo_command.add_command(commands)
     return parser
 
+
+def _add_train(commands: Any) -> None:
+    command = commands.add_parser(
+        "train",
+        help="train masks (or a baseline) in this process; `selfmask launch` starts several",
+        description="Train masks (or a baseline) in this process; `selfmask launch` starts several.",
+        epilog=config_command.EPILOG,
+    )
+    config_command.add_settings(command)
+    command.add_argument(
+        "--part",
+        metavar="PART",
+        help="of a cascade, only this: router (and all before it), expert-0, expert-1, ..., "
+        "combination (and all after it)",
+    )
+    command.set_defaults(command=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from selfmask_dist.cli.train import train  # reads the configuration's classes, which takes a second
+
+    return train(options)

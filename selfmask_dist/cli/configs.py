@@ -1,6 +1,6 @@
 """`selfmask configs`: the configurations that ship, each by its name and what it says of itself.
 
-    selfmask launch --config cascade_vitb32 data.train=shards/train data.test=shards/test
+selfmask launch --config cascade_vitb32 data.train=shards/train data.test=shards/test
 """
 
 import argparse

@@ -7,7 +7,10 @@ from selfmask_dist.common.shipped import shipped_module
 # what `selfmask data convert` takes first: the module of data_prep that converts it, and what it is
 _SOURCES = {
     "folder": ("image_folder", "a folder of CLASS/PICTURE, or of SPLIT/CLASS/PICTURE"),
-    "csv": ("csv_manifest", "a CSV list of pictures with their classes, and the pictures in a folder or a tar"),
+    "csv": (
+        "csv_manifest",
+        "a CSV list of pictures and their classes, with the pictures in a folder or a tar",
+    ),
     "inaturalist": ("inaturalist", "iNaturalist 2017, 2018, 2021: its JSON files and pictures"),
     "sun397": ("sun397", "SUN397 and its partition lists"),
     "torchvision": ("torchvision_dataset", "a data set of torchvision, for example Flowers102"),

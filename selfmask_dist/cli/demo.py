@@ -4,7 +4,7 @@ digits 5-9.
     real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
     picture
 
-Everything goes through the ordinary path: `data_prep`, `selfmask train`, `launchers/submit.py` with two
+Everything goes through the ordinary path: `data_prep`, `selfmask train`, `selfmask launch` with two
 processes.
 """
 
@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from selfmask_dist.config import load_config, to_yaml
+from selfmask_dist.common import names, text
+from selfmask_dist.common.files import write_text
+from selfmask_dist.common.optional import MissingLibraryError
+from selfmask_dist.common.plots import pyplot
+from selfmask_dist.common.shipped import shipped_module
 
 OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
 
@@ -38,6 +40,18 @@ _COMMON: dict[str, dict[str, Any]] = {
 }
 
 
+def add_command(commands: Any) -> None:
+    """Add `demo` to the command line."""
+    command = commands.add_parser(
+        "demo", help="learn a mask on real scanned digits, with two processes, in minutes"
+    )
+    command.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="where everything goes (runs/demo)"
+    )
+    command.add_argument("--processes", type=int, default=2, metavar="N", help="training processes (2)")
+    command.set_defaults(command=lambda options: run_demo(options.out, num_processes=options.processes))
+
+
 def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
     """Run the demo into `out` (emptied first); returns the exit status of a training that failed, or 0."""
     started = time.perf_counter()
@@ -53,23 +67,25 @@ def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
     if status := _train(pretrain, num_processes):
         return status
     print("\n2. It is frozen. A mask, one bit per weight, is learned for digits 5-9.", flush=True)
-    frozen = {**BACKBONE, "weights": str(out / "pretrain" / "encoder.safetensors")}
+    frozen = {**BACKBONE, "weights": str(out / "pretrain" / names.ENCODER)}
     adapt = _config(out, "new", method="mask", backbone=frozen, name="mask", epochs=80)
     if status := _train(adapt, num_processes):
         return status
 
-    result = json.loads((out / "mask" / "result.json").read_text())
-    picture = draw(result, _metrics(out / "mask"), out / "demo.png")
-    print(f"\n{table(result)}\n\nPicture: {picture}\n{time.perf_counter() - started:.0f} seconds in all.")
+    result = json.loads((out / "mask" / names.RESULT).read_text())
+    try:
+        ending = f"Picture: {draw(result, _metrics(out / 'mask'), out / 'demo.png')}"
+    except MissingLibraryError as error:
+        ending = f"The picture is left out: {error}"
+    print(f"\n{table(result)}\n\n{ending}\n{time.perf_counter() - started:.0f} seconds in all.")
     return 0
 
 
 def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
     """Write scikit-learn's 8x8 scans as an image folder, every fifth one for testing, and shard it."""
+    import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
-
-    from data_prep.image_folder import convert_image_folder
 
     bunch = load_digits()
     for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
@@ -77,61 +93,50 @@ def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
             path = folder / ("test" if index % 5 == 0 else "train") / str(label) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.uint8(pixels * (255 / 16))).save(path)
-    convert_image_folder(folder, shards)
+    shipped_module("data_prep.image_folder").convert_image_folder(folder, shards)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Frozen against masked, and bytes against bytes."""
+    """Return what the demo found as text: frozen against masked, and bytes against bytes."""
     frozen, adapted, mask = result["frozen"], result["adapted"], result["mask"]
-    lines = [f"{'digits 5-9, test accuracy':28s}{'frozen':>10s}{'masked':>10s}"]
+    rows = [["digits 5-9, test accuracy", "frozen", "masked"]]
     for key, name in (("knn20", "k-NN (20)"), ("probe", "linear probe"), ("head", "its own linear head")):
-        before = f"{frozen[key]:.3f}" if key in frozen else "-"
-        lines.append(f"{name:28s}{before:>10s}{adapted[key]:>10.3f}")
-    lines.append(
-        f"\nThe mask takes {mask['bytes']:,} bytes ({mask['bits_per_weight']:.2f} bits per weight, "
-        f"{mask['active']:.1%} kept), "
-        f"the weights under it {mask['weight_bytes']:,}: {mask['weight_bytes'] / mask['bytes']:.0f} times as "
-        f"much."
+        rows.append([name, f"{frozen[key]:.3f}" if key in frozen else text.NONE, f"{adapted[key]:.3f}"])
+    return (
+        f"{text.table(rows)}\n\n"
+        f"The mask takes {mask['bytes']:,} bytes ({mask['bits_per_weight']:.2f} bits per weight, "
+        f"{mask['active']:.1%} kept), the weights under it {mask['weight_bytes']:,}: "
+        f"{mask['weight_bytes'] / mask['bytes']:.0f} times as much."
     )
-    return "\n".join(lines)
 
 
 def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> Path:
-    """One picture: accuracy, its course, what is kept per layer, and bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Write one picture and return its path: accuracy, its course, what is pruned by layer, and bytes."""
+    plt = pyplot()
     figure, ((bars, course), (layers, size)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle("A ViT trained on digits 0-4 and frozen, adapted to digits 5-9 by one bit per weight")
     frozen, adapted, mask = result["frozen"], result["adapted"], result["mask"]
 
-    keys = {"knn20": "k-NN", "probe": "linear probe"}
-    positions = np.arange(len(keys))
-    for offset, values, label in ((-0.2, frozen, "frozen"), (0.2, adapted, "masked")):
-        drawn = bars.bar(positions + offset, [values[key] for key in keys], 0.38, label=label)
-        bars.bar_label(drawn, fmt="%.3f")
-    bars.set(
-        xticks=positions,
-        xticklabels=list(keys.values()),
-        ylim=(0, 1.12),
-        ylabel="test accuracy",
-        title="Accuracy on 5-9",
-    )
-    bars.legend(loc="lower right")
+    # frozen and masked stand beside each other under their own names: a legend would cover bars
+    shown = [(f"{name},\n{view}", values[key], color)
+             for key, name in (("knn20", "k-NN"), ("probe", "linear probe"))
+             for view, values, color in (("frozen", frozen, "C7"), ("masked", adapted, "C0"))]  # fmt: skip
+    labels, heights, colors = zip(*shown, strict=True)
+    drawn = bars.bar(labels, heights, color=colors)
+    bars.bar_label(drawn, fmt="%.3f")
+    bars.set(ylim=(0, 1.12), ylabel="test accuracy", title="Accuracy on 5-9")
 
     monitor = [(line["step"], line["monitor/knn20"]) for line in metrics if "monitor/knn20" in line]
     course.plot(*zip((0, frozen["knn20"]), *monitor, strict=True), marker="o")
     course.set(xlabel="step", ylabel="test accuracy", title="k-NN while the mask is learned")
 
     active = [line for line in metrics if "mask/active_by_parameter" in line][-1]["mask/active_by_parameter"]
-    names = [name for name in active if name.endswith("weight")]
-    layers.barh([name.removesuffix(".weight") for name in names], [1 - active[name] for name in names])
+    weights = [name for name in active if name.endswith("weight")]
+    layers.barh([name.removesuffix(".weight") for name in weights], [1 - active[name] for name in weights])
     layers.invert_yaxis()
     layers.set(xlabel="share of weights pruned", title="What the mask prunes, per layer")
 
-    drawn = size.bar(["weights", "mask"], [mask["weight_bytes"], mask["bytes"]])
+    drawn = size.bar(["weights", "mask"], [mask["weight_bytes"], mask["bytes"]], color=["C7", "C0"])
     size.bar_label(drawn, labels=[f"{mask['weight_bytes']:,} B", f"{mask['bytes']:,} B"])
     size.set(
         yscale="log",
@@ -139,6 +144,8 @@ def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> P
         title="Stored for the new task",
         ylim=(mask["bytes"] / 3, mask["weight_bytes"] * 3),
     )
+    for axes in (bars, course, layers, size):
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -159,16 +166,19 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
     import yaml
 
+    from selfmask_dist.config import load_config, to_yaml
+
     path = out / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    path.write_text(to_yaml(load_config(path)))  # checked, and complete
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, to_yaml(load_config(path)))  # checked, and complete
     return path
 
 
 def _train(config: Path, num_processes: int) -> int:
-    command = [sys.executable, "-m", "launchers.submit", "--cluster", "local", "--nodes", str(num_processes)]
+    command = [sys.executable, "-m", "selfmask_dist.cli", "launch", "--cluster", "local"]
+    command += ["--nodes", str(num_processes)]
     return subprocess.run([*command, "--config", str(config)], check=False).returncode
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / names.METRICS).read_text().splitlines()]

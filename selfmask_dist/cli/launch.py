@@ -1,5 +1,6 @@
-"""`selfmask launch`: start runs on this machine or on a SLURM cluster. In a checkout, `launchers/submit.py` is
-the same command.
+"""`selfmask launch`: start runs on this machine or on a SLURM cluster.
+
+In a checkout, `python launchers/submit.py` is the same command.
 """
 
 import argparse
@@ -12,7 +13,6 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "launch",
         help="start a run, or several, on this machine or on a SLURM cluster",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shipped_module("launchers.options").add_options(command)
     command.set_defaults(command=_launch)

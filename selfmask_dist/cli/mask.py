@@ -1,4 +1,5 @@
-"""`selfmask mask diff | merge | interpolate | convert | verify | export | import | shrink`.
+"""`selfmask inspect`, and `selfmask mask diff | merge | interpolate | convert | verify | export | import |
+shrink`.
 
 Work on mask files. Only `convert --against-weights`, `export`, `import` and `shrink` build the backbone, from
 the configuration of a run on it.
@@ -10,6 +11,28 @@ from pathlib import Path
 from typing import Any
 
 HOW = ("majority", "intersection", "union", "collect")
+
+
+def add_inspect(commands: Any) -> None:
+    """Add `inspect` to the command line."""
+    inspect = commands.add_parser(
+        "inspect", help="show what a mask file holds, or how alike several masks are"
+    )
+    inspect.add_argument(
+        "paths", nargs="+", metavar="FILE", help="mask files; of several, also runs' folders"
+    )
+    inspect.set_defaults(command=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from selfmask_dist.maskfile import describe_file
+
+    if len(options.paths) == 1:
+        print(describe_file(options.paths[0]))
+        return
+    from selfmask_dist.maskfile.tools.comparison import masks, read_subjects, table
+
+    print(table(masks(read_subjects(options.paths))))
 
 
 def add_command(commands: Any) -> None:

@@ -8,6 +8,7 @@ write_json(path, {"loss": 0.5})
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to, and rename it to `path` when the block ends.
 
     If the block raises, the temporary file is removed and `path` stays as it was. The temporary name is
-    hidden, ends in `.partial` and holds the process's id, so two writers never share it.
+    hidden, ends in `.partial` and holds the process's id, so two writers never share it. Others may read the
+    file as the umask says, whatever the writer sets (safetensors makes files that only the owner can read).
 
     Args:
         path: the file to write; its folder must exist.
@@ -28,7 +30,12 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = (
+            partial.stat().st_mode
+        )  # as the umask has it; a process's umask cannot be read without setting it
         yield partial
+        partial.chmod(stat.S_IMODE(mode))
         if sync:
             sync_path(partial)
         partial.replace(path)

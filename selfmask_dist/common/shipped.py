@@ -69,4 +69,3 @@ def find_config(text: str | Path) -> Path:
         f"{path}: cannot read the configuration: no such file, and none of this name ships with selfmask_dist"
         f"{hint} (`selfmask configs` lists those that ship)"
     )
-

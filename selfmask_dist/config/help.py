@@ -4,6 +4,7 @@ Works on any pydantic model whose sections are models and whose fields carry `gr
 `config_sections`. Knows nothing of files or overrides.
 """
 
+import re
 import shutil
 import textwrap
 import types
@@ -78,6 +79,62 @@ def describe(model: type[BaseModel], width: int | None = None) -> str:
             _entry(name, info, columns) for name, info in fields(model) if extra(info, "group") == group
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def overview(model: type[BaseModel], width: int | None = None) -> str:
+    """Return how a configuration is written, and every section with what it is about, in a line each."""
+    columns = max(width or min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
+    lines = [f"{name:12s}{meaning}" for name, meaning in sections(model).items()]
+    lines += [f"{name:12s}{info.description}" for name, info in fields(model) if "." not in name]
+    return "\n\n".join(
+        (
+            textwrap.fill(_INTRODUCTION, columns, break_long_words=False, break_on_hyphens=False),
+            "\n".join(
+                textwrap.shorten(line.replace("  ", "\0"), columns - 4).replace("\0", "  ") for line in lines
+            ),
+        )
+    )
+
+
+def sections(model: type[BaseModel]) -> dict[str, str]:
+    """Return each section of a model with the first line of its docstring."""
+    found = {name: section(info) for name, info in model.model_fields.items()}
+    return {name: (inner.__doc__ or "").strip().split("\n")[0] for name, inner in found.items() if inner}
+
+
+def describe_keys(model: type[BaseModel], names: Sequence[str], width: int | None = None) -> str:
+    """Return the entries of some keys, by their dotted names, in the order of declaration."""
+    columns = max(width or min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
+    entries = [_entry(name, info, columns) for name, info in fields(model) if name in names]
+    return "\n\n".join(entries) + "\n"
+
+
+def named_by(model: type[BaseModel], word: str) -> list[str]:
+    """Return the keys whose description opens with a list that holds `word`, as in "packnet, supsup: ..."."""
+    found = []
+    for name, info in fields(model):
+        opening, colon, _ = (info.description or "").partition(": ")
+        if colon and word in re.findall(r"\w+", opening) and "." in name:
+            found.append(name)
+    return found
+
+
+def unrecognized(words: Sequence[str], model: type[BaseModel]) -> str:
+    """Return the complaint about words that a command does not know.
+
+    A setting written like an option (`--train.epochs=3`) is the usual reason, and gets the way out.
+    """
+    names = {name for name, _ in fields(model)}
+    settings = []
+    for word in words:
+        key = word.lstrip("-").partition("=")[0]
+        if word.startswith("-") and ("." in key or key in names):
+            settings.append(word.lstrip("-"))
+    complaint = f"unrecognized arguments: {' '.join(words)}"
+    if not settings:
+        return complaint
+    written = " ".join(word if "=" in word else f"{word}=..." for word in settings)
+    return f"{complaint}; write {written}, without the dashes"
 
 
 def _entry(name: str, info: FieldInfo, columns: int) -> str:

@@ -7,7 +7,8 @@ import torch
 
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.cli import main
-from selfmask_dist.cli.plan import GIB, Hardware, build_on_meta, choose, estimate, measure_shape, plan
+from selfmask_dist.cli.model_size import build_on_meta, measure_size
+from selfmask_dist.cli.plan import GIB, Hardware, choose, estimate, plan
 from selfmask_dist.config import load_config
 from tests.support.models import make
 
@@ -22,7 +23,7 @@ LARGE = [
 def test_vit_b32_by_hand() -> None:
     config = load_config(None, ["backbone.name=timm:vit_base_patch32_224", "train.global_batch_size=64"])
     encoder, size = build_on_meta(config)
-    shape = measure_shape(encoder, size, "vit")
+    shape = measure_size(encoder, size, "vit")
     block = 768 * 2304 + 2304 + 768 * 768 + 768 + 2 * 768 * 3072 + 3072 + 768
     assert size == 224
     assert shape.masked == 12 * block
@@ -36,7 +37,7 @@ def test_vit_b32_by_hand() -> None:
 def test_kept_numbers_are_those_of_a_real_forward() -> None:
     for family in ("timm_vit", "conv"):
         model, preset = make(family, dtype=torch.float32)
-        shape = measure_shape(make(family, dtype=torch.float32)[0].to("meta"), 16, preset)
+        shape = measure_size(make(family, dtype=torch.float32)[0].to("meta"), 16, preset)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(part in name for part in ("attn", "mlp", "conv", "downsample.0")))
         kept: dict[int, torch.Tensor] = {}
@@ -57,7 +58,7 @@ def test_kept_numbers_are_those_of_a_real_forward() -> None:
 def test_sharded_memory_falls_as_one_over_the_world() -> None:
     config = load_config(None, ["backbone.name=timm:vit_base_patch32_224", "train.global_batch_size=64"])
     encoder, size = build_on_meta(config)
-    shape = measure_shape(encoder, size, "vit")
+    shape = measure_size(encoder, size, "vit")
     two, eight = ({e.engine: e for e in estimate(shape, config, Hardware(gpus_per_node=w))} for w in (2, 8))
     for name in ("fsdp", "deepspeed-3"):
         assert two[name].momentum == pytest.approx(4 * eight[name].momentum)

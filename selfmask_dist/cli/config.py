@@ -1,0 +1,137 @@
+"""`selfmask config` and `selfmask help`: the configuration of a run, and what its keys mean."""
+
+import argparse
+import difflib
+import textwrap
+from typing import Any
+
+EPILOG = (
+    "`selfmask help` lists the sections of a configuration, `selfmask help optim` the keys of one section, "
+    "`selfmask help packnet` what a method reads, and `selfmask help all` every key."
+)
+
+# what every method reads, and what each one reads beyond
+_ALWAYS = ("backbone", "data", "eval", "engine", "checkpoint", "run", "launch")
+_TRAINING = ("objective", "optim", "train")
+_OBJECTIVES = ("crops", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip")
+_READS = {
+    "mask": ("mask", *_TRAINING, *_OBJECTIVES),
+    "finetune": ("finetune", *_TRAINING, *_OBJECTIVES),
+    "cascade": ("mask", *_TRAINING, "crops", "swav", "cascade"),
+    "probe": (),
+    "frozen": (),
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add `config` and `help` to the command line."""
+    command = commands.add_parser(
+        "config",
+        help="print the resolved configuration",
+        description="Print the resolved configuration: every key with its value.",
+        epilog=EPILOG,
+    )
+    add_settings(command)
+    command.set_defaults(command=_config)
+    helper = commands.add_parser(
+        "help",
+        help="what the keys of a configuration mean: all sections, or one section, key or method",
+        description="Explain the configuration.",
+        epilog=EPILOG,
+    )
+    helper.add_argument(
+        "topic",
+        nargs="?",
+        metavar="TOPIC",
+        help="a section (optim), a key (optim.score_lr), a method (packnet, or method=packnet), or all; "
+        "without it, the list of sections",
+    )
+    helper.set_defaults(command=_help)
+
+
+def add_settings(command: argparse.ArgumentParser) -> None:
+    """Add the arguments of a command that reads a configuration: a file, and settings over it."""
+    command.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings over the file's, for example train.epochs=3",
+    )
+
+
+def _config(options: argparse.Namespace) -> None:
+    from selfmask_dist.config import load_config, to_yaml
+
+    print(to_yaml(load_config(options.config, options.overrides)), end="")
+
+
+def _help(options: argparse.Namespace) -> None:
+    print(explain(options.topic).rstrip("\n"))
+
+
+def explain(topic: str | None) -> str:
+    """Return the help on a section, a key or a method; on all sections in a line each for None.
+
+    Raises:
+        ValueError: there is no such topic; the message names the nearest ones.
+    """
+    from selfmask_dist.config import Config
+    from selfmask_dist.config import help as config_help
+
+    if topic is None:
+        lines = [*textwrap.wrap(f"Methods: {', '.join(methods())}.", 100), "", *textwrap.wrap(EPILOG, 100)]
+        return "\n".join([config_help.overview(Config), "", *lines])
+    if topic == "all":
+        return config_help.describe(Config)
+    name = topic.removeprefix("method=")
+    sections, keys = config_help.sections(Config), [key for key, _ in config_help.fields(Config)]
+    is_method = name in methods() and (name != topic or name not in sections)
+    if not is_method and name in sections:
+        inside = [key for key in keys if key.startswith(f"{name}.")]
+        also = (
+            f"\nThere is a method of this name too: selfmask help method={name}\n"
+            if name in methods()
+            else ""
+        )
+        return f"{name}: {sections[name]}\n\n{config_help.describe_keys(Config, inside)}{also}"
+    if is_method:
+        return _explain_method(name)
+    if topic in keys:
+        return config_help.describe_keys(Config, [topic])
+    near = difflib.get_close_matches(topic, [*sections, *keys, *methods()], n=4, cutoff=0.5)
+    inside = [key for key in keys if key.endswith(f".{topic}")]  # score_lr: optim.score_lr
+    hint = f"did you mean {' or '.join(dict.fromkeys([*inside, *near][:4]))}?" if inside or near else ""
+    raise ValueError(f"there is no help on {topic!r}; {hint or 'selfmask help lists the sections'}")
+
+
+def methods() -> list[str]:
+    """Return the values that `method` takes."""
+    from selfmask_dist.config.procedures import PROCEDURES
+
+    return [*_READS, *PROCEDURES]
+
+
+def _explain_method(name: str) -> str:
+    """Return the sections that a method reads, and the keys that are for it alone."""
+    from selfmask_dist.config import Config
+    from selfmask_dist.config import help as config_help
+    from selfmask_dist.config.procedures import PROCEDURES, ProcedureConfig, trained_by
+
+    stage = trained_by(ProcedureConfig(), name)
+    reads = [*_ALWAYS, *_READS[stage], *(["procedure"] if name in PROCEDURES else [])]
+    table = [
+        f"  {section:12s}{meaning}"
+        for section, meaning in config_help.sections(Config).items()
+        if section in reads
+    ]
+    intro = f"method={name} reads these sections"
+    if name in PROCEDURES:
+        intro = f"method={name} is a chain of runs of method={stage}, and reads these sections"
+    if "simclr" in reads:
+        intro += "; of those of the objectives, the one that objective.name names"
+    own = config_help.named_by(Config, name) if name in PROCEDURES else []
+    parts = [config_help.describe_keys(Config, ["method"]), f"{intro}:\n", *table]
+    if own:
+        parts += ["\nKeys that are for it:\n", config_help.describe_keys(Config, own)]
+    return "\n".join(parts)
