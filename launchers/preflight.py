@@ -12,8 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from selfmask_dist.config import Config, load_config
-from selfmask_dist.runs.folder import flat_science
+from selfmask_dist.config import Config, flat_science, load_config
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import load_backbone
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.parallel import EngineOptions, build_engine
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Step, world_here
@@ -69,7 +70,7 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
     before, own_before = _high_water(), resident("RssAnon")
     own = OwnMemory()
     own.start()
-    backbone = load_backbone(f"timm:{name}", weights=path, in_file=in_file)
+    backbone = load_backbone(BackboneConfig(name=f"timm:{name}", weights=str(path)), in_file=in_file)
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
     build_engine(
         step,
@@ -90,7 +91,7 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
 
 def warm_up() -> None:
     """What libraries take once."""
-    backbone = load_backbone("timm:test_vit", pretrained=False)
+    backbone = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
     options = EngineOptions(name="fsdp")
     build_engine(

@@ -112,6 +112,8 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> Path:
     """Write one picture and return its path: accuracy, its course, what is pruned by layer, and bytes."""
+    from selfmask_dist.maskfile.tools.pictures import draw_shares  # imports torch
+
     plt = pyplot()
     figure, ((bars, course), (layers, size)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle("A ViT trained on digits 0-4 and frozen, adapted to digits 5-9 by one bit per weight")
@@ -131,10 +133,8 @@ def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> P
     course.set(xlabel="step", ylabel="test accuracy", title="k-NN while the mask is learned")
 
     active = [line for line in metrics if "mask/active_by_parameter" in line][-1]["mask/active_by_parameter"]
-    weights = [name for name in active if name.endswith("weight")]
-    layers.barh([name.removesuffix(".weight") for name in weights], [1 - active[name] for name in weights])
-    layers.invert_yaxis()
-    layers.set(xlabel="share of weights pruned", title="What the mask prunes, per layer")
+    pruned = {name: 1 - share for name, share in active.items() if name.endswith("weight")}
+    draw_shares(layers, {"mask": pruned}, title="What the mask prunes, by layer")
 
     drawn = size.bar(["weights", "mask"], [mask["weight_bytes"], mask["bytes"]], color=["C7", "C0"])
     size.bar_label(drawn, labels=[f"{mask['weight_bytes']:,} B", f"{mask['bytes']:,} B"])

@@ -8,7 +8,7 @@ a parameter exists: that is checked where it is used.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -297,3 +297,13 @@ def _number_conflicts(config: Config) -> Iterator[Conflict]:
     ):
         if smallest > largest:
             yield Conflict((key,), f"{key}: the smaller area comes first: [{largest:g}, {smallest:g}]")
+
+
+def flat_science(config: Config) -> dict[str, Any]:
+    """Return the keys that change results, dotted, with their values."""
+    flat: dict[str, Any] = {"seed": config.seed, "method": config.method}
+    for section, values in config:
+        for name, info in getattr(type(values), "model_fields", {}).items():
+            if (info.json_schema_extra or {}).get("group") == "science":
+                flat[f"{section}.{name}"] = getattr(values, name)
+    return flat

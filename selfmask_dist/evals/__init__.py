@@ -1,15 +1,19 @@
-"""Embeddings in, numbers out: k-NN, probes, low-shot. Knows no models, no files and no process groups."""
+"""Encoder and images to embeddings, and embeddings to numbers: k-NN, probes, low-shot, without labels.
 
-from selfmask_dist.evals.ensemble import mean_embedding, mean_logits_accuracy
-from selfmask_dist.evals.global_knn import KNNResult, global_knn
-from selfmask_dist.evals.knn import knn_accuracy, knn_predict, knn_vote
+embed, store     images -> embeddings, in memory or on disk
+search           exact nearest neighbours of a bank that ranks share; `local_search` is one rank's part
+knn, probe, probe_heads, low_shot, label_free    embeddings -> numbers; these know neither models nor files
+measure          all of it, for a run in training
+"""
+
+from selfmask_dist.evals.embed import mean_embedding
+from selfmask_dist.evals.knn import KNNResult, global_knn, knn_vote, zero_shot
 from selfmask_dist.evals.label_free import kept, measure_shape, neighbours
 from selfmask_dist.evals.low_shot import LowShotResult, low_shot
-from selfmask_dist.evals.probe import ProbeResult, linear_probe
+from selfmask_dist.evals.probe import ProbeResult, linear_probe, mean_logits_accuracy
 from selfmask_dist.evals.probe_heads import HeadsResult, probe_heads
 from selfmask_dist.evals.ranks import Alone, Ranks
 from selfmask_dist.evals.search import Plan, search
-from selfmask_dist.evals.zero_shot import zero_shot
 
 __all__ = [
     "Alone",
@@ -21,8 +25,6 @@ __all__ = [
     "Ranks",
     "global_knn",
     "kept",
-    "knn_accuracy",
-    "knn_predict",
     "knn_vote",
     "linear_probe",
     "low_shot",

@@ -3,12 +3,13 @@
 Knows nothing of masks, objectives or what the embeddings are for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfmask_dist.data import Batch
@@ -65,6 +66,18 @@ def _check_finite(found: Embeddings, world: World) -> None:
             f"embeddings of {int(numbers.sum())} samples are not finite, the first is sample "
             f"{int(firsts[numbers > 0].min())}"
         )
+
+
+def mean_embedding(members: Sequence[Tensor]) -> Tensor:
+    """The mean of the unit vectors of embeddings (n, dim) of the same samples.
+
+    Raises:
+        ValueError: they differ in shape.
+    """
+    shapes = {tuple(member.shape) for member in members}
+    if len(shapes) != 1:
+        raise ValueError(f"an ensemble is of embeddings of one shape, got {sorted(shapes)}")
+    return torch.stack([F.normalize(member.float()) for member in members]).mean(dim=0)
 
 
 @contextmanager

@@ -13,8 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfmask_dist.evals.checks import check_features, check_labels
-from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, largest, raise_together, share
+from selfmask_dist.evals.ranks import (
+    Alone,
+    Ranks,
+    check_features,
+    check_labels,
+    gather_labels,
+    largest,
+    raise_together,
+    share,
+)
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _TOLERANCE = 1e-6  # of the largest entry of the gradient
@@ -109,6 +117,22 @@ def linear_probe(
     return ProbeResult(
         accuracy, best, validation, is_converged, predictions, logits.log_softmax(dim=1), classes
     )
+
+
+def mean_logits_accuracy(
+    members: Sequence[ProbeResult], test_labels: Tensor, ranks: Ranks | None = None
+) -> float:
+    """Accuracy of the mean of the probes' logits, on the test samples that all of them predicted. Log
+    probabilities stand for logits: a sample's constant does not move its largest. Collective if `ranks` is.
+
+    Raises:
+        ValueError: the probes are of different classes.
+    """
+    first = members[0]
+    if any(not torch.equal(first.classes, member.classes) for member in members):
+        raise ValueError("the mean of logits needs probes of the same classes")
+    logits = torch.stack([member.log_probabilities for member in members]).mean(dim=0)
+    return share(first.classes[logits.argmax(dim=1)] == test_labels, ranks or Alone())
 
 
 def check_probe(

@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfmask_dist.evals.checks import check_features
-from selfmask_dist.evals.local_search import Precision, nearest
-from selfmask_dist.evals.neighbour_keys import decode, sort_rows
-from selfmask_dist.evals.ranks import Alone, Ranks, raise_together
+from selfmask_dist.evals.local_search import Precision, decode, nearest, sort_rows
+from selfmask_dist.evals.ranks import Alone, Ranks, check_features, raise_together
 
 MEMORY_MIB = 256
 _MAX_QUERIES = 4096  # at once; the bank is normalised anew for each round

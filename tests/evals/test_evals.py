@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from selfmask_dist import evals
 from selfmask_dist.evals import probe as probe_module
+from tests.support.knn import knn_predict
 
 
 def brute_force(bank, queries, k):
@@ -48,7 +49,7 @@ def test_search_and_vote_equal_brute_force(small_blocks, generator, k):
     expected_sims, expected_ids = brute_force(bank.double().numpy(), queries.double().numpy(), k)
     np.testing.assert_array_equal(ids.numpy(), expected_ids)
     np.testing.assert_allclose(sims.numpy(), expected_sims, atol=1e-6)
-    predicted = evals.knn_predict(bank, labels, queries, k=k, temperature=0.1, num_classes=7)
+    predicted = knn_predict(bank, labels, queries, k=k, temperature=0.1, num_classes=7)
     expected = brute_force_vote(expected_sims, labels.numpy()[expected_ids], 0.1, 7)
     np.testing.assert_array_equal(predicted.numpy(), expected)
 
@@ -91,12 +92,19 @@ def test_many_k_and_temperatures_agree_with_one_at_a_time(generator):
     bank_labels = torch.randint(0, 3, (120,), generator=generator)
     query_labels = torch.randint(0, 3, (30,), generator=generator)
     ks, temperatures = (1, 10, 120), (0.05, 1.0)
-    together = evals.knn_accuracy(
-        bank, bank_labels, queries, query_labels, ks=ks, temperatures=temperatures, num_classes=3
-    )
+    together = evals.global_knn(
+        bank,
+        bank_labels,
+        torch.arange(120),
+        queries,
+        query_labels,
+        ks=ks,
+        temperatures=temperatures,
+        num_classes=3,
+    ).accuracy
     assert set(together) == {(k, t) for k in ks for t in temperatures}
     for (k, temperature), accuracy in together.items():
-        predicted = evals.knn_predict(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=3)
+        predicted = knn_predict(bank, bank_labels, queries, k=k, temperature=temperature, num_classes=3)
         assert accuracy == (predicted == query_labels).double().mean().item()
     assert len(set(together.values())) > 1
 
@@ -119,19 +127,24 @@ def test_knn_names_bad_input():
     bank, labels = torch.ones(10, 2), torch.zeros(10, dtype=torch.int64)
     broken = bank.clone()
     broken[3, 1] = torch.nan
-    settings: dict[str, Any] = {"k": 1, "temperature": 0.1, "num_classes": 2}
+    settings: dict[str, Any] = {"ks": (1,), "num_classes": 2}
+
+    def knn(bank=bank, labels=labels, queries=bank, **changes):
+        query_labels = torch.zeros(len(queries), dtype=torch.int64)
+        evals.global_knn(bank, labels, torch.arange(10), queries, query_labels, **{**settings, **changes})
+
     with pytest.raises(ValueError, match="bank: 1 of 10 rows hold NaN or infinity, the first at 3"):
-        evals.knn_predict(broken, labels, bank, **settings)
+        knn(bank=broken)
     with pytest.raises(ValueError, match="queries must be a non-empty matrix"):
-        evals.knn_predict(bank, labels, bank[:0], **settings)
+        knn(queries=bank[:0])
     with pytest.raises(ValueError, match="bank has 2 dimensions and queries have 1"):
-        evals.knn_predict(bank, labels, bank[:, :1], **settings)
+        knn(queries=bank[:, :1])
     with pytest.raises(ValueError, match="bank_labels hold 2, but num_classes is 2"):
-        evals.knn_predict(bank, labels + 2, bank, **settings)
+        knn(labels=labels + 2)
     with pytest.raises(ValueError, match="bank_labels hold -1: leave out the samples without a label"):
-        evals.knn_predict(bank, labels - 1, bank, **settings)
+        knn(labels=labels - 1)
     with pytest.raises(ValueError, match="temperature must be above 0"):
-        evals.knn_predict(bank, labels, bank, **{**settings, "temperature": 0.0})
+        knn(temperatures=(0.0,))
 
 
 def digits():

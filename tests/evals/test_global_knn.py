@@ -13,6 +13,7 @@ from selfmask_dist.evals.search import search as search_fn
 from selfmask_dist.parallel import World
 from tests.evals.test_evals import brute_force, brute_force_vote
 from tests.support.distributed import run_distributed
+from tests.support.knn import knn_accuracy
 
 NUM_BANK, NUM_QUERIES, CLASSES = 300, 47, 5
 KS, TEMPERATURES = (1, 20, 120), (0.07, 0.1, math.inf)
@@ -77,9 +78,11 @@ def test_neighbours_and_accuracies_equal_brute_force(world_size):
     for kind in ("tied", "random"):
         bank, labels, queries, query_labels = problem(kind)
         expected_sims, expected_ids = brute_force(bank.double().numpy(), queries.double().numpy(), 120)
-        alone = evals.knn_accuracy(
-            bank, labels, queries, query_labels, ks=KS, temperatures=TEMPERATURES, num_classes=CLASSES
-        )
+        alone = {
+            (k, t): knn_accuracy(bank, labels, queries, query_labels, k=k, temperature=t, num_classes=CLASSES)
+            for k in KS
+            for t in TEMPERATURES
+        }
         itself = np.arange(NUM_BANK)[:, None]
         _, everyone = brute_force(bank.double().numpy(), bank.double().numpy(), NUM_BANK)
         others = everyone[everyone != itself].reshape(NUM_BANK, NUM_BANK - 1)[:, :9]

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from selfmask_dist import evals
 from selfmask_dist.evals import local_search
-from selfmask_dist.evals.local_search import Precision, nearest
-from selfmask_dist.evals.neighbour_keys import NO_ID, NO_KEY, decode, encode, sort_rows
+from selfmask_dist.evals.local_search import NO_ID, NO_KEY, Precision, decode, encode, nearest, sort_rows
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 

@@ -131,7 +131,7 @@ def test_stores_of_any_number_of_ranks_are_the_same_bytes(tmp_path, tars):
 
 WORKER = """
 import sys, time
-from tests.test_store import fill, make_store
+from tests.evals.test_store import fill, make_store
 path, tars, rank, world_size = sys.argv[1:]
 fill(make_store(path), tars, int(rank), int(world_size), on_batch=lambda: time.sleep(0.1))
 """

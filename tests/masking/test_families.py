@@ -24,7 +24,7 @@ from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.masking import Family, build_family, first_scores, measure, ranking
 from selfmask_dist.masking.families import FAMILIES
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.masking.shards import Shards
+from selfmask_dist.masking.pieces import Shards
 from selfmask_dist.parallel.world import World
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Case, build, check_equal, run_case, run_cases, world_here
@@ -41,7 +41,7 @@ class SumShards(Shards):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
 
     def sum(self, values: Tensor) -> Tensor:
         return self.world.sum(values)

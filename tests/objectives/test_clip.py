@@ -16,20 +16,21 @@ from selfmask_dist import data
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.data import Batch, SampleError, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Clip, Context, Slip, SlipOptions, build_objective
+from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
-from selfmask_dist.training.build import TrainStep
 from tests.support.distributed import run_distributed
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of
 from tests.support.tars import labelled, picture, write_tar
 from tests.support.tiny_run import write_config
 
 ROWS, STEPS = 6, 3
-KWARGS = {
+KWARGS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1},
@@ -135,7 +136,9 @@ def test_a_view_alone_and_crops_are_joined() -> None:
 
 
 def backbone() -> Backbone:
-    return load_backbone("open_clip:ViT-B-32", pretrained=False, kwargs=KWARGS, image_size=16)
+    return load_backbone(
+        BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=KWARGS, image_size=16)
+    )
 
 
 def build(name: str, found: Backbone, context: Context, text: str) -> Clip:
@@ -253,7 +256,7 @@ def test_rows_without_weight_change_nothing() -> None:
 
 
 def test_a_backbone_without_text_is_refused() -> None:
-    vit = load_backbone("timm:test_vit", pretrained=False)
+    vit = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     for name in ("clip", "slip"):
         options: dict[str, Any] = {"options": SlipOptions()} if name == "slip" else {}
         with pytest.raises(ValueError, match=rf"objective\.name={name} needs a text tower"):

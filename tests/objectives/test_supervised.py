@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, BackboneSpec, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Supervised, build_objective, named_generator
 from selfmask_dist.objectives.supervised import L2_LENGTH, FeatureBatchNorm
@@ -325,12 +326,12 @@ def test_clip_text_averages_the_prompts_of_a_class() -> None:
 
 
 def test_clip_text_is_clips_own_zero_shot_classifier(batch: Batch) -> None:
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "embed_dim": DIM,
         "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
         "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1},
     }
-    backbone = load_backbone("open_clip:ViT-B-32", pretrained=False, kwargs=kwargs)
+    backbone = load_backbone(BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=kwargs))
     classes = tuple("abcde")
     objective = build_objective("supervised", backbone=backbone, classes=classes, head="clip_text")
     images = torch.randn(ROWS, 3, 16, 16, generator=named_generator(0, "images"))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from selfmask_dist.masking import attach
+from selfmask_dist.masking import attach, build_family
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel import EngineOptions, World, build_engine
 from selfmask_dist.parallel.bits import pack
@@ -32,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 FAMILIES = ("timm_vit", "open_clip", "conv")
 
+DETACHED, UNSCALED = (build_family("threshold", scale=scale) for scale in ("detached", "none"))
+
 
 VARIANTS = [
     Case(family=family, engine=engine) for engine in ("ddp", "fsdp", "bits") for family in FAMILIES
@@ -40,8 +42,8 @@ VARIANTS = [
     for engine in ("fsdp", "bits")
     for variant in (
         {"masks": {"split_qkv": True}},
-        {"family": "open_clip", "masks": {"split_qkv": True, "scale": "detached"}},
-        {"masks": {"scale": "none"}},
+        {"family": "open_clip", "masks": {"split_qkv": True, "family": DETACHED}},
+        {"masks": {"family": UNSCALED}},
         {"views": 2},
         {"options": {"accumulate": 2}},
         {"options": {"clip_norm": 0.5}},
@@ -195,7 +197,7 @@ def test_parametrised_masks_equal_attached_ones(family: str, scale: Any) -> None
     gradients = []
     for put_on in (attach, parametrized_attach):
         model, preset = make(family)
-        masks = put_on(model, include=preset, split_qkv=True, scale=scale)
+        masks = put_on(model, include=preset, split_qkv=True, family=build_family("threshold", scale=scale))
         scores = list(masks.parameters())
         for index, tensor in enumerate(scores):
             generator = torch.Generator().manual_seed(index)

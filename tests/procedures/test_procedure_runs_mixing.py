@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from selfmask_dist import data as selfmask_data
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import Config, ConfigError, load_config
-from selfmask_dist.evals import knn_accuracy
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.maskfile.api import apply_masks
 from selfmask_dist.procedures.classifier import Classifier, open_classifier
 from selfmask_dist.training.build import build_backbone, open_data
 from tests.support.distributed import run_distributed
+from tests.support.knn import knn_accuracy
 from tests.support.procedure_cases import RESNET, start
 from tests.support.tiny_run import result_of, write_config, write_tiny_data
 
@@ -221,9 +221,9 @@ def test_wise_ft_measures_the_line_and_chooses_on_held_out_images(finished: Fini
     for point in result["curve"]:
         theta = {k: (1 - point["alpha"]) * t + point["alpha"] * adapted[k] for k, t in frozen.items()}
         network.encoder.load_state_dict(theta)
-        (knn,) = knn_accuracy(
-            *(network.encoder(bank), bank_labels, network.encoder(images), targets), ks=(5,), num_classes=3
-        ).values()
+        knn = knn_accuracy(
+            network.encoder(bank), bank_labels, network.encoder(images), targets, k=5, num_classes=3
+        )
         assert point["test"] == pytest.approx({"knn5": knn, "head": accuracy(network(images), targets)})
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -300,7 +300,7 @@ def test_an_ensemble_is_the_mean_of_its_members(finished: Finished) -> None:
             torch.stack([F.normalize(member.encoder(pixels)) for member in members]).mean(dim=0)
             for pixels in (bank, images)
         )
-        (knn,) = knn_accuracy(train, bank_labels, test, labels, ks=(5,), num_classes=3).values()
+        knn = knn_accuracy(train, bank_labels, test, labels, k=5, num_classes=3)
         assert result[kind]["knn5"] == pytest.approx(knn)
         assert result[kind]["head"] == pytest.approx(accuracy(logs.mean(dim=0), labels))
         alone = [accuracy(log, labels) for log in logs]

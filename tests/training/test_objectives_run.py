@@ -11,8 +11,8 @@ from torch import Tensor
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Context
+from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
-from selfmask_dist.training.build import TrainStep
 from tests.objectives.test_objectives import CROPS, NAMES, ROWS, STEPS, build
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import BLOCKS

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from selfmask_dist import evals
 from selfmask_dist.cli.eval.masks import measure_masks
-from selfmask_dist.cli.eval.plots import draw_bars, draw_lines
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
 from selfmask_dist.cli.eval.subject import Subject
-from selfmask_dist.evals.global_knn import KS, TEMPERATURES
+from selfmask_dist.common.plots import draw_bars, draw_lines
+from selfmask_dist.evals.knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
 from selfmask_dist.evals.probe_heads import EPOCHS

@@ -9,8 +9,8 @@ from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
 from selfmask_dist.cli.report.parts import section, swatch
 from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.text import NONE, count, percent
-from selfmask_dist.maskfile.tools.comparison import Group, MaskResults, Pair, Subject, masks, matrix
-from selfmask_dist.maskfile.tools.similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
+from selfmask_dist.maskfile.tools.comparison import ComparedMask, MaskGroup, MaskResults, Pair, masks, matrix
+from selfmask_dist.maskfile.tools.similarity import Pruned, PrunedLayer, kind_of, kinds_of, layers_of, total
 
 _MAX_COMPARED = 24
 
@@ -21,7 +21,7 @@ class _Shown:
 
     label: str
     colour: int
-    layers: list[Layer]
+    layers: list[PrunedLayer]
     is_exact: bool
     everything: Pruned | None  # the whole mask
 
@@ -58,7 +58,7 @@ def _masks_of(run: Run) -> list[_Shown]:
     # of a mask in training only shares are known: each layer counts as one of a million weights
     size, whole = 10**6, run.series("mask/active")
     logged = [
-        Layer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
+        PrunedLayer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
         for name, active in run.active_by_parameter().items()
     ]
     everything = Pruned("all", size, round(size * (1 - whole[-1][1]))) if whole else None
@@ -96,7 +96,7 @@ def _heat(part: Pruned | None, most: float, is_exact: bool) -> Html:
 
 def _layer_map(mask: _Shown, most: float) -> Html:
     """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
-    cells: dict[str, dict[str, Layer]] = {}
+    cells: dict[str, dict[str, PrunedLayer]] = {}
     for layer in mask.layers:
         if layer.kind != "bias":
             block, name = split_name(layer.name)
@@ -122,7 +122,7 @@ def split_name(name: str) -> tuple[str, str]:
 def similarity(runs: Sequence[Run]) -> Html | None:
     """Masks of one backbone held against each other; nothing where there are fewer than two."""
     subjects = [subject for run in runs for subject in run.subjects]
-    families: dict[str, list[Subject]] = {}
+    families: dict[str, list[ComparedMask]] = {}
     for subject in subjects:
         families.setdefault(subject.fingerprint or subject.weights_fingerprint, []).append(subject)
     parts: list[Child] = [_compared(family) for family in families.values() if len(family) > 1]
@@ -139,7 +139,7 @@ def similarity(runs: Sequence[Run]) -> Html | None:
     return section("What the masks say", *parts, note=note)
 
 
-def _compared(family: Sequence[Subject]) -> Html:
+def _compared(family: Sequence[ComparedMask]) -> Html:
     found = masks(family[:_MAX_COMPARED])
     assert found.tree is not None
     labels = [mask.label for mask in found.masks]
@@ -181,7 +181,7 @@ def _matrix(found: MaskResults, labels: Sequence[str]) -> Html:
 _WITH_CHANCE = ("phi", "phi_chance", "iou_pruned", "iou_pruned_chance")
 
 
-def _groups(groups: Sequence[Group]) -> Html | None:
+def _groups(groups: Sequence[MaskGroup]) -> Html | None:
     if not groups:
         return None
     head = [
@@ -202,7 +202,7 @@ def _groups(groups: Sequence[Group]) -> Html | None:
     return join(table(head, lines, caption="Masks that belong together"), changed)
 
 
-def _changes(group: Group) -> Html:
+def _changes(group: MaskGroup) -> Html:
     lines = [
         [label, tag("td", percent(share, 2), class_="n"), tag("td", _alike(label, group.changes), class_="n")]
         for label, share in group.changed.items()
