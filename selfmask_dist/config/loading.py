@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import help as config_help
 from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.config.yaml import Keys, dotted
@@ -53,12 +54,15 @@ class Origin(NamedTuple):
 def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) -> Model:
     """Return `model` built from its defaults, a YAML file and `key=value` overrides.
 
+    Args:
+        path: a file, or the name of a configuration that ships with the package; see `find_config`.
+
     Raises:
         ConfigError: with every problem found.
     """
     draft = _Draft(model)
     if path is not None:
-        draft.read_file(Path(path))
+        draft.read_file(_file(path))
     for position, text in enumerate(overrides):
         draft.override(text, Origin((1, position), f"override {text!r}", is_file=False))
     result: Model | None = None
@@ -196,6 +200,13 @@ class _Draft:
         """Return the names of a section's keys; for (), those of all sections and of the keys beside them."""
         depth = len(section)
         return list(dict.fromkeys(keys[depth] for keys in self.fields if keys[:depth] == section))
+
+
+def _file(path: str | Path) -> Path:
+    try:
+        return find_config(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _text(path: Path) -> str:

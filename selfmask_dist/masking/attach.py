@@ -1,10 +1,8 @@
-"""Attach masks to a model: its own parameters become theta, and an optimizer over the scores trains the
-masks.
+"""Attach masks to a model: its own parameters become theta, an optimizer over the scores trains the masks.
 
     masks = attach(model, include="vit")
     optimizer = torch.optim.SGD(masks.parameters(), lr=50, momentum=0.9)
-    masks.bind(optimizer)                  # step() now also rewrites theta, zero_grad() also clears its
-    gradient
+    masks.bind(optimizer)    # step() now also rewrites theta, zero_grad() also clears theta's gradient
 
 Theta is the leaf: forward and backward run on ordinary parameters, so any module type works and costs what
 full fine-tuning costs. The frozen weights W and the scores S lie beside theta. After every backward the
@@ -120,8 +118,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     # ---- training
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Make `optimizer.step()` rewrite theta after it, and `optimizer.zero_grad()` clear theta's gradient
-        too.
+        """Make `optimizer.step()` rewrite theta after it, and `zero_grad()` clear theta's gradient too.
 
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
@@ -159,7 +156,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     def pull_back(self, sums: Tensor | None = None) -> None:
         """Set the gradient of scores, and of what else the family trains, from theta's accumulated gradient.
 
-        Runs by itself at the end of every backward; call it where theta's gradient was written by other
+        It runs by itself at the end of every backward; call it where theta's gradient was written by other
         means.
 
         Args:
@@ -171,44 +168,47 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     @torch.no_grad()
     def back_sums(self) -> Tensor:
-        """Sums that `pull_back` needs, such as <G, theta> of every scaled tensor, of what this process holds,
-        where masks are sharded.
+        """Return the sums that `pull_back` needs, such as <G, theta>, over what this process holds.
+
+        A tensor, 1-D. For masks that are sharded.
         """
         return self._passes.back_sums(self.entries)
 
     @property
     def is_trained(self) -> bool:
-        """Whether anything of these masks is: theta then has gradients."""
+        """Return whether anything of these masks is trained; theta then has gradients."""
         return self.family.trains_scores or self.family.trains_weight
 
     @torch.no_grad()
     def rewrite(self) -> None:
-        """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
-        step.
+        """Rewrite theta in place from the scores, paper eq. 1.
+
+        It runs by itself after a step of a bound optimizer.
         """
         self._passes.rewrite(self.entries, self.step)
 
     def other_parameters(self) -> Iterator[nn.Parameter]:
-        """The model's trainable parameters that carry no mask, such as a head."""
+        """Yield the model's trainable parameters that carry no mask, such as a head."""
         thetas = {id(entry.theta) for entry in self.entries}
         return (p for p in self._model.parameters() if p.requires_grad and id(p) not in thetas)
 
     # ---- reading
 
     def sparsity(self) -> dict[str, float]:
-        """The share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
+        """Return the share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
         kept = torch.stack([torch.stack(entry.num_kept).sum() for entry in self.entries]).tolist()
         return {entry.name: 1 - k / entry.theta.numel() for entry, k in zip(self.entries, kept, strict=True)}
 
     def empty(self) -> list[str]:
-        """Names of parameters with a wholly pruned tensor (their theta is zero, see `core`). One device
-        sync.
+        """Return the names of parameters with a wholly pruned tensor (their theta is zero, see `core`).
+
+        One device sync.
         """
         fewest = torch.stack([torch.stack(entry.num_kept).min() for entry in self.entries]).tolist()
         return [entry.name for entry, kept in zip(self.entries, fewest, strict=True) if kept == 0]
 
     def summary(self) -> str:
-        """What is masked, frozen and trained as it is, in a few lines for the start of a log."""
+        """Return what is masked, frozen and trained as it is, in a few lines for the start of a log."""
         masked = sum(entry.theta.numel() for entry in self.entries)
         others = sum(p.numel() for p in self.other_parameters())
         total = sum(p.numel() for p in self._model.parameters())

@@ -16,7 +16,7 @@ from selfmask_dist.objectives.moco_v2 import MocoV2
 from selfmask_dist.objectives.moco_v3 import MocoV3
 from selfmask_dist.objectives.simclr import Simclr
 from selfmask_dist.objectives.slip import Slip
-from selfmask_dist.objectives.supervised import DistillTeacher, Supervised
+from selfmask_dist.objectives.supervised import LogitsFn, Supervised
 from selfmask_dist.objectives.swav import Swav
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "Clip",
     "Context",
     "Dino",
-    "DistillTeacher",
+    "LogitsFn",
     "MocoV2",
     "MocoV3",
     "MomentumTeacher",
@@ -54,7 +54,7 @@ def build_objective(
     backbone: Backbone,
     classes: tuple[str, ...],
     context: Context | None = None,
-    distill_teacher: DistillTeacher | None = None,
+    distill_teacher: LogitsFn | None = None,
 ) -> Objective:
     """Return the objective `config.objective.name` for a backbone and the classes of a data set.
 

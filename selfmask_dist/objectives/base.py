@@ -9,11 +9,12 @@ process groups.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones import set_train_mode
 from selfmask_dist.data import Batch
 
 
@@ -134,3 +135,30 @@ class Objective(nn.Module):
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """Return class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""
         raise NotImplementedError(f"{type(self).__name__} does not classify")
+
+
+class TrainStep(nn.Module):
+    """Batch -> (this rank's share of the loss, metrics): the module that an engine runs."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        objective: Objective,
+        *,
+        batchnorm: Literal["train", "sync", "frozen"],
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.objective = objective
+        self.batchnorm = batchnorm
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            set_train_mode(self.encoder, batchnorm="frozen" if self.batchnorm == "frozen" else "train")
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.objective(self.encoder, batch)
+        return loss, metrics

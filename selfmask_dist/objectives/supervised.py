@@ -24,7 +24,7 @@ from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import at_least_float32
 
 # images (n, 3, H, W) -> logits (n, classes); it is not trained, and gradients do not enter it
-DistillTeacher = Callable[[Tensor], Tensor]
+LogitsFn = Callable[[Tensor], Tensor]
 
 # The curvature of cross-entropy along the head is at most s^2 / 2 for features of length s, so SGD with
 # momentum m is stable for lr < 4 (1 + m) / s^2: at s = 8 and m = 0.9 up to lr 0.12, whatever the dimension.
@@ -37,7 +37,7 @@ def build(
     classes: tuple[str, ...],
     context: Context,
     *,
-    distill_teacher: DistillTeacher | None = None,
+    distill_teacher: LogitsFn | None = None,
 ) -> "Supervised":
     """Return the supervised objective for a backbone and its data set's classes.
 
@@ -101,7 +101,7 @@ class Supervised(Objective):
         *,
         text_embeddings: Tensor | None = None,
         logit_scale: float = 1.0,
-        distill_teacher: DistillTeacher | None = None,
+        distill_teacher: LogitsFn | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()

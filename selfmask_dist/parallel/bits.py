@@ -106,7 +106,7 @@ class FlatShards(Shards):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, bucket_mb: float) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.buckets = _make_buckets(parameters, world.size, bucket_mb)

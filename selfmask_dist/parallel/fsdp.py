@@ -119,7 +119,7 @@ class RowShards(Shards):
         self._group = mesh.get_group(mesh.ndim - 1)
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
-        self.place, self.num_places = self._rank, self._size
+        self.piece_index, self.num_pieces = self._rank, self._size
         self.copies = mesh.size() // self._size
         self._device = device
         self._like: dict[str, DTensor] = {}  # each parameter's frozen weight, for its placement

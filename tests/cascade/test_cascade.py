@@ -340,6 +340,7 @@ def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_cascade_stopped_in_every_stage_ends_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
     """One signal to one of two processes in each stage; the launcher starts them again."""

@@ -41,7 +41,7 @@ class SumShards(Shards):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
 
     def sum(self, values: Tensor) -> Tensor:
         return self.world.sum(values)

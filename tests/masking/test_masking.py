@@ -148,10 +148,10 @@ def num_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
 def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str) -> None:
     # in float64 the shift rounds at 1e-16 of a score: no score of this run comes that near to the threshold
     model, preset = make(family)
-    base, losses = train(model, preset, init=1.0, threshold=0.0)
+    base, losses = train(model, preset, init=1.0)
     assert sum(int((~m).sum()) for m in base.values()) > 50, "the run must prune something"
     model, _ = make(family)
-    shifted, shifted_losses = train(model, preset, init=3.5, threshold=2.5)
+    shifted, shifted_losses = train(model, preset, init=3.5, family=build_family("threshold", threshold=2.5))
     assert num_different(base, shifted) == 0
     assert shifted_losses == pytest.approx(losses, rel=1e-12)
 

@@ -24,8 +24,8 @@ from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Clip, Context, Slip, build_objective
+from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import EngineState, World, build_engine
-from selfmask_dist.training.build import TrainStep
 from tests.support.distributed import run_distributed
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of
 from tests.support.tars import labelled, picture, write_tar

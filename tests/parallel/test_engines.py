@@ -33,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 FAMILIES = ("timm_vit", "open_clip", "conv")
 
+DETACHED, UNSCALED = (build_family("threshold", scale=scale) for scale in ("detached", "none"))
+
 
 VARIANTS = [
     Case(family=family, engine=engine) for engine in ("ddp", "fsdp", "bits") for family in FAMILIES
@@ -41,8 +43,8 @@ VARIANTS = [
     for engine in ("fsdp", "bits")
     for variant in (
         {"masks": {"split_qkv": True}},
-        {"family": "open_clip", "masks": {"split_qkv": True, "scale": "detached"}},
-        {"masks": {"scale": "none"}},
+        {"family": "open_clip", "masks": {"split_qkv": True, "family": DETACHED}},
+        {"masks": {"family": UNSCALED}},
         {"views": 2},
         {"options": {"accumulate": 2}},
         {"options": {"clip_norm": 0.5}},

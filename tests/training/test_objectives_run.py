@@ -12,8 +12,8 @@ from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Context
+from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import EngineState, World, build_engine
-from selfmask_dist.training.build import TrainStep
 from tests.objectives.test_objectives import CROPS, NAMES, ROWS, STEPS, build
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import BLOCKS
