@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfmask_dist.masking import Family, Segment, SegmentedParameter, Shards, select
-from selfmask_dist.parallel.engine import Engine
+from selfmask_dist.parallel.engine import Engine, reduce_dtype
 from selfmask_dist.parallel.world import World
 
 # torch 2.13 renamed these; the old names warn there. Delete when torch >= 2.13 is required.
@@ -54,7 +54,7 @@ class BitsEngine(Engine):
             )
             parameters = dict(model.named_parameters())
             chosen = {name: parameters[name] for name in names}
-            self._flat = FlatShards(chosen, self.world, bucket_mb=self.options.bucket_mb)
+            self._flat = FlatShards(chosen, self.world, bucket_mb=self.config.bucket_mb)
         return self._flat
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
@@ -65,7 +65,7 @@ class BitsEngine(Engine):
             _check_family(masks.family)
             assert self._flat is not None
             thetas = {entry.name: entry.theta for entry in masks.entries}
-            self._reducer = BucketReducer(self._flat, thetas, self.options.reduce_type())
+            self._reducer = BucketReducer(self._flat, thetas, reduce_dtype(self.config))
         return masks
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:

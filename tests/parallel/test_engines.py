@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach, build_family
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.parallel import EngineOptions, World, build_engine
+from selfmask_dist.parallel import World, build_engine
 from selfmask_dist.parallel.bits import pack
 from tests.support.distributed import DistributedError, run_distributed
 from tests.support.engine_cases import (
@@ -221,11 +222,12 @@ def test_what_cannot_run_here_says_so() -> None:
     for name, message in (
         ("fsdp", "needs a process group"),
         ("deepspeed", "needs a process group"),
-        ("horovod", "not one of ddp, fsdp, bits, deepspeed"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_engine(step, encoder=model, world=World(), options=EngineOptions(name=name))
-    engine = build_engine(step, encoder=model, world=World(), options=EngineOptions(name="bits"))
+            build_engine(
+                step, encoder=model, world=World(), config=EngineConfig.model_validate({"name": name})
+            )
+    engine = build_engine(step, encoder=model, world=World(), config=EngineConfig(name="bits"))
     with pytest.raises(ValueError, match="trains masks only; use ddp, fsdp or deepspeed"):
         engine.free(model)
 
