@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selfmask_dist.common.optional import require
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
@@ -212,16 +213,11 @@ def _import_deepspeed(device_type: str) -> Any:
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own use of torch
-            import deepspeed
-            import deepspeed.ops
-            import deepspeed.utils
-    except ImportError as error:
-        raise ValueError(
-            f"engine.name=deepspeed cannot import deepspeed: {error}; install it, or use engine.name=fsdp"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own use of torch
+        deepspeed = require("deepspeed", "deepspeed", needed_by="engine.name=deepspeed")
+        require("deepspeed.ops", "deepspeed")
+        require("deepspeed.utils", "deepspeed")
     if device_type == "cpu":
         # a shared-memory all-reduce that it would compile for a minute when it starts; gloo does without
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False

@@ -18,6 +18,8 @@ from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
+from selfmask_dist.common.optional import require
+
 
 class MetricsWriter:
     """Open with `with`; the main rank gets a directory, the others None.
@@ -49,8 +51,7 @@ class MetricsWriter:
         self._metrics = _Lines(directory / "metrics.jsonl")
         self._events = _Lines(directory / "events.jsonl")
         if wandb_mode != "off":
-            import wandb
-
+            wandb = require("wandb", "wandb", needed_by=f"run.wandb={wandb_mode}")
             self._wandb = wandb.init(
                 project=wandb_project,
                 mode=wandb_mode,
