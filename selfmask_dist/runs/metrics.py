@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
+from selfmask_dist.common import names
 from selfmask_dist.common.optional import require
 
 
@@ -48,8 +49,8 @@ class MetricsWriter:
         self._progress = progress and directory is not None
         if directory is None:
             return
-        self._metrics = _Lines(directory / "metrics.jsonl")
-        self._events = _Lines(directory / "events.jsonl")
+        self._metrics = _Lines(directory / names.METRICS)
+        self._events = _Lines(directory / names.EVENTS)
         if wandb_mode != "off":
             wandb = require("wandb", "wandb", needed_by=f"run.wandb={wandb_mode}")
             self._wandb = wandb.init(

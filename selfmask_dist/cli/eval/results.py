@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from selfmask_dist.runs.folder import write_json
+from selfmask_dist.common.files import write_json
 
 VERSION = 1
 
