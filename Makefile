@@ -4,12 +4,16 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # one thread for each process: several processes share the cores, and results do not depend on how many there are
 export OMP_NUM_THREADS ?= 1
+# else each process would compile torch and timm anew, which takes 10 s
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
+# processes that share the tests; each needs 2 GB
+WORKERS ?= 2
 CODE := selfmask_dist launchers data_prep benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format slurm-up slurm-down clean
+.PHONY: help demo test test-all check format slurm-up slurm-down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,8 +21,14 @@ help:  ## list the targets
 demo: .venv/.installed  ## learn a mask on real scanned digits with two processes; ends with a picture
 	.venv/bin/selfmask demo
 
-test: .venv/.installed  ## unit and distributed tests
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+# worksteal: neighbours stay together, so most fixtures of a module are made once, and no worker waits for the other
+PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: .venv/.installed  ## unit and distributed tests, without the slow ones (6 minutes on two cores)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: .venv/.installed  ## all tests
+	$(PYTEST) --slow $(PYTEST_ARGS)
 
 # The tests are not repeated here: `.ci/run` calls `make test` and then `make check`.
 check: .venv/.installed  ## formatter, linter and types

@@ -2,22 +2,51 @@
 
 >>> from selfmask_dist import attach, apply_masks
 
-Reading order: `config` -> `masking` -> `objectives.base` -> `trainer` -> `artifact`.
+Reading order: `config.config` -> `masking.core` -> `masking.attach` -> `objectives.base` -> `parallel.engine`
+-> `training.trainer` -> `training.run` -> `maskfile.file` -> `cascade.run`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Masks", "__version__", "apply_masks", "attach"]
+from selfmask_dist.common import version
 
 if TYPE_CHECKING:
+    from selfmask_dist.cascade.model import load_cascade
     from selfmask_dist.maskfile.api import Masks, apply_masks, attach
+    from selfmask_dist.maskfile.bank import MaskBank
+    from selfmask_dist.masking import Family, Segment
+
+__version__ = version.VERSION
+__all__ = [
+    "Family",
+    "MaskBank",
+    "Masks",
+    "Segment",
+    "__version__",
+    "apply_masks",
+    "attach",
+    "load_cascade",
+]
+
+_HOMES = {
+    "Family": "masking",
+    "MaskBank": "maskfile.bank",
+    "Masks": "maskfile.api",
+    "Segment": "masking",
+    "apply_masks": "maskfile.api",
+    "attach": "maskfile.api",
+    "load_cascade": "cascade.model",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # lazy: `selfmask --help` and the launcher read only the configuration and must not wait for torch
-    if name in ("Masks", "apply_masks", "attach"):
-        from selfmask_dist.maskfile import api
-
-        return getattr(api, name)
+    # imported when it is asked for: `selfmask --help` and the launcher read only the configuration and must
+    # not wait seconds for torch
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"selfmask_dist.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

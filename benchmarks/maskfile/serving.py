@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Benchmark, interleave
 from selfmask_dist import maskfile
 from selfmask_dist.backbones import fingerprint, load_backbone
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.maskfile import Mask
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.masking import select
@@ -191,7 +192,7 @@ def main() -> int:
     options = bench.parse()
     name = "timm:vit_tiny_patch16_224" if options.quick else "timm:vit_base_patch32_224"
     num_masks = 8 if options.quick else options.masks
-    encoder = load_backbone(name, pretrained=False).encoder
+    encoder = load_backbone(BackboneConfig(name=name, pretrained=False)).encoder
     names = select(encoder, include="vit")
     weights = fingerprint((key, encoder.get_parameter(key)) for key in names)
     encoder.to(options.device)

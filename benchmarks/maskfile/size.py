@@ -27,6 +27,7 @@ from benchmarks.harness import Benchmark
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.cli.demo import run_demo
 from selfmask_dist.config import load_config
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.maskfile import Mask, MaskFile, codec, read_mask_file, write_mask_file
 from selfmask_dist.masking import select
 from selfmask_dist.training.build import build_backbone
@@ -106,7 +107,7 @@ def trained(run: Path) -> tuple[Mask, dict[str, Tensor]]:
 
 
 def synthetic(name: str, preset: str, low: float, high: float) -> tuple[Mask, dict[str, Tensor]]:
-    encoder = load_backbone(name, pretrained=False).encoder
+    encoder = load_backbone(BackboneConfig(name=name, pretrained=False)).encoder
     names = select(encoder, include=preset)
     parameters = dict(encoder.named_parameters())
     generator = torch.Generator().manual_seed(0)
@@ -191,7 +192,7 @@ def speeds(
 
 def lora_bytes(name: str) -> int:
     """LoRA of rank 8 on q and v of every block, in float16."""
-    encoder = load_backbone(name, pretrained=False).encoder
+    encoder = load_backbone(BackboneConfig(name=name, pretrained=False)).encoder
     widths = [
         parameter.shape[1] for key, parameter in encoder.named_parameters() if key.endswith("qkv.weight")
     ]

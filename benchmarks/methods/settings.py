@@ -13,9 +13,9 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cascade.real import WEIGHTS, digits_settings
@@ -23,6 +23,8 @@ from data_prep.image_folder import convert_image_folder
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
+from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.yaml import flow
 
 BATCH = 64
 COMMON = (
@@ -57,7 +59,7 @@ _CLIP_KWARGS = {
     "vision_cfg": {"image_size": 16, "layers": 4, "width": 64, "head_width": 16, "patch_size": 4},
     "text_cfg": {"context_length": 16, "width": 64, "heads": 4, "layers": 2},
 }
-_TRUNK_KWARGS = {
+_TRUNK_KWARGS: dict[str, Any] = {
     "embed_dim": 192,
     "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "timm_proj": "none"},
     "text_cfg": {"context_length": 24, "width": 128, "heads": 4, "layers": 2},
@@ -179,7 +181,7 @@ def _with_captions(tar: Path, folder: Path, caption: Callable[[str, int], str]) 
 
 
 def _clip_backbone(kwargs: dict[str, object], weights: Path, size: int) -> tuple[str, ...]:
-    inline = yaml.safe_dump(kwargs, default_flow_style=True, width=10**6).strip()
+    inline = flow(kwargs)
     return (
         "backbone.name=open_clip:ViT-B-32",
         "backbone.pretrained=true",
@@ -202,7 +204,7 @@ def _digits_clip(folder: Path) -> Path:
     settings = (
         *COMMON,
         *("backbone.name=open_clip:ViT-B-32", "backbone.pretrained=false", "backbone.image_size=16"),
-        f"backbone.kwargs={yaml.safe_dump(_CLIP_KWARGS, default_flow_style=True, width=10**6).strip()}",
+        f"backbone.kwargs={flow(_CLIP_KWARGS)}",
         *_data(*pairs),
         *_DIGITS,
         *("method=finetune", "objective.name=clip", "clip.text=trained", "train.epochs=30"),
@@ -228,8 +230,8 @@ def _grocery_clip(folder: Path, weights: Path) -> Path:
     path = folder / "clip" / "groceries.safetensors"
     if path.exists():
         return path
-    built = load_backbone("open_clip:ViT-B-32", pretrained=False, kwargs=_TRUNK_KWARGS)
-    vit = load_backbone("timm:vit_tiny_patch16_224", weights=weights).encoder
+    built = load_backbone(BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=_TRUNK_KWARGS))
+    vit = load_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224", weights=str(weights))).encoder
     assert built.text is not None
     whole = {f"visual.trunk.{name}": tensor for name, tensor in vit.state_dict().items()}
     whole |= {name.removeprefix("clip."): t for name, t in built.text.module.state_dict().items()}

@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import load_backbone
-from selfmask_dist.parallel import EngineOptions, build_engine
+from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.sections import EngineConfig
+from selfmask_dist.parallel import build_engine
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Step, world_here
 
@@ -69,14 +71,14 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
     before, own_before = _high_water(), resident("RssAnon")
     own = OwnMemory()
     own.start()
-    backbone = load_backbone(f"timm:{name}", weights=path, in_file=in_file)
+    backbone = load_backbone(BackboneConfig(name=f"timm:{name}", weights=str(path)), in_file=in_file)
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
     build_engine(
         step,
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world_here(),
-        options=EngineOptions(name="fsdp"),
+        config=EngineConfig(name="fsdp"),
     )
     most_own = own.finish()
     gc.collect()
@@ -90,11 +92,11 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
 
 def warm_up() -> None:
     """What libraries take once."""
-    backbone = load_backbone("timm:test_vit", pretrained=False)
+    backbone = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
-    options = EngineOptions(name="fsdp")
+    config = EngineConfig(name="fsdp")
     build_engine(
-        step, encoder=backbone.encoder, blocks=backbone.spec.blocks, world=world_here(), options=options
+        step, encoder=backbone.encoder, blocks=backbone.spec.blocks, world=world_here(), config=config
     )
 
 

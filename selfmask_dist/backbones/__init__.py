@@ -5,7 +5,8 @@ fingerprints tensors, `structure` finds repeated blocks and sets modes. Knows no
 process groups; importing it imports neither timm nor open_clip.
 """
 
-from selfmask_dist.backbones.load import Backbone, BackboneSpec, TextParts, load_backbone
+from selfmask_dist.backbones.load import load_backbone
+from selfmask_dist.backbones.spec import Backbone, BackboneSpec, TextParts
 from selfmask_dist.backbones.structure import find_blocks, set_train_mode
 from selfmask_dist.backbones.weights import fingerprint
 

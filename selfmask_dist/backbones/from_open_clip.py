@@ -20,10 +20,9 @@ from open_clip.transformer import VisionTransformer
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from selfmask_dist.backbones import from_timm
-from selfmask_dist.backbones.load import Built, TextParts
+from selfmask_dist.backbones.spec import BackboneSettings, BuiltEncoder, TextParts
 from selfmask_dist.backbones.structure import remove_modules
-from selfmask_dist.backbones.weights import drop_modules, load_exactly, read_state_dict
+from selfmask_dist.backbones.weights import convert, drop_modules, load_exactly, read_state_dict
 from selfmask_dist.common.preprocessing import Preprocessing
 
 _PROMPTS_AT_ONCE = 256
@@ -31,29 +30,27 @@ _PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
 _VISUAL, _TRUNK = "visual.", "trunk."
 
 
-def build(
-    name: str,
-    pretrained: bool,
-    weights: str | Path | None,
-    image_size: int | None,
-    kwargs: dict[str, Any],
-    remove: Sequence[str],
-) -> Built:
-    """The visual tower of `<model>[/<tag>]`; arguments and errors as in `load_backbone`.
+def build(name: str, section: BackboneSettings) -> BuiltEncoder:
+    """Build the visual tower of `<model>[/<tag>]`, and the text tower beside it.
 
+    Errors are those of `load_backbone`.
     With local weights or none, a tag still chooses the preprocessing and the activation (OpenAI's weights
     need QuickGELU).
+
+    Args:
+        name: what follows `open_clip:` in `section.name`.
     """
     model_name, _, tag = name.partition("/")
     _check_name(model_name, tag)
-    is_from_hub = pretrained and weights is None
+    weights, image_size, remove = section.weights, section.image_size, section.remove
+    is_from_hub = section.pretrained and weights is None
     if is_from_hub and not tag:
         raise ValueError(
             f"open_clip:{model_name} names no pretrained weights; write open_clip:{model_name}/<tag> with "
             f"one of {', '.join(_tags(model_name)) or 'no tags'}, or set backbone.weights=PATH or "
             "backbone.pretrained=false"
         )
-    model_kwargs = _with_configs(model_name, kwargs, image_size)
+    model_kwargs = _with_configs(model_name, dict(section.kwargs), image_size)
     clip = _create(model_name, tag, is_from_hub, model_kwargs)
     trunk_name = model_kwargs["vision_cfg"].get("timm_model_name")
     if image_size is not None and trunk_name:
@@ -66,11 +63,11 @@ def build(
     encoder = clip.visual
     preprocessing = _preprocessing(encoder, image_size)
     if not has_text_weights:
-        return Built(encoder, preprocessing)
+        return BuiltEncoder(encoder, preprocessing)
     del clip.visual  # what is left is the text side: a mask or a move of the encoder cannot reach it
     text = TextTower(clip, model_name, model_kwargs["text_cfg"].get("context_length"))
     parts = TextParts(TextEncoder(clip), text.tokenize)
-    return Built(encoder, preprocessing, text, float(clip.logit_scale.detach().exp()), parts)
+    return BuiltEncoder(encoder, preprocessing, text, float(clip.logit_scale.detach().exp()), parts)
 
 
 class TextTower:
@@ -93,7 +90,11 @@ class TextTower:
         )
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Tokens (n, context length), long texts cut. Raises ValueError for a tokenizer out of reach."""
+        """Return tokens (n, context length); long texts are cut.
+
+        Raises:
+            ValueError: the tokenizer is on a hub that cannot be reached.
+        """
         if self._tokenizer is None:
             try:
                 with _quiet_root_logger():
@@ -156,7 +157,7 @@ def _tags(model_name: str) -> list[str]:
 
 
 def _with_configs(model_name: str, kwargs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """The constructor's arguments, with the registered tower configurations under those given."""
+    """Return the constructor's arguments, with the registered tower configurations under those given."""
     registered = get_model_config(model_name)
     # the towers' own base weights are never fetched: a CLIP checkpoint replaces both, or neither is wanted
     vision = {**registered["vision_cfg"], **kwargs.get("vision_cfg", {}), "timm_model_pretrained": False}
@@ -213,7 +214,7 @@ def _load_local(
 
 
 def _convert_visual(clip: Any, trunk_name: str | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Position embeddings of another image size, by the rule of the library that the tower is from.
+    """Convert position embeddings of another image size, by the rule of the library that the tower is from.
 
     Where the file is of another model the rules fail; its tensors are then left as they are, to be listed.
     """
@@ -223,13 +224,13 @@ def _convert_visual(clip: Any, trunk_name: str | None, state: dict[str, Tensor])
             resize_pos_embed(prefixed, clip)
             return {name.removeprefix(_VISUAL): value for name, value in prefixed.items()}
         trunk = {n.removeprefix(_TRUNK): value for n, value in state.items() if n.startswith(_TRUNK)}
-        converted = from_timm.convert(clip.visual.trunk, trunk_name, trunk)
+        converted = convert(clip.visual.trunk, trunk_name, trunk)
         return drop_modules(state, ["trunk"]) | {f"{_TRUNK}{name}": v for name, v in converted.items()}
     return state
 
 
 def _convert_text(clip: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's own conversions of what is not the visual tower, as in its `load_checkpoint`."""
+    """Apply open_clip's own conversions to what is not the visual tower, as its `load_checkpoint` does."""
     if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):

@@ -5,46 +5,43 @@ data.
 """
 
 import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.data
-from timm.models import get_pretrained_cfg, model_entrypoint, split_model_name_tag
+from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
-from selfmask_dist.backbones.load import Built
+from selfmask_dist.backbones.spec import BackboneSettings, BuiltEncoder
 from selfmask_dist.backbones.structure import remove_modules
-from selfmask_dist.backbones.weights import drop_modules, load_exactly, read_state_dict
+from selfmask_dist.backbones.weights import convert, drop_modules, load_exactly, read_state_dict
 from selfmask_dist.common.preprocessing import Preprocessing
 
 # set by load_backbone itself, or at odds with an encoder of RGB images
 _RESERVED = ("pretrained", "num_classes", "in_chans", "features_only", "checkpoint_path")
 
 
-def build(
-    name: str,
-    pretrained: bool,
-    weights: str | Path | None,
-    image_size: int | None,
-    kwargs: dict[str, Any],
-    remove: Sequence[str],
-) -> Built:
-    """A timm model with `num_classes=0`; arguments and errors as in `load_backbone`."""
+def build(name: str, section: BackboneSettings) -> BuiltEncoder:
+    """Build a timm model with `num_classes=0`; errors as in `load_backbone`.
+
+    Args:
+        name: what follows `timm:` in `section.name`.
+    """
     _check_name(name)
+    kwargs: dict[str, Any] = dict(section.kwargs)
     if reserved := sorted(set(kwargs) & set(_RESERVED)):
         raise ValueError(f"backbone.kwargs must not set {', '.join(reserved)}: load_backbone does")
-    image_size = _agreed_image_size(image_size, kwargs)
+    image_size = _agreed_image_size(section.image_size, kwargs)
     cfg = get_pretrained_cfg(name)
     if image_size is not None and cfg is not None and cfg.fixed_input_size:
         kwargs["img_size"] = image_size
-    model = _create(name, pretrained and weights is None, kwargs)
-    remove_modules(model, remove)
-    if weights is not None:
-        _load_local(model, name, weights, remove)
-    return Built(model, _preprocessing(model, image_size))
+    model = _create(name, section.pretrained and section.weights is None, kwargs)
+    remove_modules(model, section.remove)
+    if section.weights is not None:
+        _load_local(model, name, section.weights, section.remove)
+    return BuiltEncoder(model, _preprocessing(model, image_size))
 
 
 def _check_name(name: str) -> None:
@@ -102,13 +99,6 @@ def _load_local(model: Any, name: str, path: str | Path, removed: Sequence[str])
         raise ValueError(f"{source} cannot be converted for {target}: {error}") from error
     converted = drop_modules(converted, [*dropped, *removed])
     load_exactly(model, converted, source=source, target=target, changed=_resampled_kernels(state, converted))
-
-
-def convert(model: nn.Module, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A timm model family's own conversion: old names, position embeddings of another image size."""
-    entrypoint = model_entrypoint(split_model_name_tag(name)[0])
-    filter_fn = getattr(sys.modules[entrypoint.__module__], "checkpoint_filter_fn", None)
-    return filter_fn(dict(state), model) if filter_fn else state
 
 
 def _resampled_kernels(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,14 @@
-"""Weights as named tensors: read from a file without executing it, loaded strictly, fingerprinted.
+"""Weights as named tensors: read from a file without executing it, loaded strictly, mixed, fingerprinted.
 
-Knows nothing of architectures, hubs, masks or process groups.
+`read_state_dict` is the package's one reader of state dicts that others wrote. Of architectures only
+`convert` knows something, through timm; nothing here knows hubs, masks or process groups.
 """
 
 import hashlib
 import json
+import math
+import pickle
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +27,7 @@ _MAX_LISTED = 10
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) over names, shapes and little-endian float32 values, in the order of sorted names.
+    """Return the SHA-256 (hex) over names, shapes and little-endian float32 values, sorted by name.
 
     The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
     """
@@ -37,10 +41,17 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, *, setting: str = "backbone.weights", skip_others: bool = False
+) -> dict[str, Tensor]:
     """Read a state dict onto the CPU, from safetensors or from what `torch.load(weights_only=True)` takes.
 
-    Dicts nested under "state_dict" or "model" are opened; a prefix that every key has ("module.") goes.
+    Nothing in the file is executed. Dicts nested under "state_dict" or "model" are opened; a prefix that
+    every key has ("module.") goes.
+
+    Args:
+        setting: what named the file, for messages: a key of the config or an argument.
+        skip_others: pass over entries that are no tensors in place of refusing the file.
 
     Raises:
         ValueError: no such file, unreadable, or not a state dict.
@@ -48,20 +59,26 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         found = "a directory" if path.is_dir() else "not there"
-        raise ValueError(
-            f"weights file {path} is {found}; set backbone.weights to a .safetensors or .pth file"
-        )
+        raise ValueError(f"weights file {path} is {found}; set {setting} to a .safetensors or .pth file")
     try:
         content = _load(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"weights file {path} cannot be read: it is damaged, or it holds more than tensors (a whole "
+            "model, perhaps) and reading it would execute what is in it. Where you trust it, write its "
+            "tensors alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from error
     except Exception as error:  # a damaged file makes the two readers raise almost anything
         raise ValueError(
-            f"weights file {path} cannot be read: {error}. Expected safetensors, or a state dict saved by "
-            "torch.save that torch.load(weights_only=True) accepts; the file may be damaged or only partly "
-            "downloaded"
+            f"weights file {path} cannot be read: {str(error)[:200]}. Expected safetensors, or a state dict "
+            "saved by torch.save that torch.load(weights_only=True) accepts; the file may be damaged or only "
+            "partly downloaded"
         ) from error
     for key in _NESTED_UNDER:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
+    if skip_others and isinstance(content, Mapping):
+        content = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     _check_is_state_dict(content, path)
     return _without_wrapper_prefixes(content)
 
@@ -100,9 +117,28 @@ def _without_wrapper_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_modules(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """The state dict without the tensors that belong to the named modules."""
+    """Return the state dict without the tensors that belong to the named modules."""
     prefixes = tuple(f"{name}." for name in names)
     return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+
+
+def convert(model: nn.Module, name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert a state dict by the rule of a timm model's family.
+
+    Such rules rename tensors of old releases and resample position embeddings of another image size.
+
+    Args:
+        model: the timm model that the result is for.
+        name: its name in timm's registry, with or without a tag.
+
+    Raises:
+        Exception: whatever timm's converter raises over weights of another family.
+    """
+    from timm.models import model_entrypoint, split_model_name_tag  # takes seconds
+
+    entrypoint = model_entrypoint(split_model_name_tag(name)[0])
+    filter_fn = getattr(sys.modules[entrypoint.__module__], "checkpoint_filter_fn", None)
+    return filter_fn(dict(state), model) if filter_fn else state
 
 
 def load_exactly(
@@ -151,6 +187,65 @@ def load_exactly(
         raise ValueError(
             f"{source} holds values that are not finite:\n{_listing('not finite', bad)}The file is damaged"
         )
+
+
+@torch.no_grad()
+def write(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into the model's own, which may be more than these.
+
+    Raises:
+        ValueError: a name that the model does not have.
+    """
+    own = model.state_dict()
+    if unknown := sorted(set(tensors) - set(own)):
+        raise ValueError(f"the model has no {unknown[0]} (and {len(unknown) - 1} more)")
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def interpolate(first: Mapping[str, Tensor], second: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Return (1 - alpha) first + alpha second, in new tensors, each computed in float64.
+
+    At 0 and 1 the result equals that end to the bit. Whole numbers (counters of batches) are those of the
+    nearer end.
+
+    Args:
+        alpha: 0 to 1; beyond lies extrapolation, which is allowed.
+
+    Raises:
+        ValueError: names or shapes differ, or alpha is not finite.
+    """
+    check_same(first, second)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha}")
+    if alpha in (0, 1):  # a product would turn an infinity into NaN
+        return {name: tensor.clone() for name, tensor in (second if alpha else first).items()}
+    return {
+        name: _between(tensor, second[name], alpha)
+        if tensor.is_floating_point()
+        else (second[name] if alpha >= 0.5 else tensor).clone()
+        for name, tensor in first.items()
+    }
+
+
+def check_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Check that two state dicts have the same names and shapes.
+
+    Raises:
+        ValueError: they do not; the message names the first difference.
+    """
+    if names := sorted(set(first) ^ set(second)):
+        raise ValueError(f"two models with other parameters cannot be mixed: only one has {names[0]}")
+    for name, tensor in first.items():
+        if tensor.shape != second[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} in one model and {tuple(second[name].shape)} in the "
+                f"other; only models of one architecture can be mixed"
+            )
+
+
+def _between(first: Tensor, second: Tensor, alpha: float) -> Tensor:
+    return (first.double() * (1 - alpha) + second.double() * alpha).to(first.dtype)
 
 
 def _listing(kind: str, entries: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ digits 5-9.
     real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
     picture
 
-Everything goes through the ordinary path: `data_prep`, `selfmask train`, `launchers/submit.py` with two
+Everything goes through the ordinary path: `data_prep`, `selfmask train`, `selfmask launch` with two
 processes.
 """
 
@@ -20,6 +20,7 @@ from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_text
 from selfmask_dist.common.optional import MissingLibraryError
 from selfmask_dist.common.plots import pyplot
+from selfmask_dist.common.shipped import shipped_module
 
 OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
 
@@ -86,15 +87,13 @@ def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from data_prep.image_folder import convert_image_folder
-
     bunch = load_digits()
     for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
         if label in digits:
             path = folder / ("test" if index % 5 == 0 else "train") / str(label) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.uint8(pixels * (255 / 16))).save(path)
-    convert_image_folder(folder, shards)
+    shipped_module("data_prep.image_folder").convert_image_folder(folder, shards)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -113,6 +112,8 @@ def table(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> Path:
     """Write one picture and return its path: accuracy, its course, what is pruned by layer, and bytes."""
+    from selfmask_dist.maskfile.tools.pictures import draw_shares  # imports torch
+
     plt = pyplot()
     figure, ((bars, course), (layers, size)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     figure.suptitle("A ViT trained on digits 0-4 and frozen, adapted to digits 5-9 by one bit per weight")
@@ -132,10 +133,8 @@ def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> P
     course.set(xlabel="step", ylabel="test accuracy", title="k-NN while the mask is learned")
 
     active = [line for line in metrics if "mask/active_by_parameter" in line][-1]["mask/active_by_parameter"]
-    weights = [name for name in active if name.endswith("weight")]
-    layers.barh([name.removesuffix(".weight") for name in weights], [1 - active[name] for name in weights])
-    layers.invert_yaxis()
-    layers.set(xlabel="share of weights pruned", title="What the mask prunes, per layer")
+    pruned = {name: 1 - share for name, share in active.items() if name.endswith("weight")}
+    draw_shares(layers, {"mask": pruned}, title="What the mask prunes, by layer")
 
     drawn = size.bar(["weights", "mask"], [mask["weight_bytes"], mask["bytes"]], color=["C7", "C0"])
     size.bar_label(drawn, labels=[f"{mask['weight_bytes']:,} B", f"{mask['bytes']:,} B"])
@@ -165,18 +164,17 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
     }
     if method == "finetune":  # from random weights: their frozen numbers say nothing
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
-    import yaml
-
     from selfmask_dist.config import load_config, to_yaml
 
     path = out / f"{name}.yaml"
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, json.dumps(settings))  # which is YAML too
     write_text(path, to_yaml(load_config(path)))  # checked, and complete
     return path
 
 
 def _train(config: Path, num_processes: int) -> int:
-    command = [sys.executable, "-m", "launchers.submit", "--cluster", "local", "--nodes", str(num_processes)]
+    command = [sys.executable, "-m", "selfmask_dist.cli", "launch", "--cluster", "local"]
+    command += ["--nodes", str(num_processes)]
     return subprocess.run([*command, "--config", str(config)], check=False).returncode
 
 

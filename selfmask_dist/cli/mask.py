@@ -282,16 +282,17 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from selfmask_dist.backbones.weights import read_state_dict
     from selfmask_dist.config import load_config
     from selfmask_dist.maskfile import MaskFile, write_mask_file
-    from selfmask_dist.maskfile.tools.score_import import import_scores, read_state
+    from selfmask_dist.maskfile.tools.score_import import import_scores
     from selfmask_dist.training.build import build_backbone
 
     if (options.config is None) == (options.backbone is None):
         raise ValueError("the backbone is needed: give either --backbone NAME or --config RUN/config.yaml")
     given = {"backbone.name": options.backbone, "backbone.weights": options.weights}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    state = read_state(options.scores)
+    state = read_state_dict(options.scores, setting="the first argument", skip_others=True)
     backbone = build_backbone(load_config(options.config, overrides))
     found = import_scores(
         state, backbone.encoder, key=options.key, threshold=options.threshold, scaled=options.scaled

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfmask_dist.backbones import find_blocks
+from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.masking import select
 
@@ -49,8 +50,7 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
                 kwargs["img_size"] = section.image_size
             return timm.create_model(name, num_classes=0, **kwargs), size
         if family == "open_clip":
-            import open_clip
-
+            open_clip = require("open_clip", "open_clip_torch", needed_by=f"backbone.name={section.name}")
             base = open_clip.get_model_config(name.partition("/")[0])
             if base is None:
                 raise ValueError(f"open_clip has no model {name!r}; see open_clip.list_models()")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from selfmask_dist.config.sections import NonEmpty, Positive, Section, Strings, science
+from selfmask_dist.config.fields import NonEmpty, Positive, Section, Strings, science
 
 
 class BackboneConfig(Section):

@@ -1,48 +1,24 @@
-"""Every key of a run, section by section: default, effect, unit, bounds, and the group it belongs to.
+"""The sections that every run has: data, objective, train, eval, engine, checkpoint, run and launch.
 
-`science` changes results, `efficiency` does not, `orchestration` where a run goes and what is measured and
-logged. `Paper:` gives the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
+Each key has its default, effect, unit and bounds, and the group it belongs to (see `fields`). `Paper:` gives
+the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import JsonValue
 
-# strict=False: a list is welcome where a tuple is kept; its items stay strict
-NonEmpty = Annotated[str, Field(min_length=1)]
-Strings = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
-SomeStrings = Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def science(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes results."""
-    return _field("science", default, help, unit, constraints)
-
-
-def efficiency(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes speed or memory, and no result."""
-    return _field("efficiency", default, help, unit, constraints)
-
-
-def orchestration(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that decides where a run goes, and what is measured and logged."""
-    return _field("orchestration", default, help, unit, constraints)
-
-
-def _field(group: str, default: Any, help: str, unit: str, constraints: dict[str, Any]) -> Any:
-    notes: dict[str, JsonValue] = {"group": group, "unit": unit}
-    return Field(default, description=help, json_schema_extra=notes, **constraints)
-
-
-class Section(BaseModel):
-    """Frozen; strict (true is not 1, "3" is not 3); an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
+from selfmask_dist.config.fields import (
+    Counts,
+    NonEmpty,
+    Scale,
+    Section,
+    SomeStrings,
+    Strings,
+    efficiency,
+    orchestration,
+    science,
+)
 
 
 class DataConfig(Section):
@@ -58,7 +34,7 @@ class DataConfig(Section):
     test_subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
     )
-    crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = science(
+    crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )
     flip: bool = science(True, "Mirror training images left to right with probability 1/2.")

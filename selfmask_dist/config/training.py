@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from selfmask_dist.config.sections import Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):

@@ -1,15 +1,15 @@
 """The mask file: one or more masks of one backbone, written and read without executing anything.
 
 `mask` says what is in it, `forms` what its kinds mean, `codec` turns bits into bytes, `container` lays bytes
-out and guards them, `arrays` reads what lies in them, `file` brings them together, `fit` puts a mask on a
-model, and `arithmetic` makes masks out of masks. Knows nothing of optimizers or process groups.
+out and guards them, `file` brings them together, and `fit` puts a mask on a model. `api` is what users
+import. `bank` holds many masks of one model in memory; `layers`, `rewrite` and `kernel` put them on fast.
+`tools` compares, draws, merges, imports and exports masks. Knows nothing of optimizers or process groups.
 """
 
 from selfmask_dist.maskfile.file import (
     MAX_WEIGHTS,
     read_backbone_name,
     read_mask_file,
-    read_parameter,
     verify_mask_file,
     write_mask_file,
 )
@@ -29,7 +29,6 @@ __all__ = [
     "materialize",
     "read_backbone_name",
     "read_mask_file",
-    "read_parameter",
     "take_apart",
     "verify_mask_file",
     "weights_of",

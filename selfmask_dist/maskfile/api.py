@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from selfmask_dist import maskfile, masking
+from selfmask_dist.maskfile.file import read_mask_file, write_mask_file
+from selfmask_dist.maskfile.fit import apply_mask, from_masks, weights_of
+from selfmask_dist.maskfile.mask import MaskFile, MaskFileError
+from selfmask_dist.masking import AttachedMasks
 
 
-class Masks(masking.Masks):
+class Masks(AttachedMasks):
     """Masks on a model, that can save themselves. Made by `attach`."""
 
     def save(
@@ -38,7 +41,7 @@ attach = Masks.attach
 
 
 def save_masks(
-    masks: masking.Masks,
+    masks: AttachedMasks,
     path: str | Path,
     *,
     backbone: str = "",
@@ -48,7 +51,7 @@ def save_masks(
     against_weights: bool = False,
     is_writer: bool = True,
 ) -> int:
-    """Write masks to a mask file (`artifact`); returns the number of bytes.
+    """Write masks to a mask file (`maskfile.file`); returns the number of bytes.
 
     Collective where the masks are sharded: every rank must call, one of them as writer.
 
@@ -59,21 +62,21 @@ def save_masks(
             only together with the backbone.
         is_writer: False only takes part in gathering the masks, and returns 0.
     """
-    mask = maskfile.from_masks(masks)
+    mask = from_masks(masks)
     weights = masks.first_weights() if against_weights else None
     if not is_writer:
         return 0
-    file = maskfile.MaskFile(
+    file = MaskFile(
         masks={"default": mask},
         backbone=backbone,
         backbone_fingerprint=backbone_fingerprint,
         preprocessing=dict(preprocessing or {}),
         metrics=dict(metrics or {}),
     )
-    return maskfile.write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
+    return write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
 
 
-def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> maskfile.MaskFile:
+def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> MaskFile:
     """Apply a mask file to a model that holds the frozen weights, in place; returns what the file holds.
 
     Args:
@@ -83,10 +86,10 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     Raises:
         MaskFileError: the file is damaged, or does not fit the model's architecture or weights.
     """
-    file = maskfile.read_mask_file(path, weights=maskfile.weights_of(model))
+    file = read_mask_file(path, weights=weights_of(model))
     if name is None and len(file.masks) > 1:
-        raise maskfile.MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
+        raise MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
     if name is not None and name not in file.masks:
-        raise maskfile.MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
-    maskfile.apply_mask(model, file.masks[name or next(iter(file.masks))])
+        raise MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
+    apply_mask(model, file.masks[name or next(iter(file.masks))])
     return file

@@ -9,12 +9,12 @@
     last 32      sha256 of everything before
 
 A section is found by [offset, length, crc32] in the header, so that one can be read without the others.
-Knows nothing of what header and sections mean.
+Arrays, scales and shapes are read here
+too, and no number is believed before it is checked. Knows nothing of masks.
 """
 
 import hashlib
 import json
-import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -22,8 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import zstandard
+from torch import Tensor
 
+from selfmask_dist.common.files import write_bytes
 from selfmask_dist.maskfile.mask import MaskFileError
 
 MAGIC = b"SELFMASK"
@@ -33,6 +37,10 @@ MAX_HEADER_BYTES = 64 * 2**20
 _PREFIX = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
 _BODY = _PREFIX.size + _DIGEST_BYTES
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("float16", "float32", "float64", "int64", "uint8", "bool")
+}
 
 
 class Sections:
@@ -43,7 +51,7 @@ class Sections:
         self._size = 0
 
     def add(self, data: bytes) -> list[int]:
-        """Returns where it will be found."""
+        """Add a section and return its place: [offset, length, crc32]."""
         place = [self._size, len(data), zlib.crc32(data)]
         self.parts.append(data)
         self._size += len(data)
@@ -51,22 +59,14 @@ class Sections:
 
 
 def write(path: Path, header: Mapping[str, Any], sections: Sections, *, version: int = VERSION) -> int:
-    """Write by way of a temporary name and one rename; returns the number of bytes."""
+    """Write a file, by way of a temporary name and one rename, and return the number of its bytes."""
     text = json.dumps(header, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
         raise MaskFileError(f"the header takes {len(text):,} bytes, the format allows {MAX_HEADER_BYTES:,}")
     coded = zstandard.ZstdCompressor(level=19).compress(text)
     prefix = _PREFIX.pack(MAGIC, version, len(coded))
     body = b"".join([prefix, hashlib.sha256(prefix + coded).digest(), coded, *sections.parts])
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as stream:
-            stream.write(body + hashlib.sha256(body).digest())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, body + hashlib.sha256(body).digest(), sync=True)
     return len(body) + _DIGEST_BYTES
 
 
@@ -79,7 +79,7 @@ class Container:
     _read: Callable[[int, int], bytes]  # offset and length among the sections
 
     def section(self, place: list[int]) -> bytes:
-        """One section, verified.
+        """Return one section, verified.
 
         Raises:
             ValueError: it lies outside the file, or is damaged.
@@ -94,7 +94,7 @@ class Container:
 
 
 def read(path: Path) -> Container:
-    """The whole file, every byte of it verified.
+    """Read a whole file and verify every byte of it.
 
     Raises:
         MaskFileError: not a mask file, another version, or damaged in any byte.
@@ -110,7 +110,7 @@ def read(path: Path) -> Container:
 
 
 def open_part(path: Path) -> Container:
-    """The header alone, verified; sections are read and verified when asked for. Errors as in `read`."""
+    """Read and verify the header alone; a section is read when it is asked for. Errors as in `read`."""
     size = path.stat().st_size
 
     def part(offset: int, length: int) -> bytes:
@@ -160,3 +160,71 @@ def _decompress(coded: bytes) -> bytes:
     if not 0 <= stated <= MAX_HEADER_BYTES:
         raise ValueError(f"it states a size of {stated} bytes, the limit is {MAX_HEADER_BYTES}")
     return zstandard.ZstdDecompressor().decompress(coded, allow_extra_data=False)
+
+
+# ---- arrays
+
+
+def describe_array(name: str, tensor: Tensor, sections: Sections) -> dict[str, Any]:
+    """Add a tensor's values to the sections and return its entry in the header.
+
+    Raises:
+        MaskFileError: the format does not hold its dtype.
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise MaskFileError(f"{name} has dtype {dtype}; a mask file holds {', '.join(DTYPES)}")
+    data = tensor.contiguous().numpy().astype(DTYPES[dtype]).tobytes()
+    return {"name": name, "shape": list(tensor.shape), "dtype": dtype, "section": sections.add(data)}
+
+
+def parse_array(entry: Mapping[str, Any], whole: Container) -> Tensor:
+    """Return the tensor that an entry of the header describes.
+
+    Raises:
+        ValueError: the section does not hold as many values as the entry states, or not of that kind.
+    """
+    data, dtype = whole.section(entry["section"]), DTYPES[entry["dtype"]]
+    if len(data) != count_values(entry["shape"]) * dtype.itemsize:
+        raise ValueError(f"{entry['name']}: {len(data)} bytes do not make shape {entry['shape']}")
+    if entry["dtype"] == "bool" and data.strip(b"\0\1"):
+        raise ValueError(f"{entry['name']}: a truth value is neither 0 nor 1")
+    return torch.from_numpy(np.frombuffer(data, dtype).reshape(entry["shape"]).copy())
+
+
+def parse_scales(name: str, scales: Any, shape: tuple[int, int]) -> Tensor:
+    """Return scales of `shape` as float64.
+
+    Raises:
+        ValueError: one is below 0 or not finite (theta would not be either), or they are of another shape.
+    """
+    numbers = [number for row in scales for number in row]
+    if not all(type(number) in (int, float) and 0 <= number < float("inf") for number in numbers):
+        raise ValueError(f"{name}: a scale is not a number of at least 0")
+    if len(scales) != shape[0] or any(len(row) != shape[1] for row in scales):
+        raise ValueError(f"{name}: the scales are not {shape[0]} times {shape[1]}")
+    return torch.tensor(scales, dtype=torch.float64).reshape(shape)
+
+
+def count_values(shape: Any) -> int:
+    """Return how many values a shape has, as a product of Python's integers, which does not overflow.
+
+    Raises:
+        ValueError: it is no list of sizes.
+    """
+    count = 1
+    if not isinstance(shape, list) or len(shape) > 16:
+        raise ValueError(f"bad shape {str(shape)[:80]}")
+    for size in shape:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**40:
+            raise ValueError(f"bad shape {str(shape)[:80]}")
+        count *= size
+    return count
+
+
+def check_size(count: int, most: int) -> None:
+    """Raise a MaskFileError where a file states more values than its reader wants to allocate."""
+    if count > most:
+        raise MaskFileError(
+            f"it holds {count:,} values, more than the limit of {most:,}; max_weights= raises it"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.backbones import fingerprint
-from selfmask_dist.maskfile import arrays, codec, container, forms
+from selfmask_dist.maskfile import codec, container, forms
 from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 
@@ -47,7 +47,9 @@ def write_mask_file(
             for name, mask in file.masks.items()
         },
         "order": list(file.masks),
-        "tensors": [arrays.describe_array(name, tensor, sections) for name, tensor in file.tensors.items()],
+        "tensors": [
+            container.describe_array(name, tensor, sections) for name, tensor in file.tensors.items()
+        ],
     }
     has_forms = any(mask.kind != "threshold" or mask.blocks for mask in file.masks.values())
     version = container.VERSION_WITH_FORMS if has_forms else container.VERSION
@@ -76,11 +78,13 @@ def read_mask_file(
             entry for mask in header["masks"].values() for entry in (*mask["parameters"], *mask["statistics"])
         ]
         signed = [entry for entry in entries if "signs" in entry]
-        places = sum(arrays.count(entry["shape"]) for entry in [*entries, *signed, *header["tensors"]])
-        arrays.check_size(places, max_weights)
+        places = sum(
+            container.count_values(entry["shape"]) for entry in [*entries, *signed, *header["tensors"]]
+        )
+        container.check_size(places, max_weights)
         return MaskFile(
             masks={name: reading.mask(name) for name in reading.order},
-            tensors={entry["name"]: arrays.parse_array(entry, whole) for entry in header["tensors"]},
+            tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
             backbone=header["backbone"]["name"],
             backbone_fingerprint=header["backbone"]["fingerprint"],
             preprocessing=header["preprocessing"],
@@ -91,7 +95,9 @@ def read_mask_file(
 
 
 def read_backbone_name(path: str | Path) -> str:
-    """The name of the backbone that a mask file is of, empty where it is not stated; reads the header alone.
+    """Return the name of the backbone that a mask file is of, empty where it is not stated.
+
+    Only the header is read.
 
     Raises:
         MaskFileError: as in `read_mask_file`, for the header.
@@ -114,37 +120,6 @@ def verify_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> str
         return "checksums hold; its bits were not decoded, which takes its backbone"
     count = sum(mask.num_weights() for mask in file.masks.values())
     return f"whole; {len(file.masks)} masks of {count:,} weights in all"
-
-
-def read_parameter(
-    path: str | Path,
-    parameter: str,
-    *,
-    mask: str | None = None,
-    weights: Weights | None = None,
-    max_weights: int = MAX_WEIGHTS,
-) -> Tensor:
-    """The bits of one parameter, bool of its shape; of the file, only header and what it needs are read.
-
-    Args:
-        mask: which mask, where the file holds several.
-
-    Raises:
-        MaskFileError: as in `read_mask_file`, for the part that is read; no such mask or parameter.
-    """
-    try:
-        reading = _Reading(container.open_part(Path(path)), weights)
-        name = mask or reading.order[0]
-        if name not in reading.order or (mask is None and len(reading.order) > 1):
-            raise MaskFileError(f"it holds the masks {reading.order}; name one of them")
-        entry = reading.parameters(name).get(parameter)
-        if entry is None:
-            known = ", ".join(list(reading.parameters(name))[:5])
-            raise MaskFileError(f"mask {name!r} has no parameter {parameter!r}; it has {known} ...")
-        arrays.check_size(arrays.count(entry["shape"]), max_weights)
-        return reading.bits(name, parameter)
-    except _MISTAKES as error:
-        raise _refusal(path, error) from error
 
 
 def _refusal(path: str | Path, error: Exception) -> MaskFileError:
@@ -192,13 +167,13 @@ def _describe_mask(
         "weights_fingerprint": mask.weights_fingerprint,
         "parameters": parameters,
         "statistics": [
-            arrays.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
+            container.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
         ],
     }
 
 
 def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) -> dict[str, Any]:
-    """What a kind has beside bits."""
+    """Return what a kind has beside bits."""
     parts: dict[str, Any] = {}
     if mask.kind in forms.WITH_SIGNS:
         signs = mask.signs[name][mask.bits[name]]  # where nothing is kept there is no sign
@@ -206,12 +181,12 @@ def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) 
     if mask.kind in forms.NUM_SCALES:
         parts["scales"] = mask.scales[name].tolist()
     if mask.kind in forms.WITH_VALUES:
-        parts["values"] = arrays.describe_array(name, mask.values[name], sections)
+        parts["values"] = container.describe_array(name, mask.values[name], sections)
     return parts
 
 
 def _check_contexts(mask: Mask, weights: Weights | None) -> None:
-    """Bits that are coded by others must be bits of single weights, and not all alike."""
+    """Check that bits which are to be coded by others are bits of single weights, and not all alike."""
     if mask.kind != "sign" and not mask.blocks:
         return
     what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
@@ -247,7 +222,7 @@ class _Reading:
             raise ValueError("order and masks name different masks, or none")
 
     def parameters(self, mask: str) -> dict[str, Any]:
-        """Their entries in the header, by name."""
+        """Return a mask's parameters as the header describes them, by name."""
         if mask not in self._parameters:
             self._parameters[mask] = {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
         return self._parameters[mask]
@@ -271,7 +246,7 @@ class _Reading:
                 if len(entry["kept"]) > 1
             },
             statistics={
-                entry["name"]: arrays.parse_array(entry, self._whole) for entry in described["statistics"]
+                entry["name"]: container.parse_array(entry, self._whole) for entry in described["statistics"]
             },
             threshold=described["threshold"],
             against=described.get("against"),
@@ -281,7 +256,7 @@ class _Reading:
         )
 
     def _parts(self, kind: str, entries: Mapping[str, Any], bits: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What a kind has beside bits: signs, scales and values, by parameter."""
+        """Return what a kind has beside bits: signs, scales and values, by parameter."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, entry in entries.items():
             if kind in forms.WITH_SIGNS:
@@ -292,9 +267,9 @@ class _Reading:
                 parts.setdefault("signs", {})[key] = signs
             if kind in forms.NUM_SCALES:
                 shape = (len(entry["kept"]), forms.NUM_SCALES[kind])
-                parts.setdefault("scales", {})[key] = arrays.parse_scales(key, entry["scales"], shape)
+                parts.setdefault("scales", {})[key] = container.parse_scales(key, entry["scales"], shape)
             if kind in forms.WITH_VALUES:
-                values = arrays.parse_array(entry["values"], self._whole)
+                values = container.parse_array(entry["values"], self._whole)
                 if values.shape != (sum(entry["kept"]),) or not values.is_floating_point():
                     raise ValueError(
                         f"{key}: {tuple(values.shape)} values of {values.dtype} for the kept weights"
@@ -313,7 +288,7 @@ class _Reading:
         stored = shape if block is None else list(forms.grid_shape(shape, block))
         array = codec.decode(
             self._whole.section(entry["section"]),
-            arrays.count(stored),
+            container.count_values(stored),
             entry["codec"],
             classes=self._classes(mask, entry),
         )
@@ -347,7 +322,7 @@ class _Reading:
         return _classes(context, known)
 
     def _checked_weights(self, mask: str) -> Weights:
-        """The frozen weights, if they are those of the mask: with others it would decode to nonsense."""
+        """Return the frozen weights if they are the mask's: with others the bits would decode to nonsense."""
         if self._weights is None:
             raise WithoutWeightsError(
                 "it was made smaller by its backbone's weights and cannot be read without them; apply it to "

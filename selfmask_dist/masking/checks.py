@@ -4,48 +4,30 @@ Knows nothing of files, process groups or optimizers.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Unpack
 
 from torch import Tensor, nn
 
-from selfmask_dist.masking import core, first_scores, selection
-from selfmask_dist.masking.families import Family, build
+from selfmask_dist.masking import first_scores, selection
+from selfmask_dist.masking.families import Family
 
 MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
 
 
-def as_family(family: str | Family, *, threshold: float, scale: core.Scale) -> Family:
-    """A family by its name; one that is built already brings its own threshold and scale.
-
-    Raises:
-        ValueError: an unknown family or scale.
-    """
-    if scale not in get_args(core.Scale):
-        raise ValueError(f"scale {scale!r} is not one of {', '.join(get_args(core.Scale))}")
-    if isinstance(family, Family):
-        return family
-    return build(family, threshold=threshold, scale=scale)
-
-
 def choose(
     model: nn.Module,
-    include: str | Sequence[str],
     *,
-    exclude: str | Sequence[str],
-    first_layers: int | None,
-    allow_norm: bool,
-    init: float | str | Mapping[str, Tensor],
     family: Family,
+    init: float | str | Mapping[str, Tensor],
+    **selected: Unpack[selection.Selection],
 ) -> list[str]:
-    """Names of the parameters to mask; the arguments are those of `attach`.
+    """Return the names of the parameters to mask; the arguments are those of `attach`.
 
     Raises:
         ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
             names, shapes or dtypes do not fit, or a parameter is masked already.
     """
-    names = selection.select(
-        model, include, exclude=exclude, first_layers=first_layers, allow_norm=allow_norm
-    )
+    names = selection.select(model, **selected)
     threshold = family.options.threshold
     if isinstance(init, Mapping):
         check_same_names(set(init), set(names), "init")
@@ -73,7 +55,7 @@ def choose(
 def choose_other(
     model: nn.Module, names: Sequence[str], other: Mapping[str, Tensor] | None, *, family: Family
 ) -> Mapping[str, Tensor]:
-    """The second frozen weights of the parameters `names`; none where a family has none.
+    """Return the second frozen weights of the parameters `names`; none where a family has none.
 
     Raises:
         ValueError: they are missing, not asked for, or of other shapes.
@@ -99,11 +81,12 @@ def choose_other(
 
 
 def num_segments(name: str, *, split_qkv: bool) -> int:
-    """How many scales a parameter has."""
+    """Return how many scales a parameter has."""
     return 3 if split_qkv and selection.is_fused_qkv(name) else 1
 
 
 def check_same_names(given: set[str], expected: set[str], what: str) -> None:
+    """Raise a ValueError where the names of `what` (scores, say) are not the masked parameters'."""
     if given != expected:
         missing, unknown = sorted(expected - given), sorted(given - expected)
         raise ValueError(

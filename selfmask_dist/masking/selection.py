@@ -10,6 +10,7 @@ Knows nothing of scores, files or process groups.
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import TypedDict
 
 from torch import nn
 
@@ -36,13 +37,22 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 
 
+class Selection(TypedDict, total=False):
+    """Which parameters of a model get a mask: the arguments of `select`, as `attach` hands them on."""
+
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    first_layers: int | None
+    allow_norm: bool
+
+
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` normalises (batch, layer, group, RMS, ... and timm's fused norm-activation layers)."""
+    """Return whether `module` normalises: batch, layer, group, RMS, ... and timm's norm-activation layers."""
     return "norm" in type(module).__name__.lower()
 
 
 def norm_parameters(model: nn.Module) -> set[str]:
-    """Full names of the parameters that normalisation layers own."""
+    """Return the full names of the parameters that normalisation layers own."""
     return {
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
@@ -53,13 +63,13 @@ def norm_parameters(model: nn.Module) -> set[str]:
 
 def select(
     model: nn.Module,
-    include: str | Sequence[str],
+    include: str | Sequence[str] = "auto",
     *,
     exclude: str | Sequence[str] = (),
     first_layers: int | None = None,
     allow_norm: bool = False,
 ) -> list[str]:
-    """Names of the parameters to mask, in the model's own order.
+    """Return the names of the parameters to mask, in the model's own order.
 
     Args:
         include: preset names (`auto`, `vit`, `resnet`, `clip_visual`) and glob patterns over full parameter
@@ -109,7 +119,7 @@ def select(
 
 
 def is_fused_qkv(name: str) -> bool:
-    """Whether the parameter holds q, k and v stacked along dimension 0."""
+    """Return whether the parameter holds q, k and v stacked along dimension 0."""
     return fnmatchcase(name, "*attn.qkv.*") or fnmatchcase(name, "*attn.in_proj_*")
 
 

@@ -9,20 +9,24 @@ process groups.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones import set_train_mode
 from selfmask_dist.data import Batch
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of its run: this rank's place among the ranks that share a batch.
+    """What an objective may know of its run: its length, and this rank's place among the ranks that share
+    a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
+    steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
+        that rises until the end follows the second.
     """
 
     rank: int = 0
@@ -30,6 +34,8 @@ class Context:
     global_batch_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    steps_per_epoch: int = 1
+    num_steps: int = 1
 
     def gather(self, rows: Tensor) -> Tensor:
         """(rows, ...) of each rank -> (rows * ranks, ...), in the order of the global batch, of which ranks
@@ -41,12 +47,12 @@ class Context:
         whole[self.rank :: self.world_size] = rows
         return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
 
-    def places(self, num_rows: int, device: torch.device) -> Tensor:
-        """Where this rank's rows lie in what `gather` returns: (num_rows,)."""
+    def own_columns(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return where this rank's rows lie in what `gather` returns: (num_rows,)."""
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
 
 
-class Teacher(Protocol):
+class MomentumTeacher(Protocol):
     """A slow copy of encoder and heads: t <- m t + (1 - m) s after each step, with m = `momentum`."""
 
     momentum: float
@@ -70,7 +76,7 @@ class Objective(nn.Module):
     teacher: given by whoever trains, before the first step, where `teacher_parameters` asks for one.
     """
 
-    teacher: Teacher = NoTeacher()
+    teacher: MomentumTeacher = NoTeacher()
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss, and of each metric.
@@ -127,3 +133,30 @@ class Objective(nn.Module):
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
         """Class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""
         raise NotImplementedError(f"{type(self).__name__} does not classify")
+
+
+class TrainStep(nn.Module):
+    """Batch -> (this rank's share of the loss, metrics): the module that an engine runs."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        objective: Objective,
+        *,
+        batchnorm: Literal["train", "sync", "frozen"],
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.objective = objective
+        self.batchnorm = batchnorm
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:
+            set_train_mode(self.encoder, batchnorm="frozen" if self.batchnorm == "frozen" else "train")
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.objective(self.encoder, batch)
+        return loss, metrics

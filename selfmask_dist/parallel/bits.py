@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from selfmask_dist.masking import Family, MaskedParameter, Shards, select
-from selfmask_dist.parallel.engine import Engine
+from selfmask_dist.masking import Family, Segment, SegmentedParameter, Shards, select
+from selfmask_dist.parallel.engine import Engine, reduce_dtype
 from selfmask_dist.parallel.world import World
 
 # torch 2.13 renamed these; the old names warn there. Delete when torch >= 2.13 is required.
@@ -54,7 +54,7 @@ class BitsEngine(Engine):
             )
             parameters = dict(model.named_parameters())
             chosen = {name: parameters[name] for name in names}
-            self._flat = FlatShards(chosen, self.world, bucket_mb=self.options.bucket_mb)
+            self._flat = FlatShards(chosen, self.world, bucket_mb=self.config.bucket_mb)
         return self._flat
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
@@ -65,7 +65,7 @@ class BitsEngine(Engine):
             _check_family(masks.family)
             assert self._flat is not None
             thetas = {entry.name: entry.theta for entry in masks.entries}
-            self._reducer = BucketReducer(self._flat, thetas, self.options.reduce_type())
+            self._reducer = BucketReducer(self._flat, thetas, reduce_dtype(self.config))
         return masks
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
@@ -106,7 +106,7 @@ class FlatShards(Shards):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, bucket_mb: float) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.buckets = _make_buckets(parameters, world.size, bucket_mb)
@@ -154,10 +154,19 @@ class FlatShards(Shards):
     def sum(self, values: Tensor) -> Tensor:
         return self.world.sum(values)
 
-    def sum_written(self, sums: Tensor, entries: Sequence[MaskedParameter], family: Family) -> Tensor:
+    def sum_written(
+        self,
+        sums: Tensor,
+        entries: Sequence[SegmentedParameter],
+        *,
+        threshold: float | None,
+        mask_fn: Callable[[Segment], Tensor],
+    ) -> Tensor:
         """Gathers everyone's bits and sums together, so that sums cost no call of their own."""
         num_bytes = len(self._scores) // _BITS
-        payload = torch.cat([pack(self._mask(entries, family)), sums.double().view(-1).view(torch.uint8)])
+        payload = torch.cat(
+            [pack(self._mask(entries, threshold, mask_fn)), sums.double().view(-1).view(torch.uint8)]
+        )
         gathered = payload.new_empty(self.world.size, len(payload))
         if self.world.size > 1:
             _all_gather(gathered.view(-1), payload)
@@ -167,19 +176,24 @@ class FlatShards(Shards):
         rows = gathered[:, num_bytes:].clone(memory_format=torch.contiguous_format)
         return rows.view(torch.float64).sum(0).view_as(sums)
 
-    def _mask(self, entries: Sequence[MaskedParameter], family: Family) -> Tensor:
+    def _mask(
+        self,
+        entries: Sequence[SegmentedParameter],
+        threshold: float | None,
+        mask_fn: Callable[[Segment], Tensor],
+    ) -> Tensor:
         """This rank's chunks of the mask, end to end."""
-        if family.has_threshold:  # one comparison of all, as padding lies below every threshold
-            return self._scores > family.options.threshold
+        if threshold is not None:  # one comparison of all, as padding lies below every threshold
+            return self._scores > threshold
         flat = torch.zeros(len(self._scores), dtype=torch.bool, device=self._scores.device)
         for entry in entries:
             place, first = self.place_of(entry.name), self.bucket_of[entry.name].first
             piece = flat[first + place.start : first + place.stop]
             for segment, out in zip(entry.segments(), entry.split(piece), strict=True):
-                out.copy_(family.mask(segment))
+                out.copy_(mask_fn(segment))
         return flat
 
-    def complete(self, entries: Sequence[MaskedParameter], *, is_scaled: bool) -> None:
+    def complete(self, entries: Sequence[SegmentedParameter], *, is_scaled: bool) -> None:
         """Rewrite all of theta from the gathered bits: M, then * W, then * a, as `core` does."""
         assert self._gathered is not None
         by_name = {entry.name: entry for entry in entries}
@@ -202,7 +216,7 @@ class FlatShards(Shards):
         flat[low:high] = tensor
         return self.world.sum(flat).view(self._shapes[name])  # zero elsewhere, so the sum is exact
 
-    def _scale(self, entry: MaskedParameter, theta: Tensor) -> None:
+    def _scale(self, entry: SegmentedParameter, theta: Tensor) -> None:
         pieces = theta.split(-(-len(theta) // entry.num_segments))
         for piece, scale in zip(pieces, entry.scales, strict=True):
             piece.mul_(scale)

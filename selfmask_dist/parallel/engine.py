@@ -1,6 +1,6 @@
 """What an engine is: how one training step runs on many processes. One file per engine, chosen by its name.
 
-    engine = build_engine(module, encoder=..., blocks=..., world=world, options=options)   # wraps and shards
+    engine = build_engine(module, encoder=..., blocks=..., world=world, config=config)   # wraps and shards
     masks = engine.attach(encoder, attach, include="vit")            # or engine.free(encoder): train weights
     optimizer = SGD(masks.parameters(), ...)
     engine.start(optimizer)
@@ -14,18 +14,19 @@ any engine at any world size can load.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
-from selfmask_dist.parallel.moving_average import Teacher
+from selfmask_dist.parallel.moving_average import MovingAverage
 from selfmask_dist.parallel.trained import (
     ADAMW_SLOTS,
     MOMENTS,
@@ -37,29 +38,6 @@ from selfmask_dist.parallel.trained import (
 from selfmask_dist.parallel.world import World
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """The keys of the config's engine section that engines read, plus the step's own."""
-
-    name: str = "ddp"
-    precision: str = "float32"  # or bf16: forward under autocast; scores and weights stay float32
-    reduce_dtype: str = "float32"  # or bf16: how gradients travel (fsdp, bits)
-    compile: bool = False
-    checkpoint_activations: bool = False
-    reshard_after_forward: bool = True
-    shard_size: int | None = None
-    cpu_offload: bool = False
-    bucket_mb: float = 25.0
-    zero_stage: int = 2
-    deepspeed: Mapping[str, Any] = field(default_factory=dict)
-    accumulate: int = 1
-    clip_norm: float | None = None
-
-    def reduce_type(self) -> torch.dtype | None:
-        """The dtype that gradients are reduced in; None for their own."""
-        return torch.bfloat16 if self.reduce_dtype == "bf16" else None
-
-
 class Engine:
     """The replicated part that all engines share; a subclass says how the encoder is spread over ranks.
 
@@ -68,6 +46,8 @@ class Engine:
         encoder: the part of it that masks go on, already on its device (fsdp moves it there itself).
             Everything else is replicated.
         blocks: names of the encoder's repeated blocks, each wrapped by itself.
+        accumulate: micro-steps of a step.
+        clip_norm: the largest L2 norm of a step's gradient; None for any.
     """
 
     def __init__(
@@ -77,20 +57,24 @@ class Engine:
         encoder: nn.Module,
         blocks: Sequence[str],
         world: World,
-        options: EngineOptions,
+        config: EngineConfig,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
     ) -> None:
         self.module = module
         self.encoder = encoder
         self.world = world
-        self.options = options
+        self.config = config
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
         self.masks: dict[str, Any] = {}  # by the name of the model they are on
         self.trained: dict[str, TrainedParameter] = {}
         self.optimizer: Optimizer
-        self.teacher: Teacher | None = None
+        self.teacher: MovingAverage | None = None
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
-        _prepare_blocks(encoder, blocks, options)
+        _prepare_blocks(encoder, blocks, config)
         self._spread(blocks)
 
     # ---- setting up
@@ -126,7 +110,7 @@ class Engine:
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
-    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> MovingAverage:
         """Keep a moving average of what is trained of the encoder, and of these parameters. After `start`."""
         inside = f"{self._name_of(self.encoder)}."
         chosen = {id(parameter) for parameter in heads}
@@ -136,7 +120,7 @@ class Engine:
             if name.startswith(inside) or id(trained.tensor) in chosen
         }
         statistics = {f"{inside}{name}": buffer for name, buffer in norm_statistics(self.encoder)}
-        teacher = self.teacher = Teacher(kept, statistics, self.refresh)
+        teacher = self.teacher = MovingAverage(kept, statistics, self.refresh)
         self.optimizer.register_step_post_hook(lambda *_: teacher.update())
         return teacher
 
@@ -146,7 +130,7 @@ class Engine:
         """Gradients of the global loss; returns this rank's share of each metric. Collective."""
         metrics: dict[str, Tensor] = {}
         self._statistics.broadcast(self.world)
-        micro_batches = split_batch(batch, self.options.accumulate)
+        micro_batches = split_batch(batch, self.accumulate)
         for index, micro_batch in enumerate(micro_batches):
             self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
             with self._autocast():
@@ -159,8 +143,8 @@ class Engine:
 
     def step(self) -> None:
         """Clip, step the optimizer, rewrite theta, clear gradients. Collective: every rank must call."""
-        if self.options.clip_norm is not None:
-            self.clip(self.options.clip_norm)
+        if self.clip_norm is not None:
+            self.clip(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._normalise_rows()
@@ -300,7 +284,7 @@ class Engine:
     # ---- shared parts
 
     def _autocast(self) -> torch.autocast:
-        is_bf16 = self.options.precision == "bf16"
+        is_bf16 = self.config.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _name_of(self, model: nn.Module) -> str:
@@ -334,6 +318,11 @@ class Engine:
         return found
 
 
+def reduce_dtype(config: EngineConfig) -> torch.dtype | None:
+    """Return the dtype that gradients are reduced in; None for their own."""
+    return torch.bfloat16 if config.reduce_dtype == "bf16" else None
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """Micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
     if parts == 1:
@@ -360,14 +349,14 @@ def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
-def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], options: EngineOptions) -> None:
+def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], config: EngineConfig) -> None:
     """Activation checkpointing, then compilation, block by block (the whole encoder where it has none)."""
     for name in blocks or ("",):
         block = encoder.get_submodule(name)
         # on the instance's forward, not the module: names of parameters stay, hooks stay outside the graph
-        if options.checkpoint_activations:
+        if config.checkpoint_activations:
             block.forward = _checkpointed(block.forward)
-        if options.compile:
+        if config.compile:
             block.forward = torch.compile(block.forward)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from selfmask_dist.parallel.trained import TrainedParameter
 
 
-class Teacher:
+class MovingAverage:
     """Made by `Engine.keep_teacher`.
 
     Args:

@@ -18,6 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 _CPU = torch.device("cpu")
+# torch gives gloo's errors no type of their own, so they are known by their words
+_GLOO = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "No route to host",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "Socket closed",
+)
+_OWN_FAULTS = ("invalid usage", "invalid argument")  # what NCCL says of a program that is wrong
 START_TIMEOUT = timedelta(minutes=30)  # building, compiling and meeting take their time
 
 
@@ -147,6 +159,18 @@ def group_of(num_groups: int) -> int:
 def num_processes() -> int:
     """Of the whole run."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether `error` only says that another process, or the network, is gone.
+
+    Where a peer is killed, hangs or cannot be reached, a collective (or the first meeting) fails here with an
+    error that names no cause. It says nothing against the run, which may be started again.
+    """
+    text = str(error)
+    if isinstance(error, dist.DistError):  # NCCL, and the store at which processes meet
+        return not any(fault in text.lower() for fault in _OWN_FAULTS)
+    return isinstance(error, RuntimeError) and any(words in text for words in _GLOO)
 
 
 @functools.cache

@@ -20,14 +20,11 @@ from selfmask_dist.config import Config
 from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.ranks import share
-from selfmask_dist.maskfile.api import apply_masks
 from selfmask_dist.objectives import Context, Objective
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, build_objective
 from selfmask_dist.training.chain import Tensors
-from selfmask_dist.training.finetune import CHANGED, WHOLE, load_trained
-
-HEAD = "head.safetensors"
+from selfmask_dist.training.saving import read_outcome
 
 
 class Classifier(nn.Module):
@@ -51,7 +48,9 @@ def open_classifier(config: Config, classes: tuple[str, ...]) -> Classifier:
 
 def whole_state(run: Path) -> Tensors:
     """Encoder and head of a finished finetune run, by their names in `Classifier`."""
-    return name_parts(load_file(run / WHOLE), load_file(run / HEAD))
+    outcome = read_outcome(run)
+    assert outcome.weights is not None
+    return name_parts(load_file(outcome.weights), outcome.head_state())
 
 
 def name_parts(encoder: Tensors, head: Tensors) -> Tensors:
@@ -69,10 +68,7 @@ def part_of(state: Tensors, name: str) -> Tensors:
 def adapted_encoder(config: Config, run: Path) -> Tensors:
     """The whole state of the encoder that a finished run of method=mask or finetune ended with."""
     encoder = build_backbone(config).encoder
-    if (run / "final.mask").exists():
-        apply_masks(encoder, run / "final.mask")
-    else:
-        load_trained(encoder, run / (CHANGED if (run / CHANGED).exists() else WHOLE))
+    read_outcome(run).put_on(encoder)
     return dict(encoder.state_dict())
 
 

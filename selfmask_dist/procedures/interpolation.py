@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from selfmask_dist.backbones import weights
+from selfmask_dist.common.names import MASK
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
 from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
-from selfmask_dist.procedures import wise_ft_math as wise_ft
-from selfmask_dist.runs.checkpoint import load_newest
+from selfmask_dist.training.saving import read_last_checkpoint
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
 
 
 @dataclass(frozen=True)
-class Trained:
+class ScoredMask:
     """A mask and the scores it was made from, by parameter; `file` says where it comes from."""
 
     mask: Mask
@@ -30,18 +31,16 @@ class Trained:
     file: MaskFile
 
 
-def read_trained(run: Path) -> Trained:
+def read_trained(run: Path) -> ScoredMask:
     """The mask and the scores of a finished run's folder.
 
     Raises:
         FileNotFoundError: it has no final.mask.
         ValueError: it has no valid checkpoint, or the newest does not have the scores of that mask.
     """
-    path = run / "final.mask"
+    path = run / MASK
     if not path.exists():
-        raise FileNotFoundError(
-            f"{run} holds no final.mask: give folders of finished runs that learned a mask"
-        )
+        raise FileNotFoundError(f"{run} holds no {MASK}: give folders of finished runs that learned a mask")
     file = read_mask_file(path)
     mask = next(iter(file.masks.values()))
     if mask.kind != "threshold":
@@ -49,11 +48,7 @@ def read_trained(run: Path) -> Trained:
             f"{path} is of kind {mask.kind}, whose weights are more than kept or not: scores alone do not "
             "lead from one to another"
         )
-    problems: list[str] = []
-    found = load_newest(run / "checkpoints", report=problems.append, set_aside=False)
-    if found is None:
-        raise ValueError("; ".join([f"{run} has no valid checkpoint, and so no scores", *problems]))
-    checkpoint, place = found
+    checkpoint, place = read_last_checkpoint(run)
     scores = {
         key.removeprefix(_SCORES): tensor
         for key, tensor in checkpoint.tensors.items()
@@ -65,10 +60,10 @@ def read_trained(run: Path) -> Trained:
                 f"{place} does not have the scores of {path}: they differ at {name}; the newest checkpoint "
                 f"must be of the run's last step, and its mask one of scores above a threshold"
             )
-    return Trained(mask, scores, file)
+    return ScoredMask(mask, scores, file)
 
 
-def interpolate(first: Trained, second: Trained, at: float) -> Mask:
+def interpolate(first: ScoredMask, second: ScoredMask, at: float) -> Mask:
     """The mask at `at` of the way from the first to the second; running statistics are interpolated alike.
 
     Raises:
@@ -83,12 +78,12 @@ def interpolate(first: Trained, second: Trained, at: float) -> Mask:
         raise ValueError("only one of the runs moved running statistics: what lies between is not defined")
     threshold = (1 - at) * a.threshold + at * b.threshold
     of_first, of_second = ({name: end.scores[name] for name in a.bits} for end in (first, second))
-    between = wise_ft.interpolate(of_first, of_second, at)
+    between = weights.interpolate(of_first, of_second, at)
     return Mask(
         {name: binarize(scores, threshold) for name, scores in between.items()},
         a.weights_fingerprint,
         scaled=a.scaled,
         num_segments=dict(a.num_segments),
-        statistics=wise_ft.interpolate(a.statistics, b.statistics, at),
+        statistics=weights.interpolate(a.statistics, b.statistics, at),
         threshold=threshold,
     )

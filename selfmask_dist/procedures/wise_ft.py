@@ -1,11 +1,18 @@
-"""WiSE-FT as a run: adapt once, then measure the line between the frozen and the adapted weights.
+"""WiSE-FT: the straight line in weight space between a frozen model and what it was adapted to.
 
-    theta(alpha) = (1 - alpha) theta_0 + alpha theta_1
+    theta(alpha) = (1 - alpha) theta_0 + alpha theta_1        theta(0) = theta_0,  theta(1) = theta_1 exactly
 
-The alpha is chosen on training images that were held out, and the whole curve is measured on the test images
-besides. Of a mask the line is W (1 - alpha + alpha a M): still one bit for each weight, and one number.
+Some alpha in between is often better under a shift than both ends, and as good on the new data (Wortsman et
+al., "Robust fine-tuning of zero-shot models", CVPR 2022, arXiv 2109.01903, eq. 1). With a mask the line is
+W (1 - alpha + alpha a M): still one bit for each weight, and one number. The same line between the scores of
+two masks is `procedures.interpolation`.
+
+The equations come first, as pure functions on state dicts. The run below them adapts once, chooses alpha on
+training images that were held out, and measures the whole curve on the test images besides.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from selfmask_dist import data
+from selfmask_dist.backbones.weights import interpolate, write
+from selfmask_dist.common.names import HEAD
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
-from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.procedures.classifier import (
-    HEAD,
     accuracy,
     adapted_encoder,
     embeddings,
@@ -32,6 +40,53 @@ from selfmask_dist.procedures.classifier import (
 from selfmask_dist.runs.life import Life
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors
+
+ALPHAS = tuple(step / 10 for step in range(11))
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one alpha."""
+
+    alpha: float
+    values: dict[str, float]
+
+
+def measure_curve(
+    model: nn.Module,
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    measure_fn: Callable[[nn.Module], Mapping[str, float]],
+    *,
+    alphas: Sequence[float] = ALPHAS,
+) -> list[Point]:
+    """`measure_fn(model)` all along the line. The model's own state is put back at the end.
+
+    Args:
+        first, second: tensors of `model` by name: all of its state, or the part that differs.
+
+    Raises:
+        ValueError: a name that the model does not have, or as `interpolate`.
+    """
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    points = []
+    try:
+        for alpha in alphas:
+            write(model, interpolate(first, second, alpha))
+            points.append(Point(alpha, dict(measure_fn(model))))
+    finally:
+        write(model, before)
+    return points
+
+
+def best_point(points: Sequence[Point], key: str) -> Point:
+    """The point with the largest value of `key`; of equal ones the one nearest to alpha = 0."""
+    if not points or any(key not in point.values for point in points):
+        raise ValueError(f"not every point of the curve has a value {key!r}")
+    return max(points, key=lambda point: (point.values[key], -point.alpha))
+
+
+# ---- the run
 
 _STAGE = "adapted"
 
@@ -50,14 +105,14 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     second = adapted_encoder(config, chain.folder / _STAGE)
     curve = []
     for alpha in section.alphas:
-        theta = wise_ft.interpolate(first, second, alpha)
+        theta = interpolate(first, second, alpha)
         measure = partial(_measure, config, theta, is_held_out, chain.folder / _STAGE)
         values = chain.measure(f"alpha-{alpha:g}.json", measure)
         curve.append({"alpha": alpha, **values})
     key = choose_by(config, num_neighbours=int((~is_held_out).sum()))
-    points = [wise_ft.Point(point["alpha"], point["held_out"]) for point in curve]
-    alpha = wise_ft.best(points, key).alpha
-    path = chain.once("chosen.safetensors", wise_ft.interpolate, first, second, alpha)
+    points = [Point(point["alpha"], point["held_out"]) for point in curve]
+    alpha = best_point(points, key).alpha
+    path = chain.once("chosen.safetensors", interpolate, first, second, alpha)
     chain.file("curve.png", lambda file: draw_curve(curve, key, alpha, file))
     return {
         "alpha": alpha,
@@ -86,7 +141,7 @@ def _measure(
     network = open_classifier(config, train.classes)
     if (run / HEAD).exists():
         network.objective.load_state_dict(load_file(run / HEAD))
-    wise_ft.write(network.encoder, theta)
+    write(network.encoder, theta)
     network.to(life.world.device)
     bank = embeddings(config, network, data.Subset(train, np.flatnonzero(~is_held_out)), life)
     return {

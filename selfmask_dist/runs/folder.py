@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.config import Config, load_config, to_yaml
+from selfmask_dist.config import Config, flat_science, load_config, to_yaml
 
 # what a run directory may hold; anything else in it is not ours to delete
 _OWN_FILES = (
@@ -76,16 +76,6 @@ def _check_same_run(config: Config, before: Config) -> None:
                 f"{run_path(config)} was started with {key}={flat_science(before)[key]!r} and not {now!r}; "
                 f"results would be of neither. Put it back, or set run.name to another name"
             )
-
-
-def flat_science(config: Config) -> dict[str, Any]:
-    """The keys that change results, dotted, with their values."""
-    flat: dict[str, Any] = {"seed": config.seed, "method": config.method}
-    for section, values in config:
-        for name, info in getattr(type(values), "model_fields", {}).items():
-            if (info.json_schema_extra or {}).get("group") == "science":
-                flat[f"{section}.{name}"] = getattr(values, name)
-    return flat
 
 
 def run_path(config: Config) -> Path:

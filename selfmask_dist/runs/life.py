@@ -18,8 +18,8 @@ import torch
 
 from selfmask_dist.config import Config
 from selfmask_dist.data import WorkerLostError
-from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.parallel import START_TIMEOUT, World, is_lost_peer, set_timeout
+from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.status import Heartbeat
 from selfmask_dist.runs.watchdog import Watchdog

@@ -2,7 +2,7 @@
 
     objective + encoder -> engine -> masks -> loader -> trainer -> mask file
 
-Wiring alone; the parts come from `assembly`, the loop is `trainer`.
+Wiring alone: the parts come from `build` and `prepare`, the loop is `trainer`.
 """
 
 from collections.abc import Callable
@@ -11,31 +11,24 @@ from typing import Any
 
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.runs.life import Life
-from selfmask_dist.training.build import (
-    MaskTelemetry,
-    Trained,
-    TrainStep,
-    build_objective,
-    engine_options,
-    hold_weights,
-    load_first_state,
-    lora_options,
-    prepare,
-)
+from selfmask_dist.training.build import build_objective, lora_options, train_transform
+from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
-from selfmask_dist.training.meter import Meter
-from selfmask_dist.training.saving import save
+from selfmask_dist.training.meter import MaskTelemetry, Meter
+from selfmask_dist.training.prepare import hold_weights, load_first_state, prepare
+from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule
 from selfmask_dist.training.state import Keeper, Position, RunState
 from selfmask_dist.training.trainer import Trainer
-from selfmask_dist.training.views import train_transform
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -127,7 +120,7 @@ def _identity(config: Config, backbone: Backbone, per_epoch: int) -> dict[str, A
 
 def _open_quarantine(config: Config, life: Life, train: data.Source) -> data.Quarantine:
     return data.Quarantine(
-        life.directory / "quarantine.jsonl",
+        life.directory / names.QUARANTINE,
         num_samples=len(train),
         budget=config.data.max_broken,
         rank=life.world.rank,
@@ -158,7 +151,12 @@ def _build(
     context = Context(
         world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
     )
-    objective = build_objective(config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch)
+    teacher = None
+    if config.objective.name == "supervised" and config.objective.distill_from is not None:
+        teacher = DistillTeacher(Path(config.objective.distill_from), train.classes)
+    objective = build_objective(
+        config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch, teacher=teacher
+    )
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":
         synchronise_batchnorm(backbone.encoder)
@@ -169,7 +167,9 @@ def _build(
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world,
-        options=engine_options(config),
+        config=config.engine,
+        accumulate=config.train.accumulate,
+        clip_norm=config.optim.clip_norm,
     )
     return objective, engine
 
@@ -180,7 +180,7 @@ def _conclude(
     backbone: Backbone,
     objective: Objective,
     engine: Engine,
-    trained: Trained,
+    trained: Trainable,
     evaluation: Evaluation,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
@@ -223,7 +223,7 @@ def build_keeper(config: Config, state: RunState, life: Life) -> Keeper:
     if life.world.is_main:
         retention = Retention(section.keep_last, section.keep_every, section.keep_best)
         saver = Saver(
-            life.directory / "checkpoints",
+            life.directory / names.CHECKPOINTS,
             retention,
             on_commit=lambda path, seconds: life.writer.event(
                 "checkpoint", path=path.name, seconds=seconds, stalled=keeper.stalled

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfmask_dist.common.names import FINETUNED
 from selfmask_dist.masking.selection import is_fused_qkv, norm_parameters
 
 Train = Literal["all", "bias", "norm", "lora"]
@@ -28,7 +29,6 @@ Train = Literal["all", "bias", "norm", "lora"]
 EMBEDDING = ("patch_embed.*", "stem.*", "stem_*", "conv_stem.*", "conv1.*", "bn1.*", "ln_pre.*", "norm_pre.*")
 _LORA = ".lora_"  # in the names of what peft adds
 _METADATA = "finetune"
-CHANGED, WHOLE = "finetuned.safetensors", "encoder.safetensors"  # what a run leaves: of a part, of all
 
 
 def choose_weights(model: nn.Module, train: Train, *, freeze: Sequence[str] = ()) -> list[str]:
@@ -185,12 +185,13 @@ def load_changed(model: nn.Module, path: Path) -> list[str]:
 
 @torch.no_grad()
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Put what a fine-tuning run left onto the pretrained network, in place: the file `CHANGED` or `WHOLE`.
+    """Put what a fine-tuning run left onto the pretrained network, in place: the changed part or the whole
+    encoder.
 
     Raises:
         ValueError: the file is of another network.
     """
-    if path.name == CHANGED:
+    if path.name == FINETUNED:
         load_changed(model, path)
         return
     tensors, own = load_file(path), model.state_dict()

@@ -1,7 +1,7 @@
 """Numbers of a training run between two log lines: running means, images per second, waiting for data,
-memory.
+memory; and how the masks move.
 
-Knows nothing of what is trained. What was counted is part of a run's state.
+What a `Meter` counted is part of a run's state.
 """
 
 import resource
@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.data import Batch
+from selfmask_dist.maskfile.api import Masks
+from selfmask_dist.masking import measure
 from selfmask_dist.parallel import World
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the scores stopped being finite; the message names step and batch, and what was saved."""
 
 
 class Meter:
@@ -99,3 +105,32 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+class MaskTelemetry:
+    """Active share, flips and near-threshold mass at a logged step; stops a run whose scores are not
+    finite.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._masks = masks
+        self._before: dict[str, Tensor] | None = None
+
+    def before_step(self) -> None:
+        self._before = self._masks.mask_pieces()
+
+    def after_step(self) -> dict[str, Any]:
+        statistics = measure(self._masks, before=self._before)
+        if statistics.num_nonfinite:
+            raise NonFiniteError(
+                f"{statistics.num_nonfinite} scores are not finite: a gradient overflowed since the last "
+                f"log. Lower "
+                f"optim.score_lr or set optim.clip_norm"
+            )
+        return {
+            "mask/active": statistics.active,
+            "mask/flips": statistics.flips,
+            "mask/near_threshold": statistics.near_threshold,
+            "mask/empty": list(statistics.empty),
+            "mask/active_by_parameter": statistics.active_by_parameter,
+        }

@@ -1,25 +1,55 @@
-"""What a run leaves beside its numbers: the mask file (dense weights where bits are not all) and the head."""
+"""What a run leaves beside its numbers, written and read: a mask file or weights, and a head.
 
+save(...)                        final.mask where bits say all, else encoder or finetuned.safetensors;
+                                 head.safetensors
+outcome = read_outcome(folder)   where these are
+outcome.put_on(encoder)          the pretrained encoder becomes the one that training ended with
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from selfmask_dist import objectives
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.config import Config
-from selfmask_dist.maskfile.api import Masks, save_masks
+from selfmask_dist.common import names
+from selfmask_dist.config import Config, load_config
+from selfmask_dist.maskfile.api import Masks, apply_masks, save_masks
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
-from selfmask_dist.training.build import Trained, lora_options
-from selfmask_dist.training.finetune import CHANGED, WHOLE, save_changed
+from selfmask_dist.runs.checkpoint import Checkpoint, load_newest
+from selfmask_dist.training.build import lora_options
+from selfmask_dist.training.finetune import load_trained, save_changed
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a run trains: masks on the encoder (and on a masked head), or plain weights.
+
+    summary: says it to the user.
+    weights: names of the backbone's weights that are trained as they are.
+    statistics: the backbone's running statistics before training, by name.
+    """
+
+    masks: Masks | None
+    head_masks: Masks | None
+    summary: str
+    weights: tuple[str, ...] = ()
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# ---- writing
 
 
 def save(
     config: Config,
-    trained: Trained,
+    trained: Trainable,
     backbone: Backbone,
     objective: objectives.Objective,
     directory: Path,
@@ -27,7 +57,7 @@ def save(
     engine: Engine,
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """Write the mask file (or the trained weights, as theta) and the head; returns their sizes in bytes.
+    """Write the mask file (or the trained weights, as theta) and the head; return their sizes in bytes.
 
     Collective: every rank must call; the first one writes.
     """
@@ -37,7 +67,7 @@ def save(
         num_weights = sum(entry.theta.numel() for entry in trained.masks.entries)
         mask_bytes = save_masks(
             trained.masks,
-            directory / "final.mask",
+            directory / names.MASK,
             is_writer=is_main,
             backbone=backbone.spec.name,
             backbone_fingerprint=backbone.spec.fingerprint,
@@ -58,16 +88,16 @@ def save(
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
     head = _plain(objective.kept_state())  # projectors are thrown away
     if head and is_main:
-        save_file(head, directory / "head.safetensors")
+        save_file(head, directory / names.HEAD)
     return sizes
 
 
-def _save_weights(config: Config, trained: Trained, engine: Engine, directory: Path) -> dict[str, Any]:
-    """Write the encoder, or what fine-tuning changed of it where that is less; returns sizes. Collective."""
+def _save_weights(config: Config, trained: Trainable, engine: Engine, directory: Path) -> dict[str, Any]:
+    """Write the encoder, or what fine-tuning changed of it where that is less; return sizes. Collective."""
     section, buffers = config.finetune, dict(engine.encoder.named_buffers())
     moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
     is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
-    path = directory / (CHANGED if is_part else WHOLE)
+    path = directory / (names.FINETUNED if is_part else names.ENCODER)
     weights = engine.whole_weights({*trained.weights, *moved} if is_part else None)
     if engine.world.is_main and is_part:
         save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
@@ -93,7 +123,81 @@ def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_in_mask_file(family: Family) -> bool:
-    """Whether a mask file says all of what was trained: theta = [a] * W * M on frozen weights, or another
-    form that files hold.
+    """Return whether a mask file says all of what was trained: theta = [a] * W * M on frozen weights, or
+    another form that files hold.
     """
     return family.form != "threshold" or (family.is_mask and not family.trains_weight)
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run's folder has what its training left; None for what it did not leave.
+
+    mask: the mask file. weights: the whole encoder, or the part that fine-tuning changed. head: the
+    objective's head.
+    """
+
+    folder: Path
+    mask: Path | None
+    weights: Path | None
+    head: Path | None
+
+    def config(self, overrides: Sequence[str] = ()) -> Config:
+        """Return the configuration that the run was started with."""
+        return load_config(self.folder / names.CONFIG, overrides)
+
+    def result(self) -> dict[str, Any]:
+        """Return the run's `result.json`.
+
+        Raises:
+            ValueError: the run has not finished.
+        """
+        path = self.folder / names.RESULT
+        if not path.exists():
+            left = self.mask or self.weights
+            has = f"it has {left.name} and no" if left else "it has no"
+            raise ValueError(f"{self.folder} is not finished: {has} {path.name} yet")
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+
+    def put_on(self, encoder: nn.Module) -> None:
+        """Put the mask or the weights onto the pretrained encoder, in place.
+
+        Raises:
+            ValueError: they are of another network, or the run left neither.
+        """
+        if self.mask is not None:
+            apply_masks(encoder, self.mask)
+        elif self.weights is not None:
+            load_trained(encoder, self.weights)
+        else:
+            raise ValueError(f"{self.folder} holds neither a mask nor weights")
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return the head's tensors by their names in the objective; none where no head was kept."""
+        return {} if self.head is None else load_file(self.head)
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """Return what the training of a run left in its folder: nothing, where it is not a run's or not done."""
+
+    def find(*choices: str) -> Path | None:
+        return next((folder / name for name in choices if (folder / name).exists()), None)
+
+    return Outcome(folder, find(names.MASK), find(names.FINETUNED, names.ENCODER), find(names.HEAD))
+
+
+def read_last_checkpoint(folder: Path) -> tuple[Checkpoint, Path]:
+    """Return the newest valid checkpoint of another run, and where it is. Nothing in its folder is changed.
+
+    Raises:
+        ValueError: there is none; the message says what is wrong with those that are there.
+    """
+    problems: list[str] = []
+    found = load_newest(folder / names.CHECKPOINTS, report=problems.append, set_aside=False)
+    if found is None:
+        raise ValueError("; ".join([f"{folder} has no valid checkpoint", *problems]))
+    return found

@@ -21,13 +21,9 @@ from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.parallel import Engine
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted
-from selfmask_dist.training.meter import Meter
+from selfmask_dist.training.meter import Meter, NonFiniteError
 from selfmask_dist.training.schedule import Schedule
 from selfmask_dist.training.state import Keeper, Position
-
-
-class NonFiniteError(ArithmeticError):
-    """The loss or the scores stopped being finite; the message names step and batch, and what was saved."""
 
 
 class Batches(Protocol):

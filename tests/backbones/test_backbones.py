@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from selfmask_dist.backbones import Backbone, find_blocks, fingerprint, load_bac
 from selfmask_dist.backbones.load import _measure_dim
 from selfmask_dist.backbones.sign_activations import RECTIFIERS, SignActivation, use_sign_activations
 from selfmask_dist.config import load_config
+from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.training.build import build_backbone
 
 VIT = "timm:vit_tiny_patch16_224"
@@ -31,18 +33,21 @@ CLIP_KWARGS = {
 }
 
 
+def load(name: str, *, seed: int = 0, weights: Path | None = None, **section: Any) -> Backbone:
+    path = None if weights is None else str(weights)
+    return load_backbone(BackboneConfig(name=name, weights=path, **section), seed=seed)
+
+
 def vit(image_size: int = 32, **arguments: Any) -> Backbone:
-    return load_backbone(
-        VIT, **{"pretrained": False, "image_size": image_size, "kwargs": VIT_KWARGS, **arguments}
-    )
+    return load(VIT, **{"pretrained": False, "image_size": image_size, "kwargs": VIT_KWARGS, **arguments})
 
 
 def resnet(**arguments: Any) -> Backbone:
-    return load_backbone(RESNET, **{"pretrained": False, "image_size": 32, **arguments})
+    return load(RESNET, **{"pretrained": False, "image_size": 32, **arguments})
 
 
 def clip(name: str = "open_clip:ViT-B-32", **arguments: Any) -> Backbone:
-    return load_backbone(name, **{"pretrained": False, "kwargs": CLIP_KWARGS, **arguments})
+    return load(name, **{"pretrained": False, "kwargs": CLIP_KWARGS, **arguments})
 
 
 @pytest.fixture
@@ -363,7 +368,7 @@ def test_values_that_are_not_finite_are_refused(vit_file: Path, tmp_path: Path) 
 )
 def test_bad_arguments_name_the_way_out(name: str, arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=f"(?s){complaint}"):
-        load_backbone(name, **{"pretrained": False, **arguments})
+        load(name, **{"pretrained": False, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -391,10 +396,17 @@ def test_a_hub_out_of_reach_is_explained(name: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         ValueError, match=r"(?s)no route to host.*backbone\.weights.*backbone\.pretrained=false"
     ):
-        load_backbone(name)
+        load(name)
 
 
 # ---- open_clip
+
+
+def test_open_clip_missing_is_said_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    complaint = r"backbone\.name=open_clip:ViT-B-32 needs open_clip, .* bring it in with `.* open_clip_torch`"
+    with pytest.raises(ValueError, match=complaint):
+        clip()
 
 
 def test_text_embeddings_are_open_clips_own() -> None:
@@ -567,9 +579,9 @@ def test_real_weights_tell_pictures_apart(
         return float((labels[similarity.argmax(dim=1)] == labels).float().mean())
 
     path = shared_data / "weights" / f"{file}.safetensors"
-    backbone = load_backbone(name, weights=path, image_size=96, crop_pct=1.0, **arguments)
+    backbone = load(name, weights=path, image_size=96, crop_pct=1.0, **arguments)
     assert backbone.spec.dim == dim
-    random = load_backbone(name, pretrained=False, image_size=96, crop_pct=1.0, **arguments)
+    random = load(name, pretrained=False, image_size=96, crop_pct=1.0, **arguments)
     assert accuracy(backbone) > accuracy(random) + 0.12  # measured: 0.43-0.56 against 0.12-0.23
 
 

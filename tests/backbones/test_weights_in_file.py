@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import load_backbone
+from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach
-from selfmask_dist.parallel import EngineOptions, EngineState, build_engine
+from selfmask_dist.parallel import EngineState, build_engine
 from tests.backbones.test_backbones import CLIP_KWARGS, VIT_KWARGS
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Step, batch_of, world_here
@@ -33,7 +35,8 @@ def load(family: str, path: Path | str, image_size: int = 32, **options: Any) ->
     if family == "swin":
         kwargs = {**kwargs, "window_size": 4}
     size = None if family == "open_clip" else image_size
-    return load_backbone(name, weights=path, image_size=size, kwargs=kwargs, **options)
+    section = BackboneConfig(name=name, weights=str(path), image_size=size, kwargs=kwargs)
+    return load_backbone(section, **options)
 
 
 def write_files(folder: Path) -> dict[str, Path]:
@@ -45,7 +48,8 @@ def write_files(folder: Path) -> dict[str, Path]:
             options = {"image_size": 64}
         if family == "swin":
             kwargs = {**kwargs, "window_size": 4}
-        encoder = load_backbone(name, pretrained=False, kwargs=kwargs, seed=3, **options).encoder
+        section = BackboneConfig(name=name, pretrained=False, kwargs=kwargs, **options)
+        encoder = load_backbone(section, seed=3).encoder
         for index, value in enumerate(encoder.state_dict().values()):
             if value.is_floating_point():  # running statistics and biases are not all alike
                 noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(index))
@@ -128,8 +132,8 @@ def test_a_file_is_held_to_the_same_rules(files: dict[str, Path], tmp_path: Path
 def test_random_weights_are_those_of_the_seed(files: dict[str, Path]) -> None:
     """There is no file; they are drawn as ever."""
     name, kwargs, _ = FAMILIES["timm_vit"]
-    options: dict[str, Any] = {"pretrained": False, "image_size": 32, "kwargs": kwargs, "seed": 7}
-    assert load_backbone(name, **options, in_file=True).spec == load_backbone(name, **options).spec
+    section = BackboneConfig(name=name, pretrained=False, image_size=32, kwargs=kwargs)
+    assert load_backbone(section, seed=7, in_file=True).spec == load_backbone(section, seed=7).spec
 
 
 def test_hub_weights_stay_in_their_file_too(tmp_path: Path) -> None:
@@ -139,7 +143,9 @@ def test_hub_weights_stay_in_their_file_too(tmp_path: Path) -> None:
     save_file(model.state_dict(), path)
     kwargs = {**VIT_KWARGS, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 7}}
     whole, in_file = (
-        load_backbone("timm:vit_tiny_patch16_224", image_size=32, kwargs=kwargs, in_file=is_in_file)
+        load_backbone(
+            BackboneConfig(name="timm:vit_tiny_patch16_224", image_size=32, kwargs=kwargs), in_file=is_in_file
+        )
         for is_in_file in (False, True)
     )
     assert in_file.spec == whole.spec
@@ -155,7 +161,7 @@ def train(family: str, path: str, in_file: bool) -> tuple[list[float], EngineSta
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world_here(),
-        options=EngineOptions(name="fsdp"),
+        config=EngineConfig(name="fsdp"),
     )
     assert mapped_bytes(backbone.encoder, Path(path)) == 0, "nothing of it is left when it is cut"
     masks = engine.attach(backbone.encoder, attach, include=FAMILIES[family][2])

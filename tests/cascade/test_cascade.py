@@ -20,7 +20,7 @@ from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_o
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.config.selfsupervised import Combining
+from selfmask_dist.config.procedures import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
@@ -340,6 +340,7 @@ def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_cascade_stopped_in_every_stage_ends_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
     """One signal to one of two processes in each stage; the launcher starts them again."""

@@ -392,7 +392,7 @@ def test_state_resumes_anywhere_and_refuses_changed_data(folder: Path, tmp_path:
 KILLED_IN_AN_EPOCH = """
 import multiprocessing, os, signal
 from selfmask_dist.data import eval_loader, eval_transform, open_source
-from selfmask_dist.preprocessing import Preprocessing
+from selfmask_dist.common.preprocessing import Preprocessing
 transform = eval_transform(Preprocessing(8, (0, 0, 0), (1, 1, 1)))
 batches = iter(eval_loader(open_source(folder), transform, batch_size=1, num_workers=1))
 next(batches)

@@ -20,16 +20,16 @@ from selfmask_dist.maskfile import (
     container,
     from_masks,
     read_mask_file,
-    read_parameter,
     write_mask_file,
 )
 from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
+from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make
 
 
-def trained(family: str, **options) -> tuple[nn.Module, nn.Module, Masks]:
+def trained(architecture: str, /, **options) -> tuple[nn.Module, nn.Module, Masks]:
     """(the untouched backbone, the masked model, its masks) with about a third pruned."""
-    model, preset = make(family, dtype=torch.float32)
+    model, preset = make(architecture, dtype=torch.float32)
     backbone = copy.deepcopy(model)
     masks = attach(model, include=preset, **options)
     generator = torch.Generator().manual_seed(3)
@@ -48,7 +48,9 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": "none"}, {"split_qkv": True}], ids=["scaled", "unscaled", "split"]
+    "options",
+    [{}, {"family": build_family("threshold", scale="none")}, {"split_qkv": True}],
+    ids=["scaled", "unscaled", "split"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_applied_backbone_equals_the_trained_model_bit_for_bit(
@@ -213,24 +215,20 @@ def test_one_parameter_is_read_without_the_others(tmp_path: Path) -> None:
     first = from_masks(masks)
     second = replace(first, bits={name: ~bits for name, bits in first.bits.items()}, against="first")
     write_mask_file(path, MaskFile({"first": first, "second": second}))
-    names = list(first.bits)
     entry = container.open_part(path).header["masks"]["second"]["parameters"][-1]
     assert entry["context"] == "mask"
     damaged = bytearray(path.read_bytes())
     start = len(damaged) - 32 - container.open_part(path).num_bytes
-    offset, length, _ = container.open_part(path).header["masks"]["second"]["parameters"][0]["section"]
+    offset, length, checksum = container.open_part(path).header["masks"]["second"]["parameters"][0]["section"]
     damaged[start + offset] ^= 1
     assert length
     path.write_bytes(damaged)
     with pytest.raises(MaskFileError, match="checksum"):
         read_mask_file(path)
-    assert torch.equal(read_parameter(path, names[-1], mask="second"), second.bits[names[-1]])
-    with pytest.raises(MaskFileError, match="is damaged"):
-        read_parameter(path, names[0], mask="second")
-    with pytest.raises(MaskFileError, match=r"\['first', 'second'\]; name one"):
-        read_parameter(path, names[0])
-    with pytest.raises(MaskFileError, match="no parameter 'x'"):
-        read_parameter(path, "x", mask="first")
+    part = container.open_part(path)
+    assert part.section(entry["section"]), "the section is whole, though the file is not"
+    with pytest.raises(ValueError, match="is damaged"):
+        part.section([offset, length, checksum])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,8 +264,6 @@ def test_a_file_larger_than_the_limit_is_refused_before_it_is_made(tmp_path: Pat
     assert size < 2000
     with pytest.raises(MaskFileError, match=r"50,000,000 values, more than the limit of 49,999,999"):
         read_mask_file(tmp_path / "a.mask", max_weights=49_999_999)
-    with pytest.raises(MaskFileError, match="more than the limit of 5"):
-        read_parameter(tmp_path / "a.mask", "w", mask="3", max_weights=5)
 
 
 def test_a_header_that_would_grow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from selfmask_dist import cli
 from selfmask_dist.config import Config, to_yaml
 from selfmask_dist.maskfile import Mask, MaskFile, from_masks, read_mask_file, write_mask_file
 from selfmask_dist.maskfile.tools.comparison import (  # fmt: skip
+    ComparedMask,
     as_dict,
     labels_of,
     masks,
@@ -24,7 +25,6 @@ from selfmask_dist.maskfile.tools.comparison import (  # fmt: skip
     read_subjects,
     table,
 )
-from selfmask_dist.maskfile.tools.comparison import from_masks as subjects_of
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 from selfmask_dist.maskfile.tools.similarity import (
     agreement,
@@ -35,7 +35,7 @@ from selfmask_dist.maskfile.tools.similarity import (
     layers_of,
     tree_of,
 )
-from selfmask_dist.masking import Masks
+from selfmask_dist.masking import attach
 from tests.support.models import FAMILIES, make
 
 T = TypeVar("T")
@@ -116,9 +116,7 @@ def test_what_is_not_defined_is_none_and_not_a_number() -> None:
     assert compare(everything, everything).iou_kept is None
     assert compare(nothing, everything).iou_kept == 0.0
     assert agreement([nothing, nothing]).unanimous is None
-    json.dumps(
-        as_dict(masks(subjects_of({"a": _mask(nothing), "b": _mask(nothing)}, Path("x")))), allow_nan=False
-    )
+    json.dumps(as_dict(masks([_compared("a", nothing), _compared("b", nothing)])), allow_nan=False)
 
 
 def test_agreement_counts_votes(generator: torch.Generator) -> None:
@@ -145,7 +143,7 @@ def test_changes_are_the_bits_that_differ(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sparsity_by_kind_is_that_of_the_model(family: str, generator: torch.Generator) -> None:
     model, preset = make(family, dtype=torch.float32)
-    attached = Masks.attach(model, include=preset)
+    attached = attach(model, include=preset)
     attached.load_state_dict(
         {name: torch.rand(s.shape, generator=generator) - 0.4 for name, s in attached.state_dict().items()}
     )
@@ -185,6 +183,10 @@ def test_the_tree_joins_the_most_alike_first() -> None:
 
 
 # ---- from files
+
+
+def _compared(label: str, bits: dict[str, Tensor], fingerprint: str = "w" * 64) -> ComparedMask:
+    return ComparedMask(label, bits, Path("x"), weights_fingerprint=fingerprint)
 
 
 def _mask(bits: dict[str, Tensor], fingerprint: str = "w" * 64) -> Mask:
@@ -288,7 +290,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, generator: torch.Gener
         ValueError, match=r"a\.mask and .*b\.mask are masks of different backbones .*b{12} and c{12}"
     ):
         masks(read_subjects([a, b]))
-    one, two = subjects_of({"a": _mask(bits), "b": _mask(bits, "v" * 64)}, Path("x"))
+    one, two = _compared("a", bits), _compared("b", bits, "v" * 64)
     with pytest.raises(ValueError, match="different weights under the masks"):
         masks([one, two])
     with pytest.raises(ValueError, match="no parameter in common"):
@@ -318,7 +320,7 @@ def test_labels_tell_paths_apart() -> None:
 
 def test_saved_masks_are_read_as_they_were(tmp_path: Path) -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
-    attached = Masks.attach(model, include=preset)
+    attached = attach(model, include=preset)
     write_mask_file(tmp_path / "a.mask", MaskFile({"default": from_masks(attached)}))
     (subject,) = read_subjects([tmp_path / "a.mask"])
     assert (

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist import apply_masks, cli
+from selfmask_dist.backbones.weights import read_state_dict
 from selfmask_dist.config import load_config, to_yaml
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file, write_mask_file
-from selfmask_dist.maskfile.tools.score_import import import_scores, read_state
+from selfmask_dist.maskfile.tools.score_import import import_scores
 from selfmask_dist.runs import exit_status
 from selfmask_dist.training.build import build_backbone
 from tests.support.models import ConvNet, make
@@ -66,7 +67,7 @@ def test_the_mask_embeds_as_the_trained_model_did(kind: str, tmp_path: Path) -> 
         save_file(state, path)
     else:
         torch.save(state if kind == "pt" else {"epoch": 3, "model": state}, path)
-    found = import_scores(read_state(path), backbone)
+    found = import_scores(read_scores(path), backbone)
     assert list(found.mask.bits) == ["conv1.weight", "conv2.weight", "downsample.0.weight"]
     assert sorted(found.left_out) == ["classifier.bias", "classifier.weight"]
     assert not found.mask.scaled
@@ -102,6 +103,10 @@ def test_what_does_not_fit_is_refused() -> None:
     assert len(kept.mask.bits) == 3, "the same frozen weights in the file are no mistake"
 
 
+def read_scores(path: Path) -> dict[str, Tensor]:
+    return read_state_dict(path, skip_others=True)
+
+
 class Trap:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("trap",)
@@ -111,17 +116,17 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Trap()}, tmp_path / "trap.pt")
     with pytest.raises(ValueError, match="reading it would execute what is in it"):
-        read_state(tmp_path / "trap.pt")
+        read_scores(tmp_path / "trap.pt")
     assert not (tmp_path / "trap").exists()
     (tmp_path / "noise.pt").write_bytes(b"\x80\x02nothing")
     (tmp_path / "noise.safetensors").write_bytes(b"nothing at all")
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("noise.pt", "noise.safetensors", "empty.pt"):
-        with pytest.raises(ValueError, match=f"{name} "):
-            read_state(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            read_scores(tmp_path / name)
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match="holds a Tensor and no state dict"):
-        read_state(tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="holds a Tensor, not a state dict"):
+        read_scores(tmp_path / "tensor.pt")
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

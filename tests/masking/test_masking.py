@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from selfmask_dist.masking import attach, binarize, materialize, measure
+from selfmask_dist.masking import attach, binarize, build_family, materialize, measure
 from selfmask_dist.masking.core import Scale
 from tests.support.models import FAMILIES, make
 
@@ -70,7 +70,7 @@ def loss_of(features: Tensor, labels: Tensor) -> Tensor:
 def test_gradient_and_step_equal_autograd(family: str, kept: float, scale: Scale, split_qkv: bool) -> None:
     model, preset = make(family)
     original = copy.deepcopy(model)
-    masks = attach(model, include=preset, scale=scale, split_qkv=split_qkv)
+    masks = attach(model, include=preset, family=build_family("threshold", scale=scale), split_qkv=split_qkv)
     names = list(masks.state_dict())
     scores = random_scores(original, names, kept)
     masks.load_state_dict(scores)
@@ -114,7 +114,7 @@ def test_the_term_through_the_scale_matters() -> None:
     name = "blocks.0.mlp.fc1.weight"
     with_term = next(gradient(e.scores).clone() for e in through.entries if e.name == name)
     through.detach()
-    detached = attach(model, include=preset, scale="detached")
+    detached = attach(model, include=preset, family=build_family("threshold", scale="detached"))
     detached.load_state_dict(scores)
     loss_of(model(images), labels).backward()
     without = next(gradient(e.scores) for e in detached.entries if e.name == name)
@@ -148,10 +148,10 @@ def num_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
 def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str) -> None:
     # in float64 the shift rounds at 1e-16 of a score: no score of this run comes that near to the threshold
     model, preset = make(family)
-    base, losses = train(model, preset, init=1.0, threshold=0.0)
+    base, losses = train(model, preset, init=1.0)
     assert sum(int((~m).sum()) for m in base.values()) > 50, "the run must prune something"
     model, _ = make(family)
-    shifted, shifted_losses = train(model, preset, init=3.5, threshold=2.5)
+    shifted, shifted_losses = train(model, preset, init=3.5, family=build_family("threshold", threshold=2.5))
     assert num_different(base, shifted) == 0
     assert shifted_losses == pytest.approx(losses, rel=1e-12)
 
@@ -417,7 +417,7 @@ class TestSelection:
         with pytest.raises(ValueError, match="not above threshold"):
             attach(model, init=0.0)
         with pytest.raises(ValueError, match="not one of through"):
-            attach(model, scale="sqrt")  # type: ignore[arg-type]
+            build_family("threshold", scale="sqrt")
         with pytest.raises(ValueError, match="init do not fit the masked parameters: missing"):
             attach(model, init={"blocks.0.attn.qkv.weight": torch.ones(72, 24)})
         masks = attach(model)

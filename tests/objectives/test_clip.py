@@ -3,7 +3,7 @@ and engines alike, whole runs on image-text shards.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,20 +16,24 @@ from selfmask_dist import data
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
+from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.objectives import ClipConfig, SlipConfig
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch, SampleError, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
-from selfmask_dist.objectives import Clip, Context, Slip, SlipOptions, build_objective
-from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
-from selfmask_dist.training.build import TrainStep
+from selfmask_dist.objectives import Clip, Context, Slip, build_objective
+from selfmask_dist.objectives.base import TrainStep
+from selfmask_dist.parallel import EngineState, World, build_engine
 from tests.support.distributed import run_distributed
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of
 from tests.support.tars import labelled, picture, write_tar
 from tests.support.tiny_run import write_config
 
 ROWS, STEPS = 6, 3
-KWARGS = {
+Text = Literal["frozen", "trained"]
+KWARGS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "width": 16, "heads": 2, "layers": 1},
@@ -135,17 +139,20 @@ def test_a_view_alone_and_crops_are_joined() -> None:
 
 
 def backbone() -> Backbone:
-    return load_backbone("open_clip:ViT-B-32", pretrained=False, kwargs=KWARGS, image_size=16)
+    return load_backbone(
+        BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=KWARGS, image_size=16)
+    )
 
 
-def build(name: str, found: Backbone, context: Context, text: str) -> Clip:
+def build(name: str, found: Backbone, context: Context, text: Text) -> Clip:
     assert found.text is not None
     assert found.logit_scale is not None
+    text_config = ClipConfig(text=text)
     if name == "clip":
-        objective = Clip(found.text, found.logit_scale, context, text=text)  # type: ignore[arg-type]
+        objective = Clip(found.text, found.logit_scale, text_config, context)
     else:
-        options = SlipOptions(weight=0.5, dim=5, hidden=8)
-        objective = Slip(16, found.text, found.logit_scale, options, context, text=text)  # type: ignore[arg-type]
+        config = SlipConfig(weight=0.5, dim=5, hidden=8)
+        objective = Slip(16, found.text, found.logit_scale, config, context, text_config=text_config)
     return objective.double()
 
 
@@ -177,7 +184,7 @@ def plain_loss(images: Tensor, texts: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("text", ["frozen", "trained"])
-def test_clips_loss_and_gradients_are_those_of_the_formula(text: str) -> None:
+def test_clips_loss_and_gradients_are_those_of_the_formula(text: Text) -> None:
     found = backbone()
     encoder = found.encoder.double().requires_grad_(True)
     objective, batch = build("clip", found, Context(0, 1, ROWS), text), batch_of("clip", 0)
@@ -253,11 +260,12 @@ def test_rows_without_weight_change_nothing() -> None:
 
 
 def test_a_backbone_without_text_is_refused() -> None:
-    vit = load_backbone("timm:test_vit", pretrained=False)
+    vit = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     for name in ("clip", "slip"):
-        options: dict[str, Any] = {"options": SlipOptions()} if name == "slip" else {}
+        of_clip = "backbone.name=open_clip:ViT-B-32/openai"
+        config = load_config(None, [f"objective.name={name}", of_clip, "crops.local_count=0"])
         with pytest.raises(ValueError, match=rf"objective\.name={name} needs a text tower"):
-            build_objective(name, backbone=vit, classes=(), **options)
+            build_objective(config, backbone=vit, classes=())
     with pytest.raises(ConfigError, match="use a backbone open_clip"):
         load_config(None, ["objective.name=clip"])
 
@@ -278,7 +286,7 @@ def run_steps(name: str, kind: str) -> tuple[list[float], EngineState]:
         encoder=found.encoder,
         blocks=found.spec.blocks,
         world=world,
-        options=EngineOptions(name=kind),
+        config=EngineConfig.model_validate({"name": kind}),
     )
     masks = engine.attach(found.encoder, attach, include="vit")
     groups = [

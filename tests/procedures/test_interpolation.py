@@ -12,8 +12,8 @@ from selfmask_dist import cli, maskfile
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mask_file
-from selfmask_dist.masking import attach
-from selfmask_dist.procedures.interpolation import Trained, interpolate, read_trained
+from selfmask_dist.masking import attach, build_family
+from selfmask_dist.procedures.interpolation import ScoredMask, interpolate, read_trained
 from selfmask_dist.training.build import build_backbone
 from tests.support.models import make
 from tests.support.tiny_run import write_config, write_tiny_data
@@ -93,7 +93,7 @@ def test_what_has_no_way_between_is_refused(
     assert "is of kind graft" in refused(tmp_path / "run")
     maskfile.write_mask_file(tmp_path / "run" / "final.mask", other)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert "has no valid checkpoint, and so no scores" in refused(tmp_path / "run")
+    assert "has no valid checkpoint" in refused(tmp_path / "run")
     first, second = (read_trained(runs / name) for name in "ab")
     elsewhere = replace(second, mask=replace(second.mask, weights_fingerprint="0" * 64))
     with pytest.raises(MaskFileError, match="only masks of one backbone combine"):
@@ -106,7 +106,7 @@ def test_thresholds_and_running_statistics_go_along() -> None:
     for seed, threshold in ((0, 0.0), (1, 0.5)):
         generator = torch.Generator().manual_seed(seed)
         trained = copy.deepcopy(model)
-        masks = attach(trained, include=preset, threshold=threshold)
+        masks = attach(trained, include=preset, family=build_family("threshold", threshold=threshold))
         masks.load_state_dict(
             {
                 name: torch.randn(value.shape, generator=generator) + threshold
@@ -116,7 +116,7 @@ def test_thresholds_and_running_statistics_go_along() -> None:
         trained.train()(torch.randn(4, 3, 8, 8, generator=generator))
         mask = from_masks(masks)
         assert mask.statistics
-        ends.append(Trained(mask, masks.state_dict(), MaskFile({"default": mask})))
+        ends.append(ScoredMask(mask, masks.state_dict(), MaskFile({"default": mask})))
     for at, end in ((0.0, ends[0]), (1.0, ends[1])):
         found = interpolate(ends[0], ends[1], at)
         assert all(torch.equal(found.bits[name], bits) for name, bits in end.mask.bits.items())
@@ -139,5 +139,5 @@ def test_weights_that_are_always_kept_stay_so(at: float) -> None:
     for score in (-1.0, 2.0):
         scores = torch.tensor([torch.inf, score])
         mask = maskfile.Mask({"w": scores > 0}, "same")
-        ends.append(Trained(mask, {"w": scores}, MaskFile({"default": mask})))
+        ends.append(ScoredMask(mask, {"w": scores}, MaskFile({"default": mask})))
     assert interpolate(ends[0], ends[1], at).bits["w"].tolist() == [True, -1 + 3 * at > 0]

@@ -8,12 +8,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.procedures import knowledge_evolution, slim
-from selfmask_dist.procedures import lottery_math as lottery
-from selfmask_dist.procedures import packnet_math as packnet
+from selfmask_dist.procedures import evolution, lottery, packnet
 from selfmask_dist.training.hold import FREE, HELD, ZERO, Codes, Hold, keep_largest
 from tests.support.models import conv_net
-from tests.support.procedure_cases import accuracy, digits, mlp, train
+from tests.support.procedure_cases import accuracy, digits, mlp, packed_theta, train
 
 
 def test_held_entries_survive_every_kind_of_step() -> None:
@@ -90,7 +88,7 @@ def test_packnet_leaves_earlier_tasks_to_the_bit() -> None:
     heads = {task: mlp(48, 10, seed=task) for task in (1, 2, 3)}
     outputs: dict[int, Tensor] = {}
 
-    def train_fn(task: int, stage: str, codes: Codes) -> None:
+    def train_task(task: int, codes: Codes) -> nn.Module:
         model = nn.Sequential(body, heads[task])
         held = Hold(body, codes)
         model.train()
@@ -100,39 +98,40 @@ def test_packnet_leaves_earlier_tasks_to_the_bit() -> None:
         parameters = [*model.parameters()]
         train(model, parameters, x, y, steps=60, lr=0.1, bind=held.bind, weight_decay=1e-3)
         held.remove()
-        if stage == "retrain":
-            body.eval()
-            outputs[task] = model(packnet_task(test_pixels, test_labels, task)[0]).detach()
+        return model.eval()
 
-    packed = packnet.pack(body, (1, 2, 3), train_fn, keep=0.5, include=["0.weight", "3.weight"])
+    weights = {name: body.get_parameter(name) for name in ("0.weight", "3.weight")}
+    owners = packnet.no_owners(weights)
+    for task in (1, 2, 3):
+        train_task(task, packnet.train_codes(body, owners, task))
+        owners = packnet.reserve(weights, owners, task, keep=0.5)
+        model = train_task(task, packnet.retrain_codes(body, owners, task))
+        outputs[task] = model(packnet_task(test_pixels, test_labels, task)[0]).detach()
 
-    for name, owner in packed.owners.items():  # each task takes half of what was left, of each tensor
+    for name, owner in owners.items():  # each task takes half of what was left, of each tensor
         left = owner.numel()
         for task in (1, 2, 3):
             number = int((owner == task).sum())
             assert number == round(left / 2), name
             left -= number
+    end = copy.deepcopy(body.state_dict())
     for task in (3, 1, 2):
-        packed.apply(body, task)
+        body.load_state_dict(end | packed_theta(end, owners, task))
         model = nn.Sequential(body, heads[task]).eval()
         x, y = packnet_task(test_pixels, test_labels, task)
         assert torch.equal(model(x), outputs[task])
         assert accuracy(model, x, y) > 0.85
     total = 64 * 96 + 96 * 48
-    assert packnet.stored_bits(packed.owners, 3) == 2 * total
-    assert packnet.stored_bits(packed.owners, 4) == 3 * total
-    with pytest.raises(ValueError, match="no task 4"):
-        packed.apply(body, 4)
+    assert packnet.stored_bits(owners, 3) == 2 * total
+    assert packnet.stored_bits(owners, 4) == 3 * total
 
 
 def test_packnet_prunes_the_smallest_of_its_own_weights_only() -> None:
     weights = {"w": torch.tensor([5.0, 0.1, 4.0, 0.2, 3.0, 0.3])}
-    owners = packnet.reserve(weights, packnet.nobodys(weights), 1, keep=0.5)
+    owners = packnet.reserve(weights, packnet.no_owners(weights), 1, keep=0.5)
     assert owners["w"].tolist() == [1, 0, 1, 0, 1, 0]
     owners = packnet.reserve(weights, owners, 2, keep=1 / 3)
     assert owners["w"].tolist() == [1, 0, 1, 0, 1, 2]
-    assert packnet.view(weights, owners, 1)["w"].tolist() == [5, 0, 4, 0, 3, 0]
-    assert packnet.view(weights, owners, 2)["w"].tolist() == pytest.approx([5, 0, 4, 0, 3, 0.3])
     owners = packnet.reserve(weights, owners, 3, keep=1.0)
     with pytest.raises(ValueError, match="no weight is left for task 4"):
         packnet.reserve(weights, owners, 4, keep=0.5)
@@ -150,12 +149,12 @@ def test_lottery_tickets_are_rewound_and_beat_a_random_mask() -> None:
     at_k = copy.deepcopy(model.state_dict())
     names = ["0.weight", "2.weight"]
 
-    def train_from_k(mask: lottery.Mask) -> float:
+    def train_from_k(mask: lottery.Ticket) -> float:
         start = lottery.rewind(at_k, mask)
         for name, tensor in at_k.items():
             assert torch.equal(start[name], tensor * mask[name] if name in mask else tensor)
         model.load_state_dict(start)
-        held = Hold(model, lottery.codes(mask))
+        held = Hold(model, lottery.hold_codes(mask))
         train(model, model.parameters(), pixels, labels, steps=60, lr=0.1, bind=held.bind)
         held.remove()
         return accuracy(model, test_pixels, test_labels)
@@ -193,12 +192,12 @@ def test_a_share_that_prunes_nothing_or_all_is_refused() -> None:
 def test_kels_of_a_resnet18_costs_what_its_authors_print() -> None:
     """Their log of ResNet-18 with a head of 100 classes (aircraft) at 224 px, mask included."""
     model = timm.create_model("resnet18", num_classes=100)
-    dense = slim.cost(model, 224)
-    small = slim.cost(slim.extract(model, 0.5, outputs=["fc"]), 224)
+    dense = evolution.measure_cost(model, 224)
+    small = evolution.measure_cost(evolution.extract_slim(model, 0.5, outputs=["fc"]), 224)
     assert dense.operations / 1e9 == pytest.approx(3.632418, abs=1e-6)
     assert small.operations / 1e9 == pytest.approx(0.968435, abs=1e-6)
-    assert dense.as_published / 1e6 == pytest.approx(22.445925, abs=2e-6)  # they add in float32
-    assert small.as_published / 1e6 == pytest.approx(5.644260, abs=1e-6)
+    with_mask = [(cost.parameters + cost.masked) / 1e6 for cost in (dense, small)]
+    assert with_mask == pytest.approx([22.445925, 5.644260], abs=2e-6)  # they add in float32
     assert dense.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -213,10 +212,10 @@ def test_the_slim_network_is_the_masked_dense_one(rate: float) -> None:
                 tensor.sub_(1)
     model.eval()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    small = slim.extract(model, rate, outputs=["fc"])
-    split = knowledge_evolution.kels(model, rate, outputs=["fc"])
+    small = evolution.extract_slim(model, rate, outputs=["fc"])
+    split = evolution.kels(model, rate, outputs=["fc"])
     masked = copy.deepcopy(model)
-    masked.load_state_dict(knowledge_evolution.fit(model.state_dict(), split))
+    masked.load_state_dict(evolution.fit_hypothesis(model.state_dict(), split))
     torch.testing.assert_close(small(images), masked(images), rtol=1e-10, atol=1e-10)
     assert sum(p.numel() for p in small.parameters()) == sum(int(m.sum()) for m in split.values())
     small(images).sum().backward()  # it can be trained on
@@ -225,7 +224,7 @@ def test_the_slim_network_is_the_masked_dense_one(rate: float) -> None:
 
 
 def test_kels_keeps_the_first_kernels() -> None:
-    split = knowledge_evolution.kels(conv_net(), 0.3)
+    split = evolution.kels(conv_net(), 0.3)
     first, second = split["conv1.weight"], split["conv2.weight"]
     assert first[:3].all()
     assert int(first.sum()) == 3 * 3 * 9  # ceil(0.3 * 8) kernels with all three colours
@@ -237,22 +236,21 @@ def test_kels_keeps_the_first_kernels() -> None:
 def test_generations_keep_the_fit_half_and_renew_the_rest() -> None:
     pixels, labels, test_pixels, test_labels = digits()
     model = mlp(64, 64, 10)
-    split = knowledge_evolution.wels(dict(model.named_parameters()), 0.8, seed=1)
+    split = evolution.wels(dict(model.named_parameters()), 0.8, seed=1)
     for name, mask in split.items():
         assert int(mask.sum()) == round(0.8 * mask.numel()), name
     fresh = {g: mlp(64, 64, 10, seed=100 + g).state_dict() for g in (1, 2)}
     ends: list[dict[str, Tensor]] = []
 
-    def train_fn(generation: int) -> None:
+    for generation in range(3):
         if generation:
-            for name, tensor in model.state_dict().items():
+            start = evolution.evolve(model.state_dict(), fresh[generation], split)
+            for name, tensor in start.items():
                 assert torch.equal(tensor[split[name]], ends[-1][name][split[name]])
                 assert torch.equal(tensor[~split[name]], fresh[generation][name][~split[name]])
+            model.load_state_dict(start)
         train(model, model.parameters(), pixels, labels, steps=40, lr=0.1, seed=generation)
         ends.append(copy.deepcopy(model.state_dict()))
-
-    knowledge_evolution.generations(model, split, train_fn, fresh.__getitem__, count=3)
-    assert len(ends) == 3
     assert accuracy(model, test_pixels, test_labels) > 0.9
 
 
@@ -261,7 +259,7 @@ def test_what_kels_cannot_split_is_named() -> None:
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2
     )
     with pytest.raises(ValueError, match="split by weights"):
-        knowledge_evolution.kels(vit, 0.5)
+        evolution.kels(vit, 0.5)
     with pytest.raises(ValueError, match="split rate"):
-        knowledge_evolution.wels({"w": torch.ones(3)}, 0.0, seed=0)
-    assert math.isclose(knowledge_evolution.kept(7, 0.5), 4)
+        evolution.wels({"w": torch.ones(3)}, 0.0, seed=0)
+    assert math.isclose(evolution.kept(7, 0.5), 4)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.weights import interpolate
 from selfmask_dist.evals import linear_probe
-from selfmask_dist.procedures import ensembles_math as ensembles
-from selfmask_dist.procedures import wise_ft_math as wise_ft
+from selfmask_dist.procedures import ensemble, wise_ft
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import permutation_spec
@@ -41,28 +41,30 @@ def test_the_ends_of_the_curve_are_the_two_models() -> None:
         return {"accuracy": accuracy(model, pixels, labels)}
 
     model = copy.deepcopy(frozen)
-    points = wise_ft.curve(model, first, second, measure)
+    points = wise_ft.measure_curve(model, first, second, measure)
     assert [point.alpha for point in points] == pytest.approx(np.linspace(0, 1, 11))
     assert torch.equal(outputs[0], frozen(pixels))
     assert torch.equal(outputs[10], adapted(pixels))
     assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items())
     assert points[0].values["accuracy"] == accuracy(frozen, pixels, labels)
-    assert wise_ft.best(points, "accuracy").values["accuracy"] == max(p.values["accuracy"] for p in points)
+    assert wise_ft.best_point(points, "accuracy").values["accuracy"] == max(
+        p.values["accuracy"] for p in points
+    )
     for alpha in (0.0, 1.0):
-        ends = wise_ft.interpolate(first, second, alpha)
+        ends = interpolate(first, second, alpha)
         assert all(torch.equal(ends[name], (second if alpha else first)[name]) for name in first)
 
 
 def test_the_line_is_the_formula() -> None:
     first = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(10)}
     second = {"w": torch.randn(5, dtype=torch.float64), "n": torch.tensor(20)}
-    middle = wise_ft.interpolate(first, second, 0.3)
+    middle = interpolate(first, second, 0.3)
     torch.testing.assert_close(middle["w"], 0.7 * first["w"] + 0.3 * second["w"])
     assert middle["n"] == 10
     with pytest.raises(ValueError, match="only one has w"):
-        wise_ft.interpolate({"n": first["n"]}, second, 0.3)
+        interpolate({"n": first["n"]}, second, 0.3)
     with pytest.raises(ValueError, match=r"\(5,\) in one model and \(4,\)"):
-        wise_ft.interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
+        interpolate(first, {**second, "w": torch.zeros(4)}, 0.3)
 
 
 # ---- Git Re-Basin
@@ -115,12 +117,27 @@ def inputs_of(model: nn.Module, number: int = 8) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
 
+def random_permutations(spec: permutation.Spec, *, seed: int) -> permutation.Permutations:
+    """Any that `apply` takes: blocks change places as wholes, and units within them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for groups in permutation.together(spec):
+        order = torch.randperm(groups[0].blocks, generator=generator)
+        for group in groups:
+            width = group.size // group.blocks
+            found[group.name] = torch.cat(
+                [block * width + torch.randperm(width, generator=generator) for block in order]
+            )
+    return found
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_permuting_changes_nothing_and_is_found_again(kind: str) -> None:
     model = lively(NETWORKS[kind])
     images, spec = inputs_of(model), permutation_spec(model)
-    truth = permutation.random(spec, seed=3)
+    truth = random_permutations(spec, seed=3)
     assert all(len(p) > 1 for p in truth.values())
+    inverse = {name: order.argsort() for name, order in truth.items()}
     state = model.state_dict()
     moved = copy.deepcopy(model)
     moved.load_state_dict(permutation.apply(state, spec, truth))
@@ -128,15 +145,13 @@ def test_permuting_changes_nothing_and_is_found_again(kind: str) -> None:
     assert {axis.tensor for group in spec for axis in group.axes} == set(changed)
     with torch.no_grad():
         torch.testing.assert_close(moved(images), model(images), rtol=1e-9, atol=1e-9)
-    back = permutation.apply(moved.state_dict(), spec, permutation.inverse(truth))
+    back = permutation.apply(moved.state_dict(), spec, inverse)
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
     by_weights = rebasin.match_weights(state, moved.state_dict(), spec)
     by_activations = rebasin.match_activations(model, moved, [images, -images], spec)
     for found in (by_weights, by_activations):
-        assert {n: p.tolist() for n, p in found.items()} == {
-            n: p.tolist() for n, p in permutation.inverse(truth).items()
-        }
+        assert {n: p.tolist() for n, p in found.items()} == {n: p.tolist() for n, p in inverse.items()}
 
 
 def as_rows(pixels: Tensor) -> Tensor:
@@ -190,7 +205,7 @@ def test_matching_lowers_the_barrier_between_two_trained_networks(
 def test_blocks_of_units_stay_whole() -> None:
     model = vit()
     spec = permutation_spec(model)
-    found = permutation.random(spec, seed=0)
+    found = random_permutations(spec, seed=0)
     apart, other = dict(found), dict(found)
     queries, values = (f"{kind} blocks.1.attn" for kind in ("queries", "values"))
     apart[queries] = torch.arange(24).roll(1)
@@ -250,10 +265,10 @@ def test_an_ensemble_is_measured_by_its_mean() -> None:
     pixels, labels, test_pixels, test_labels = digits()
     pixels, labels = pixels[:400], labels[:400]
     networks = [trained(64, 16, 10, seed=seed, steps=40) for seed in range(3)]
-    train, test = (ensembles.Split(part, torch.arange(len(part))) for part in (labels, test_labels))
+    train, test = (ensemble.SplitLabels(part, torch.arange(len(part))) for part in (labels, test_labels))
     with torch.no_grad():
-        members = [ensembles.Member(n[0](pixels), n[0](test_pixels), n(test_pixels)) for n in networks]
-    three = ensembles.measure(members, train, test, ks=(5,))
+        members = [ensemble.Member(n[0](pixels), n[0](test_pixels), n(test_pixels)) for n in networks]
+    three = ensemble.measure_ensemble(members, train, test, ks=(5,))
     shares = torch.stack([member.logits.softmax(dim=1) for member in members])
     geometric = shares.log().mean(dim=0).argmax(dim=1)
     assert three["head"] == pytest.approx(float((geometric == test_labels).double().mean()))
@@ -268,8 +283,8 @@ def test_an_ensemble_is_measured_by_its_mean() -> None:
     assert three["knn5"] == pytest.approx(knn)
     assert three["probe"] == linear_probe(mean, labels, mean_test, test_labels).accuracy
     assert three["probe_logits"] > three["probe_alone"]
-    one = ensembles.measure(members[:1], train, test, ks=(5,))
+    one = ensemble.measure_ensemble(members[:1], train, test, ks=(5,))
     assert one["probe_alone"] == one["probe_logits"]
-    assert "probe" not in ensembles.measure(members, train, test, probe=False)
+    assert "probe" not in ensemble.measure_ensemble(members, train, test, probe=False)
     with pytest.raises(ValueError, match="one member or more"):
-        ensembles.measure([], train, test)
+        ensemble.measure_ensemble([], train, test)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from selfmask_dist import maskfile
 from selfmask_dist.masking import attach
-from selfmask_dist.procedures import supsup_math as supsup
+from selfmask_dist.procedures import supsup
 from tests.support.procedure_cases import digits, mlp, train
 
 NUM_TASKS, SIDE = 20, 32

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from selfmask_dist.cli import main
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.runs import checkpoint
@@ -26,7 +27,6 @@ from selfmask_dist.runs.checkpoint import (
     verify,
     write_checkpoint,
 )
-from selfmask_dist.cli.train import run
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import write_config, write_tiny_data
 

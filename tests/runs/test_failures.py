@@ -15,14 +15,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launchers import local, restarts as progress
+from launchers import local
+from launchers import restarts as progress
 from selfmask_dist.parallel import is_lost_peer, set_timeout
 from selfmask_dist.runs.checkpoint import committed, load_newest, step_of
 from selfmask_dist.runs.exit_status import BAD_INPUT, FAILED, HUNG, LOST
 from selfmask_dist.runs.metrics import _Lines
-from tests.support.distributed import run_distributed
 from tests.launchers.test_launchers import fake
-from tests.support.tiny_run import (child_environment, steps_of, submit_command, wait_until, write_config, write_tiny_data)
+from tests.support.distributed import run_distributed
+from tests.support.tiny_run import (
+    child_environment,
+    steps_of,
+    submit_command,
+    wait_until,
+    write_config,
+    write_tiny_data,
+)
 
 # ---- peers
 

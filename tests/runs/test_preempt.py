@@ -18,7 +18,19 @@ from selfmask_dist.cli import main
 from selfmask_dist.runs.exit_status import HUNG, REQUEUE
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.watchdog import Watchdog
-from tests.support.tiny_run import (child_environment, events_of, processes_of, rank_process, result_of, steps_of, submit, submit_command, wait_until, write_config, write_tiny_data)
+from tests.support.tiny_run import (
+    child_environment,
+    events_of,
+    processes_of,
+    rank_process,
+    result_of,
+    steps_of,
+    submit,
+    submit_command,
+    wait_until,
+    write_config,
+    write_tiny_data,
+)
 
 
 @pytest.fixture(scope="module")

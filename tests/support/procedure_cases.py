@@ -73,6 +73,11 @@ def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     return float((model(pixels).argmax(dim=1) == labels).double().mean())
 
 
+def packed_theta(weights: dict[str, Tensor], owners: dict[str, Tensor], task: int) -> dict[str, Tensor]:
+    """PackNet's theta_t = W * 1[1 <= owner <= t], by name."""
+    return {name: weights[name] * ((owner >= 1) & (owner <= task)) for name, owner in owners.items()}
+
+
 def start(folder: Path, data: dict[str, str], name: str, **sections: Any) -> tuple[dict[str, Any], Path]:
     """Run a procedure on the smallest settings, or go on with it; its result and its folder."""
     sections = {"train": {"epochs": 1}, "objective": {"head_norm": "l2"}, **sections}

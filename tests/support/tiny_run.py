@@ -4,17 +4,17 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
+from ruamel.yaml import YAML
 
 from data_prep.image_folder import convert_image_folder
+from tests.support.bytecode import keep_bytecode
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -56,15 +56,17 @@ def write_config(path: Path, data: dict[str, str], **sections: Any) -> Path:
         settings[name] = {**old, **values} if isinstance(old, dict) else values
     settings["run"] = {"dir": str(path.parent), **settings["run"]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings))
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(settings, path)
     return path
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """This process's, with compiled modules kept: compiling torch and timm anew takes 10 s a process."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    cache = Path(tempfile.gettempdir()) / "selfmask-pycache"
-    return {**environment, "PYTHONPYCACHEPREFIX": str(cache), "GLOO_SOCKET_IFNAME": "lo", **extra}
+    """Return this process's environment, with compiled modules kept and connections on this machine."""
+    environment = dict(os.environ)
+    keep_bytecode(environment)
+    return {**environment, "GLOO_SOCKET_IFNAME": "lo", **extra}
 
 
 def submit_command(config: Path, *arguments: str, nodes: int = 2, cluster: str = "local") -> list[str]:

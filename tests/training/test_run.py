@@ -17,8 +17,8 @@ from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.runs.folder import run_path
-from selfmask_dist.training.build import MaskTelemetry, build_backbone
-from selfmask_dist.training.trainer import NonFiniteError
+from selfmask_dist.training.build import build_backbone
+from selfmask_dist.training.meter import MaskTelemetry, NonFiniteError
 from tests.support.distributed import run_distributed
 from tests.support.models import make
 

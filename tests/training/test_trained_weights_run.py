@@ -20,7 +20,7 @@ from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.supervised import distillation_losses
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import build_backbone, build_objective
-from selfmask_dist.training.distill import Teacher
+from selfmask_dist.training.distill import DistillTeacher
 from tests.runs.test_checkpoint import assert_same, cut_back, outcome
 from tests.support.tiny_run import SETTINGS, write_tiny_data
 
@@ -106,7 +106,7 @@ def test_a_teacher_is_learned_from(folder: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
     saved = load_file(run_path(config) / "head.safetensors")
     assert not any("teacher" in key for key in saved)
-    by_mask = Teacher(run_path(config), COLOURS)  # a run that left a mask, itself taught
+    by_mask = DistillTeacher(run_path(config), COLOURS)  # a run that left a mask, itself taught
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     backbone = build_backbone(config)
     apply_masks(backbone.encoder, run_path(config) / "final.mask")

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfmask_dist.training.finetune import CHANGED, WHOLE
+from selfmask_dist.common.names import ENCODER, FINETUNED
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ def find_weights(run: Path) -> Weights | None:
     Raises:
         ValueError: the run has not finished.
     """
-    for name in (CHANGED, WHOLE):
+    for name in (FINETUNED, ENCODER):
         if (run / name).exists():
             if not (run / "result.json").exists():
                 raise ValueError(f"{run} is not finished: it has {name} and no result.json yet")

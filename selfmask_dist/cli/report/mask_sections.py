@@ -19,8 +19,8 @@ from selfmask_dist.cli.report.parts import (
 )
 from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.text import NONE, count, percent
-from selfmask_dist.maskfile.tools.comparison import Group, MaskResults, Pair, Subject, masks, matrix
-from selfmask_dist.maskfile.tools.similarity import Layer, Pruned, kind_of, kinds_of, layers_of, total
+from selfmask_dist.maskfile.tools.comparison import ComparedMask, MaskGroup, MaskResults, Pair, masks, matrix
+from selfmask_dist.maskfile.tools.similarity import Pruned, PrunedLayer, kind_of, kinds_of, layers_of, total
 
 _MAX_COMPARED = 24
 
@@ -31,7 +31,7 @@ class _Shown:
 
     label: str
     colour: int
-    layers: list[Layer]
+    layers: list[PrunedLayer]
     is_exact: bool
     everything: Pruned | None  # the whole mask
 
@@ -68,7 +68,7 @@ def _masks_of(run: Run) -> list[_Shown]:
     # of a mask in training only shares are known: each layer counts as one of a million weights
     size, whole = 10**6, run.series("mask/active")
     logged = [
-        Layer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
+        PrunedLayer(name, size, round(size * (1 - active)), kind_of(name, _shape_by_name(name)), ())
         for name, active in run.active_by_parameter().items()
     ]
     everything = Pruned("all", size, round(size * (1 - whole[-1][1]))) if whole else None
@@ -107,7 +107,7 @@ def _heat(part: Pruned | None, most: float, is_exact: bool) -> Cell:
 
 def _layer_map(mask: _Shown, most: float) -> CellTable:
     """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
-    cells: dict[str, dict[str, Layer]] = {}
+    cells: dict[str, dict[str, PrunedLayer]] = {}
     for layer in mask.layers:
         if layer.kind != "bias":
             block, name = split_name(layer.name)
@@ -133,7 +133,7 @@ def split_name(name: str) -> tuple[str, str]:
 def similarity(runs: Sequence[Run]) -> PageSection | None:
     """Masks of one backbone held against each other; nothing where there are fewer than two."""
     subjects = [subject for run in runs for subject in run.subjects]
-    families: dict[str, list[Subject]] = {}
+    families: dict[str, list[ComparedMask]] = {}
     for subject in subjects:
         families.setdefault(subject.fingerprint or subject.weights_fingerprint, []).append(subject)
     parts: list[Part] = [
@@ -152,7 +152,7 @@ def similarity(runs: Sequence[Run]) -> PageSection | None:
     return section("What the masks say", *parts, note=note)
 
 
-def _compared(family: Sequence[Subject]) -> list[Part]:
+def _compared(family: Sequence[ComparedMask]) -> list[Part]:
     """Return the dendrogram and the matrix of masks of one backbone, and what groups of them share."""
     found = masks(family[:_MAX_COMPARED])
     assert found.tree is not None
@@ -189,7 +189,7 @@ def _matrix(found: MaskResults, labels: Sequence[str]) -> CellTable:
 _WITH_CHANCE = ("phi", "phi_chance", "iou_pruned", "iou_pruned_chance")
 
 
-def _groups(groups: Sequence[Group]) -> list[Part]:
+def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
     """Return what masks that belong together share: seeds of one run, experts of one cascade."""
     if not groups:
         return []
@@ -211,7 +211,7 @@ def _groups(groups: Sequence[Group]) -> list[Part]:
     return [table(head, lines, caption="Masks that belong together"), *changed]
 
 
-def _changes(group: Group) -> CellTable:
+def _changes(group: MaskGroup) -> CellTable:
     lines = [
         [label, numeric(percent(share, 2)), numeric(_alike(label, group.changes))]
         for label, share in group.changed.items()

@@ -13,7 +13,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.text import number
 from selfmask_dist.config import yaml as config_yaml
-from selfmask_dist.maskfile.tools.comparison import Subject, labels_of, read_subjects
+from selfmask_dist.maskfile.tools.comparison import ComparedMask, labels_of, read_subjects
 from selfmask_dist.runs import status
 
 STAGES = (names.DISPATCHER, "expert-*")
@@ -45,7 +45,7 @@ class Run:
     frozen: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[SavedStep] = field(default_factory=list)
-    subjects: list[Subject] = field(default_factory=list)
+    subjects: list[ComparedMask] = field(default_factory=list)
     clusters: list[int] = field(default_factory=list)  # training images of each, of a cascade
     stages: list["Run"] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -172,7 +172,7 @@ def _by_number(path: Path) -> tuple[int, str]:
     return len(path.name), path.name
 
 
-def _read_masks(run: Run) -> list[Subject]:
+def _read_masks(run: Run) -> list[ComparedMask]:
     if not any((run.path / name).exists() for name in (names.MASK, names.CASCADE_MASK)):
         return []
     try:
@@ -182,7 +182,7 @@ def _read_masks(run: Run) -> list[Subject]:
         return []
 
 
-def _labelled(subject: Subject, label: str) -> Subject:
+def _labelled(subject: ComparedMask, label: str) -> ComparedMask:
     name = f"{label}: {subject.role}" if subject.role else label
     return replace(subject, label=name, cascade=label if subject.cascade else None)
 

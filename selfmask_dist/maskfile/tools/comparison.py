@@ -4,7 +4,7 @@
     print(table(results))
     json.dumps(as_dict(results))
 
-What is measured is in `evals.mask_similarity`. Groups are found by themselves: the experts of a cascade, and
+What is measured is in `similarity`. Groups are found by themselves: the experts of a cascade, and
 runs whose configurations differ in the seed alone.
 """
 
@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from selfmask_dist.config import load_config
-from selfmask_dist.maskfile import Mask, read_mask_file
+from selfmask_dist.common import text
+from selfmask_dist.common.names import CASCADE_MASK, DISPATCHER, MASK
+from selfmask_dist.config import flat_science, load_config
+from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.maskfile.tools.similarity import (
     Agreement,
-    Layer,
     Pruned,
+    PrunedLayer,
     Similarity,
     Tree,
     agreement,
@@ -34,14 +36,13 @@ from selfmask_dist.maskfile.tools.similarity import (
     total,
     tree_of,
 )
-from selfmask_dist.runs.folder import flat_science
 
-DISPATCHER, _EXPERT = "dispatcher", "expert-"
-_FILES = ("final.mask", "cascade.mask")
+_EXPERT = "expert-"  # what `names.expert` begins with
+_FILES = (MASK, CASCADE_MASK)
 
 
 @dataclass(frozen=True)
-class Subject:
+class ComparedMask:
     """A mask to compare: bits by parameter, and where it is from."""
 
     label: str
@@ -62,7 +63,7 @@ class Sparsity:
     task: str | None
     pruned: Pruned
     kinds: list[Pruned]
-    layers: list[Layer]
+    layers: list[PrunedLayer]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Group:
+class MaskGroup:
     """Masks that belong together: `kind` is `seeds` (of one task) or `experts` (of one cascade).
 
     Attributes:
@@ -102,7 +103,7 @@ class MaskResults:
 
     masks: list[Sparsity]
     pairs: list[Pair]
-    groups: list[Group]
+    groups: list[MaskGroup]
     tree: Tree | None
     left_out: list[str]
 
@@ -110,8 +111,8 @@ class MaskResults:
 # ---- reading
 
 
-def read_subjects(paths: Sequence[str | Path]) -> list[Subject]:
-    """The masks of mask files, bundles and runs' folders, labelled apart.
+def read_subjects(paths: Sequence[str | Path]) -> list[ComparedMask]:
+    """Return the masks of mask files, bundles and runs' folders, labelled apart.
 
     Raises:
         MaskFileError: a file is damaged, or no mask.
@@ -123,15 +124,8 @@ def read_subjects(paths: Sequence[str | Path]) -> list[Subject]:
     ]
 
 
-def from_masks(found: Mapping[str, Mask], path: Path, *, fingerprint: str = "") -> list[Subject]:
-    """Masks that are read already, by name; `path` stands for them in messages."""
-    return [
-        Subject(name, mask.bits, path, fingerprint, mask.weights_fingerprint) for name, mask in found.items()
-    ]
-
-
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; a run's folder stands for the mask in it."""
+    """Return the shortest ends of paths that tell them apart; a run's folder stands for the mask in it."""
     folders = [(path.parent if path.name in _FILES else path).absolute() for path in paths]
     named = [path.parent / path.stem if path.suffix == ".mask" else path for path in folders]
     for length in range(1, max((len(path.parts) for path in named), default=1) + 1):
@@ -145,13 +139,13 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _read(path: Path, label: str) -> Iterator[Subject]:
+def _read(path: Path, label: str) -> Iterator[ComparedMask]:
     folder, path = (path, find_mask(path)) if path.is_dir() else (path.parent, path)
     file = read_mask_file(path)
     task = _task(folder) if path.name in _FILES else None
     is_cascade = DISPATCHER in file.masks and len(file.masks) > 1
     for name, mask in file.masks.items():
-        yield Subject(
+        yield ComparedMask(
             label=label if len(file.masks) == 1 else f"{label}: {name}",
             bits=mask.bits,
             path=path,
@@ -165,7 +159,11 @@ def _read(path: Path, label: str) -> Iterator[Subject]:
 
 
 def find_mask(folder: Path) -> Path:
-    """The mask file of a run's folder."""
+    """Return the path of the mask file in a run's folder.
+
+    Raises:
+        FileNotFoundError: it holds none.
+    """
     for name in _FILES:
         if (folder / name).exists():
             return folder / name
@@ -173,7 +171,7 @@ def find_mask(folder: Path) -> Path:
 
 
 def _task(folder: Path) -> str | None:
-    """What a run learned, but for the seed."""
+    """Return a text of all that decides what a run learns but the seed; None without a readable config."""
     try:
         science = flat_science(load_config(folder / "config.yaml"))
     except (OSError, ValueError):
@@ -184,8 +182,8 @@ def _task(folder: Path) -> str | None:
 # ---- comparing
 
 
-def masks(subjects: Sequence[Subject]) -> MaskResults:
-    """Sparsity of each mask, similarity of each pair, and what groups agree on.
+def masks(subjects: Sequence[ComparedMask]) -> MaskResults:
+    """Return the sparsity of each mask, the similarity of each pair, and what groups agree on.
 
     Masks over different parameters are compared on those that all of them have.
 
@@ -214,8 +212,8 @@ def masks(subjects: Sequence[Subject]) -> MaskResults:
     )
 
 
-def check_one_backbone(a: Subject, b: Subject) -> None:
-    """Raises ValueError, naming both, where two masks are of different frozen weights."""
+def check_one_backbone(a: ComparedMask, b: ComparedMask) -> None:
+    """Raise a ValueError, naming both, where two masks are of different frozen weights."""
     key = "fingerprint" if a.fingerprint and b.fingerprint else "weights_fingerprint"
     left, right = getattr(a, key), getattr(b, key)
     if left != right:
@@ -227,7 +225,7 @@ def check_one_backbone(a: Subject, b: Subject) -> None:
 
 
 def matrix(labels: Sequence[str], pairs: Sequence[Pair], measure: str) -> np.ndarray:
-    """A measure of `Similarity` for every two masks (n, n); 1 on the diagonal, NaN where it is undefined."""
+    """Return a measure of `Similarity` for every two masks, (n, n); 1 on the diagonal, NaN: undefined."""
     values = np.eye(len(labels))
     place = {label: i for i, label in enumerate(labels)}
     for pair in pairs:
@@ -237,14 +235,14 @@ def matrix(labels: Sequence[str], pairs: Sequence[Pair], measure: str) -> np.nda
     return values
 
 
-def _sparsity(subject: Subject) -> Sparsity:
+def _sparsity(subject: ComparedMask) -> Sparsity:
     layers = layers_of(subject.bits)
     return Sparsity(subject.label, subject.task, total(layers, subject.label), kinds_of(layers), layers)
 
 
 def _seeds(
-    subjects: Sequence[Subject], bits: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Pair]
-) -> Iterator[Group]:
+    subjects: Sequence[ComparedMask], bits: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Pair]
+) -> Iterator[MaskGroup]:
     tasks = dict.fromkeys(subject.task for subject in subjects if subject.task is not None)
     for task in tasks:
         labels = [subject.label for subject in subjects if subject.task == task]
@@ -257,7 +255,7 @@ def _seeds(
                 for a, b in ((pair.a, pair.b), (pair.b, pair.a))
                 if a in labels and b in others
             ]
-            yield Group(
+            yield MaskGroup(
                 name=f"seeds of {labels[0]}",
                 kind="seeds",
                 masks=labels,
@@ -269,8 +267,8 @@ def _seeds(
 
 
 def _experts(
-    subjects: Sequence[Subject], bits: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Pair]
-) -> Iterator[Group]:
+    subjects: Sequence[ComparedMask], bits: Mapping[str, Mapping[str, Tensor]], pairs: Sequence[Pair]
+) -> Iterator[MaskGroup]:
     for cascade in dict.fromkeys(subject.cascade for subject in subjects if subject.cascade is not None):
         family = [subject for subject in subjects if subject.cascade == cascade]
         first = next(subject.label for subject in family if subject.role == DISPATCHER)
@@ -279,7 +277,7 @@ def _experts(
             continue
         inside = [pair for pair in pairs if pair.a in labels and pair.b in labels]
         changed = {label: changes(bits[label], bits[first]) for label in labels}
-        yield Group(
+        yield MaskGroup(
             name=f"experts of {cascade}",
             kind="experts",
             masks=labels,
@@ -303,39 +301,32 @@ def _mean(pairs: Sequence[Pair], measure: str) -> float | None:
 
 
 def as_dict(results: MaskResults) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Return the results as plain values, for JSON."""
     return asdict(results)
 
 
 def table(results: MaskResults) -> str:
-    """For a terminal: what each mask prunes, and the pairs, the most alike first."""
-    width = max(len(mask.label) for mask in results.masks)
+    """Return text for a terminal: what each mask prunes, and the pairs, the most alike first."""
     kinds = list(dict.fromkeys(kind.name for mask in results.masks for kind in mask.kinds))
-    lines = [
-        f"{'pruned':{width}s}  {'weights':>11s}  {'all':>7s}" + "".join(f"  {kind:>13s}" for kind in kinds)
-    ]
+    rows = [["pruned", "weights", "all", *kinds]]
     for mask in results.masks:
         shares = {kind.name: f"{kind.share:.2%}" for kind in mask.kinds}
-        cells = "".join(f"  {shares.get(kind, '-'):>13s}" for kind in kinds)
-        lines.append(f"{mask.label:{width}s}  {mask.pruned.weights:>11,}  {mask.pruned.share:>7.2%}{cells}")
+        cells = [shares.get(kind, "-") for kind in kinds]
+        rows.append([mask.label, f"{mask.pruned.weights:,}", f"{mask.pruned.share:.2%}", *cells])
+    parts = [text.table(rows)]
     if results.left_out:
-        lines.append(f"compared without {len(results.left_out)} parameters that not all of them mask")
+        parts[0] += f"\ncompared without {len(results.left_out)} parameters that not all of them mask"
     if results.pairs:
-        header = f"{'IoU of pruned':>22s}{'IoU of kept':>22s}{'phi':>22s}"
-        lines += ["", f"{'(by chance)':{2 * width + 2}s}{header}"]
-    for pair in sorted(results.pairs, key=lambda pair: -(pair.similarity.phi or 0.0)):
-        values = "".join(
-            f"{_number(getattr(pair.similarity, name)):>12s} {_chance(pair.similarity, name):>9s}"
-            for name in ("iou_pruned", "iou_kept", "phi")
-        )
-        lines.append(f"{pair.a:{width}s}  {pair.b:{width}s}{values}")
-    for group in results.groups:
-        lines.append("")
-        lines.extend(_describe_group(group))
-    return "\n".join(lines)
+        rows = [["two masks", "(by chance)", "IoU of pruned", "IoU of kept", "phi"]]
+        for pair in sorted(results.pairs, key=lambda pair: -(pair.similarity.phi or 0.0)):
+            measures = ("iou_pruned", "iou_kept", "phi")
+            rows.append([pair.a, pair.b, *(_beside_chance(pair.similarity, name) for name in measures)])
+        parts.append(text.table(rows, right=(False, False, True, True, True)))
+    parts += ["\n".join(_describe_group(group)) for group in results.groups]
+    return "\n\n".join(parts)
 
 
-def _describe_group(group: Group) -> list[str]:
+def _describe_group(group: MaskGroup) -> list[str]:
     agree = group.agreement
     lines = [
         f"{group.name} ({len(group.masks)}): phi {_number(group.phi)}, by chance {_number(group.phi_chance)}"
@@ -353,5 +344,5 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _chance(similarity: Similarity, name: str) -> str:
-    return f"({_number(getattr(similarity, f'{name}_chance'))})"
+def _beside_chance(similarity: Similarity, name: str) -> str:
+    return f"{_number(getattr(similarity, name))} ({_number(getattr(similarity, f'{name}_chance'))})"

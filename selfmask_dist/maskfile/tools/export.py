@@ -3,7 +3,7 @@
     FOLDER/model.safetensors    theta = a * W * M of the whole encoder, under its own (timm, open_clip) names
     FOLDER/NAME.mask            the mask alone, for those who have the backbone
     FOLDER/README.md            model card: metrics, provenance, how to load it
-    FOLDER/sparsity.png         what is pruned, by parameter
+    FOLDER/sparsity.png         what is pruned, by layer
 
 Knows nothing of training or hubs.
 """
@@ -17,9 +17,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfmask_dist import __version__
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common.files import replacing, write_text
+from selfmask_dist.common.version import VERSION
 from selfmask_dist.maskfile import Mask, MaskFile, apply_mask, write_mask_file
+from selfmask_dist.maskfile.tools.pictures import draw_mask
 
 _CARD = """---
 library_name: {library}
@@ -33,7 +35,7 @@ The pretrained weights of `{backbone}` with {pruned:.2%} of {weights:,} masked w
 The mask alone takes {mask_bytes:,} bytes ({bits:.3f} bits per weight), `model.safetensors` {dense_bytes:,}.
 
 {metrics}
-![Share of weights switched off, by parameter](sparsity.png)
+![Share of weights switched off, by layer](sparsity.png)
 
 ## Use
 
@@ -63,7 +65,7 @@ def export(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write the folder; returns its files. Existing ones of the same names are replaced.
+    """Write the folder and return its files. Existing ones of the same names are replaced.
 
     Args:
         kwargs: what the model was built with beside its name, for the card.
@@ -76,7 +78,8 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     dense, card = folder / "model.safetensors", folder / "README.md"
     alone, picture = folder / f"{name}.mask", folder / "sparsity.png"
-    save_file({key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}, dense)
+    with replacing(dense) as partial:
+        save_file({key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}, partial)
     mask_bytes = write_mask_file(
         alone,
         MaskFile(
@@ -87,11 +90,12 @@ def export(
             metrics=file.metrics,
         ),
     )
-    _draw(mask, name, picture)
+    draw_mask(mask.bits, picture, title=f"{name}: what the mask prunes, by layer")
     parameters = dict(encoder.named_parameters())
     model = backbone.spec.name.partition(":")[2]
     is_timm = backbone.spec.name.startswith("timm:")
-    card.write_text(
+    write_text(
+        card,
         _CARD.format(
             library="timm" if is_timm else "open_clip",
             name=name,
@@ -108,15 +112,17 @@ def export(
             preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
             rest=_RESTS[mask.kind],
             two_of_four=two_of_four({key: parameters[key] for key in mask.bits}),
-            version=__version__,
-        )
+            version=VERSION,
+        ),
     )
     return [dense, alone, card, picture]
 
 
 def two_of_four(parameters: dict[str, Tensor]) -> float:
-    """Of the groups of four weights that follow each other in a row, the share that holds two zeros or more:
-    what hardware for 2:4 sparsity takes. Rows whose length four does not divide are left out; 0 without any.
+    """Return the share of groups of four weights in a row that hold two zeros or more.
+
+    Hardware for 2:4 sparsity takes such groups. Rows whose length four does not divide are left out; the
+    share is 0 where none is left.
     """
     good = total = 0
     for weight in parameters.values():
@@ -156,22 +162,3 @@ def _usage(model: str, kwargs: Mapping[str, Any], *, is_timm: bool) -> str:
         "import open_clip\nfrom safetensors.torch import load_file\n\n"
         f'model = open_clip.create_model("{model.partition("/")[0]}"{given}).visual\n{load}'
     )
-
-
-def _draw(mask: Mask, name: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    pruned = {
-        key: 100 * (1 - float(bits.double().mean())) for key, bits in mask.bits.items() if bits.ndim > 1
-    }
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.17 * len(pruned)), layout="constrained")
-    axes.barh([key.removesuffix(".weight") for key in pruned], list(pruned.values()))
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="weights switched off (%)", title=f"{name}: what the mask prunes, by parameter")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -2,18 +2,14 @@
 
     M = 1[S > mu]        theta = W * M        S: `<module>.mask_real` beside <module>'s weight, mu = 0.005
 
-A state dict is read, from safetensors or by torch with `weights_only`: nothing in a file is executed. Its
-frozen weights, where it has them, must be the backbone's; running statistics that moved come along.
+`backbones.weights.read_state_dict` reads the file, and executes nothing in it. Its frozen weights, where it
+has them, must be the backbone's; running statistics that moved come along.
 """
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import fingerprint
@@ -32,34 +28,6 @@ class Imported:
     left_out: list[str]
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict by name; one under `state_dict` or `model` in a torch file is found too.
-
-    Raises:
-        ValueError: it is no such file, or would have to be executed to be read.
-    """
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, a whole model perhaps, and reading it would execute what is in "
-            "it. Where you trust it, write its tensors alone: torch.save(model.state_dict(), 'scores.pt')"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a torch file: {str(error)[:200]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path} holds a {type(found).__name__} and no state dict")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
-
-
 def import_scores(
     state: Mapping[str, Tensor],
     encoder: nn.Module,
@@ -68,7 +36,7 @@ def import_scores(
     threshold: float = THRESHOLD,
     scaled: bool = False,
 ) -> Imported:
-    """A mask of `encoder`, which holds the frozen weights, out of the scores in `state`.
+    """Return a mask of `encoder`, which holds the frozen weights, made of the scores in `state`.
 
     Args:
         key: what a module calls its scores; they belong to its `weight`.
@@ -112,7 +80,7 @@ def import_scores(
 
 
 def _prefix(targets: list[str], ours: Mapping[str, Tensor]) -> str:
-    """What the file puts before the encoder's names (`shared.`): the one for which all of them are there."""
+    """Return what the file puts before the encoder's names (`shared.`), so that all of them are there."""
     parts = targets[0].split(".")
     prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts))]
     for prefix in prefixes:
@@ -126,7 +94,7 @@ def _prefix(targets: list[str], ours: Mapping[str, Tensor]) -> str:
 
 
 def _moved(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], buffers: set[str]) -> dict[str, Tensor]:
-    """Buffers that differ from the encoder's.
+    """Return the buffers that differ from the encoder's.
 
     Raises:
         ValueError: a parameter differs.

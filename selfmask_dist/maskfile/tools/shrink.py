@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfmask_dist.common.files import replacing, write_json
+
 # what acts on each number by itself, so that a constant stays one
 _ELEMENTWISE = (
     nn.ReLU,
@@ -82,8 +84,9 @@ def save_smaller(model: nn.Module, left: Mapping[str, int], folder: str | Path) 
     """Write a shrunk model's weights and sizes into a folder; returns the files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / _WEIGHTS)
-    (folder / _SIZES).write_text(json.dumps(dict(left), indent=1) + "\n")
+    with replacing(folder / _WEIGHTS) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    write_json(folder / _SIZES, dict(left))
     return [folder / _WEIGHTS, folder / _SIZES]
 
 
@@ -104,7 +107,7 @@ def load_smaller(model: nn.Module, folder: str | Path) -> None:
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Timm's attentions whose heads do not meet before the projection."""
+    """Yield timm's attentions whose heads do not meet before the projection."""
     for name, module in model.named_modules():
         parts = ("qkv", "proj", "num_heads", "head_dim", "attn_dim")
         if all(hasattr(module, part) for part in parts) and _is_plain_attention(module):
@@ -146,7 +149,7 @@ def _cut_attention(attention: Any, stay: Tensor) -> None:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Module, nn.Linear]]:
-    """(name, linear layer, what is between, linear layer) of timm's MLPs and of Sequentials."""
+    """Yield (name, linear layer, what is between, linear layer) of timm's MLPs and of Sequentials."""
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Sequential):
@@ -191,7 +194,7 @@ def _bias(layer: nn.Linear) -> Tensor:
 
 
 def _add_to_bias(layer: nn.Linear, inputs: Tensor) -> None:
-    """What constant inputs add to the layer's output."""
+    """Add what constant inputs contribute to the layer's output."""
     if layer.bias is not None and inputs.any():
         layer.bias.add_(layer.weight @ inputs)
 

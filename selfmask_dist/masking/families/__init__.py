@@ -1,27 +1,27 @@
-"""Mask families by name: `mask.family` in a config. One file each; adding one is a file and a line here, or
-no line: `module:Class` finds a family in any module that can be imported.
+"""Mask families by name: `mask.family` in a config.
+
+A family that ships is a class in a file here and a line in `FAMILIES`. One that does not ship needs no line:
+`module:Class` finds it in any module that can be imported.
 """
 
 import difflib
 import importlib
 from typing import Any
 
-from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.base import Family, FamilyOptions
 from selfmask_dist.masking.families.binary_connect import BinaryConnect
 from selfmask_dist.masking.families.block_movement import BlockMovement
-from selfmask_dist.masking.families.edge_popup import EdgePopup
 from selfmask_dist.masking.families.fixed import MagnitudeMask, RandomMask
 from selfmask_dist.masking.families.graft import Graft
 from selfmask_dist.masking.families.joint import Joint
 from selfmask_dist.masking.families.movement import Movement, SoftMovement
 from selfmask_dist.masking.families.multi_prize import MultiPrize
 from selfmask_dist.masking.families.neural_wirings import NeuralWirings
-from selfmask_dist.masking.families.piggyback import Piggyback
 from selfmask_dist.masking.families.ternary import TernaryWeights, TrainedTernary
-from selfmask_dist.masking.families.threshold import Threshold
-from selfmask_dist.masking.families.topk import TopK
+from selfmask_dist.masking.families.threshold import Piggyback, Threshold
+from selfmask_dist.masking.families.topk import EdgePopup, TopK
 
-# config_masks.MASK_FAMILIES has the same names
+# config.masks.MASK_FAMILIES has the same names
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
     for family in (
@@ -48,16 +48,16 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def build(name: str, **options: Any) -> Family:
-    """A family by its name, or by `module:Class`; `options` are the fields of `Options`.
+    """Return a family by its name, or by `module:Class`; `options` are the fields of `FamilyOptions`.
 
     Raises:
         ValueError: there is no such family, or it does not take these options.
     """
-    return find(name)(Options(**options))
+    return find(name)(FamilyOptions(**options))
 
 
 def find(name: str) -> type[Family]:
-    """The class of a family.
+    """Return the class of a family.
 
     Raises:
         ValueError: there is none of that name.
@@ -80,4 +80,4 @@ def find(name: str) -> type[Family]:
     return found
 
 
-__all__ = ["FAMILIES", "Family", "Options", "build", "find"]
+__all__ = ["FAMILIES", "Family", "FamilyOptions", "build", "find"]

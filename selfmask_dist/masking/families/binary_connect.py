@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class BinaryConnect(Family):

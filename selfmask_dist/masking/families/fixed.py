@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.masking.families.topk import TopK
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class RandomMask(TopK):

@@ -1,7 +1,8 @@
-"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683): weights are trained, and scores add up how far
-each of them moves away from zero.
+"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683).
 
-    hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `Options`
+Weights are trained, and scores add up how far each of them moves away from zero.
+
+    hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `FamilyOptions`
     soft    M = 1[sigmoid(S) > tau]                tau rises from 0 along the same schedule
             and the loss gains lambda tau_now / tau * mean over tensors of mean sigmoid(S)
     theta = W * M        dL/dW = G * M        dL/dS = G * W, for pruned weights too
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.masking import core
-from selfmask_dist.masking.families.base import Family, Options
+from selfmask_dist.masking.families.base import Family, FamilyOptions
 from selfmask_dist.masking.families.topk import TopK
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 def write_kept(segment: Segment, mask: Tensor) -> Tensor:
-    """theta = W where M = 1, else 0; returns sum M as `Family.write` does."""
+    """Write theta = W where M = 1, else 0, and return sum M as `Family.write` does."""
     segment.theta.copy_(segment.weight).masked_fill_(~mask, 0)  # a product would leave -0
     return core.count_kept(mask).view(1)
 
@@ -53,8 +54,8 @@ class SoftMovement(Family):
     is_mask: ClassVar[bool] = False
     trains_weight: ClassVar[bool] = True
 
-    def __init__(self, options: Options | None = None) -> None:
-        super().__init__(options or Options(threshold=0.1))
+    def __init__(self, options: FamilyOptions | None = None) -> None:
+        super().__init__(options or FamilyOptions(threshold=0.1))
         if not 0 < self.options.threshold < 1:
             raise ValueError(
                 f"soft_movement compares sigmoid(S) with mask.threshold, which is "
@@ -66,7 +67,7 @@ class SoftMovement(Family):
         return False
 
     def progress(self, step: int) -> float:
-        """How far tau has come at a step, from 0 to 1, by the schedule of the kept share."""
+        """Return how far tau has come at a step, from 0 to 1, by the schedule of the kept share."""
         return 1 - self.left(step)
 
     def mask(self, segment: Segment) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.masking import core
-from selfmask_dist.masking.families.edge_popup import EdgePopup
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.families.topk import EdgePopup
+from selfmask_dist.masking.pieces import Segment
 
 
 class MultiPrize(EdgePopup):

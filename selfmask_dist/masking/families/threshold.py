@@ -1,6 +1,13 @@
-"""Self-Masking (Warmerdam et al. 2024): M = 1[S > mu], theta = a * W * M, a = (N / sum M)^(1/2).
+"""Families that compare each score with one threshold: M = 1[S > mu].
 
-dL/dS = a * G * W - <G, theta> / (2 * sum M)          formula (*) of `core`
+Self-Masking (Warmerdam et al. 2024)
+
+    theta = a * W * M, a = (N / sum M)^(1/2)
+    dL/dS = a * G * W - <G, theta> / (2 * sum M)          formula (*) of `core`
+
+Piggyback (Mallya, Davis, Lazebnik 2018, arXiv 1801.06519) is the same without a scale:
+
+    theta = W * M        dL/dS = G * W        as published, S starts at 0.01 and mu is 0.005
 """
 
 from typing import ClassVar
@@ -8,12 +15,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from selfmask_dist.masking import core
-from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.families.base import Family, FamilyOptions
+from selfmask_dist.masking.pieces import Segment
 
 
 class Threshold(Family):
-    """The default."""
+    """Self-Masking; the default."""
 
     name: ClassVar[str] = "threshold"
     has_threshold: ClassVar[bool] = True
@@ -45,3 +52,15 @@ class Threshold(Family):
             num_kept=segment.whole.kept,
             out=out,
         )
+
+
+class Piggyback(Threshold):
+    """Piggyback."""
+
+    name: ClassVar[str] = "piggyback"
+
+    def __init__(self, options: FamilyOptions | None = None) -> None:
+        options = options or FamilyOptions(threshold=5e-3, scale="none")
+        if options.scale != "none":
+            raise ValueError(f"piggyback has no scale; set scale=none in place of {options.scale}")
+        super().__init__(options)

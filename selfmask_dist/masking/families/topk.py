@@ -3,7 +3,11 @@
     M = 1[rank of S among the k N largest], ties by index        theta = W * M  or  a * W * M
     dL/dS = a * G * W                                            straight through; a = (N / sum M)^(1/2)
 
-The number kept is fixed, so a is a constant and no gradient goes through it.
+The number kept is fixed, so a is a constant and no gradient goes through it; with it frozen random weights
+are scaled by 1 / k^(1/2).
+
+Edge-popup (Ramanujan et al. 2020, "What's Hidden in a Randomly Weighted Neural Network?", arXiv 1911.13299)
+ranks by |S|, whose sign goes into the gradient as in the authors' code: dL/dS = sign(S) * a * G * W.
 """
 
 from typing import ClassVar
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from selfmask_dist.masking import core
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.segment import Segment
+from selfmask_dist.masking.pieces import Segment
 
 
 class TopK(Family):
@@ -40,3 +44,17 @@ class TopK(Family):
         num_kept = core.count_kept(segment.theta)
         segment.theta.mul_(segment.weight)
         return num_kept.view(1)
+
+
+class EdgePopup(TopK):
+    """Edge-popup: top k by |S|."""
+
+    name: ClassVar[str] = "edge_popup"
+    reads_scores: ClassVar[bool] = True
+
+    def ranked(self, segment: Segment) -> Tensor:
+        return segment.scores.abs()
+
+    def pull_back(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
+        super().pull_back(segment, grad, back, out)
+        out.mul_(segment.scores.sign())

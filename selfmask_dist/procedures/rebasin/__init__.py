@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from selfmask_dist import data
+from selfmask_dist.backbones import weights
 from selfmask_dist.config import Config
-from selfmask_dist.procedures import wise_ft_math as wise_ft
 from selfmask_dist.procedures.classifier import (
     Classifier,
     load_images,
@@ -93,8 +93,8 @@ def _match(config: Config, way: str, first: Tensors, second: Tensors, spec: perm
         return permutation.apply(second, spec, rebasin.match_weights(first, second, spec, seed=config.seed))
     train, _ = open_data(config)
     one, other = (open_classifier(config, train.classes) for _ in range(2))
-    wise_ft.write(one, first)
-    wise_ft.write(other, second)
+    weights.write(one, first)
+    weights.write(other, second)
     device = torch.device("cpu")
     images = load_images(one, _samples(config, train), config.eval.batch_size, device)
     found = rebasin.match_activations(one, other, (batch for batch, _ in images), spec)
@@ -116,7 +116,7 @@ def _measure_barrier(config: Config, first: Tensors, second: Tensors, life: Life
 def _average(config: Config, first: Tensors, second: Tensors) -> Tensors:
     train, _ = open_data(config)
     network = open_classifier(config, train.classes)
-    wise_ft.write(network, wise_ft.interpolate(first, second, 0.5))
+    weights.write(network, weights.interpolate(first, second, 0.5))
     _reset(config, network, _samples(config, train), torch.device("cpu"))
     return dict(network.state_dict())
 
@@ -131,5 +131,5 @@ def _reset(config: Config, network: Classifier, samples: data.Source, device: to
 def _measure_merged(config: Config, path: Path, life: Life) -> dict[str, float]:
     train, test = open_data(config)
     network = open_classifier(config, train.classes)
-    wise_ft.write(network, load_file(path))
+    weights.write(network, load_file(path))
     return measure_all(config, network.to(life.world.device), train, test, life)

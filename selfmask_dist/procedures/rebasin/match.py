@@ -19,9 +19,10 @@ import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.weights import check_same
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.permutation import Group, Permutations, Spec
-from selfmask_dist.procedures.wise_ft_math import ALPHAS, check_same, curve
+from selfmask_dist.procedures.wise_ft import ALPHAS, measure_curve
 
 _MAX_ROUNDS = 100
 
@@ -99,7 +100,7 @@ def loss_barrier(
         loss_fn: the loss of the model as it stands; may reset its normalisation first.
         alphas: where to look; 0 and 1 are added.
     """
-    points = curve(
+    points = measure_curve(
         model,
         first,
         second,
@@ -187,7 +188,7 @@ def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
     handles = []
     for group in spec:
 
-        def look(module: nn.Module, inputs: Any, output: Any = None, group: Group = group) -> None:
+        def record(module: nn.Module, inputs: Any, output: Any = None, group: Group = group) -> None:
             value = inputs[0] if group.probe.is_input else output
             units = permutation.activations(value.detach(), group)
             # a copy: activations that work in place would change it
@@ -195,7 +196,7 @@ def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
 
         module = model.get_submodule(group.probe.module)
         register = module.register_forward_pre_hook if group.probe.is_input else module.register_forward_hook
-        handles.append(register(look))
+        handles.append(register(record))
     was_training = model.training
     model.eval()
     try:

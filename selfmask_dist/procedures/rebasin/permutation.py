@@ -63,23 +63,6 @@ def identity(spec: Spec) -> Permutations:
     return {group.name: torch.arange(group.size) for group in spec}
 
 
-def random(spec: Spec, *, seed: int) -> Permutations:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for groups in together(spec):
-        order = torch.randperm(groups[0].blocks, generator=generator)
-        for group in groups:
-            width = group.size // group.blocks
-            found[group.name] = torch.cat(
-                [block * width + torch.randperm(width, generator=generator) for block in order]
-            )
-    return found
-
-
-def inverse(permutations: Permutations) -> Permutations:
-    return {name: permutation.argsort() for name, permutation in permutations.items()}
-
-
 def together(spec: Spec) -> list[tuple[Group, ...]]:
     """The groups that can only be chosen at once: those with one order of blocks."""
     found: dict[str, list[Group]] = {}
