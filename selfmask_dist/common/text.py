@@ -20,8 +20,14 @@ def accuracy(value: Any) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
+    """Return a share in percent; one that so few digits would show as 0 keeps the first that counts."""
     found = number(value)
-    return NONE if found is None else f"{100 * found:.{digits}f} %"
+    if found is None:
+        return NONE
+    shown = f"{100 * found:.{digits}f}"
+    if found and not float(shown):
+        shown = f"{100 * found:.1g}"
+    return f"{shown} %"
 
 
 def count(value: Any) -> str:

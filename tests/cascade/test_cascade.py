@@ -376,7 +376,6 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
 ) -> None:
     from selfmask_dist import cli
     from selfmask_dist.cli.eval import subject as subject_module
-    from selfmask_dist.cli.eval.results import read_results
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("no model and no picture is needed")
@@ -388,7 +387,7 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
         assert cli.main(["eval", str(directory), "knn", "probe", "--k", "5"]) == 0
     of_run = json.loads((cascade / "views.json").read_text())
     for kind, column in (("knn", "knn5"), ("probe", "probe")):
-        rows = read_results(directory / "eval" / f"{kind}.json")["rows"]
+        rows = json.loads((directory / "eval" / f"{kind}.json").read_text())["rows"]
         assert {row["name"]: row["values"][column] for row in rows} == {
             name: values[column] for name, values in of_run.items()
         }
