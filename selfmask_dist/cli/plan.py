@@ -129,20 +129,9 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estima
         """Scores get their gradients when backward is over: they may lie where `gone` bytes were."""
         return max(scores_gradients - gone, 0.0)
 
-    def one(name: str, *, weights: float, scores: float, momentum: float, gradients: float, sent: float,
-            gathered: float = 0.0) -> Estimate:  # fmt: skip
-        return Estimate(
-            name,
-            weights,
-            scores,
-            momentum,
-            gradients,
-            gathered,
-            activations,
-            sent,
-            compute,
-            sent / hardware.bandwidth,
-        )
+    def one(name: str, **needs: float) -> Estimate:
+        needs = {"gathered": 0.0, **needs, "activations": activations, "compute_seconds": compute}
+        return Estimate(name, **needs, send_seconds=needs["sent"] / hardware.bandwidth)
 
     buckets = full * n if w > 1 else 0.0  # DistributedDataParallel's copies of gradients
     sending = reduced * min(3 * bucket, n)  # bits: one bucket being filled, two on their way

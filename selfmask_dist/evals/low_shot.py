@@ -9,11 +9,12 @@ fixed (scikit-learn's C): a handful of labels leaves none to choose it with.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.probe import linear_probe, prepare
 from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels
 
@@ -38,11 +39,8 @@ class LowShotResult:
 
 
 def low_shot(
-    train: Tensor,
-    train_labels: Tensor,
-    train_ids: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Embeddings,
+    test: Embeddings,
     *,
     shares: Sequence[float] = SHARES,
     tries: int = 5,
@@ -54,7 +52,7 @@ def low_shot(
     `ranks` is: the same result on every rank, and under any number of ranks.
 
     Args:
-        train: (n, dim), train_labels (n,), train_ids (n,): this rank's part; test (m, dim) alike.
+        train, test: this rank's parts.
         c: strength of the regularisation as scikit-learn counts it, 1 / (labels * l2).
         seed: of the draws.
 
@@ -66,8 +64,9 @@ def low_shot(
         raise ValueError(f"low-shot takes a strength C above 0, got {c}")
     if not shares or min(shares) <= 0 or max(shares) > 1 or tries < 1:
         raise ValueError(f"low-shot takes shares above 0 and up to 1, and a try; got {shares} and {tries}")
-    everyone = gather_labels(train_labels, train_ids, ranks).cpu()
-    train, test = prepare(train.double(), test.double(), True, ranks)
+    everyone = gather_labels(train.labels, train.ids, ranks).cpu()
+    features, queries = prepare(train.features.double(), test.features.double(), True, ranks)
+    train, test = replace(train, features=features), replace(test, features=queries)
     results = {}
     for share in shares:
         per_class = labels_per_class(everyone, share)
@@ -76,13 +75,10 @@ def low_shot(
         accuracies = []
         for number in range(tries):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            chosen = balanced_subset(everyone, per_class, generator).to(train_ids.device)
-            rows = chosen[train_ids]
+            chosen = balanced_subset(everyone, per_class, generator).to(train.ids.device)
             result = linear_probe(
-                train[rows],
-                train_labels[rows],
+                train.where(chosen[train.ids]),
                 test,
-                test_labels,
                 l2=(1 / (c * int(chosen.sum())),),
                 standardize=False,
                 ranks=ranks,

@@ -4,33 +4,23 @@ Glue between `embed` (models) and `evals` (numbers), so that those two need not 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.evals.embed import Embeddings, embed, eval_mode
+from selfmask_dist.evals.embed import embed, eval_mode
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import World
 
 
-class Labelled(Protocol):
-    """This rank's features (n, dim), labels (n,) and ids (n,), ascending, from memory or from a store."""
-
-    @property
-    def features(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def ids(self) -> Tensor: ...
-
-
 def measure_knn(
-    bank: Labelled,
-    queries: Labelled,
+    bank: Embeddings,
+    queries: Embeddings,
     ks: tuple[int, ...],
     temperature: float,
     *,
@@ -42,11 +32,8 @@ def measure_knn(
     """
     size = int(world.sum(torch.tensor([len(bank.ids)], device=world.device)))
     result = evals.global_knn(
-        bank.features,
-        bank.labels,
-        bank.ids,
-        queries.features,
-        queries.labels,
+        bank,
+        queries,
         num_classes=num_classes,
         ks=sorted({min(k, size) for k in ks}),
         temperatures=(temperature,),
@@ -55,17 +42,9 @@ def measure_knn(
     return {f"knn{k}": accuracy for (k, _), accuracy in result.accuracy.items()}
 
 
-def measure_probe(bank: Labelled, queries: Labelled, *, seed: int, world: World) -> float:
+def measure_probe(bank: Embeddings, queries: Embeddings, *, seed: int, world: World) -> float:
     """Accuracy of a linear probe. Collective: every rank must call."""
-    return evals.linear_probe(
-        bank.features,
-        bank.labels,
-        queries.features,
-        queries.labels,
-        seed=seed,
-        ranks=world,
-        train_ids=bank.ids,
-    ).accuracy
+    return evals.linear_probe(bank, queries, seed=seed, ranks=world).accuracy
 
 
 class Evaluation:

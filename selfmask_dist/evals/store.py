@@ -31,24 +31,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from selfmask_dist.data import Source, Subset, Transform, eval_loader
+from selfmask_dist.evals.embeddings import Embeddings
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class StoreError(ValueError):
     """A store that is not what is asked for, not complete, or damaged."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Samples of a store: features (n, dim) in the store's dtype, labels (n,), -1 = none, and ids (n,)."""
-
-    features: Tensor
-    labels: Tensor
-    ids: Tensor
-
-    def to(self, device: torch.device | str) -> Rows:
-        return Rows(self.features.to(device), self.labels.to(device), self.ids.to(device))
 
 
 @dataclass(frozen=True)
@@ -177,7 +166,7 @@ class EmbeddingStore:
         # always the same name: what a killed run left behind is written over by whoever makes the chunk
         _write(self._chunk_path(chunk), save(tensors), partial=f".{chunk:05d}.partial")
 
-    def read_chunk(self, chunk: int) -> Rows:
+    def read_chunk(self, chunk: int) -> Embeddings:
         """A chunk's samples, verified.
 
         Raises:
@@ -193,25 +182,25 @@ class EmbeddingStore:
             is_good = False
         if not is_good:
             raise StoreError(f"chunk {path} is damaged or of another store (its checksum does not match)")
-        return Rows(tensors["features"], tensors["labels"], tensors["ids"])
+        return Embeddings(tensors["features"], tensors["labels"], tensors["ids"])
 
-    def chunks(self, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
+    def chunks(self, rank: int = 0, world_size: int = 1) -> Iterator[Embeddings]:
         """This rank's samples as in `read_slice`, a chunk or less at a time."""
         start, stop = (self.num_samples * place // world_size for place in (rank, rank + 1))
         for chunk in range(start // self.chunk_size, math.ceil(stop / self.chunk_size)):
             first = self.chunk_range(chunk).start
             part = slice(max(0, start - first), stop - first)
             rows = self.read_chunk(chunk)
-            yield Rows(rows.features[part], rows.labels[part], rows.ids[part])
+            yield Embeddings(rows.features[part], rows.labels[part], rows.ids[part])
 
-    def read_slice(self, rank: int = 0, world_size: int = 1) -> Rows:
+    def read_slice(self, rank: int = 0, world_size: int = 1) -> Embeddings:
         """This rank's samples: the same number on every rank but for one, neighbours together."""
         parts = list(self.chunks(rank, world_size))
         if not parts:
             dtype = DTYPES[self.dtype]
             none = torch.empty(0, dtype=torch.int64)
-            return Rows(torch.empty(0, self.dim, dtype=dtype), none, none)
-        return Rows(
+            return Embeddings(torch.empty(0, self.dim, dtype=dtype), none, none)
+        return Embeddings(
             torch.cat([part.features for part in parts]),
             torch.cat([part.labels for part in parts]),
             torch.cat([part.ids for part in parts]),

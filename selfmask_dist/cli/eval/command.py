@@ -52,13 +52,13 @@ def add_command(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from selfmask_dist.cli.eval.kinds import KINDS, Options
+    from selfmask_dist.cli.eval.kinds import KINDS, EvalOptions
     from selfmask_dist.cli.eval.subject import open_subject, read_config
     from selfmask_dist.parallel import join_world
 
     paths, kinds, overrides = sort_words(options.words, KINDS)
     config = read_config(paths[0], options.config, overrides, data=options.data)
-    choices = Options(
+    choices = EvalOptions(
         ks=_numbers(options.k),
         precision=options.precision,
         memory_mib=options.memory_mib,

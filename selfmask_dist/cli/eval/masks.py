@@ -1,12 +1,12 @@
 """The kind `masks`: what the masks themselves say, without images."""
 
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
-from selfmask_dist.cli.eval.subject import Subject
+from selfmask_dist.cli.eval.subject import EvalSubject
 from selfmask_dist.maskfile.tools.comparison import MaskResults, as_dict, masks, read_subjects
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 
 
-def measure_masks(subject: Subject, _options: object) -> Results:
+def measure_masks(subject: EvalSubject, _options: object) -> Results:
     """Share of weights switched off, in all and by kind of layer; of several masks, how alike they are."""
     if not subject.masks:
         raise UnavailableError("there is no mask")

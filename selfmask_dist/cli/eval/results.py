@@ -47,7 +47,7 @@ class Results:
 
 
 class About(Protocol):
-    """What the file says of the subject; `Subject` is one."""
+    """What the file says of the subject; `EvalSubject` is one."""
 
     directory: Path
 

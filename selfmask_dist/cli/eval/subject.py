@@ -27,7 +27,8 @@ from selfmask_dist.cli.eval.results import UnavailableError
 from selfmask_dist.cli.eval.views import View, cascade_views, mask_path, mask_views
 from selfmask_dist.cli.eval.weights import find_weights
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.evals import Embeddings
+from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World
 from selfmask_dist.training.build import build_backbone, open_data
@@ -36,7 +37,7 @@ from selfmask_dist.training.finetune import load_trained
 SPLITS = ("train", "test")
 
 
-class Subject:
+class EvalSubject:
     """Made by `open_subject`. What embeds or reads embeddings is collective: every rank must call.
 
     Attributes:
@@ -130,7 +131,7 @@ class Subject:
 
     # ---- embeddings
 
-    def rows(self, view: View, split: str, *, labelled: bool = True) -> Rows:
+    def rows(self, view: View, split: str, *, labelled: bool = True) -> Embeddings:
         """This rank's samples of a view on its device, ids ascending; with `labelled`, those with a label."""
         if view.members:
             parts = [self.rows(member, split, labelled=labelled) for member in view.members]
@@ -146,17 +147,16 @@ class Subject:
             )
             rows = replace(rows, features=pca.transform(rows.features, whiten=True))
         if labelled:
-            chosen = rows.labels >= 0
-            rows = Rows(rows.features[chosen], rows.labels[chosen], rows.ids[chosen])
+            rows = rows.where(rows.labels >= 0)
         return rows
 
-    def _read(self, view: View, split: str) -> Rows:
+    def _read(self, view: View, split: str) -> Embeddings:
         self.embed(view)
         store = EmbeddingStore.open(self._path(view, split))
         rows = store.read_slice(self.world.rank, self.world.size)
         # the class list is this evaluation's, not that of the day of embedding
         labels = torch.from_numpy(self.sources[split].labels[rows.ids.numpy()])
-        return Rows(rows.features, labels, rows.ids).to(self.world.device)
+        return Embeddings(rows.features, labels, rows.ids).to(self.world.device)
 
     def embed(self, view: View) -> None:
         """Make what the view's stores lack."""
@@ -296,7 +296,7 @@ def open_subject(
     out: Path | None,
     report: Callable[[str], None],
     trusts_files: bool,
-) -> Subject:
+) -> EvalSubject:
     """What the paths name: one run, one cascade, or masks and fine-tuned weights of one backbone.
 
     Raises:
@@ -320,4 +320,4 @@ def open_subject(
         views += mask_views(paths, files, weights, config)
     if not files and not weights:
         report(f"{paths[0]} holds no mask: only the frozen backbone is measured")
-    return Subject(paths, kind, config, world, directory, files, views, report, trusts_files=trusts_files)
+    return EvalSubject(paths, kind, config, world, directory, files, views, report, trusts_files=trusts_files)
