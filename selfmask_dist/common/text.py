@@ -60,6 +60,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def age(seconds: float) -> str:
+    """Return a time in the one unit in which it is two digits or so, as in "5 min" or "3 h"."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
 def compact(value: Any) -> str:
     """Four digits that count."""
     found = number(value)

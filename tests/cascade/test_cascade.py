@@ -19,13 +19,14 @@ from selfmask_dist.cascade.model import load_cascade
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import load_config
 from selfmask_dist.config.procedures import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.runs.folder import create_run_directory, write_json
+from selfmask_dist.runs.folder import create_run_directory
 from selfmask_dist.runs.status import read_status
 from selfmask_dist.training.build import build_backbone, open_data
 from tests.support.cascade_cases import settings, write_shards

@@ -189,7 +189,5 @@ def test_a_protocol_without_its_library_is_told_with_the_command_that_brings_it(
     fsspec.register_implementation(
         "absent", "absent_library.Files", errtxt="Install absent_library to read absent://", clobber=True
     )
-    with pytest.raises(
-        ValueError, match=r"absent://a.* Install absent_library .* 'fsspec\[absent\]'`"
-    ):
+    with pytest.raises(ValueError, match=r"absent://a.* Install absent_library .* 'fsspec\[absent\]'`"):
         open_source("absent://a/b")
