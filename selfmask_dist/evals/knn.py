@@ -56,7 +56,7 @@ def global_knn(
     temperatures: Sequence[float] = TEMPERATURES,
     **options: Unpack[SearchOptions],
 ) -> KNNResult:
-    """Accuracies of all ranks' queries by their neighbours in all ranks' banks, the same on every rank.
+    """Return the accuracies of all ranks' queries by their neighbours in all ranks' banks, on every rank.
     Collective: every rank must call.
 
     Args:
@@ -102,7 +102,7 @@ def _complaint(bank: Embeddings, queries: Embeddings, num_classes: int) -> str |
 def _labelled(
     rounds: Iterator[tuple[Tensor, Tensor]], bank: Embeddings, query_labels: Tensor, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Similarities and labels of the neighbours (m, k), and the queries' own labels (m,), of each round."""
+    """Yield each round's similarities and labels of the neighbours (m, k), and the queries' labels (m,)."""
     place = 0
     table: Tensor | None = None
     for sims, ids in rounds:
@@ -115,7 +115,7 @@ def _labelled(
 
 
 def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_classes: int) -> Tensor:
-    """The class with the largest softmax-weighted vote; of equal votes the smallest class.
+    """Return the class with the largest softmax-weighted vote; of equal votes the smallest class.
 
     Args:
         sims: (m, k), nearest first.
@@ -143,9 +143,8 @@ def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_
 
 def _vote_block(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     votes = weights.new_zeros(len(weights), num_classes)
-    for neighbour in range(
-        weights.shape[1]
-    ):  # one at a time: the order of the sum, and so the result, is fixed on a GPU too
+    # one at a time: the order of the sum, and so the result, is fixed on a GPU too
+    for neighbour in range(weights.shape[1]):
         column = slice(neighbour, neighbour + 1)
         votes.scatter_add_(1, labels[:, column], weights[:, column])
     return votes.argmax(dim=1)  # the first of equal ones
@@ -154,8 +153,8 @@ def _vote_block(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def zero_shot(
     features: Tensor, labels: Tensor, text: Tensor, *, top: int = 5, ranks: Ranks | None = None
 ) -> tuple[float, float]:
-    """Accuracy of the nearest class, and how often the right one is among the `top` nearest (or among all,
-    where there are fewer). Collective if `ranks` is.
+    """Return how often the class of the nearest text is right, and how often the right one is among the `top`
+    nearest (or among all, where there are fewer). Collective if `ranks` is.
 
     Args:
         features: (n, dim), labels (n,): this rank's images. text: (classes, dim), class c in row c.

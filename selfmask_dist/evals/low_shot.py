@@ -23,13 +23,16 @@ SHARES = (0.1, 0.04, 0.02, 0.01, 0.005, 0.0025)
 
 @dataclass(frozen=True)
 class LowShotResult:
-    """Of one share: labels per class (fewer where a class has fewer), and the accuracy of each try."""
+    """What one share of the labels gives: labels per class (fewer where a class has fewer), and the accuracy
+    of each try.
+    """
 
     per_class: int
     accuracies: tuple[float, ...]
 
     @property
     def mean(self) -> float:
+        """The mean accuracy of the tries."""
         return statistics.mean(self.accuracies)
 
     @property
@@ -48,8 +51,8 @@ def low_shot(
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[float, LowShotResult]:
-    """Accuracies by share of the labels; a share of less than one label per class is left out. Collective if
-    `ranks` is: the same result on every rank, and under any number of ranks.
+    """Return the accuracies by share of the labels; a share of less than one label per class is left out.
+    Collective if `ranks` is: the result is the same on every rank, and under any number of ranks.
 
     Args:
         train, test: this rank's parts.
@@ -89,13 +92,13 @@ def low_shot(
 
 
 def labels_per_class(labels: Tensor, share: float) -> int:
-    """Of labels (n,), where -1 is none: how many of each class `share` of them is."""
+    """Return how many labels of each class `share` of the labels (n,) are; -1 stands for no label."""
     labels = labels[labels >= 0]
     return int(share * len(labels) / len(labels.unique()) + 1e-9)
 
 
 def balanced_subset(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
-    """Bool (n,): `per_class` samples of each class, all of them where it has fewer."""
+    """Return which samples are drawn, bool (n,): `per_class` of each class, all where it has fewer."""
     chosen = torch.zeros_like(labels, dtype=torch.bool)
     order = torch.randperm(len(labels), generator=generator)
     for label in labels[labels >= 0].unique():

@@ -27,8 +27,8 @@ def measure_knn(
     num_classes: int,
     world: World,
 ) -> dict[str, float]:
-    """Accuracy for each k, by name; a bank of fewer than k samples gives all of them a vote. Bank and queries
-    stay on their ranks. Collective: every rank must call.
+    """Return the accuracy for each k, by name; where the bank has fewer than k samples, all of them vote.
+    Bank and queries stay on their ranks. Collective: every rank must call.
     """
     size = int(world.sum(torch.tensor([len(bank.ids)], device=world.device)))
     result = evals.global_knn(
@@ -43,7 +43,7 @@ def measure_knn(
 
 
 def measure_probe(bank: Embeddings, queries: Embeddings, *, seed: int, world: World) -> float:
-    """Accuracy of a linear probe. Collective: every rank must call."""
+    """Return the accuracy of a linear probe. Collective: every rank must call."""
     return evals.linear_probe(bank, queries, seed=seed, ranks=world).accuracy
 
 
@@ -72,7 +72,7 @@ class Evaluation:
         self._num_classes = len(train.classes)
 
     def full(self, *, probe: bool) -> dict[str, float]:
-        """k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
+        """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
         bank, queries = self._embed(self._train), self._embed(self._test)
         values = self._knn(bank, queries, self._config.eval.knn_k)
         if probe:
@@ -80,7 +80,7 @@ class Evaluation:
         return values
 
     def monitor(self, _step: int) -> dict[str, Any]:
-        """k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
+        """Measure k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
         limit = self._config.eval.monitor_samples
         bank = self._embed(data.evenly_spaced(self._train, limit))
         queries = self._embed(data.evenly_spaced(self._test, limit))
@@ -90,7 +90,7 @@ class Evaluation:
         }
 
     def head(self, objective: Objective) -> dict[str, float]:
-        """Accuracy of the objective's own head on the test split."""
+        """Measure the accuracy of the objective's own head on the test split."""
         counts = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), eval_mode(self._backbone.encoder), eval_mode(objective):
             for batch in self._loader(self._test):

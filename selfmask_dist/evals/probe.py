@@ -93,9 +93,8 @@ def linear_probe(
         is_held_out = held_out(targets, train.ids, seed, ranks)
         fit, held = prepare(features[~is_held_out], features[is_held_out], standardize, ranks)
         solution: Tensor | None = None
-        for strength in sorted(
-            l2, reverse=True
-        ):  # from the easiest problem to the hardest, each from the last one's solution
+        # from the easiest problem to the hardest, each from the last one's solution
+        for strength in sorted(l2, reverse=True):
             solution, _ = _fit(
                 fit, targets[~is_held_out], len(classes), strength, max_iterations, solution, ranks=ranks
             )
@@ -116,8 +115,11 @@ def linear_probe(
 def mean_logits_accuracy(
     members: Sequence[ProbeResult], test_labels: Tensor, ranks: Ranks | None = None
 ) -> float:
-    """Accuracy of the mean of the probes' logits, on the test samples that all of them predicted. Log
-    probabilities stand for logits: a sample's constant does not move its largest. Collective if `ranks` is.
+    """Return the accuracy of the mean of the probes' logits, on the test samples that all of them predicted.
+    Collective if `ranks` is.
+
+    Log probabilities stand for logits: they differ by a constant of the sample, which does not move its
+    largest.
 
     Raises:
         ValueError: the probes are of different classes.
@@ -130,7 +132,11 @@ def mean_logits_accuracy(
 
 
 def check_probe(train: Embeddings, test: Embeddings, ranks: Ranks) -> Tensor:
-    """The class ids (classes,) that occur among all ranks' training labels, in order; errors as above."""
+    """Return the class ids (classes,) that occur among all ranks' training labels, in order.
+
+    Raises:
+        ValueError: on every rank alike: what `linear_probe` cannot use.
+    """
     complaint = None
     try:
         for name, part in (("train", train), ("test", test)):
@@ -174,7 +180,7 @@ def held_out(targets: Tensor, ids: Tensor, seed: int, ranks: Ranks) -> Tensor:
 
 
 def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Both with mean 0 and deviation 1 in each dimension, by the statistics of `fit` over all ranks."""
+    """Return both with mean 0 and deviation 1 in each dimension, by the statistics of all ranks' `fit`."""
     if not standardize:
         return fit, other
     sums = ranks.sum(torch.cat([fit.double().sum(dim=0), fit.new_full((1,), len(fit)).double()]))
@@ -186,7 +192,7 @@ def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tupl
 
 
 def logits_of(features: Tensor, solution: Tensor) -> Tensor:
-    """(n, dim) and (dim + 1, classes), the bias last -> (n, classes)."""
+    """Return logits (n, classes) of features (n, dim) by a solution (dim + 1, classes), the bias last."""
     return features @ solution[:-1] + solution[-1]
 
 

@@ -130,7 +130,9 @@ def probe_heads(
 
 
 def _components(fit: Tensor, other: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Both standardised and in the principal components of `fit` over all ranks, and its variances (dim,)."""
+    """Return both standardised and in the principal components of `fit` over all ranks, whose variances
+    (dim,) come last.
+    """
     fit, other = prepare(fit, other, True, ranks)
     double = fit.double()
     sums = ranks.sum(torch.cat([double.T @ double, double.new_full((1, fit.shape[1]), len(fit))]))
@@ -162,11 +164,11 @@ class _Batches:
 
     @property
     def steps(self) -> int:
-        """In an epoch."""
+        """Batches of an epoch."""
         return math.ceil(len(self._used) / self._batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Features, targets and the global size of each batch."""
+        """Yield this rank's features and targets of each batch, and the batch's size over all ranks."""
         order = self._used[torch.randperm(len(self._used), generator=self._generator)]
         for chosen in order.split(self._batch_size):
             places = self._place[chosen]
@@ -174,6 +176,7 @@ class _Batches:
             yield self._features[mine], self._targets[mine], len(chosen)
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks."""
         return self._ranks.sum(tensor)
 
 
@@ -205,12 +208,12 @@ class _Heads:
         return _Heads([self.pairs[i] for i in chosen], self._variances, weights.shape[2], weights)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(n, heads, classes)."""
+        """Return the logits (n, heads, classes) of features (n, dim)."""
         flat = self._weights.flatten(1)
         return torch.addmm(flat[-1], features, flat[:-1]).view(len(features), *self._weights.shape[1:])
 
     def train(self, batches: _Batches, epochs: int) -> None:
-        """SGD with Nesterov's momentum under a cosine from each head's rate to 0."""
+        """Train by SGD with Nesterov's momentum, under a cosine from each head's rate to 0."""
         velocity = torch.zeros_like(self._weights)
         total, step = epochs * batches.steps, 0
         for _ in range(epochs):
@@ -224,7 +227,7 @@ class _Heads:
                 step += 1
 
     def _gradient(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Of the sum of these samples' losses, without the decay."""
+        """Return the gradient of the sum of these samples' losses, without the decay."""
         gradient = torch.zeros_like(self._weights)
         flat = gradient.flatten(1)
         for part, classes in self._parts(features, targets):
@@ -239,7 +242,7 @@ class _Heads:
         return zip(features.split(size), targets.split(size), strict=True)
 
     def losses(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
-        """What each head's training minimises, over all ranks' samples; infinite where it diverged."""
+        """Return what each head's training minimises, over all ranks' samples; infinity where it diverged."""
         sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
         for part, classes in self._parts(features, targets):
             log_p = self.logits(part).log_softmax(dim=2)
@@ -251,7 +254,7 @@ class _Heads:
         return [loss if math.isfinite(loss) else math.inf for loss in found]
 
     def accuracies(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
-        """Of each head over all ranks' samples; 0 where it diverged."""
+        """Return the accuracy of each head over all ranks' samples; 0 where it diverged."""
         sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
         for part, classes in self._parts(features, targets):
             logits = self.logits(part)

@@ -87,14 +87,14 @@ class EmbeddingStore:
 
     @staticmethod
     def describe(path: str | Path) -> EmbeddingStore | None:
-        """What a store says of itself, complete or not; None where there is none."""
+        """Return what a store says of itself, complete or not; None where there is none."""
         return _read_manifest(Path(path)) if (Path(path) / "manifest.json").exists() else None
 
     @staticmethod
     def open(
         path: str | Path, *, dim: int | None = None, provenance: Mapping[str, str] | None = None
     ) -> EmbeddingStore:
-        """A complete store for reading; chunks are verified as they are read.
+        """Open a complete store for reading; chunks are verified as they are read.
 
         Args:
             dim: what it must be, where given. provenance: the same, for the entries that are given.
@@ -118,17 +118,20 @@ class EmbeddingStore:
 
     @property
     def num_chunks(self) -> int:
+        """How many chunks the whole store has, made or not."""
         return math.ceil(self.num_samples / self.chunk_size)
 
     def chunk_range(self, chunk: int) -> range:
-        """The ids of a chunk's samples."""
+        """Return the ids of a chunk's samples."""
         assert 0 <= chunk < self.num_chunks, (chunk, self.num_chunks)
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_samples))
 
     def missing(
         self, rank: int = 0, world_size: int = 1, *, report: Callable[[str], None] = lambda _: None
     ) -> list[int]:
-        """Which of this rank's chunks are to be made; damaged ones are reported. Reads the others whole."""
+        """Return which of this rank's chunks are to be made; damaged ones are reported. It reads the others
+        whole.
+        """
         chunks = []
         for chunk in range(rank, self.num_chunks, world_size):
             if not self._chunk_path(chunk).exists():
@@ -167,7 +170,7 @@ class EmbeddingStore:
         _write(self._chunk_path(chunk), save(tensors), partial=f".{chunk:05d}.partial")
 
     def read_chunk(self, chunk: int) -> Embeddings:
-        """A chunk's samples, verified.
+        """Return a chunk's samples, verified.
 
         Raises:
             StoreError: naming the file, where it is missing or damaged.
@@ -185,7 +188,7 @@ class EmbeddingStore:
         return Embeddings(tensors["features"], tensors["labels"], tensors["ids"])
 
     def chunks(self, rank: int = 0, world_size: int = 1) -> Iterator[Embeddings]:
-        """This rank's samples as in `read_slice`, a chunk or less at a time."""
+        """Yield this rank's samples as in `read_slice`, a chunk or less at a time."""
         start, stop = (self.num_samples * place // world_size for place in (rank, rank + 1))
         for chunk in range(start // self.chunk_size, math.ceil(stop / self.chunk_size)):
             first = self.chunk_range(chunk).start
@@ -194,7 +197,7 @@ class EmbeddingStore:
             yield Embeddings(rows.features[part], rows.labels[part], rows.ids[part])
 
     def read_slice(self, rank: int = 0, world_size: int = 1) -> Embeddings:
-        """This rank's samples: the same number on every rank but for one, neighbours together."""
+        """Return this rank's samples: the same number on every rank but for one, neighbours together."""
         parts = list(self.chunks(rank, world_size))
         if not parts:
             dtype = DTYPES[self.dtype]

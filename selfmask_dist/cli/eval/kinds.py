@@ -1,4 +1,4 @@
-"""The kinds of evaluation, functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
+"""The kinds of evaluation: functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
 
 import math
 from collections.abc import Callable
@@ -23,8 +23,10 @@ from selfmask_dist.evals.probe_heads import EPOCHS
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What the command line chooses. ks: none for the usual ones. memory_mib: of the search. tries, c:
-    of low-shot. epochs: of the probes by SGD.
+    """What the command line chooses.
+
+    ks: numbers of neighbours; none stands for the usual ones. precision, memory_mib: of the search. tries, c:
+    draws and strength of low-shot. epochs: of the probes by SGD.
     """
 
     ks: tuple[int, ...] = ()
@@ -36,7 +38,9 @@ class EvalOptions:
 
 
 def measure_knn(subject: EvalSubject, options: EvalOptions) -> Results:
-    """k-NN over all training images, for every k and temperature; and each training image by the others."""
+    """Classify test images by their neighbours among all training images, for every k and temperature, and
+    each training image by the others.
+    """
     notes = subject.require_labels("knn")
     first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
     temperature = subject.config.eval.knn_temperature
@@ -93,7 +97,9 @@ def measure_knn(subject: EvalSubject, options: EvalOptions) -> Results:
 
 
 def _evenly_spaced(bank: Embeddings, subject: EvalSubject) -> Embeddings:
-    """At most `eval.monitor_samples` of all ranks' training samples, the same under any number of ranks."""
+    """Return this rank's part of at most `eval.monitor_samples` training samples of all ranks; they are the
+    same under any number of ranks.
+    """
     total, limit = len(subject.sources["train"]), subject.config.eval.monitor_samples
     wanted = np.linspace(0, total - 1, min(total, limit)).round().astype(np.int64)
     chosen = torch.isin(bank.ids, torch.from_numpy(wanted).to(bank.ids.device))
@@ -101,7 +107,7 @@ def _evenly_spaced(bank: Embeddings, subject: EvalSubject) -> Embeddings:
 
 
 def measure_probe(subject: EvalSubject, options: EvalOptions) -> Results:
-    """Linear probes: logistic regression by L-BFGS, and the best of many (rate, decay) pairs by SGD."""
+    """Train linear probes: logistic regression by L-BFGS, and the best of many (rate, decay) pairs by SGD."""
     notes = subject.require_labels("probe")
     rows, details, probes = [], {}, {}
     for view in subject.views:
@@ -141,7 +147,7 @@ def measure_probe(subject: EvalSubject, options: EvalOptions) -> Results:
 
 
 def measure_low_shot(subject: EvalSubject, options: EvalOptions) -> Results:
-    """A probe on few labels of each class, several times."""
+    """Train a probe on few labels of each class, several times with other draws."""
     notes = subject.require_labels("lowshot")
     rows, details, columns = [], {}, {}
     for view in subject.views:
@@ -201,7 +207,7 @@ def measure_low_shot(subject: EvalSubject, options: EvalOptions) -> Results:
 
 
 def measure_zero_shot(subject: EvalSubject, _options: EvalOptions) -> Results:
-    """The class whose prompts' text embedding is nearest; for open_clip backbones."""
+    """Give each image the class whose prompts' text embedding is nearest; for open_clip backbones."""
     notes = subject.require_labels("zeroshot")
     backbone = subject.backbone
     if backbone.text_embeddings is None:
@@ -243,7 +249,7 @@ def measure_zero_shot(subject: EvalSubject, _options: EvalOptions) -> Results:
 
 
 def measure_label_free(subject: EvalSubject, options: EvalOptions) -> Results:
-    """What needs no label: dimensions used, collapse, and how many of the frozen neighbours are kept."""
+    """Measure what needs no label: dimensions used, collapse, and how many frozen neighbours are kept."""
     size = len(subject.sources["train"])
     k = min(subject.config.eval.knn_k[0], size)
     rows, spectra = [], {}
