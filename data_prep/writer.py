@@ -1,7 +1,7 @@
 """One shard: pictures -> a tar under a hidden name, and a report that says what is in it.
 
 A sample is `key.jpg` (the original bytes, unless shrunk), `key.cls` (class number) and `key.json` (class
-name, original path, crc32). The same pictures in the same order give the same bytes (mtime 0, no owner). Knows
+name, original path, crc32). The same pictures in the same order give the same bytes: no time, no owner. Knows
 no splits and no torch.
 """
 

@@ -32,7 +32,7 @@ from selfmask_dist.parallel import build_engine
 from selfmask_dist.runs.checkpoint import Retention, Saver, committed
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.meter import Meter
-from selfmask_dist.training.state import Keeper, Position, RunState
+from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import CLASSES, Step, world_here
 
@@ -63,7 +63,9 @@ class Clock:
         self.num_masked = sum(entry.theta.numel() for entry in masks.entries)
         self.saver = Saver(folder, Retention(last=2)) if world.is_main else None
         state = RunState(self.engine, Objective(), identity={})
-        self.keeper = Keeper(state, StopRequest(), saver=self.saver, every_seconds=every_seconds)
+        self.checkpoints = CheckpointSchedule(
+            state, StopRequest(), saver=self.saver, every_seconds=every_seconds
+        )
         share = slice(world.rank, ROWS, world.size)
         images = torch.randn(ROWS, 3, IMAGE_SIZE, IMAGE_SIZE)[share]
         labels = (torch.arange(ROWS) % CLASSES)[share]
@@ -77,16 +79,16 @@ class Clock:
             seconds of the step, seconds that saving kept it waiting, whether one was being written; the main
             rank's, on every rank.
         """
-        start, stalled = time.perf_counter(), self.keeper.stalled
+        start, stalled = time.perf_counter(), self.checkpoints.stalled
         busy = self.saver is not None and self.saver.is_busy
         self.engine.forward_backward(self.batch)
-        _, due = self.world.sum(torch.tensor(self.keeper.votes(), dtype=torch.float64)).tolist()
+        _, due = self.world.sum(torch.tensor(self.checkpoints.votes(), dtype=torch.float64)).tolist()
         self.engine.step()
         self.step += 1
-        self.keeper.after_step(
+        self.checkpoints.after_step(
             Position(self.step), self.meter, stop=False, due=bool(due) if save is None else save
         )
-        stalled = self.keeper.stalled - stalled
+        stalled = self.checkpoints.stalled - stalled
         values = [time.perf_counter() - start - stalled, stalled, float(busy)]
         told = torch.tensor(values if self.world.is_main else [0.0] * 3, dtype=torch.float64)
         seconds, stalled, busy = self.world.sum(told).tolist()
@@ -115,7 +117,7 @@ def measure(engine_name: str, folder: str, saves: int, interval: float, seconds:
         left = torch.tensor(float(clock.world.is_main and time.perf_counter() - start < seconds))
         is_on = bool(clock.world.sum(left).item())
     wall = time.perf_counter() - start
-    clock.keeper.finish()
+    clock.checkpoints.finish()
     size = 0
     if clock.world.is_main:
         size = sum(file.stat().st_size for file in committed(Path(folder))[0].iterdir())

@@ -26,8 +26,8 @@ from selfmask_dist.cascade.stages import Stages, read_sizes
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import World, join_world
 from selfmask_dist.parallel.world import group_of, num_processes
+from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, run_path
-from selfmask_dist.runs.life import Life, open_life
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.training.run import run_in
 
@@ -105,8 +105,8 @@ def run_cascade(
                 stop_path.touch()  # groups share no step in which they could agree
                 raise
             stop.watch(None)
-        with open_life(config, directory, worlds.join(), stop) as life:
-            return _finish(config, life)
+        with open_run(config, directory, worlds.join(), stop) as context:
+            return _finish(config, context)
 
 
 def _check_part(part: str, directory: Path) -> None:
@@ -125,26 +125,26 @@ def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
     directory = run_path(config)
     _start(config, world, stop)
     _train(dispatcher_config(config), world, stop, parent=directory)
-    with open_life(config, directory, world, stop, ends_as="training experts") as life:
-        stages = Stages(config, life)
+    with open_run(config, directory, world, stop, ends_as="training experts") as context:
+        stages = Stages(config, context)
         stages.embed(DISPATCHER)
         stages.route()
-        return _plan_experts(config, life)
+        return _plan_experts(config, context)
 
 
 def _start(config: Config, world: World, stop: StopRequest) -> None:
-    with open_life(config, run_path(config), world, stop, ends_as="training dispatcher") as life:
-        life.writer.event("start", world_size=world.size)
-        life.writer.message(f"cascade  {run_path(config)} on {world.size} process(es)")
-        stages = Stages(config, life)
+    with open_run(config, run_path(config), world, stop, ends_as="training dispatcher") as context:
+        context.writer.event("start", world_size=world.size)
+        context.writer.message(f"cascade  {run_path(config)} on {world.size} process(es)")
+        stages = Stages(config, context)
         stages.check()
         if config.eval.frozen_baseline:
             stages.embed("frozen")
 
 
-def _finish(config: Config, life: Life) -> dict[str, Any]:
-    stages = Stages(config, life)
-    sizes = read_sizes(life.directory)
+def _finish(config: Config, context: RunContext) -> dict[str, Any]:
+    stages = Stages(config, context)
+    sizes = read_sizes(context.directory)
     for k in range(len(sizes)):
         stages.embed(expert_name(k))
     stages.combine()
@@ -152,7 +152,7 @@ def _finish(config: Config, life: Life) -> dict[str, Any]:
     result["mask"] = stages.bundle(result["views"])
     stages.draw()
     stages.write_result(result)
-    life.writer.event("end", **result)
+    context.writer.event("end", **result)
     return result
 
 
@@ -207,9 +207,9 @@ def expert_costs(config: Config, sizes: list[int]) -> list[float]:
     ]
 
 
-def _plan_experts(config: Config, life: Life) -> int:
+def _plan_experts(config: Config, context: RunContext) -> int:
     """In how many groups the experts train. Equal on every process, and after every restart."""
-    sizes = read_sizes(life.directory)
+    sizes = read_sizes(context.directory)
     costs = expert_costs(config, sizes)
     number = 1
     if config.engine.name != "deepspeed":  # which cannot leave a process group and form another
@@ -220,7 +220,7 @@ def _plan_experts(config: Config, life: Life) -> int:
             wanted=config.cascade.expert_groups,
         )
     groups = share_out(costs, number)
-    life.writer.message(
+    context.writer.message(
         f"experts  {len(sizes)} of {', '.join(map(str, sizes))} images; {number} group(s) of "
         f"{num_processes() // number} process(es), busy {utilisation(costs, groups):.0%} of the time: "
         + "; ".join(", ".join(map(str, group)) for group in groups)
@@ -228,11 +228,11 @@ def _plan_experts(config: Config, life: Life) -> int:
     batch = config.train.global_batch_size
     for k, (size, steps) in enumerate(zip(sizes, costs, strict=True)):
         if size < batch:
-            life.writer.message(
+            context.writer.message(
                 f"WARNING: expert {k} has {size} images, less than a batch of {batch}: {steps:g} steps of a "
                 "part of a batch, and no queue. Ask for fewer clusters, or a smaller train.global_batch_size"
             )
-    life.writer.event("experts", sizes=sizes, steps=costs, groups=groups)
+    context.writer.event("experts", sizes=sizes, steps=costs, groups=groups)
     return number
 
 

@@ -28,12 +28,12 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade.model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade.plot import draw_cascade
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.runs.folder import write_json
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
 
 SPLITS = ("train", "test")
@@ -44,11 +44,11 @@ _BUNDLE = "cascade.mask"
 class Stages:
     """The stages of one cascade, in one world. Every method is a collective: every rank must call."""
 
-    def __init__(self, config: Config, life: Life) -> None:
+    def __init__(self, config: Config, context: RunContext) -> None:
         self._config = config
-        self._life = life
-        self._world = life.world
-        self._directory = life.directory
+        self._context = context
+        self._world = context.world
+        self._directory = context.directory
         self._modes = config.cascade.combinations
         self._sources = dict(zip(SPLITS, open_data(config), strict=True))
 
@@ -104,8 +104,8 @@ class Stages:
                 num_workers=self._config.engine.workers,
                 device=self._world.device,
                 all_reduce=self._sum,
-                on_batch=self._life.check,
-                report=self._life.writer.message,
+                on_batch=self._context.check,
+                report=self._context.writer.message,
             )
         self._world.barrier()
         self._say("embedded", view)
@@ -158,7 +158,7 @@ class Stages:
             min_cluster_size=2,
             all_reduce=self._sum,
         )
-        self._life.check()
+        self._context.check()
         places = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
             folder.mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ class Stages:
                 fitted = Combination.fit(
                     chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum
                 ).rounded()  # as the bundle holds it: both then give the same embeddings
-                self._life.check()
+                self._context.check()
                 if self._world.is_main:
                     partial = path.with_name(f".{path.name}.partial")
                     save_file(_plain(fitted.tensors()), partial)
@@ -208,13 +208,13 @@ class Stages:
 
     def _write_combined(self, combination: Combination, split: str, path: Path) -> None:
         store = self._create(combination.mode, split, path, dim=combination.output_dim)
-        for chunk in store.missing(self._world.rank, self._world.size, report=self._life.writer.message):
+        for chunk in store.missing(self._world.rank, self._world.size, report=self._context.writer.message):
             one = self._chunks(split, lambda part, chunk=chunk: iter([part.read_chunk(chunk)]))  # type: ignore[misc]
             dispatcher, experts, clusters = next(one)
             combined = combination.transform(dispatcher, experts, clusters)
             store.write_chunk(chunk, combined, self._open(DISPATCHER, split).read_chunk(chunk).labels)
-            self._life.watchdog.beat()
-        self._life.check()
+            self._context.watchdog.beat()
+        self._context.check()
 
     def _chunks(
         self, split: str, read_fn: Callable[[EmbeddingStore], Iterator[Any]]
@@ -244,7 +244,7 @@ class Stages:
                 write_json(path, values)
         self._world.barrier()
         values = json.loads(path.read_text())
-        self._life.writer.message(f"\n{table(values)}\n")
+        self._context.writer.message(f"\n{table(values)}\n")
         return {"views": values}
 
     def _measure(self, view: str, *, whiten: bool = False) -> dict[str, float]:
@@ -255,7 +255,7 @@ class Stages:
             bank, queries = (
                 replace(rows, features=pca.transform(rows.features, whiten=True)) for rows in (bank, queries)
             )
-        self._life.watchdog.beat()
+        self._context.watchdog.beat()
         section, num_classes = self._config.eval, len(self._sources["train"].classes)
         values = measure_knn(
             bank,
@@ -266,7 +266,7 @@ class Stages:
             world=self._world,
         )
         if section.probe:
-            self._life.watchdog.beat()
+            self._context.watchdog.beat()
             values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
 
@@ -319,12 +319,12 @@ class Stages:
             write_json(self._directory / "result.json", result)
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        self._life.watchdog.beat()  # a fit of minutes sums again and again
+        self._context.watchdog.beat()  # a fit of minutes sums again and again
         return self._world.sum(tensor.clone())
 
     def _say(self, stage: str, what: str) -> None:
-        self._life.writer.event("stage", stage=stage, what=what)
-        self._life.writer.message(f"{stage:9s}{what}")
+        self._context.writer.event("stage", stage=stage, what=what)
+        self._context.writer.message(f"{stage:9s}{what}")
 
 
 def read_sizes(directory: Path) -> list[int]:

@@ -24,7 +24,8 @@ from selfmask_dist.cli import mask as mask_command
 from selfmask_dist.cli import plan as plan_command
 from selfmask_dist.cli import report as report_command
 from selfmask_dist.cli import serve as serve_command
-from selfmask_dist.runs import exit_status, status
+from selfmask_dist.cli import status as status_command
+from selfmask_dist.runs import exit_status
 
 # a path that does not fit: the message says all there is to say
 _WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     mask_command.add_command(commands)
     serve_command.add_commands(commands)
     eval_command.add_command(commands)
-    status.add_commands(commands)
+    status_command.add_commands(commands)
     report_command.add_command(commands)
     plan_command.add_command(commands)
     data_command.add_command(commands)

@@ -32,8 +32,8 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     # what trains imports torch, and `selfmask --help` must not wait for it
     from selfmask_dist.config.procedures import PROCEDURES
     from selfmask_dist.parallel import join_world
+    from selfmask_dist.runs.context import stacks_path
     from selfmask_dist.runs.folder import run_path
-    from selfmask_dist.runs.life import stacks_path
     from selfmask_dist.runs.preempt import StopRequest
     from selfmask_dist.training.run import run_in
 
@@ -60,7 +60,7 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
 def train(options: argparse.Namespace) -> int:
     """Run `selfmask train`; returns the exit status."""
     config = load_config(options.config, options.overrides)
-    from selfmask_dist.runs.life import is_lost_process
+    from selfmask_dist.runs.context import is_lost_process
     from selfmask_dist.runs.preempt import Preempted
 
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):

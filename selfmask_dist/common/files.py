@@ -6,6 +6,7 @@ write_text(path, "...")
 write_json(path, {"loss": 0.5})
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -72,3 +73,9 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal, without holding the file in memory."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

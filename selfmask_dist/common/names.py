@@ -35,6 +35,6 @@ CASCADE_PICTURE = "cascade.png"
 CLUSTER_SIZES = "sizes.json"  # in the router's folder
 
 
-def expert(index: int) -> str:
-    """Return the folder of a cascade's expert number `index`, from 0."""
+def expert(index: int | str) -> str:
+    """Return the folder of a cascade's expert number `index`, from 0; or of a pattern, as "*"."""
     return f"expert-{index}"

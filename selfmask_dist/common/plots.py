@@ -76,8 +76,8 @@ def draw_lines(
                 axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
         axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
         if len(xs) <= _FEW_TICKS:  # beyond, matplotlib's own ticks at 1, 10, 100
-            axes.set(xticks=list(xs))
-            axes.set_xticklabels([f"{x:g}" for x in xs])
+            axes.set_xticks(list(xs))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.minorticks_off()
         legend_beside(axes)
 

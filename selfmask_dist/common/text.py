@@ -20,8 +20,14 @@ def accuracy(value: Any) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
+    """Return a share in percent; one that so few digits would show as 0 keeps the first that counts."""
     found = number(value)
-    return NONE if found is None else f"{100 * found:.{digits}f} %"
+    if found is None:
+        return NONE
+    shown = f"{100 * found:.{digits}f}"
+    if found and not float(shown):
+        shown = f"{100 * found:.1g}"
+    return f"{shown} %"
 
 
 def count(value: Any) -> str:
@@ -52,6 +58,14 @@ def duration(seconds: float | None) -> str:
     if days:
         return f"{days} d {hours} h"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def age(seconds: float) -> str:
+    """Return a time in the one unit in which it is two digits or so, as in "5 min" or "3 h"."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def compact(value: Any) -> str:

@@ -19,17 +19,17 @@ Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # smallest an
 
 
 def science(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes results."""
+    """Return a field that changes results, with its default, its effect in words, its unit and bounds."""
     return _field("science", default, help, unit, constraints)
 
 
 def efficiency(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes speed or memory, and no result."""
+    """Return a field that changes speed or memory, and no result."""
     return _field("efficiency", default, help, unit, constraints)
 
 
 def orchestration(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that decides where a run goes, and what is measured and logged."""
+    """Return a field that decides where a run goes, and what is measured and logged."""
     return _field("orchestration", default, help, unit, constraints)
 
 

@@ -44,7 +44,7 @@ class ConflictError(ValueError):
 
 
 class Origin(NamedTuple):
-    """Where a value was given; sorts in the order of reading."""
+    """Where a value was given. Origins sort in the order of reading."""
 
     order: tuple[int, int]  # (0, line) in the file, (1, position) among the overrides
     place: str
@@ -52,7 +52,7 @@ class Origin(NamedTuple):
 
 
 def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) -> Model:
-    """Build `model` from its defaults, a YAML file and `key=value` overrides.
+    """Return `model` built from its defaults, a YAML file and `key=value` overrides.
 
     Args:
         path: a file, or the name of a configuration that ships with the package; see `find_config`.
@@ -164,7 +164,7 @@ class _Draft:
         return get_origin(self.fields[keys].annotation) is dict
 
     def _source(self, keys: Keys) -> Origin:
-        """Where the value at `keys` was given, or the nearest value around it."""
+        """Return where the value at `keys` was given, or the nearest value around it."""
         return next(
             self.sources[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in self.sources
         )
@@ -197,7 +197,7 @@ class _Draft:
         return f"unknown key {dotted(keys)}; {where} are {', '.join(self._inside(section))}"
 
     def _inside(self, section: Keys) -> list[str]:
-        """Names of the keys of a section; of the keys and sections at the top for ()."""
+        """Return the names of a section's keys; for (), those of all sections and of the keys beside them."""
         depth = len(section)
         return list(dict.fromkeys(keys[depth] for keys in self.fields if keys[:depth] == section))
 
@@ -226,14 +226,17 @@ def _in_file(path: Path, line: int) -> Origin:
 
 
 def _nearest(keys: tuple[str, ...], known: Iterable[tuple[str, ...]], limit: int = 4) -> list[str]:
-    """The known keys most like an unknown one, best first."""
+    """Return the known keys that are most like an unknown one, the best first."""
     scores = {dotted(candidate): _likeness(keys, candidate) for candidate in known}
     near = sorted((name for name, score in scores.items() if score >= 0.65), key=lambda name: -scores[name])
     return near[:limit]
 
 
 def _likeness(keys: tuple[str, ...], candidate: tuple[str, ...]) -> float:
-    """0 to 1. In the same section the last part decides; elsewhere it counts less, or the whole name does."""
+    """Return how alike two keys are, 0 to 1.
+
+    In the same section the last part decides; in another one it counts less, or the whole names are compared.
+    """
     *words, last = *candidate[-1].split("_"), candidate[-1]
     likeness = max(_ratio(keys[-1], last), *(0.95 * _ratio(keys[-1], word) for word in words))  # lr: score_lr
     if keys[:-1] == candidate[:-1]:

@@ -1,7 +1,6 @@
-"""The keys of masks: which parameters carry one, of which family, and what goes together.
+"""The section of masks: which parameters carry one, and of which family.
 
-`config_sections` has the rules. Knows nothing of torch, and so of families only their names;
-`masking.families` has the same.
+Knows nothing of torch, and so of families only their names; a test holds them to those of `masking.families`.
 """
 
 from typing import Literal
@@ -59,7 +58,7 @@ class MaskConfig(Section):
     threshold: float = science(
         0.0,
         "mu: a weight is kept where its score is greater. Paper: 0; Piggyback: 0.005. soft_movement: tau, "
-        "which sigmoid(score) must exceed at the end of mask.keep_schedule, as 0.1.",
+        "which sigmoid(score) must exceed at the end of mask.keep_schedule, for example 0.1.",
         unit="score",
     )
     keep: float = science(
@@ -107,7 +106,7 @@ class MaskConfig(Section):
     )
     graft_from: NonEmpty | None = science(
         None,
-        "graft: the fine-tuned weights, as the folder of a finished run of method=finetune or a file that "
+        "graft: the fine-tuned weights: the folder of a finished run of method=finetune or a file that "
         "backbone.weights would take. That family needs it.",
     )
     init: float | Literal["normal", "magnitude", "shuffled_magnitude", "kaiming_uniform"] = science(

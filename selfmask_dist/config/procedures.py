@@ -179,8 +179,9 @@ class ProcedureConfig(Section):
     )
     small_backbone: dict[str, JsonValue] = science(
         {},
-        "ensemble: keys of the backbone section, as {name: timm:resnet10t}, of small models that are trained "
-        "from random weights for comparison; empty: none are. Make them as large as a mask's file.",
+        "ensemble: keys of the backbone section, for example {name: timm:resnet10t}, of small models that "
+        "are trained from random weights for comparison; empty: none are. Make them as large as a mask's "
+        "file.",
     )
     hold: NonEmpty | None = science(
         None,

@@ -83,8 +83,8 @@ class ObjectiveConfig(Section):
 
     distill_from: NonEmpty | None = science(
         None,
-        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits "
-        "are learned beside the labels; null: labels alone.",
+        "Folder of a finished supervised run on the same classes, for example one of method=finetune, whose "
+        "logits are learned beside the labels; null: labels alone.",
     )
     distill_weight: float = science(
         0.5,
@@ -185,8 +185,8 @@ class EngineConfig(Section):
     )
     shard_size: int | None = efficiency(
         None,
-        "fsdp: cut over groups of so many processes, which hold the same pieces as the other groups (as: one "
-        "node); null: over all.",
+        "fsdp: cut over groups of so many processes, which hold the same pieces as the other groups, for "
+        "example one node; null: over all.",
         unit="processes",
         ge=1,
     )
@@ -234,7 +234,8 @@ class CheckpointConfig(Section):
         0, "Checkpoints at multiples of so many steps stay too; 0: none.", unit="steps", ge=0
     )
     keep_best: NonEmpty | None = orchestration(
-        None, "The checkpoint with the highest value of this metric stays too, as monitor/knn20; null: none."
+        None,
+        "The checkpoint with the highest value of this metric (for example monitor/knn20) stays; null: none.",
     )
     asynchronous: bool = orchestration(
         True, "Write in the background; training waits only while its tensors are copied."
@@ -304,10 +305,10 @@ class LaunchConfig(Section):
         True, "Start from a copy of the code in the run's folder, which later edits do not change."
     )
     environment: dict[str, NonEmpty] = orchestration(
-        {}, "Environment variables of every process, as {NCCL_DEBUG: INFO}."
+        {}, "Environment variables of every process, for example {NCCL_DEBUG: INFO}."
     )
     container: Strings = orchestration(
-        (), "Command that each process is started with, as [apptainer, exec, --nv, image.sif]."
+        (), "Command that each process is started with, for example [apptainer, exec, --nv, image.sif]."
     )
     setup: Strings = orchestration(
         (), "SLURM: lines of shell in the batch script, before the processes start."
@@ -315,7 +316,9 @@ class LaunchConfig(Section):
     partition: NonEmpty | None = orchestration(None, "SLURM: partition; null: the cluster's default.")
     account: NonEmpty | None = orchestration(None, "SLURM: account the job is charged to.")
     qos: NonEmpty | None = orchestration(None, "SLURM: quality of service.")
-    constraint: NonEmpty | None = orchestration(None, "SLURM: features the nodes must have, as a100|h100.")
+    constraint: NonEmpty | None = orchestration(
+        None, "SLURM: features the nodes must have, for example a100|h100."
+    )
     hours: float = orchestration(
         24.0,
         "SLURM: time limit of one start; the job saves before it ends and is requeued.",
@@ -338,4 +341,6 @@ class LaunchConfig(Section):
     mail: NonEmpty | None = orchestration(
         None, "SLURM: address that is written to when the job ends or fails."
     )
-    sbatch: dict[str, JsonValue] = orchestration({}, "SLURM: any further sbatch option, as {nodelist: n1}.")
+    sbatch: dict[str, JsonValue] = orchestration(
+        {}, "SLURM: any further sbatch option, for example {nodelist: n1}."
+    )

@@ -1,4 +1,4 @@
-"""The keys of what is trained besides masks, and by which optimizer. `config_sections` has the rules."""
+"""The sections of what is trained besides masks, and by which optimizer."""
 
 from typing import Literal
 

@@ -119,6 +119,7 @@ class _NodeReader:
         self.open: set[int] = set()  # the nodes that contain the one being read
 
     def read(self, node: Node, keys: Keys) -> Any:
+        """Return the plain value of a node that lies at `keys`."""
         line = node.start_mark.line + 1
         self.parsed.lines[keys] = line
         kind = _kind(node)

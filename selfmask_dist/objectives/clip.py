@@ -42,7 +42,7 @@ def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context:
 
 
 def text_of(backbone: Backbone, objective: str) -> tuple[TextParts, float]:
-    """A backbone's text tower and scale. Raises ValueError where it has none."""
+    """Return a backbone's text tower and scale, or raise a ValueError where it has none."""
     if backbone.text is None or backbone.logit_scale is None:
         raise ValueError(
             f"objective.name={objective} needs a text tower with its weights, which {backbone.spec.name} was "
@@ -88,7 +88,7 @@ class Clip(Objective):
         return self.match(encoder(batch.views[0]), batch)
 
     def match(self, features: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of images' features (rows, dim) against the batch's captions, and metrics. Collective."""
+        """Return the loss of features (rows, dim) against the batch's captions, and metrics. Collective."""
         assert len(batch.captions) == len(features), (len(batch.captions), len(features))
         tokens = self.tokenize(list(batch.captions)).to(features.device)
         with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
@@ -111,7 +111,7 @@ class Clip(Objective):
         }
 
     def _find(self, rows: Tensor, columns: Tensor, is_real: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of this rank's rows against all columns, and whether each is nearest its own."""
+        """Return the cross-entropy of this rank's rows against all columns, and which found their own."""
         own = self.context.own_columns(len(rows), rows.device)
         logits = scale * rows @ columns.T
         is_own = torch.arange(len(columns), device=rows.device) == own[:, None]
@@ -122,7 +122,7 @@ class Clip(Objective):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def kept_state(self) -> dict[str, Tensor]:
-        """The text tower that images were matched with, where it was trained."""
+        """Return the text tower that images were matched with, where it was trained."""
         if not self.is_trained:
             return {}
         return {f"text.{name}": tensor for name, tensor in self.text.state_dict().items()} | {

@@ -37,7 +37,7 @@ _ONE_OUTPUT = 0.02  # entropy of the mean of all targets, likewise
 
 
 def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Dino":
-    """DINO on a backbone's features; class names are not looked at."""
+    """Return DINO on a backbone's features; class names are not looked at."""
     return Dino(backbone.spec.dim, config.dino, context, seed=config.seed)
 
 
@@ -99,14 +99,14 @@ class Dino(Objective):
         }
 
     def _score(self, features: Tensor, num_rows: int) -> Tensor:
-        """(views * rows, dim) -> (views, rows, outputs)."""
+        """Return the head's outputs: (views * rows, dim) -> (views, rows, outputs)."""
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features).view(-1, num_rows, features.shape[1])
             bottleneck = F.normalize(self.projector(features, features.new_ones(num_rows)), dim=2)
             return bottleneck @ F.normalize(self.last, dim=1).T
 
     def _move_center(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Move the center after this batch; returns the mean target (outputs,) of the global batch."""
+        """Move the center after this batch, and return the mean target (outputs,) of the global batch."""
         rows = weights.to(outputs.dtype)
         sums = [torch.einsum("vbk,b->k", tensor, rows) for tensor in (outputs, targets)]
         total = self.context.all_reduce(torch.cat([*sums, len(outputs) * rows.sum()[None]]))
@@ -125,7 +125,7 @@ class Dino(Objective):
         return [self.last] if is_frozen else []
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """Both kinds of collapse, each said once."""
+        """Return the news of both kinds of collapse, each once."""
         found: dict[str, str] = {}
         if values["target_entropy"] > _ALIKE:
             found["alike"] = (
@@ -144,5 +144,5 @@ class Dino(Objective):
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """(..., outputs) -> (...), with 0 log 0 = 0."""
+    """Return the entropy of distributions: (..., outputs) -> (...), with 0 log 0 = 0."""
     return torch.special.entr(probabilities).sum(dim=-1)

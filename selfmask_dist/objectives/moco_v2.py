@@ -33,7 +33,7 @@ from selfmask_dist.objectives.parts import Mlp, Watch, at_least_float32, mean_le
 
 
 def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "MocoV2":
-    """MoCo v2 on a backbone's features; class names are not looked at."""
+    """Return MoCo v2 on a backbone's features; class names are not looked at."""
     return MocoV2(backbone.spec.dim, config.moco_v2, context, seed=config.seed)
 
 

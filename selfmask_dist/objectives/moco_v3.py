@@ -39,7 +39,7 @@ from selfmask_dist.objectives.parts import (
 
 
 def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "MocoV3":
-    """MoCo v3 on a backbone's features; class names are not looked at."""
+    """Return MoCo v3 on a backbone's features; class names are not looked at."""
     return MocoV3(backbone.spec.dim, config.moco_v3, context, seed=config.seed)
 
 
@@ -86,13 +86,13 @@ class MocoV3(Objective):
         }
 
     def _project(self, features: Tensor, weights: Tensor, *, is_unit: bool = True) -> Tensor:
-        """(2 * rows, dim) -> (2, rows, dim)."""
+        """Return the projected features: (2 * rows, dim) -> (2, rows, dim)."""
         with torch.autocast(features.device.type, enabled=False):
             projected = self.projector(at_least_float32(features).view(2, len(weights), -1), weights)
             return F.normalize(projected, dim=2) if is_unit else projected
 
     def _contrast(self, queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """2 T times the cross-entropy of queries (rows, dim) against all ranks' keys, and hits: (rows,)."""
+        """Return 2 T times the cross-entropy of queries (rows, dim) to all keys, and hits: (rows,) each."""
         everyone, is_real = self.context.gather(keys), self.context.gather(weights.float()) > 0
         own = self.context.own_columns(len(queries), queries.device)
         logits = queries @ everyone.T / self.config.temperature

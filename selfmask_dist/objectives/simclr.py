@@ -29,7 +29,7 @@ from selfmask_dist.objectives.parts import Mlp, Watch, at_least_float32, encode_
 
 
 def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Simclr":
-    """SimCLR on a backbone's features; class names are not looked at."""
+    """Return SimCLR on a backbone's features; class names are not looked at."""
     return Simclr(backbone.spec.dim, config.simclr, context, seed=config.seed)
 
 
@@ -77,7 +77,7 @@ class Simclr(Objective):
 def nt_xent(
     embeddings: Tensor, weights: Tensor, context: Context, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """NT-Xent of this rank's rows against the global batch, and whether each found its other view.
+    """Return NT-Xent of this rank's rows against the global batch, and whether each found its other view.
 
     Args:
         embeddings: (2, rows, dim), unit.

@@ -66,7 +66,7 @@ def build(
 
 
 def embed_classes(backbone: Backbone, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """Text embeddings (classes, dim): per class the mean over its prompts, at unit length (as CLIP does)."""
+    """Return text embeddings (classes, dim): for each class the mean over its prompts, at unit length."""
     assert backbone.text_embeddings is not None
     names = [name.replace("_", " ") for name in classes]
     per_prompt = [
@@ -189,7 +189,7 @@ class Supervised(Objective):
 
 
 def distillation_losses(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher | student) of logits (n, classes) over T, for each row: (n,)."""
+    """Return T^2 KL(teacher | student) of logits (n, classes) over T, for each row: (n,)."""
     student = F.log_softmax(logits / temperature, dim=1)
     taught = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
     return temperature**2 * (taught.exp() * (taught - student)).sum(dim=1)
@@ -214,7 +214,7 @@ class FeatureBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
 
     def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Features (n, dim) -> the same shape; `weights` (n,), None for ones."""
+        """Return features (n, dim), normalised; `weights` (n,), None for ones."""
         mean, var = self.running_mean, self.running_var
         if self.training:
             ones = torch.ones_like(features[:, :1])
@@ -236,7 +236,7 @@ class FeatureBatchNorm(nn.Module):
 
 
 def _new_head(dim: int, num_classes: int, *, is_masked: bool, seed: int) -> nn.Linear:
-    """A linear layer whose weights come from a generator of its own."""
+    """Return a linear layer whose weights come from a generator of its own."""
     # made on "meta", then filled: the constructor would draw from the global generator
     head = nn.Linear(dim, num_classes, bias=not is_masked, device="meta").to_empty(device="cpu")
     generator = named_generator(seed, "supervised head")

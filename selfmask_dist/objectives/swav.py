@@ -37,7 +37,7 @@ _JUMP = 1.25  # a loss that grows by this factor where the queue comes in
 
 
 def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Swav":
-    """SwAV on a backbone's features; class names are not looked at."""
+    """Return SwAV on a backbone's features; class names are not looked at."""
     return Swav(backbone.spec.dim, config.swav, context, seed=config.seed)
 
 
@@ -119,7 +119,7 @@ class Swav(Objective):
     def _assign(
         self, embeddings: Tensor, scores: Tensor, assigning: list[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Assignments (assigning, rows, prototypes), and the length of the mean unit embedding."""
+        """Return assignments (assigning, rows, prototypes), and the length of the mean unit embedding."""
         chosen, columns = scores[assigning].detach(), weights.expand(len(assigning), -1)
         if self.is_queue_used:
             queued = self.prototypes(self.queue.to(embeddings.dtype))
@@ -142,7 +142,7 @@ class Swav(Objective):
 
     @property
     def is_queue_used(self) -> bool:
-        """Full, so that no empty place takes part; the same on every rank."""
+        """Say whether the queue is full, so that no empty place takes part; the same on every rank."""
         length = self.config.queue_length
         return bool(length) and self._queue_rows >= length
 
@@ -161,8 +161,7 @@ class Swav(Objective):
         self._queue_rows += embeddings.shape[1] * self.context.world_size
 
     def whole_buffers(self) -> dict[str, Tensor]:
-        """The queue of all ranks, newest first as one process would hold it. Collective: every rank must
-        call."""
+        """Return the queue of all ranks, the newest rows first, as one process would hold it. Collective."""
         rank, size = self.context.rank, self.context.world_size
         whole = self.queue.new_zeros(2, self.config.queue_length, self.config.dim)
         whole[:, rank::size] = self.queue  # ranks take the rows of a batch in turn
@@ -185,8 +184,9 @@ class Swav(Objective):
         return [self.prototypes.weight]
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """A collapse, a loss that says that nothing is learned, and a jump of the loss where the queue comes
-        in; each is said once."""
+        """Return the news of a collapse, of a loss that says that nothing is learned, and of a jump of the
+        loss where the queue comes in; each once.
+        """
         found = self._watch(values)
         loss, before = values["loss"], self._loss_before_queue
         if not values["queue"]:
@@ -245,7 +245,7 @@ def sinkhorn(
     iterations: int = 3,
     all_reduce: AllReduce = lambda tensor: tensor,
 ) -> Tensor:
-    """Soft assignments of samples to prototypes, all prototypes used alike.
+    """Return soft assignments of samples to prototypes, with all prototypes used alike.
 
     Collective: every rank must call, with its rows.
 

@@ -121,7 +121,7 @@ class FlatShards(Shards):
         self._table: Tensor | None = None
 
     def span(self, name: str) -> tuple[int, int]:
-        """Which elements of the flattened parameter this rank holds: (first, last + 1)."""
+        """Return which elements of the flattened parameter this rank holds: (first, last + 1)."""
         bucket = self.bucket_of[name]
         start, rank = bucket.offsets[name], self.world.rank
         low = min(max(rank * bucket.chunk - start, 0), self.sizes[name])
@@ -129,7 +129,7 @@ class FlatShards(Shards):
         return low, high
 
     def place_of(self, name: str) -> slice:
-        """Where this rank's piece lies in its bucket's chunk."""
+        """Return where this rank's piece lies in its bucket's chunk."""
         bucket, (low, high) = self.bucket_of[name], self.span(name)
         begin = bucket.offsets[name] + low - self.world.rank * bucket.chunk
         return slice(begin, begin + high - low) if high > low else slice(0, 0)
@@ -162,7 +162,7 @@ class FlatShards(Shards):
         threshold: float | None,
         mask_fn: Callable[[Segment], Tensor],
     ) -> Tensor:
-        """Gathers everyone's bits and sums together, so that sums cost no call of their own."""
+        """Gather everyone's bits and sums together, so that sums cost no call of their own."""
         num_bytes = len(self._scores) // _BITS
         payload = torch.cat(
             [pack(self._mask(entries, threshold, mask_fn)), sums.double().view(-1).view(torch.uint8)]
@@ -182,7 +182,7 @@ class FlatShards(Shards):
         threshold: float | None,
         mask_fn: Callable[[Segment], Tensor],
     ) -> Tensor:
-        """This rank's chunks of the mask, end to end."""
+        """Return this rank's chunks of the mask, end to end."""
         if threshold is not None:  # one comparison of all, as padding lies below every threshold
             return self._scores > threshold
         flat = torch.zeros(len(self._scores), dtype=torch.bool, device=self._scores.device)
@@ -222,7 +222,7 @@ class FlatShards(Shards):
             piece.mul_(scale)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        """Bytes -> 0 and 1 as uint8, eight for each byte."""
+        """Return the bits of bytes as 0 and 1 in uint8, eight for each byte."""
         if self._table is None:
             values = torch.arange(256, device=packed.device)
             self._table = ((values[:, None] >> torch.arange(_BITS, device=packed.device)) & 1).to(torch.uint8)
@@ -304,13 +304,13 @@ class BucketReducer:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Bools (a multiple of eight) -> bytes, the first bool in the lowest bit."""
+    """Return bools, of which there are a multiple of eight, as bytes; the first one is the lowest bit."""
     bits = mask.view(-1, _BITS).to(torch.uint8)
     return (bits << torch.arange(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _make_buckets(parameters: Mapping[str, nn.Parameter], world_size: int, bucket_mb: float) -> list[Bucket]:
-    """Buckets of about `bucket_mb` in backward's order: the last parameters first."""
+    """Return buckets of about `bucket_mb` in the order of backward: the last parameters come first."""
     buckets: list[Bucket] = []
     offsets: dict[str, int] = {}
     length = first = 0

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selfmask_dist.common.optional import require
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
@@ -93,7 +94,7 @@ class DeepSpeedEngine(Engine):
         self._runner.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def _finish_backward(self) -> None:
-        """DeepSpeed has reduced everything."""
+        """Do nothing: DeepSpeed has reduced everything."""
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
         value = self._utils.safe_get_full_fp32_param(trained.tensor)
@@ -127,13 +128,13 @@ class DeepSpeedEngine(Engine):
         parameter.ds_tensor.copy_(self._partition(parameter, value))
 
     def _partition(self, parameter: Any, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor under stage 3: all parts are equally long, the last one padded."""
+        """Return this rank's part of a tensor under stage 3: all are equally long, the last one is padded."""
         length: int = parameter.ds_tensor.numel()
         padding = length * self.world.size - whole.numel()
         return nn.functional.pad(whole.flatten(), (0, padding)).split(length)[self.world.rank]
 
     def refresh(self) -> None:
-        """Theta follows from the scores in every forward."""
+        """Do nothing: theta follows from the scores in every forward."""
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -157,7 +158,7 @@ class DeepSpeedEngine(Engine):
             return parameter.detach().clone()
 
     def _make_momentum(self) -> None:
-        """Zero momentum for every flat partition: the first step is then as with none.
+        """Give every flat partition a momentum of zero, with which the first step is as without one.
 
         DeepSpeed 0.19.8 links a parameter to its state after the first group's step, when the other groups
         have none yet, and later cannot find theirs.
@@ -212,16 +213,11 @@ def _import_deepspeed(device_type: str) -> Any:
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own use of torch
-            import deepspeed
-            import deepspeed.ops
-            import deepspeed.utils
-    except ImportError as error:
-        raise ValueError(
-            f"engine.name=deepspeed cannot import deepspeed: {error}; install it, or use engine.name=fsdp"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own use of torch
+        deepspeed = require("deepspeed", "deepspeed", needed_by="engine.name=deepspeed")
+        require("deepspeed.ops", "deepspeed")
+        require("deepspeed.utils", "deepspeed")
     if device_type == "cpu":
         # a shared-memory all-reduce that it would compile for a minute when it starts; gloo does without
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False

@@ -80,7 +80,7 @@ class Engine:
     # ---- setting up
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
-        """Masks on the encoder or on another part of the module. Collective: every rank must call.
+        """Put masks on the encoder or on another part of the module. Collective: every rank must call.
 
         Args:
             attach_fn: `masking.attach` or a subclass's; gets `options`.
@@ -90,7 +90,7 @@ class Engine:
         return masks
 
     def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
-        """Make weights of `model` trainable, all of them or those of these names; returns them."""
+        """Make weights of `model` trainable, all of them or those of these names, and return them."""
         found = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(names is None or name in names)
@@ -98,7 +98,7 @@ class Engine:
         return found
 
     def keep_unit_rows(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replicated parameters whose rows are put back to unit length after each step (prototypes)."""
+        """Put the rows of these replicated parameters, such as prototypes, to unit length after each step."""
         self._unit_rows = parameters
 
     def start(self, optimizer: Optimizer) -> None:
@@ -127,7 +127,7 @@ class Engine:
     # ---- a step
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the global loss; returns this rank's share of each metric. Collective."""
+        """Compute gradients of the global loss, and return this rank's share of each metric. Collective."""
         metrics: dict[str, Tensor] = {}
         self._statistics.broadcast(self.world)
         micro_batches = split_batch(batch, self.accumulate)
@@ -156,7 +156,7 @@ class Engine:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients down to one global L2 norm; returns the norm before. Collective."""
+        """Scale all gradients down to one global L2 norm, and return the norm before. Collective."""
         squares: dict[bool, list[Tensor]] = {False: [], True: []}
         shards, grads = Shards(), []
         for trained in self.trained.values():
@@ -178,7 +178,7 @@ class Engine:
     # ---- state
 
     def state(self) -> EngineState:
-        """What is trained, whole, by parameter name. Collective: every rank must call."""
+        """Return what is trained, whole, by parameter name. Collective: every rank must call."""
         parameters: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
         for name, trained in self.trained.items():
@@ -211,7 +211,7 @@ class Engine:
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The encoder's tensors as they stand, whole, by name: all, or those of these names.
+        """Return the encoder's tensors as they stand, whole, by name: all, or those of these names.
 
         Collective: every rank must call.
         """
@@ -260,7 +260,7 @@ class Engine:
         return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
-        """A trained tensor and what the optimizer keeps of it, whole, by the names of `EngineState`."""
+        """Return a trained tensor and the optimizer's state of it, whole, by the names of `EngineState`."""
         own = self.optimizer.state.get(trained.tensor, {})
         moments = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
         return trained.whole(trained.tensor), {
@@ -291,7 +291,7 @@ class Engine:
         return next(name for name, module in self.module.named_modules() if module is model)
 
     def _find_trained(self, optimizer: Optimizer) -> dict[str, TrainedParameter]:
-        """What the optimizer holds, by name: scores under their parameter's name, the rest under its own."""
+        """Return what the optimizer holds: scores by their parameter's name, the rest by their own."""
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         found: dict[str, TrainedParameter] = {}
         for prefix, masks in self.masks.items():
@@ -324,7 +324,7 @@ def reduce_dtype(config: EngineConfig) -> torch.dtype | None:
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
+    """Return micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
     if parts == 1:
         return [batch]
     views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
@@ -350,7 +350,7 @@ def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:
 
 
 def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], config: EngineConfig) -> None:
-    """Activation checkpointing, then compilation, block by block (the whole encoder where it has none)."""
+    """Checkpoint activations, then compile, block by block; where there are no blocks, the whole encoder."""
     for name in blocks or ("",):
         block = encoder.get_submodule(name)
         # on the instance's forward, not the module: names of parameters stay, hooks stay outside the graph

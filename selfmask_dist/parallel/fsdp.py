@@ -91,14 +91,17 @@ class FSDPEngine(Engine):
 
 
 def _widen(module: nn.Module) -> None:
-    """Half-precision weights, as a file may hold them, become float32; called before each block is cut."""
+    """Turn half-precision weights, which a file may hold, into float32. Called before each block is cut."""
     for parameter in module.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
 
 
 def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward whose output is no view: an in-place operation on a view would drop FSDP2's backward hook."""
+    """Return a forward whose output is no view.
+
+    An in-place operation on a view would drop the hook by which FSDP2 learns of backward.
+    """
 
     def owning_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)

@@ -3,7 +3,7 @@
     network = open_classifier(config, classes)             images -> logits, by the names of `whole_state`
     logits = embed(network, batches(...), world=world)     this rank's
 
-Every function that takes a `Life` is a collective: every rank must call.
+Every function that takes a `RunContext` is a collective: every rank must call.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.ranks import share
 from selfmask_dist.objectives import Context, Objective
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, build_objective
 from selfmask_dist.training.chain import Tensors
 from selfmask_dist.training.saving import read_outcome
@@ -72,67 +72,69 @@ def adapted_encoder(config: Config, run: Path) -> Tensors:
     return dict(encoder.state_dict())
 
 
-def batches(config: Config, network: Classifier, source: data.Source, life: Life) -> Iterator[data.Batch]:
+def batches(
+    config: Config, network: Classifier, source: data.Source, context: RunContext
+) -> Iterator[data.Batch]:
     """This rank's part of a source, as the encoder sees images in evaluations."""
     loader = data.eval_loader(
         source,
         data.eval_transform(network.preprocessing),
         batch_size=config.eval.batch_size,
-        rank=life.world.rank,
-        world_size=life.world.size,
+        rank=context.world.rank,
+        world_size=context.world.size,
         num_workers=config.engine.workers,
         worker_kind=config.engine.worker_kind,
     )
     for batch in loader:
         yield batch
-        life.check()
+        context.check()
 
 
-def embeddings(config: Config, network: Classifier, source: data.Source, life: Life) -> Embeddings:
-    return embed(network.encoder, batches(config, network, source, life), world=life.world)
+def embeddings(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
+    return embed(network.encoder, batches(config, network, source, context), world=context.world)
 
 
-def logits(config: Config, network: Classifier, source: data.Source, life: Life) -> Embeddings:
-    return embed(network, batches(config, network, source, life), world=life.world)
+def logits(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
+    return embed(network, batches(config, network, source, context), world=context.world)
 
 
-def accuracy(found: Embeddings, life: Life) -> float:
+def accuracy(found: Embeddings, context: RunContext) -> float:
     """The share of logits that are largest at the label."""
-    return share(found.features.argmax(dim=1) == found.labels, life.world)
+    return share(found.features.argmax(dim=1) == found.labels, context.world)
 
 
-def mean_loss(found: Embeddings, life: Life) -> float:
+def mean_loss(found: Embeddings, context: RunContext) -> float:
     """Mean cross-entropy of logits, in nats."""
     total = F.cross_entropy(found.features.double(), found.labels, reduction="sum")
     sums = torch.stack([total, total.new_tensor(len(found.labels))])
-    loss, count = life.world.sum(sums).tolist()
+    loss, count = context.world.sum(sums).tolist()
     return float(loss / count)
 
 
 def measure_all(
-    config: Config, network: Classifier, bank: data.Source, queries: data.Source, life: Life
+    config: Config, network: Classifier, bank: data.Source, queries: data.Source, context: RunContext
 ) -> dict[str, float]:
     """k-NN and probe by the `bank`, and the network's own head, on the `queries`."""
-    return measure_encoder(config, network, embeddings(config, network, bank, life), queries, life) | {
-        "head": accuracy(logits(config, network, queries, life), life)
+    return measure_encoder(config, network, embeddings(config, network, bank, context), queries, context) | {
+        "head": accuracy(logits(config, network, queries, context), context)
     }
 
 
 def measure_encoder(
-    config: Config, network: Classifier, bank: Embeddings, queries: data.Source, life: Life
+    config: Config, network: Classifier, bank: Embeddings, queries: data.Source, context: RunContext
 ) -> dict[str, float]:
     """k-NN and, where `eval.probe` asks for it, the probe by embeddings of a bank."""
-    found, section = embeddings(config, network, queries, life), config.eval
+    found, section = embeddings(config, network, queries, context), config.eval
     values = measure_knn(
         bank,
         found,
         section.knn_k,
         section.knn_temperature,
         num_classes=len(queries.classes),
-        world=life.world,
+        world=context.world,
     )
     if section.probe:
-        values["probe"] = measure_probe(bank, found, seed=config.seed, world=life.world)
+        values["probe"] = measure_probe(bank, found, seed=config.seed, world=context.world)
     return values
 
 

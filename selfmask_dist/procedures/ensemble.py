@@ -30,7 +30,7 @@ from selfmask_dist.evals import (
 )
 from selfmask_dist.evals.ranks import share
 from selfmask_dist.procedures.classifier import adapted_encoder, embeddings, logits, open_classifier
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import open_data
 from selfmask_dist.training.chain import Chain, other_seed
 
@@ -148,7 +148,12 @@ def run_ensemble(chain: Chain) -> dict[str, Any]:
 
 
 def _measure_kind(
-    config: Config, backbone: dict[str, Any], stages: list[str], sizes: list[int], chain: Chain, life: Life
+    config: Config,
+    backbone: dict[str, Any],
+    stages: list[str],
+    sizes: list[int],
+    chain: Chain,
+    context: RunContext,
 ) -> dict[str, Any]:
     """Return the ensemble's measures, and the bits of all members."""
     values = config.model_dump(mode="json")
@@ -160,9 +165,9 @@ def _measure_kind(
         network = open_classifier(of_member, sources[0].classes)
         network.encoder.load_state_dict(adapted_encoder(of_member, chain.folder / stage))
         network.objective.load_state_dict(load_file(chain.folder / stage / HEAD))
-        network.to(life.world.device)
-        train, test = (embeddings(config, network, source, life) for source in sources)
-        heads = logits(config, network, sources[1], life)
+        network.to(context.world.device)
+        train, test = (embeddings(config, network, source, context) for source in sources)
+        heads = logits(config, network, sources[1], context)
         members.append(Member(train.features, test.features, heads.features))
         splits = [SplitLabels(part.labels, part.ids) for part in (train, test)]
     section = config.eval
@@ -173,6 +178,6 @@ def _measure_kind(
         temperature=section.knn_temperature,
         probe=section.probe,
         seed=config.seed,
-        ranks=life.world,
+        ranks=context.world,
     )
     return {**accuracies, "bits": 8 * sum(sizes)}

@@ -30,7 +30,7 @@ from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.masking.selection import is_norm
 from selfmask_dist.procedures.packnet import packable
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors, other_seed
 
@@ -262,7 +262,7 @@ def run_evolution(chain: Chain) -> dict[str, Any]:
         write(network, fit_hypothesis(last, split))
     chain.once("fit.safetensors", network.state_dict)
     size = build_backbone(config).spec.preprocessing.image_size
-    values = chain.measure("fit.json", lambda life: _measure_fit(config, life, network))
+    values = chain.measure("fit.json", lambda context: _measure_fit(config, context, network))
     costs = {
         name: {"parameters": found.parameters, "operations": found.operations}
         for name, found in (("dense", measure_cost(encoder, size)), ("fit", measure_cost(network, size)))
@@ -285,13 +285,13 @@ def _fresh(config: Config, generation: int) -> Tensors:
     return dict(build_backbone(type(config).model_validate(values)).encoder.state_dict())
 
 
-def _measure_fit(config: Config, life: Life, network: nn.Module) -> dict[str, float]:
+def _measure_fit(config: Config, context: RunContext, network: nn.Module) -> dict[str, float]:
     backbone = build_backbone(config)
-    backbone.encoder = network.to(life.world.device).eval()
+    backbone.encoder = network.to(context.world.device).eval()
     with torch.no_grad():
         size = backbone.spec.preprocessing.image_size
-        dim = backbone.encoder(torch.zeros(1, 3, size, size, device=life.world.device)).shape[1]
+        dim = backbone.encoder(torch.zeros(1, 3, size, size, device=context.world.device)).shape[1]
     backbone.spec = replace(backbone.spec, dim=dim)
     train, test = open_data(config)
-    evaluation = Evaluation(config, backbone, train, test, life.world, on_batch=life.check)
+    evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     return evaluation.full(probe=config.eval.probe)

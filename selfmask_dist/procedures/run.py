@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from selfmask_dist.common import names
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import join_world
 from selfmask_dist.procedures.ensemble import run_ensemble
@@ -13,8 +15,8 @@ from selfmask_dist.procedures.packnet import run_packnet
 from selfmask_dist.procedures.rebasin import run_rebasin
 from selfmask_dist.procedures.supsup import run_supsup
 from selfmask_dist.procedures.wise_ft import run_wise_ft
-from selfmask_dist.runs.folder import create_run_directory, run_path, write_json
-from selfmask_dist.runs.life import open_life
+from selfmask_dist.runs.context import open_run
+from selfmask_dist.runs.folder import create_run_directory, run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.adapt import format_numbers
 from selfmask_dist.training.chain import Chain
@@ -43,14 +45,14 @@ def run_procedure(config: Config, stop: StopRequest, *, is_restart: bool) -> dic
         if world.is_main:
             create_run_directory(config, is_restart=is_restart)
         world.barrier()
-        path = directory / "result.json"
+        path = directory / names.RESULT
         if not path.exists():
             result = {"method": config.method} | _PROCEDURES[config.method](Chain(config, world, stop))
-            with open_life(config, directory, world, stop) as life:
+            with open_run(config, directory, world, stop) as context:
                 if world.is_main:
                     write_json(path, result)
                 world.barrier()
-                life.writer.event("end", **result)
-                life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
+                context.writer.event("end", **result)
+                context.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
         finished: dict[str, Any] = json.loads(path.read_text())
         return finished

@@ -43,7 +43,7 @@ from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
 from selfmask_dist.maskfile import Mask, MaskFile
 from selfmask_dist.procedures.classifier import Classifier, load_images, open_classifier
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Task, Tensors, class_tasks, mean_of, other_seed
 
@@ -298,12 +298,12 @@ def _mask(folder: Path, task: Task) -> Mask:
 
 
 def _infer(
-    config: Config, tasks: Sequence[Task], size: int, folder: Path, life: Life
+    config: Config, tasks: Sequence[Task], size: int, folder: Path, context: RunContext
 ) -> dict[str, dict[str, float]]:
     """By method: how often the task of `size` images is inferred, and the accuracy with what was inferred."""
     train, test = open_data(config)
     width = len(tasks[0].classes)
-    network = open_classifier(config, train.classes[:width]).to(life.world.device)
+    network = open_classifier(config, train.classes[:width]).to(context.world.device)
     of_tasks = [_images_of(train, task) for task in tasks]
     number = min(_NUM_REFERENCE, *(len(source) for source in of_tasks))
     # the same on every rank, as scores are compared that ranks compute apart
@@ -311,19 +311,19 @@ def _infer(
         images
         for source in of_tasks
         for images, _ in load_images(
-            network, data.evenly_spaced(source, number), config.eval.batch_size, life.world.device
+            network, data.evenly_spaced(source, number), config.eval.batch_size, context.world.device
         )
     ]
     store = Supermasks(network, reference=reference)
     for task in tasks:
         store.add(task.name, _mask(folder, task), own=_shared_head(folder / task.name / HEAD, task, width))
     # images, groups; right images with the known task; by method: groups inferred right, right images
-    counts = torch.zeros(3 + 2 * len(METHODS), dtype=torch.float64, device=life.world.device)
-    for group in _groups(test, tasks, size, config.seed, life):
+    counts = torch.zeros(3 + 2 * len(METHODS), dtype=torch.float64, device=context.world.device)
+    for group in _groups(test, tasks, size, config.seed, context):
         if group is not None:
             counts += _count(store, tasks, *group, network=network).to(counts.device)
-        life.check()
-    num_images, num_groups, known, *inferred = life.world.sum(counts).tolist()
+        context.check()
+    num_images, num_groups, known, *inferred = context.world.sum(counts).tolist()
     pairs = zip(METHODS, inferred[::2], inferred[1::2], strict=True)
     return {"known": {"tasks": 1.0, "head": known / num_images}} | {
         name: {"tasks": hits / num_groups, "head": right / num_images} for name, hits, right in pairs
@@ -352,7 +352,7 @@ def _shared_head(path: Path, task: Task, width: int) -> Tensors:
 
 
 def _groups(
-    test: data.Source, tasks: Sequence[Task], size: int, seed: int, life: Life
+    test: data.Source, tasks: Sequence[Task], size: int, seed: int, context: RunContext
 ) -> Iterator[tuple[int, data.Source] | None]:
     """(task, `size` of its images, by chance) for this rank; None where the other ranks have one more."""
     found: list[tuple[int, data.Source]] = []
@@ -361,7 +361,7 @@ def _groups(
         order = torch.randperm(len(places), generator=named_generator(seed, f"groups of {task.name}"))
         places = places[order.numpy()]
         found += [(index, data.Subset(test, places[i : i + size])) for i in range(0, len(places), size)]
-    rank, ranks = life.world.rank, life.world.size
+    rank, ranks = context.world.rank, context.world.size
     rounds = -(-len(found) // ranks)
     for _, group in zip_longest(range(rounds), found[rank::ranks]):
         yield group

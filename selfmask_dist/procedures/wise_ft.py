@@ -37,7 +37,7 @@ from selfmask_dist.procedures.classifier import (
     measure_encoder,
     open_classifier,
 )
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
 from selfmask_dist.training.chain import Chain, Tensors
 
@@ -135,18 +135,18 @@ def choose_by(config: Config, *, num_neighbours: int) -> str:
 
 
 def _measure(
-    config: Config, theta: Tensors, is_held_out: npt.NDArray[np.bool_], run: Path, life: Life
+    config: Config, theta: Tensors, is_held_out: npt.NDArray[np.bool_], run: Path, context: RunContext
 ) -> dict[str, Any]:
     train, test = open_data(config)
     network = open_classifier(config, train.classes)
     if (run / HEAD).exists():
         network.objective.load_state_dict(load_file(run / HEAD))
     write(network.encoder, theta)
-    network.to(life.world.device)
-    bank = embeddings(config, network, data.Subset(train, np.flatnonzero(~is_held_out)), life)
+    network.to(context.world.device)
+    bank = embeddings(config, network, data.Subset(train, np.flatnonzero(~is_held_out)), context)
     return {
-        name: measure_encoder(config, network, bank, queries, life)
-        | {"head": accuracy(logits(config, network, queries, life), life)}
+        name: measure_encoder(config, network, bank, queries, context)
+        | {"head": accuracy(logits(config, network, queries, context), context)}
         for name, queries in (("held_out", data.Subset(train, np.flatnonzero(is_held_out))), ("test", test))
     }
 

@@ -13,7 +13,6 @@ JSON dict; nothing of engines, masks or process groups: one process writes.
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import threading
@@ -28,6 +27,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from selfmask_dist.common.files import sha256, sync_path, write_text
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{9})(?:\.(\d+))?")
@@ -78,8 +79,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, step: int) -> Path
     try:
         _write_files(partial, checkpoint, step)
         partial.rename(path)
-        _sync(folder)
-        _replace(folder / _POINTER, f"{path.name}\n")
+        sync_path(folder)
+        write_text(folder / _POINTER, f"{path.name}\n", sync=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -111,14 +112,14 @@ def _write_files(partial: Path, checkpoint: Checkpoint, step: int) -> None:
         if cause is not None:
             raise OSError(cause.errno, f"writing {partial} failed: {cause.strerror}") from error
         raise OSError(errno.EIO, f"writing {partial} failed: {text}") from error
-    _write(partial / _VALUES, json.dumps(checkpoint.values, allow_nan=False, indent=1))
+    write_text(partial / _VALUES, json.dumps(checkpoint.values, allow_nan=False, indent=1), sync=True)
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(partial.iterdir())
     }
     manifest = {"format": _FORMAT, "step": step, "files": files}
-    _write(partial / _MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
-    _sync(partial)
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    write_text(partial / _MANIFEST, text, sync=True)
 
 
 def _fresh_path(folder: Path, step: int) -> Path:
@@ -226,7 +227,7 @@ def verify(path: Path) -> list[str]:
         try:
             if file.stat().st_size != expected["bytes"]:
                 problems.append(f"{name} has {file.stat().st_size} bytes and should have {expected['bytes']}")
-            elif _sha256(file) != expected["sha256"]:
+            elif sha256(file) != expected["sha256"]:
                 problems.append(f"{name} is not what was written (checksum)")
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
@@ -309,37 +310,6 @@ class Saver:
             prune(self._folder, self._retention)
         except OSError as error:
             self._on_failure(f"old checkpoints could not be deleted: {error}")
-
-
-# ---- files
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    _write(partial, text)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make renames inside a folder last through a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
-"""A run is a directory: `config.yaml` (starts the run again), `environment.json`, metrics, events, masks,
-`result.json`.
+"""A run is a directory: `config.yaml` (which starts the run again), `environment.json`, metrics, events,
+masks, `result.json`. The names of its files are in `common.names`.
 """
 
 import json
@@ -11,18 +11,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.common import names
+from selfmask_dist.common.files import write_json, write_text
 from selfmask_dist.config import Config, flat_science, load_config, to_yaml
 
 # what a run directory may hold; anything else in it is not ours to delete
 _OWN_FILES = (
-    *("config.yaml", "environment.json", "metrics.jsonl", "events.jsonl", "result.json"),
+    *(names.CONFIG, names.ENVIRONMENT, names.METRICS, names.EVENTS, names.STATUS, names.RESULT, names.FROZEN),
+    *(names.QUARANTINE, names.CHECKPOINTS, names.STACKS, names.REPORT, names.EMBEDDINGS, names.EVAL),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
-    *("report.html", "status.json", "frozen.json", "views.json", "quarantine.jsonl", "checkpoints", "stacks"),
-    *("dispatcher", "router", "expert-*", "combination", "stop-*"),  # of a cascade
-    *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred-*.json"),  # of procedures
+    *(names.DISPATCHER, names.ROUTER, names.expert("*"), names.COMBINATION, names.VIEWS, "stop-*"),
+    # of procedures
+    *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred-*.json"),
     *("adapted", "fit.npy", "alpha-*.json", "first", "second", "barrier-*.json", "reached-*.json"),
     *("member-*", "masks.json", "small_models.json"),
-    *("embeddings", "eval"),
 )
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "selfmask_dist")
 
@@ -38,9 +40,9 @@ def create_run_directory(config: Config, *, is_restart: bool = False) -> Path:
             resume was another one.
     """
     directory = run_path(config)
-    if (directory / "config.yaml").exists():
+    if (directory / names.CONFIG).exists():
         if is_restart or config.run.resume:
-            _check_same_run(config, load_config(directory / "config.yaml"))
+            _check_same_run(config, load_config(directory / names.CONFIG))
             return directory
         if not config.run.overwrite:
             raise ValueError(
@@ -51,22 +53,20 @@ def create_run_directory(config: Config, *, is_restart: bool = False) -> Path:
             for path in directory.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(to_yaml(config))
-    write_json(directory / "environment.json", environment())
+    (directory / names.CONFIG).write_text(to_yaml(config))
+    write_json(directory / names.ENVIRONMENT, environment())
     return directory
 
 
 def drop_metrics_after(directory: Path, step: int) -> None:
     """Forget the lines of `metrics.jsonl` beyond a step: training goes on there and writes them again."""
-    path = directory / "metrics.jsonl"
+    path = directory / names.METRICS
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
-        partial = path.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text(path, "".join(kept))
 
 
 def _check_same_run(config: Config, before: Config) -> None:
@@ -79,18 +79,12 @@ def _check_same_run(config: Config, before: Config) -> None:
 
 
 def run_path(config: Config) -> Path:
+    """Return the run's folder."""
     return Path(config.run.dir) / config.run.name
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by way of a temporary name, so that a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
 def environment() -> dict[str, Any]:
-    """Versions, machine and code state that a run depended on."""
+    """Return the versions, the machine and the state of the code that a run depended on."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),

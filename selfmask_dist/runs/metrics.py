@@ -18,6 +18,9 @@ from typing import Any, Literal, Self
 
 from tqdm import tqdm
 
+from selfmask_dist.common import names
+from selfmask_dist.common.optional import require
+
 
 class MetricsWriter:
     """Open with `with`; the main rank gets a directory, the others None.
@@ -46,11 +49,10 @@ class MetricsWriter:
         self._progress = progress and directory is not None
         if directory is None:
             return
-        self._metrics = _Lines(directory / "metrics.jsonl")
-        self._events = _Lines(directory / "events.jsonl")
+        self._metrics = _Lines(directory / names.METRICS)
+        self._events = _Lines(directory / names.EVENTS)
         if wandb_mode != "off":
-            import wandb
-
+            wandb = require("wandb", "wandb", needed_by=f"run.wandb={wandb_mode}")
             self._wandb = wandb.init(
                 project=wandb_project,
                 mode=wandb_mode,

@@ -19,7 +19,7 @@ from selfmask_dist.objectives import Context, Objective
 from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
@@ -27,7 +27,7 @@ from selfmask_dist.training.meter import MaskTelemetry, Meter
 from selfmask_dist.training.prepare import hold_weights, load_first_state, prepare
 from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule
-from selfmask_dist.training.state import Keeper, Position, RunState
+from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from selfmask_dist.training.trainer import Trainer
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
@@ -35,7 +35,7 @@ BatchesOf = Callable[[int, int], data.BatchLoader]
 
 def adapt(
     config: Config,
-    life: Life,
+    context: RunContext,
     backbone: Backbone,
     train: data.Source,
     evaluation: Evaluation,
@@ -48,26 +48,26 @@ def adapt(
         found: the checkpoint to go on from.
         measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
-    quarantine = _open_quarantine(config, life, train)
-    loader = _open_loader(config, life, backbone, train, quarantine)
-    objective, engine = _build(config, life, backbone, train, steps_per_epoch=len(loader))
+    quarantine = _open_quarantine(config, context, train)
+    loader = _open_loader(config, context, backbone, train, quarantine)
+    objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
     steps, schedule = _plan_steps(config, len(loader))
     trained = prepare(config, engine, objective, num_steps=schedule.num_steps)
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
-    life.writer.message(trained.summary)
+    context.writer.message(trained.summary)
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
         return loader
 
     identity = _identity(config, backbone, len(loader))
-    state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(life.world)
-    start = _resume(state, found, engine, batches_of, meter, life)
+    state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(context.world)
+    start = _resume(state, found, engine, batches_of, meter, context)
     hold_weights(config, engine)
-    keeper = build_keeper(config, state, life)
-    life.tell(num_steps=steps)
+    checkpoints = build_checkpoint_schedule(config, state, context)
+    context.update_status(num_steps=steps)
     monitor_every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
     trainer = Trainer(
         engine=engine,
@@ -75,8 +75,8 @@ def adapt(
         num_steps=steps,
         schedule=schedule,
         epoch_batches=batches_of,
-        writer=life.writer,
-        directory=life.directory,
+        writer=context.writer,
+        directory=context.directory,
         telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
         monitor=evaluation.monitor if monitor_every else None,
         monitor_every=monitor_every,
@@ -84,13 +84,13 @@ def adapt(
         before_step=objective.start_step,
         remarks=objective.remarks,
         sample_key=train.key,
-        keeper=keeper,
-        on_step=life.watchdog.beat,
+        checkpoints=checkpoints,
+        on_step=context.watchdog.beat,
         quarantine=quarantine,
     )
     trainer.run(start, meter)
-    keeper.finish()
-    return _conclude(config, life, backbone, objective, engine, trained, evaluation) | {"steps": steps}
+    checkpoints.finish()
+    return _conclude(config, context, backbone, objective, engine, trained, evaluation) | {"steps": steps}
 
 
 def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
@@ -118,25 +118,25 @@ def _identity(config: Config, backbone: Backbone, per_epoch: int) -> dict[str, A
     return identity
 
 
-def _open_quarantine(config: Config, life: Life, train: data.Source) -> data.Quarantine:
+def _open_quarantine(config: Config, context: RunContext, train: data.Source) -> data.Quarantine:
     return data.Quarantine(
-        life.directory / names.QUARANTINE,
+        context.directory / names.QUARANTINE,
         num_samples=len(train),
         budget=config.data.max_broken,
-        rank=life.world.rank,
+        rank=context.world.rank,
     )
 
 
 def _open_loader(
-    config: Config, life: Life, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
+    config: Config, context: RunContext, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
 ) -> data.BatchLoader:
     return data.train_loader(
         train,
         train_transform(config, backbone.spec.preprocessing),
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
-        rank=life.world.rank,
-        world_size=life.world.size,
+        rank=context.world.rank,
+        world_size=context.world.size,
         num_workers=config.engine.workers,
         worker_kind=config.engine.worker_kind,
         quarantine=quarantine,
@@ -145,17 +145,17 @@ def _open_loader(
 
 
 def _build(
-    config: Config, life: Life, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
+    config: Config, context: RunContext, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
 ) -> tuple[Objective, Engine]:
-    world = life.world
-    context = Context(
+    world = context.world
+    ranks = Context(
         world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
     )
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:
         teacher = DistillTeacher(Path(config.objective.distill_from), train.classes)
     objective = build_objective(
-        config, backbone, train.classes, context, steps_per_epoch=steps_per_epoch, teacher=teacher
+        config, backbone, train.classes, ranks, steps_per_epoch=steps_per_epoch, teacher=teacher
     )
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":
@@ -176,7 +176,7 @@ def _build(
 
 def _conclude(
     config: Config,
-    life: Life,
+    context: RunContext,
     backbone: Backbone,
     objective: Objective,
     engine: Engine,
@@ -188,9 +188,11 @@ def _conclude(
         result["adapted"] = evaluation.full(probe=config.eval.probe)
         if objective.classifies:
             result["adapted"] |= evaluation.head(objective)
-        life.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
+        context.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
     metrics = result.get("adapted", {})
-    return result | save(config, trained, backbone, objective, life.directory, engine=engine, metrics=metrics)
+    return result | save(
+        config, trained, backbone, objective, context.directory, engine=engine, metrics=metrics
+    )
 
 
 def _resume(
@@ -199,7 +201,7 @@ def _resume(
     engine: Engine,
     batches_of: BatchesOf,
     meter: Meter,
-    life: Life,
+    context: RunContext,
 ) -> Position:
     """Restore the checkpoint that was found; the start where there is none."""
     if found is None:
@@ -211,34 +213,34 @@ def _resume(
         engine.forward_backward(next(iter(batches_of(0, 0))))
         engine.optimizer.zero_grad()
     position = state.restore(found, telemetry=meter)
-    life.writer.event("resume", step=position.step)
-    life.writer.message(f"resumed  from the checkpoint of step {position.step}")
+    context.writer.event("resume", step=position.step)
+    context.writer.message(f"resumed  from the checkpoint of step {position.step}")
     return position
 
 
-def build_keeper(config: Config, state: RunState, life: Life) -> Keeper:
+def build_checkpoint_schedule(config: Config, state: RunState, context: RunContext) -> CheckpointSchedule:
     """Saves into the run's folder, on the main rank."""
     section = config.checkpoint
     saver = None
-    if life.world.is_main:
+    if context.world.is_main:
         retention = Retention(section.keep_last, section.keep_every, section.keep_best)
         saver = Saver(
-            life.directory / names.CHECKPOINTS,
+            context.directory / names.CHECKPOINTS,
             retention,
-            on_commit=lambda path, seconds: life.writer.event(
-                "checkpoint", path=path.name, seconds=seconds, stalled=keeper.stalled
+            on_commit=lambda path, seconds: context.writer.event(
+                "checkpoint", path=path.name, seconds=seconds, stalled=checkpoints.stalled
             ),
-            on_failure=lambda text: life.writer.message(f"WARNING: {text}"),
+            on_failure=lambda text: context.writer.message(f"WARNING: {text}"),
         )
-    keeper = Keeper(
+    checkpoints = CheckpointSchedule(
         state,
-        life.stop,
+        context.stop,
         saver=saver,
         every_steps=section.every_steps,
         every_seconds=section.every_minutes * 60,
         is_asynchronous=section.asynchronous,
     )
-    return keeper
+    return checkpoints
 
 
 def format_numbers(values: dict[str, float]) -> str:

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
 from selfmask_dist.parallel import World
-from selfmask_dist.runs.folder import run_path, write_json
-from selfmask_dist.runs.life import Life, open_life
+from selfmask_dist.runs.context import RunContext, open_run
+from selfmask_dist.runs.folder import run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.run import run_in
@@ -103,13 +104,13 @@ class Chain:
         path = self.once("backbone.safetensors", lambda: build_backbone(self.config).encoder.state_dict())
         return {"weights": str(path), "random": "library"}
 
-    def measure(self, name: str, measure_fn: Callable[[Life], dict[str, Any]]) -> dict[str, Any]:
+    def measure(self, name: str, measure_fn: Callable[[RunContext], dict[str, Any]]) -> dict[str, Any]:
         """Numbers that all processes measure together, kept in a file."""
         path = self.folder / name
         exists = torch.tensor([float(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
-            with open_life(self.config, self.folder, self._world, self._stop, ends_as="training") as life:
-                values = measure_fn(life)
+            with open_run(self.config, self.folder, self._world, self._stop, ends_as="training") as context:
+                values = measure_fn(context)
             if self._world.is_main:
                 write_json(path, values)
         self._world.barrier()

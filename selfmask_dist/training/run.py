@@ -17,12 +17,14 @@ import torch.distributed as dist
 
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
+from selfmask_dist.common import names
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.parallel import World
 from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoint
-from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path, write_json
-from selfmask_dist.runs.life import Life, open_life
+from selfmask_dist.runs.context import RunContext, open_run
+from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.adapt import adapt, format_numbers
 from selfmask_dist.training.build import build_backbone, open_data
@@ -43,42 +45,42 @@ def run_in(
     if world.is_main:
         create_run_directory(config, is_restart=is_restart)
     world.barrier()
-    if (directory / "result.json").exists():  # requeued after its end
-        finished: dict[str, Any] = json.loads((directory / "result.json").read_text())
+    if (directory / names.RESULT).exists():  # requeued after its end
+        finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     found = find_checkpoint(directory, world)
     if found is None and config.procedure.start_from is not None:
         found = find_checkpoint(Path(config.procedure.start_from), world)
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
-    with open_life(config, directory, world, stop, parent=parent) as life:
-        return _run(config, life, found)
+    with open_run(config, directory, world, stop, parent=parent) as context:
+        return _run(config, context, found)
 
 
 def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
     """The newest valid checkpoint of a run, the same on every rank. Collective: every rank must call."""
     name: list[str | None] = [None]
     if world.is_main:
-        found = load_newest(directory / "checkpoints", report=lambda text: print(text, file=sys.stderr))
+        found = load_newest(directory / names.CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
         name = [found[1].name if found else None]
     if world.size > 1:
         dist.broadcast_object_list(name, src=0)
     if name[0] is None:
         return None
-    return read_checkpoint(directory / "checkpoints" / name[0])
+    return read_checkpoint(directory / names.CHECKPOINTS / name[0])
 
 
-def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]:
+def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config, require_labels=not trains or _needs_labels(config))
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
     if not cuts_weights:  # that engine moves what it keeps
-        backbone.encoder.to(life.world.device)
-    evaluation = Evaluation(config, backbone, train, test, life.world, on_batch=life.check)
-    writer = life.writer
-    writer.event("start", world_size=life.world.size, train_samples=len(train), test_samples=len(test))
-    writer.message(_describe(config, backbone, train, test, life.world))
+        backbone.encoder.to(context.world.device)
+    evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
+    writer = context.writer
+    writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=len(test))
+    writer.message(_describe(config, backbone, train, test, context.world))
 
     result: dict[str, Any] = {
         "method": config.method,
@@ -89,20 +91,20 @@ def _run(config: Config, life: Life, found: Checkpoint | None) -> dict[str, Any]
     def measure_frozen() -> None:
         if config.eval.frozen_baseline or not trains:
             result["frozen"] = _once(
-                life.directory / "frozen.json",
-                life.world,
+                context.directory / names.FROZEN,
+                context.world,
                 lambda: evaluation.full(probe=config.eval.probe or config.method == "probe"),
             )
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
-        result |= adapt(config, life, backbone, train, evaluation, found, measure_frozen)
+        result |= adapt(config, context, backbone, train, evaluation, found, measure_frozen)
     else:
         measure_frozen()
         result["stored_bytes"] = 0  # beside the backbone; the probe is a head
-    if life.world.is_main:
-        write_json(life.directory / "result.json", result)
-    life.world.barrier()  # nobody looks for a file that is not there yet
+    if context.world.is_main:
+        write_json(context.directory / names.RESULT, result)
+    context.world.barrier()  # nobody looks for a file that is not there yet
     writer.event("end", **result)
     return result
 

@@ -37,8 +37,8 @@ class Position:
     is_measured: bool = True
 
 
-class Telemetry(Protocol):
-    """Running means that are part of the state: the first log line after a resume is then the same."""
+class RunningMeans(Protocol):
+    """Means since the last log line, part of the state: the first line after a resume is then the same."""
 
     def state(self) -> dict[str, Any]: ...
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -68,7 +68,7 @@ class RunState:
         self._identity = identity
         self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
 
-    def capture(self, position: Position, *, telemetry: Telemetry, metrics: dict[str, Any]) -> Checkpoint:
+    def capture(self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]) -> Checkpoint:
         """The state as it stands, copied to the CPU. Collective: every rank must call."""
         state = self._engine.state()
         tensors = {
@@ -99,7 +99,7 @@ class RunState:
             self._data.check_state(checkpoint.values["data"])
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint, *, telemetry: Telemetry) -> Position:
+    def restore(self, checkpoint: Checkpoint, *, telemetry: RunningMeans) -> Position:
         """Put a state back; returns where to go on. Collective: every rank must call.
 
         Raises:
@@ -118,7 +118,7 @@ class RunState:
         return position
 
 
-class Keeper:
+class CheckpointSchedule:
     """Saves by time and by steps, and stops the run when asked to.
 
     Args:
@@ -164,7 +164,7 @@ class Keeper:
         return float(self._stop.requested), float(is_due)
 
     def after_step(
-        self, position: Position, telemetry: Telemetry, *, stop: bool, due: bool, is_last: bool = False
+        self, position: Position, telemetry: RunningMeans, *, stop: bool, due: bool, is_last: bool = False
     ) -> None:
         """Save where it is time to. Collective: every rank must call with equal arguments.
 
@@ -186,7 +186,7 @@ class Keeper:
         if self._saver is not None:
             self._saver.finish()
 
-    def _save(self, position: Position, telemetry: Telemetry) -> None:
+    def _save(self, position: Position, telemetry: RunningMeans) -> None:
         start = time.perf_counter()
         checkpoint = self._state.capture(position, telemetry=telemetry, metrics=self.metrics)
         if self._saver is not None:

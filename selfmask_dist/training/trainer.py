@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from selfmask_dist.common.text import duration
 from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.parallel import Engine
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted
 from selfmask_dist.training.meter import Meter, NonFiniteError
 from selfmask_dist.training.schedule import Schedule
-from selfmask_dist.training.state import Keeper, Position
+from selfmask_dist.training.state import CheckpointSchedule, Position
 
 
 class Batches(Protocol):
@@ -33,7 +34,7 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
 
-class Telemetry(Protocol):
+class StepTelemetry(Protocol):
     """Numbers about what is trained, around a step that is logged."""
 
     def before_step(self) -> None: ...
@@ -46,7 +47,7 @@ class Trainer:
 
     Args:
         epoch_batches: (epoch, first) -> the batches of an epoch from number `first` on.
-        keeper: saves checkpoints and stops the run; None for neither.
+        checkpoints: saves checkpoints and stops the run; None for neither.
         monitor: (step) -> numbers, called every `monitor_every` steps (0: never). Collective: every rank
             calls it.
         directory: where a failure leaves what is needed to look at it.
@@ -63,12 +64,12 @@ class Trainer:
     epoch_batches: Callable[[int, int], Batches]
     writer: MetricsWriter
     directory: Path
-    telemetry: Telemetry | None = None
+    telemetry: StepTelemetry | None = None
     monitor: Callable[[int], dict[str, Any]] | None = None
     monitor_every: int = 0
     log_every: int = 10
     sample_key: Callable[[int], str] = str
-    keeper: Keeper | None = None
+    checkpoints: CheckpointSchedule | None = None
     before_step: Callable[[int], None] = lambda step: None
     on_step: Callable[[], None] = lambda: None
     remarks: Callable[[dict[str, Any]], list[str]] = lambda values: []
@@ -82,7 +83,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
-            Preempted: a rank was asked to stop; the keeper has saved.
+            Preempted: a rank was asked to stop; the checkpoints has saved.
             QuarantineError: more samples than the budget allows could not be read.
         """
         start, meter = start or Position(), meter or Meter(self.engine.world)
@@ -125,8 +126,8 @@ class Trainer:
                     position = replace(position, is_measured=True)
                 except Preempted:
                     stop = True
-        if self.keeper is not None:
-            self.keeper.after_step(position, meter, stop=stop, due=save, is_last=step == self.num_steps)
+        if self.checkpoints is not None:
+            self.checkpoints.after_step(position, meter, stop=stop, due=save, is_last=step == self.num_steps)
 
     def _log(self, step: int, epoch: int, meter: Meter) -> None:
         values: dict[str, Any] = {"epoch": epoch, **meter.read()}
@@ -144,7 +145,7 @@ class Trainer:
         self.writer.status(
             f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  "
             f"{values['images_per_second']:.0f} images/s  data wait {values['data_wait']:.0%}  "
-            f"ETA {_duration(remaining)}"
+            f"ETA {duration(remaining)}"
         )
 
     def _check_quarantine(self) -> int:
@@ -160,15 +161,15 @@ class Trainer:
         assert self.monitor is not None
         values = self.monitor(step)
         self.writer.scalars(step, values)
-        if self.keeper is not None:
-            self.keeper.metrics = values
+        if self.checkpoints is not None:
+            self.checkpoints.metrics = values
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.writer.message(f"step {step}: {numbers}")
         meter.restart_clock()  # evaluation is not training time
 
     def _agree(self, loss: Tensor, step: int, epoch: int, batch: Batch) -> tuple[bool, bool]:
         """Whether some rank wants to stop, and whether it is time to save; the loss is checked on the way."""
-        votes = self.keeper.votes() if self.keeper is not None else (0.0, 0.0)
+        votes = self.checkpoints.votes() if self.checkpoints is not None else (0.0, 0.0)
         values = torch.tensor([0.0, *votes], dtype=torch.float64, device=loss.device)
         values[0] = loss.detach()
         # one device sync a step on a GPU, before the optimizer moves anything: the scores stay those that
@@ -196,9 +197,3 @@ class Trainer:
             f"optim.head_lr), "
             f"objective.head_norm=none on raw ViT features, or broken images"
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

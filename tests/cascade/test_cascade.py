@@ -19,13 +19,14 @@ from selfmask_dist.cascade.model import load_cascade
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
+from selfmask_dist.common.files import write_json
 from selfmask_dist.config import load_config
 from selfmask_dist.config.procedures import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.runs.folder import create_run_directory, write_json
+from selfmask_dist.runs.folder import create_run_directory
 from selfmask_dist.runs.status import read_status
 from selfmask_dist.training.build import build_backbone, open_data
 from tests.support.cascade_cases import settings, write_shards
@@ -375,7 +376,6 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
 ) -> None:
     from selfmask_dist import cli
     from selfmask_dist.cli.eval import subject as subject_module
-    from selfmask_dist.cli.eval.results import read_results
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("no model and no picture is needed")
@@ -387,7 +387,7 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
         assert cli.main(["eval", str(directory), "knn", "probe", "--k", "5"]) == 0
     of_run = json.loads((cascade / "views.json").read_text())
     for kind, column in (("knn", "knn5"), ("probe", "probe")):
-        rows = read_results(directory / "eval" / f"{kind}.json")["rows"]
+        rows = json.loads((directory / "eval" / f"{kind}.json").read_text())["rows"]
         assert {row["name"]: row["values"][column] for row in rows} == {
             name: values[column] for name, values in of_run.items()
         }

@@ -40,10 +40,10 @@ def config_path(tmp_path: Path, tiny_data: dict[str, str]) -> Path:
 # ---- what is said before anything starts
 
 
-def test_help_explains_options_and_keys() -> None:
+def test_help_explains_options_and_where_keys_are_explained() -> None:
     command = [sys.executable, str(Path(local.__file__).parent / "submit.py"), "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for expected in ("--nodes N", "--cluster {auto,slurm,local}", "optim.score_lr", "launch.partition"):
+    for expected in ("--nodes N", "--cluster {auto,slurm,local}", "`selfmask help optim`"):
         assert expected in shown
 
 
@@ -106,6 +106,8 @@ def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
         (["--seeds", "1,1"], "run-seed1; give each seed once"),
         (["--nodes", "0"], "'0' is not a number of nodes"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "cascade_vitb23"], "did you mean cascade_vitb32?"),
+        (["--train.epochs=3"], "write train.epochs=3, without the dashes"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_starts(
@@ -152,7 +154,7 @@ def test_two_nodes_train_to_a_result_from_a_snapshot(config_path: Path, tmp_path
     assert result_of(tmp_path / "first")["steps"] == 8
     assert "on 2 process(es)" in done.stderr
     assert "start 0" in (tmp_path / "first" / "logs" / "rank-1.log").read_text()
-    assert (tmp_path / "first" / "code" / "selfmask_dist" / "trainer.py").is_file()
+    assert (tmp_path / "first" / "code" / "selfmask_dist" / "training" / "trainer.py").is_file()
     assert not processes_of(tmp_path)
 
 
@@ -179,7 +181,7 @@ def test_the_snapshot_is_what_python_imports(tmp_path: Path) -> None:
         check=True,
         cwd=Path(local.__file__).parents[1],  # where the checkout would be found first
     )
-    assert done.stdout.strip() == str(tmp_path / "code" / "selfmask_dist" / "config.py")
+    assert done.stdout.strip() == str(tmp_path / "code" / "selfmask_dist" / "config" / "__init__.py")
 
 
 def test_a_failing_rank_is_named_and_its_status_passed_on(tmp_path: Path, tiny_data: dict[str, str]) -> None:

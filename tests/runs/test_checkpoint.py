@@ -156,10 +156,10 @@ def test_a_failed_save_is_reported_and_leaves_the_last_one(
     saver.save(make(1), step=1)
     saver.finish()
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(checkpoint, "write_text", full)
     saver.save(make(2), step=2)
     saver.finish()
     assert "step 2 could not be saved" in said[0]

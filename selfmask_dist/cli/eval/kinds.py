@@ -63,8 +63,7 @@ def measure_knn(subject: Subject, options: Options) -> Results:
         some = _evenly_spaced(bank, subject)
         others = min(first, size - 1)
         left_out = _knn(bank, some, subject, [others], [temperature], query_ids=some.ids, **search)
-        values: dict[str, float | None] = {f"knn{first}": found.accuracy[first, temperature]}
-        values |= {f"knn{k}": found.accuracy[k, temperature] for k in ks}
+        values: dict[str, float | None] = {f"knn{k}": found.accuracy[k, temperature] for k in ks}
         values[f"knn{first} balanced"] = found.balanced[first, temperature]
         values[f"knn{first} plain vote"] = found.accuracy[first, math.inf]
         values[f"knn{first} of train"] = left_out.accuracy[others, temperature]
@@ -80,6 +79,7 @@ def measure_knn(subject: Subject, options: Options) -> Results:
         list(rows[0].values),
         rows,
         baseline="frozen",
+        headline=f"knn{first}",
         settings={"k": ks, "temperature": temperature, "temperatures": [_number(t) for t in temperatures]},
         details={"classes": list(subject.classes), "views": details},
         notes=notes,
@@ -296,7 +296,7 @@ def measure_label_free(subject: Subject, options: Options) -> Results:
         list(rows[0].values),
         rows,
         baseline="frozen",
-        settings={"k": k, "not_accuracies": True},
+        settings={"k": k},
         details={"spectra": spectra},
         plot=lambda path: draw_lines(
             path,

@@ -23,7 +23,6 @@ def measure_masks(subject: Subject, _options: object) -> Results:
         "masks",
         ["pruned", *kinds],
         rows,
-        settings={"lower_is_better": []},
         details=as_dict(found),
         notes=_pairs(found),
         plot=lambda path: draw(found, path),

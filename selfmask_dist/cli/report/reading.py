@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.common import names
 from selfmask_dist.common.text import number
 from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.maskfile.tools.comparison import ComparedMask, labels_of, read_subjects
 from selfmask_dist.runs import status
 
-STAGES = ("dispatcher", "expert-*")
-MASK_FILES = ("final.mask", "cascade.mask")
+STAGES = (names.DISPATCHER, "expert-*")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SavedStep:
     """A committed checkpoint."""
 
     name: str
@@ -44,7 +44,7 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[SavedStep] = field(default_factory=list)
     subjects: list[ComparedMask] = field(default_factory=list)
     clusters: list[int] = field(default_factory=list)  # training images of each, of a cascade
     stages: list["Run"] = field(default_factory=list)
@@ -136,33 +136,34 @@ def read_run(path: Path, label: str) -> Run:
     """Errors as in `read_runs`."""
     run = Run(path, label, status=status.read_status(path))
     read = _Reader(run)
-    run.config_text = read.text("config.yaml")
+    run.config_text = read.text(names.CONFIG)
     parsed = config_yaml.parse(run.config_text)
     run.config = parsed.value if isinstance(parsed.value, dict) else {}
     if parsed.problems or not run.config:
-        run.problems.append(f"{path / 'config.yaml'} is damaged: the settings below are as the file has them")
-    for name in ("environment", "result", "frozen"):
-        setattr(run, name, read.json(f"{name}.json"))
-    run.heartbeat = read.json("status.json")
-    run.metrics = read.lines("metrics.jsonl", lambda line: type(line.get("step")) is int)
-    run.events = read.lines("events.jsonl", lambda line: isinstance(line.get("event"), str))
-    for evaluation in sorted(path.glob("eval/*.json")):
-        found = read.json(f"eval/{evaluation.name}")
+        run.problems.append(f"{path / names.CONFIG} is damaged: the settings below are as the file has them")
+    run.environment = read.json(names.ENVIRONMENT)
+    run.result = read.json(names.RESULT)
+    run.frozen = read.json(names.FROZEN)
+    run.heartbeat = read.json(names.STATUS)
+    run.metrics = read.lines(names.METRICS, lambda line: type(line.get("step")) is int)
+    run.events = read.lines(names.EVENTS, lambda line: isinstance(line.get("event"), str))
+    for evaluation in sorted(path.glob(f"{names.EVAL}/*.json")):
+        found = read.json(f"{names.EVAL}/{evaluation.name}")
         if isinstance(found.get("rows"), list) and isinstance(found.get("columns"), list):
             run.evaluations.append(found)
     run.checkpoints = [
-        Checkpoint(folder.name, sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
-        for folder in sorted((path / "checkpoints").glob("step-*"))
+        SavedStep(folder.name, sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
+        for folder in sorted((path / names.CHECKPOINTS).glob("step-*"))
         if folder.is_dir()
     ]
     run.subjects = _read_masks(run)
     folders = [folder for pattern in STAGES for folder in sorted(path.glob(pattern), key=_by_number)]
     run.stages = [
-        read_run(folder, f"{label}: {folder.name}") for folder in folders if (folder / "config.yaml").exists()
+        read_run(folder, f"{label}: {folder.name}") for folder in folders if (folder / names.CONFIG).exists()
     ]
     for stage in run.stages:  # which do not measure the frozen backbone themselves
         stage.frozen = stage.frozen or dict(run.views.get("frozen", {}))
-    sizes = read.json("router/sizes.json", list)
+    sizes = read.json(f"{names.ROUTER}/{names.CLUSTER_SIZES}", list)
     run.clusters = [size for size in sizes if type(size) is int] if isinstance(sizes, list) else []
     return run
 
@@ -172,7 +173,7 @@ def _by_number(path: Path) -> tuple[int, str]:
 
 
 def _read_masks(run: Run) -> list[ComparedMask]:
-    if not any((run.path / name).exists() for name in MASK_FILES):
+    if not any((run.path / name).exists() for name in (names.MASK, names.CASCADE_MASK)):
         return []
     try:
         return [_labelled(subject, run.label) for subject in read_subjects([run.path])]

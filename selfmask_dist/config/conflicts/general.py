@@ -8,6 +8,7 @@ from selfmask_dist.config.objectives import TWO_VIEWS, WITH_CAPTIONS, WITH_TEACH
 
 
 def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield names without weights, weights that are drawn and loaded, and half of a normalisation."""
     backbone = config.backbone
     library, _, model = backbone.name.partition(":")
     if library not in ("timm", "open_clip") or not model:
@@ -38,6 +39,7 @@ def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
 
 
 def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield objectives and heads that the backbone or the method cannot have."""
     objective = config.objective
     if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
         yield Conflict(
@@ -68,6 +70,7 @@ def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
 
 
 def view_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield objectives without the views, captions, whole batch or teacher that they need."""
     name, crops = config.objective.name, config.crops
     if name in TWO_VIEWS and (crops.global_count != 2 or crops.local_count):
         yield Conflict(
@@ -96,6 +99,7 @@ def view_conflicts(config: AllSections) -> Iterator[Conflict]:
 
 
 def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield what an engine does not train, and what low-rank additions leave without effect."""
     engine = config.engine.name
     if config.optim.kind == "adamw" and engine == "deepspeed":
         yield Conflict(
@@ -117,6 +121,7 @@ def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
 
 
 def number_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield lengths, batches and areas that leave nothing, or come in the wrong order."""
     train, warmup, first = config.train, config.optim.warmup_epochs, config.optim.head_first_epochs
     if warmup > train.epochs:
         yield Conflict(

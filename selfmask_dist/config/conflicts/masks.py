@@ -146,7 +146,7 @@ def _other_conflicts(config: AllSections) -> Iterator[Conflict]:
         yield Conflict(
             ("mask.family", "mask.threshold"),
             f"mask.family=soft_movement compares a sigmoid with mask.threshold ({mask.threshold:g}); set it "
-            "between 0 and 1, as 0.1",
+            "between 0 and 1, for example 0.1",
         )
     if family == "movement" and mask.keep_schedule == "constant" and not isinstance(mask.init, str):
         yield Conflict(

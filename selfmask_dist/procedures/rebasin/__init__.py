@@ -29,7 +29,7 @@ from selfmask_dist.procedures.classifier import (
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import classifier_spec
-from selfmask_dist.runs.life import Life
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import open_data
 from selfmask_dist.training.chain import Chain, Tensors, other_seed
 
@@ -101,14 +101,16 @@ def _match(config: Config, way: str, first: Tensors, second: Tensors, spec: perm
     return permutation.apply(second, spec, found)
 
 
-def _measure_barrier(config: Config, first: Tensors, second: Tensors, life: Life) -> dict[str, float]:
+def _measure_barrier(
+    config: Config, first: Tensors, second: Tensors, context: RunContext
+) -> dict[str, float]:
     train, _ = open_data(config)
-    network = open_classifier(config, train.classes).to(life.world.device)
+    network = open_classifier(config, train.classes).to(context.world.device)
     samples = _samples(config, train)
 
     def loss(model: nn.Module) -> float:
-        _reset(config, network, samples, life.world.device)
-        return mean_loss(logits(config, network, samples, life), life)
+        _reset(config, network, samples, context.world.device)
+        return mean_loss(logits(config, network, samples, context), context)
 
     return {"barrier": rebasin.loss_barrier(network, first, second, loss, alphas=config.procedure.alphas)}
 
@@ -128,8 +130,8 @@ def _reset(config: Config, network: Classifier, samples: data.Source, device: to
         rebasin.reset_batchnorm(network, (batch for batch, _ in images))
 
 
-def _measure_merged(config: Config, path: Path, life: Life) -> dict[str, float]:
+def _measure_merged(config: Config, path: Path, context: RunContext) -> dict[str, float]:
     train, test = open_data(config)
     network = open_classifier(config, train.classes)
     weights.write(network, load_file(path))
-    return measure_all(config, network.to(life.world.device), train, test, life)
+    return measure_all(config, network.to(context.world.device), train, test, context)

@@ -1,7 +1,7 @@
 """What a run in progress has around it: its files, the request to stop, the watchdog, the heartbeat.
 
-    with open_life(config, directory, world, stop) as life:  # the same on every rank; files on the main one
-        ... life.writer ... life.check() ...
+    with open_run(config, directory, world, stop) as context:  # the same on every rank; files on the main one
+        ... context.writer ... context.check() ...
 
 Knows nothing of what the run does.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.data import WorkerLostError
 from selfmask_dist.parallel import START_TIMEOUT, World, is_lost_peer, set_timeout
@@ -26,8 +27,12 @@ from selfmask_dist.runs.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Life:
-    """What keeps a process honest while it works, and tells the world how it goes."""
+class RunContext:
+    """What a process of a run works with: where it writes, who it works with, and when it has to stop.
+
+    directory: the run's folder. writer: metrics, events and messages. stop: whether someone asked to stop.
+    watchdog: is told of every step. heartbeat: keeps `status.json`, on the main rank only.
+    """
 
     directory: Path
     world: World
@@ -37,7 +42,9 @@ class Life:
     heartbeat: Heartbeat | None
 
     def check(self) -> None:
-        """Between two batches of an evaluation, and the like. Collective: every rank must call.
+        """Agree with all ranks on whether to go on, for example between two batches of an evaluation.
+
+        Collective: every rank must call.
 
         Raises:
             Preempted: some rank was asked to stop.
@@ -47,13 +54,14 @@ class Life:
         if self.world.sum(votes).item():
             raise Preempted
 
-    def tell(self, **facts: Any) -> None:
+    def update_status(self, **facts: Any) -> None:
+        """Write facts to `status.json`, for example `state` or `num_steps`; nothing on other ranks."""
         if self.heartbeat is not None:
             self.heartbeat.write(**facts)
 
 
 @contextmanager
-def open_life(
+def open_run(
     config: Config,
     directory: Path,
     world: World,
@@ -61,7 +69,7 @@ def open_life(
     *,
     parent: Path | None = None,
     ends_as: str = "finished",
-) -> Iterator[Life]:
+) -> Iterator[RunContext]:
     """Open a run's files and start its watchdog; how the block ends becomes the run's state.
 
     Args:
@@ -90,25 +98,26 @@ def open_life(
     )
     is_preempted = False
     with writer, watchdog:
-        life = Life(directory, world, writer, stop, watchdog, heartbeat)
+        context = RunContext(directory, world, writer, stop, watchdog, heartbeat)
         try:
-            yield life
+            yield context
         except Preempted:
             reason = stop.reason or "another rank's signal"
             writer.event("preempted", reason=reason, step=writer.newest.get("step"))
             is_preempted = True
         except BaseException as error:
-            life.tell(state="lost a process" if is_lost_process(error) else "failed")
+            context.update_status(state="lost a process" if is_lost_process(error) else "failed")
             raise
-    life.tell(state="preempted" if is_preempted else ends_as)
+    context.update_status(state="preempted" if is_preempted else ends_as)
     if is_preempted:
         raise Preempted  # outside of the writer, which would call it a failure
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether it says nothing against the run but that another process is gone, which may pass."""
+    """Return whether an error only says that another process is gone, which may pass."""
     return isinstance(error, WorkerLostError) or is_lost_peer(error)
 
 
 def stacks_path(directory: Path) -> Path:
-    return directory / "stacks" / f"rank-{os.environ.get('RANK', 0)}.txt"
+    """Return where this process dumps what its threads are doing."""
+    return directory / names.STACKS / f"rank-{os.environ.get('RANK', 0)}.txt"
