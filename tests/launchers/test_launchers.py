@@ -194,7 +194,9 @@ def test_a_failing_rank_is_named_and_its_status_passed_on(tmp_path: Path, tiny_d
     assert not processes_of(tmp_path)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["15", "2"]
+)
 def test_a_signal_to_the_launcher_stops_everything(
     config_path: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:

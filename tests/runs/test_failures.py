@@ -151,6 +151,7 @@ def fill(folder: Path) -> Path:
             return path
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_and_no_run(tmp_path: Path, small_disk: Path) -> None:
     config = write_config(
         tmp_path / "tiny.yaml",
@@ -190,6 +191,7 @@ def test_a_full_disk_costs_checkpoints_and_no_run(tmp_path: Path, small_disk: Pa
 # ---- a data loading worker
 
 
+@pytest.mark.slow
 def test_a_killed_data_worker_is_named_and_the_run_starts_again(tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path / "data")
     config = write_config(
