@@ -109,7 +109,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             family = build_family(family, **options)
         elif options:
             raise ValueError(
-                f"{' and '.join(options)} of a family that is built already; give build_family them"
+                f"{' and '.join(options)} given beside a family that is built already; give it to build_family"
             )
         selected: Selection = {
             "include": include,
