@@ -450,5 +450,5 @@ def test_attach_takes_threshold_and_scale_by_name() -> None:
     assert masks.family.options == family.options
     attach(built, include="*weight", family=family)
     assert torch.equal(by_name.state_dict()["0.weight"], built.state_dict()["0.weight"])
-    with pytest.raises(ValueError, match="threshold given beside a family that is built"):
+    with pytest.raises(ValueError, match="threshold given beside a built family"):
         attach(nn.Sequential(nn.Linear(6, 5)), include="*weight", family=family, threshold=0.1)
