@@ -130,7 +130,7 @@ def test_preempted_and_killed_a_run_ends_as_if_nothing_had_been(
 def check_stormy_equals_calm(
     calm: Path, tmp_path: Path, tiny_data: dict[str, str], storms: list[tuple[int, signal.Signals]]
 ) -> None:
-    """Send each signal to its rank after nine more steps; what the run leaves must be the calm one's."""
+    """Send each signal to its rank after nine more steps; what the run leaves must equal the calm one's."""
     config = config_of(
         tmp_path, tiny_data, eval={"knn_every": 5, "knn_k": [5]}, checkpoint={"every_steps": 7}
     )
