@@ -30,8 +30,9 @@ from selfmask_dist.cascade.model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade.plot import draw_cascade
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
-from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
@@ -270,7 +271,7 @@ class Stages:
             values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
 
-    def _part(self, view: str, split: str) -> Rows:
+    def _part(self, view: str, split: str) -> Embeddings:
         """This rank's samples, on its device."""
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 

@@ -1,5 +1,6 @@
-"""The whole method in minutes on a laptop: a small ViT learns digits 0-4, is frozen, and a mask adapts it to
-digits 5-9.
+"""`selfmask demo`: the whole method in minutes on a laptop.
+
+A small ViT learns digits 0-4, is frozen, and a mask adapts it to digits 5-9.
 
     real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
     picture

@@ -47,11 +47,13 @@ class Results:
 
 
 class About(Protocol):
-    """What the file says of the subject; `Subject` is one."""
+    """What a result's file says of its subject; `EvalSubject` is one."""
 
     directory: Path
 
-    def about(self) -> dict[str, Any]: ...
+    def about(self) -> dict[str, Any]:
+        """Return what the file says: paths, backbone and data."""
+        ...
 
 
 def write_results(results: Results, subject: About, seconds: float) -> Path:
@@ -128,7 +130,7 @@ def join(found: Sequence[Results]) -> Results:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
+    """Return a value that JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -37,7 +37,7 @@ class _Shown:
 
 
 def sparsity(runs: Sequence[Run]) -> PageSection | None:
-    """Shares of pruned weights, by kind of layer and by layer."""
+    """Return the shares of pruned weights, by kind of layer and by layer."""
     shown = [mask for run in runs for mask in _masks_of(run)]
     if not shown:
         return None
@@ -106,7 +106,10 @@ def _heat(part: Pruned | None, most: float, is_exact: bool) -> Cell:
 
 
 def _layer_map(mask: _Shown, most: float) -> CellTable:
-    """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
+    """Return a map of shares: blocks from top to bottom, the layers of a block from left to right.
+
+    Biases are left to the table by kinds.
+    """
     cells: dict[str, dict[str, PrunedLayer]] = {}
     for layer in mask.layers:
         if layer.kind != "bias":
@@ -121,7 +124,7 @@ def _layer_map(mask: _Shown, most: float) -> CellTable:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`blocks.3.attn.qkv.weight` -> (`blocks.3`, `attn.qkv`): up to the first number, and the rest."""
+    """Return a layer's block and its name in it: (`blocks.3`, `attn.qkv`) of `blocks.3.attn.qkv.weight`."""
     short = re.sub(r"[._]weight$", "", name)
     found = re.match(r"(.*?\.\d+)\.(.+)", short)
     return (found[1], found[2]) if found else ("", short)
@@ -131,7 +134,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def similarity(runs: Sequence[Run]) -> PageSection | None:
-    """Masks of one backbone held against each other; nothing where there are fewer than two."""
+    """Return how alike masks of one backbone are; None where no two masks are of one."""
     subjects = [subject for run in runs for subject in run.subjects]
     families: dict[str, list[ComparedMask]] = {}
     for subject in subjects:

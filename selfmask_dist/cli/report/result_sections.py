@@ -68,7 +68,9 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def results(runs: Sequence[Run]) -> PageSection | None:
-    """Accuracies of every view beside the frozen backbone's, then the paper's numbers if there are some."""
+    """Return accuracies of every view beside the frozen backbone's, and the paper's numbers if there are
+    some.
+    """
     rows = [(run, view) for run in runs for view in run.views]
     if not rows:
         return None
@@ -117,7 +119,7 @@ def _value(
 
 
 def _shown(value: float) -> str:
-    """Three digits after the point; a number that they would show as 0 keeps those that count."""
+    """Return three digits after the point; a number that they would show as 0 keeps those that count."""
     return compact(value) if value and abs(value) < 5e-4 else accuracy(value)
 
 
@@ -130,7 +132,7 @@ def _sign(difference: float) -> str:
 
 
 def _standard_error(runs: Sequence[Run]) -> str:
-    """At an accuracy of one half, where it is largest."""
+    """Return a sentence on the standard error at an accuracy of one half, where it is largest."""
     counts = [number(event.get("test_samples")) for run in runs for event in run.events]
     smallest = min((n for n in counts if n and n > 0), default=None)
     if smallest is None:
@@ -157,7 +159,7 @@ def _paper_table(runs: Sequence[Run]) -> Part:
 
 
 def evaluations(runs: Sequence[Run]) -> PageSection | None:
-    """What `selfmask eval` left in the runs' folders."""
+    """Return what `selfmask eval` left in the runs' folders."""
     parts: list[Part | None] = []
     for run in runs:
         for found in run.evaluations:
