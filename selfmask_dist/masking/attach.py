@@ -108,9 +108,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         if isinstance(family, str):
             family = build_family(family, **options)
         elif options:
-            raise ValueError(
-                f"{' and '.join(options)} of a family that is built already; give build_family them"
-            )
+            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
         selected: Selection = {
             "include": include,
             "exclude": exclude,
