@@ -157,9 +157,9 @@ class Stages:
             method=section.router,
             seed=self._config.seed,
             restarts=section.restarts,
-            min_cluster_size=2,
             all_reduce=self._sum,
         )
+        router.check_sizes(at_least=2)  # a batch of one image has no statistics
         self._context.check()
         places = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
