@@ -28,7 +28,8 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade.model import DISPATCHER, expert_name, save_cascade
 from selfmask_dist.cascade.plot import draw_cascade
-from selfmask_dist.common.files import write_json
+from selfmask_dist.common.files import replacing, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
@@ -156,14 +157,15 @@ class Stages:
             method=section.router,
             seed=self._config.seed,
             restarts=section.restarts,
-            min_cluster_size=2,
             all_reduce=self._sum,
         )
+        router.check_sizes(at_least=2)  # a batch of one image has no statistics
         self._context.check()
         places = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
             folder.mkdir(exist_ok=True)
-            save_file(_plain(router.tensors()), folder / "router.safetensors")
+            with replacing(folder / "router.safetensors") as partial:
+                save_file(_plain(router.tensors()), partial)
             for split, assigned in places.items():
                 np.save(folder / f"{split}.npy", assigned)
             for k in range(router.num_clusters):
@@ -197,9 +199,8 @@ class Stages:
                 ).rounded()  # as the bundle holds it: both then give the same embeddings
                 self._context.check()
                 if self._world.is_main:
-                    partial = path.with_name(f".{path.name}.partial")
-                    save_file(_plain(fitted.tensors()), partial)
-                    partial.rename(path)
+                    with replacing(path) as partial:
+                        save_file(_plain(fitted.tensors()), partial)
                 self._world.barrier()
             combination = Combination.from_tensors(load_file(path))
             for split in SPLITS:
@@ -303,8 +304,10 @@ class Stages:
         return Combination.from_tensors(load_file(self._directory / "combination" / f"{mode}.safetensors"))
 
     def draw(self) -> None:
-        """The map of the test images by cluster, and what the masks prune."""
-        if self._world.is_main:
+        """Draw the map of the test images by cluster, and what the masks prune, if pictures can be drawn."""
+        if reason := why_no_pictures():
+            self._say("picture", f"is left out: {reason}")
+        elif self._world.is_main:
             router = Router.from_tensors(load_file(self._directory / "router" / "router.safetensors"))
             draw_cascade(
                 router.reduce(self._open(DISPATCHER, "test").read_slice().features).numpy(),

@@ -5,6 +5,7 @@ no procedure.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfmask_dist.common.files import write_json
+from selfmask_dist.common.files import replacing, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
 from selfmask_dist.parallel import World
@@ -67,11 +69,18 @@ class Chain:
         path = self.folder / name
         if self._world.is_main and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            write_fn(partial)
-            partial.rename(path)
+            with replacing(path) as partial:
+                write_fn(partial)
         self._world.barrier()
         return path
+
+    def picture(self, name: str, draw_fn: Callable[[Path], Any]) -> None:
+        """Draw a picture as `file` writes one; where nothing can be drawn, say so and leave it out."""
+        if reason := why_no_pictures():
+            if self._world.is_main:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+            return
+        self.file(name, draw_fn)
 
     def once(self, name: str, make_fn: Callable[..., Tensors], *arguments: Any, **options: Any) -> Path:
         """A file of tensors that the main process makes where it is not there yet; its path."""
