@@ -80,7 +80,7 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
 def test_a_sample_without_caption_is_a_broken_one(tmp_path: Path) -> None:
     source = open_source(image_text(tmp_path / "pairs", missing=(4,)), require_labels=False)
     quarantine = data.Quarantine(tmp_path / "quarantine.jsonl", num_samples=24, budget=0.1, rank=0)
-    options = {"global_batch_size": 24, "seed": 0}
+    options: dict[str, Any] = {"global_batch_size": 24, "seed": 0}
     transform = data.train_transform(PRE)
     found = list(train_loader(source, transform, quarantine=quarantine, **options).with_captions())
     assert found[0].weights[found[0].ids == 4].tolist() == [0.0]
