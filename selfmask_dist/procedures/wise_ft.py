@@ -97,7 +97,7 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     train, _ = open_data(config)
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
     is_held_out = held_out(labels, None, section.held_out, config.seed, Alone()).numpy()
-    fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
+    fit = chain.write_subset("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
     )

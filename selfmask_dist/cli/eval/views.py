@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfmask_dist import maskfile
-from selfmask_dist.cascade.model import DISPATCHER, modes_of
+from selfmask_dist.cascade.model import modes_of
 from selfmask_dist.cli.eval.weights import Weights
+from selfmask_dist.common.names import DISPATCHER
 from selfmask_dist.config import Config
 
 
