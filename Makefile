@@ -4,12 +4,16 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # one thread for each process: several processes share the cores, and results do not depend on how many there are
 export OMP_NUM_THREADS ?= 1
+# else each process would compile torch and timm anew, which takes 10 s
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTHON ?= python3
+# processes that share the tests; each needs 2 GB
+WORKERS ?= 2
 CODE := selfmask_dist launchers data_prep benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format slurm-up slurm-down clean
+.PHONY: help demo test test-all check wheel-test format slurm-up slurm-down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,8 +21,14 @@ help:  ## list the targets
 demo: .venv/.installed  ## learn a mask on real scanned digits with two processes; ends with a picture
 	.venv/bin/selfmask demo
 
-test: .venv/.installed  ## unit and distributed tests
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+# worksteal: neighbours stay together, so most fixtures of a module are made once, and no worker waits for the other
+PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
+
+test: .venv/.installed  ## unit and distributed tests, without the slow ones (6 minutes on two cores)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: .venv/.installed  ## all tests
+	$(PYTEST) --slow $(PYTEST_ARGS)
 
 # The tests are not repeated here: `.ci/run` calls `make test` and then `make check`.
 check: .venv/.installed  ## formatter, linter and types
@@ -29,6 +39,9 @@ check: .venv/.installed  ## formatter, linter and types
 format: .venv/.installed  ## rewrite the code as `make check` wants it
 	.venv/bin/ruff format $(CODE)
 	.venv/bin/ruff check --fix $(CODE)
+
+wheel-test: .venv/.installed  ## build the wheel, install it into an empty environment, and use it there
+	.ci/wheel-test
 
 slurm-up: .venv/.installed  ## a SLURM of four virtual nodes on this machine (root; needs slurm-wlm and munge)
 	.venv/bin/python -m tests.support.slurm up
@@ -41,7 +54,7 @@ clean:  ## remove the environment, caches and builds (runs are kept)
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # uv installs in seconds what pip installs in minutes. Where it is missing, pip (or else a private environment's pip) puts
-# it into .uv, so nothing outside this folder changes.
+# it into .uv, so nothing outside this folder changes. Where there is no home to keep uv's cache in, it is kept there too.
 .venv/.installed: pyproject.toml constraints.txt
 	@set -eu; \
 	python=; \
@@ -59,6 +72,8 @@ clean:  ## remove the environment, caches and builds (runs are kept)
 	    || { "$$python" -m venv .uv && .uv/bin/python -m pip install --quiet uv; } \
 	    || { echo "Could not install uv: python3 needs pip or venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
 	fi; \
+	cache=$${XDG_CACHE_HOME:-$${HOME:-/nowhere}/.cache}; \
+	mkdir -p "$$cache/uv" 2>/dev/null && [ -w "$$cache/uv" ] || export UV_CACHE_DIR="$${UV_CACHE_DIR:-.uv/cache}"; \
 	[ -x .venv/bin/python ] || $$uv venv --python "$$python" .venv; \
 	$$uv pip install --python .venv/bin/python --editable '.[dev]' --constraints constraints.txt; \
 	touch $@

@@ -7,6 +7,7 @@ Boxes are what one rank does, with the package that does it; red is what ranks e
 
 import sys
 from pathlib import Path
+from typing import Any
 
 DEFAULT = Path(__file__).resolve().parents[1] / "docs" / "images" / "step.png"
 
@@ -68,7 +69,7 @@ def draw(path: Path = DEFAULT) -> Path:
     )
     axes.add_patch(back)
     axes.text(COLUMN + 1.1, -0.82, "the next step's theta", fontsize=10, color="#666666")
-    red = {"color": "#b03030", "fontsize": 10, "va": "top"}
+    red: dict[str, Any] = {"color": "#b03030", "fontsize": 10, "va": "top"}
     x, y = corners["reduce"]
     axes.text(
         x + WIDTH / 2, y - 0.12, "ranks exchange: gradients,\nas in full fine-tuning", ha="center", **red

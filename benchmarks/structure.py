@@ -164,7 +164,7 @@ def imports_of(file: File, modules: set[str]) -> set[str]:
     `from package import name` means the module `package.name` where there is one, else the `__init__.py` of
     the package. A package that is only passed on the way to one of its modules is not counted.
     """
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(file.tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

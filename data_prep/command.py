@@ -6,26 +6,31 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from data_prep.shards import Conversion, Options
+from .options import ConversionOptions
+from .shards import Conversion
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that shape the output."""
     parser.add_argument(
-        "--max-samples-per-shard", type=int, default=Options.max_samples_per_shard, metavar="N"
+        "--max-samples-per-shard", type=int, default=ConversionOptions.max_samples_per_shard, metavar="N"
     )
     parser.add_argument(
         "--short-side", type=int, metavar="PX", help="shrink larger pictures to this short side"
     )
     parser.add_argument(
-        "--quality", type=int, default=Options.quality, metavar="Q", help="JPEG quality of shrunk ones"
+        "--quality",
+        type=int,
+        default=ConversionOptions.quality,
+        metavar="Q",
+        help="JPEG quality of shrunk ones",
     )
     parser.add_argument(
         "--skip-broken", action="store_true", help="list unreadable files in rejects.jsonl, go on"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
     parser.add_argument(
-        "--num-workers", type=int, default=Options.num_workers, metavar="N", help="processes (1)"
+        "--num-workers", type=int, default=ConversionOptions.num_workers, metavar="N", help="processes (1)"
     )
 
 

@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, OptionValues
-from data_prep.tables import Listed, convert_lists
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data_prep"
+
+from .command import add_options, run_converter
+from .options import ConversionOptions, OptionValues
+from .shards import Conversion
+from .tables import Listed, convert_lists
 
 
 def convert_csv(
@@ -34,7 +39,7 @@ def convert_csv(
         images,
         _read(Path(manifest)),
         out,
-        options=Options(**options),
+        options=ConversionOptions(**options),
     )
 
 
@@ -62,10 +67,10 @@ def _read(path: Path) -> dict[str, Listed]:
     return splits
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None, *, prog: str = "csv_manifest.py") -> int:
+    """Run the command line, and return its exit status; `prog` is what its help calls it."""
     parser = argparse.ArgumentParser(
-        prog="csv_manifest.py", description="Convert a list of pictures into WebDataset tars."
+        prog=prog, description="Convert a list of pictures into WebDataset tars."
     )
     parser.add_argument("manifest", help="CSV file with columns path, label and perhaps split")
     parser.add_argument("images", help="folder that paths start from, or a tar")

@@ -16,18 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from data_prep.command import add_options, run_converter
-from data_prep.shards import (
-    Conversion,
-    Options,
-    OptionValues,
-    Picture,
-    Reject,
-    check_target,
-    publish,
-    some,
-    write_split,
-)
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data_prep"
+
+from .command import add_options, run_converter
+from .options import ConversionOptions, OptionValues
+from .shards import Conversion, check_target, publish, write_split
+from .writer import Picture, RejectedFile, some
 
 SPLITS = ("train", "val", "valid", "validation", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -47,7 +43,7 @@ def convert_image_folder(
     no picture, an output folder that is not empty.
     """
     src, out = Path(src), Path(out)
-    chosen = Options(**options)
+    chosen = ConversionOptions(**options)
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out} lies inside {src}, where it would be taken for a class; write elsewhere")
     folders = _find_splits(src)
@@ -90,20 +86,22 @@ def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dic
     return {split: folders[split]}
 
 
-def _list_pictures(src: Path, root: Path, options: Options) -> tuple[list[Picture], list[Reject]]:
+def _list_pictures(
+    src: Path, root: Path, options: ConversionOptions
+) -> tuple[list[Picture], list[RejectedFile]]:
     """Every picture below the class folders of `root`, by path, and the files that are none."""
     loose = [path.name for path in _files(root, deep=False) if path.suffix.lower() in EXTENSIONS]
     if loose:
         raise ValueError(f"{root} has pictures outside of class folders ({some(loose)}); move them into one")
     pictures: list[Picture] = []
-    rejects: list[Reject] = []
+    rejects: list[RejectedFile] = []
     for folder in _subfolders(root):
         taken: set[str] = set()
         found = len(pictures)
         for path in _files(folder, deep=True):
             name = path.relative_to(src).as_posix()
             if path.suffix.lower() not in EXTENSIONS:
-                rejects.append(Reject(name, f"not a picture by its name ({', '.join(EXTENSIONS)})"))
+                rejects.append(RejectedFile(name, f"not a picture by its name ({', '.join(EXTENSIONS)})"))
                 continue
             key = _free_key(path.relative_to(root), taken)
             taken.add(key)
@@ -144,11 +142,9 @@ def _files(folder: Path, *, deep: bool) -> list[Path]:
     return sorted(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="image_folder.py", description="Convert an image folder into WebDataset tars."
-    )
+def main(argv: Sequence[str] | None = None, *, prog: str = "image_folder.py") -> int:
+    """Run the command line, and return its exit status; `prog` is what its help calls it."""
+    parser = argparse.ArgumentParser(prog=prog, description="Convert an image folder into WebDataset tars.")
     parser.add_argument(
         "src", help="folder of CLASS/PICTURE, or of SPLIT/CLASS/PICTURE with splits train, val, test"
     )

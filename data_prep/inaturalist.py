@@ -17,9 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, OptionValues, some
-from data_prep.tables import Listed, convert_lists
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data_prep"
+
+from .command import add_options, run_converter
+from .options import ConversionOptions, OptionValues
+from .shards import Conversion
+from .tables import Listed, convert_lists
+from .writer import some
 
 
 def convert_inaturalist(
@@ -60,7 +66,7 @@ def convert_inaturalist(
         {split: _listed(paths[split], values, categories, kept) for split, values in contents.items()},
         out,
         classes=kept.values(),
-        options=Options(**options),
+        options=ConversionOptions(**options),
     )
 
 
@@ -121,11 +127,9 @@ def _listed(
     return listed
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="inaturalist.py", description="Convert iNaturalist into WebDataset tars."
-    )
+def main(argv: Sequence[str] | None = None, *, prog: str = "inaturalist.py") -> int:
+    """Run the command line, and return its exit status; `prog` is what its help calls it."""
+    parser = argparse.ArgumentParser(prog=prog, description="Convert iNaturalist into WebDataset tars.")
     parser.add_argument("images", help="folder of the JSON's file names, or the published tar.gz")
     parser.add_argument("out", help="folder to write; one subfolder for each split")
     for split in ("train", "val", "test"):

@@ -15,9 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, OptionValues
-from data_prep.tables import Listed, convert_lists
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data_prep"
+
+from .command import add_options, run_converter
+from .options import ConversionOptions, OptionValues
+from .shards import Conversion
+from .tables import Listed, convert_lists
 
 
 def convert_sun397(
@@ -46,7 +51,7 @@ def convert_sun397(
         splits,
         out,
         classes=classes.values(),
-        options=Options(**options),
+        options=ConversionOptions(**options),
     )
 
 
@@ -80,9 +85,9 @@ def _lines(path: Path) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="sun397.py", description="Convert SUN397 into WebDataset tars.")
+def main(argv: Sequence[str] | None = None, *, prog: str = "sun397.py") -> int:
+    """Run the command line, and return its exit status; `prog` is what its help calls it."""
+    parser = argparse.ArgumentParser(prog=prog, description="Convert SUN397 into WebDataset tars.")
     parser.add_argument("src", help="the folder SUN397, with ClassName.txt")
     parser.add_argument("out", help="folder to write: train and test")
     parser.add_argument("--partition", type=int, default=1, metavar="N", help="which of the ten lists (1)")

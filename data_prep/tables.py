@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from data_prep.shards import Conversion, Options, Picture, Reject, check_target, publish, some, write_split
+from .options import ConversionOptions
+from .shards import Conversion, check_target, publish, write_split
+from .writer import Picture, RejectedFile, some
 
 Listed = list[tuple[str, str]]  # (name, class name) of each picture
 
@@ -20,7 +22,7 @@ def convert_lists(
     out: str | Path,
     *,
     classes: Iterable[str] | None = None,
-    options: Options,
+    options: ConversionOptions,
 ) -> list[Conversion]:
     """One folder of tars for each split, under one list of classes.
 
@@ -48,12 +50,12 @@ def convert_lists(
 
 
 def _pictures(
-    split: str, listed: Listed, root: Path | None, options: Options
-) -> tuple[list[Picture], list[Reject]]:
+    split: str, listed: Listed, root: Path | None, options: ConversionOptions
+) -> tuple[list[Picture], list[RejectedFile]]:
     names: set[str] = set()
     keys: set[str] = set()
     pictures: list[Picture] = []
-    absent: list[Reject] = []
+    absent: list[RejectedFile] = []
     for name, class_name in listed:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
@@ -67,7 +69,7 @@ def _pictures(
         keys.add(key)
         file = None if root is None else root / name
         if file is not None and not file.is_file():
-            absent.append(Reject(name, "listed, and there is no such file"))
+            absent.append(RejectedFile(name, "listed, and there is no such file"))
             continue
         pictures.append(Picture(file, name, key, class_name))
     if absent and not options.skip_broken:

@@ -17,8 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from data_prep.command import add_options, run_converter
-from data_prep.shards import Conversion, Options, OptionValues, Picture, check_target, publish, write_split
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "data_prep"
+
+from .command import add_options, run_converter
+from .options import ConversionOptions, OptionValues
+from .shards import Conversion, check_target, publish, write_split
+from .writer import Picture
 
 
 def convert_torchvision(
@@ -34,7 +40,7 @@ def convert_torchvision(
 
     Raises ValueError for a data set or split that does not exist, or is not there.
     """
-    chosen = Options(**options)
+    chosen = ConversionOptions(**options)
     done = []
     for split in splits:
         target = Path(out) / split
@@ -47,11 +53,11 @@ def convert_torchvision(
             Picture(None, f"{index:0{width}d}", f"{index:0{width}d}", classes[label])
             for index, label in enumerate(labels)
         ]
-        done.append(write_split(target, classes, pictures, [], chosen, read=_Reader(dataset)))
+        done.append(write_split(target, classes, pictures, [], chosen, read=_EncodedPictures(dataset)))
     return publish(done)
 
 
-class _Reader:
+class _EncodedPictures:
     """Encoded bytes of the i-th picture."""
 
     def __init__(self, dataset: Any) -> None:
@@ -109,10 +115,10 @@ def _classes(dataset: Any, labels: Sequence[int]) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None, *, prog: str = "torchvision_dataset.py") -> int:
+    """Run the command line, and return its exit status; `prog` is what its help calls it."""
     parser = argparse.ArgumentParser(
-        prog="torchvision_dataset.py", description="Convert a torchvision data set into WebDataset tars."
+        prog=prog, description="Convert a torchvision data set into WebDataset tars."
     )
     parser.add_argument("name", help="class in torchvision.datasets, such as Flowers102")
     parser.add_argument("root", help="folder where it lies")

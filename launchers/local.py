@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launchers.restarts import MAX_FRUITLESS, is_fruitless
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
+
+from .restarts import MAX_FRUITLESS, is_fruitless
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has

@@ -17,11 +17,18 @@ from selfmask_dist.config import Config, flat_science, load_config
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
 
-def preflight(config: Config, *, cluster: str, num_nodes: int) -> None:
-    """Raises ValueError with every complaint, one to a line."""
+def preflight(config: Config, *, cluster: str, num_nodes: int, is_dry: bool = False) -> None:
+    """Check what would fail later.
+
+    Args:
+        is_dry: nothing will be submitted, so that SLURM's programs may be missing here.
+
+    Raises:
+        ValueError: with every complaint, one to a line.
+    """
     complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
     complaints += [*_cascade(config), *_times(config, cluster)]
-    complaints += [*(_slurm(config, num_nodes) if cluster == "slurm" else _here(config))]
+    complaints += [*(_slurm(config, num_nodes, is_dry) if cluster == "slurm" else _here(config))]
     if complaints:
         raise ValueError("\n       ".join(complaints))
 
@@ -53,13 +60,15 @@ def _run_folder(config: Config) -> Iterator[str]:
 def _data(config: Config) -> Iterator[str]:
     for key, text in (("data.train", config.data.train), ("data.test", config.data.test)):
         if text is None:
-            yield f"{key} is not set; give a folder of tars, as data_prep writes them"
+            yield f"{key} is not set; give a folder of tars, as `selfmask data convert` writes them"
         elif any(sign in text for sign in "*?["):
             continue  # a pattern, which the reader resolves
+        elif "://" in text:
+            continue  # elsewhere; opening it says what is wrong
         elif not Path(text).exists():
             yield f"{key}: there is no {text} on this machine"
         elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):
-            yield f"{key}: {text} has no tars in it; write them with data_prep"
+            yield f"{key}: {text} has no tars in it; write them with `selfmask data convert`"
     if config.data.subset is not None and not Path(config.data.subset).is_file():
         yield f"data.subset: there is no file {config.data.subset}; unset, all images are used"
 
@@ -167,9 +176,9 @@ def _here(config: Config) -> Iterator[str]:
             yield f"launch.master_port={port} cannot be used ({error.strerror}); unset, a free one is taken"
 
 
-def _slurm(config: Config, num_nodes: int) -> Iterator[str]:
+def _slurm(config: Config, num_nodes: int, is_dry: bool) -> Iterator[str]:
     launch = config.launch
-    if shutil.which("sbatch") is None:
+    if shutil.which("sbatch") is None and not is_dry:
         yield "there is no sbatch on this machine; start from a login node of the cluster, or --cluster local"
         return
     if config.engine.device == "cuda" and launch.gpus_per_node is None:

@@ -12,6 +12,7 @@ the cluster from inside the job but the requeue itself. Knows nothing of trainin
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launchers.local import log_path
-from launchers.restarts import MAX_FRUITLESS, is_fruitless
-from launchers.snapshot import take_snapshot
+from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 from selfmask_dist.runs.folder import run_path
+
+from .local import log_path
+from .restarts import MAX_FRUITLESS, is_fruitless
+from .snapshot import snapshot_environment, take_snapshot
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
@@ -40,7 +43,7 @@ _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", 
 
 
 @dataclass
-class Task:
+class TrainTask:
     """What submitit runs in every task of the job."""
 
     train_arguments: tuple[str, ...]
@@ -230,7 +233,7 @@ def submit(
     after = ""
     for job in jobs_of(config, experts_array=experts_array):
         tasks = [
-            Task(
+            TrainTask(
                 (*train_arguments, *(f"--part={part}" for part in job.parts[index : index + 1])),
                 folder / "logs",
                 config.launch.container,
@@ -240,7 +243,8 @@ def submit(
             )
             for index, folder in enumerate(job.folders)
         ]
-        submitted = _executor(config, run / "slurm", num_nodes, after=after).map_array(Task.__call__, tasks)
+        executor = _executor(config, run / "slurm", num_nodes, after=after)
+        submitted = executor.map_array(TrainTask.__call__, tasks)
         after = str(submitted[0].job_id).partition("_")[0]
         what = f" ({', '.join(job.parts)})" if job.parts else ""
         places = ", ".join(str(task.logs) for task in tasks)
@@ -249,10 +253,13 @@ def submit(
 
 
 def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False) -> str:
-    """What sbatch would get; submitit has no public way to show it."""
-    scripts, after = [], ""
+    """Return what sbatch would get, a script for each job. Needs no program of SLURM's.
+
+    submitit has no public way to show it.
+    """
+    scripts, after, folder = [], "", run_path(config).resolve() / "slurm"
     for job in jobs_of(config, experts_array=experts_array):
-        executor = _executor(config, run_path(config).resolve() / "slurm", num_nodes, after=after)
+        executor = _executor(config, folder, num_nodes, after=after, is_dry=True)
         if len(job.folders) > 1:
             executor.parameters["map_count"] = len(job.folders)
         scripts.append(str(executor._make_submission_file_text("<task>", "dry-run")))
@@ -275,9 +282,17 @@ def job_state(job_id: str) -> str:
     return (done.stdout.split() or ["UNKNOWN"])[0]
 
 
-def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "") -> Any:
-    """`after`: the id of the job that must have ended well before this one starts."""
-    import submitit
+def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", is_dry: bool = False) -> Any:
+    """Return submitit's executor of a job.
+
+    Args:
+        after: the id of the job that must have ended well before this one starts.
+        is_dry: the executor only writes the script, so that SLURM may be missing here.
+
+    Raises:
+        MissingLibraryError: submitit is not installed.
+    """
+    submitit = require("submitit", "submitit", needed_by="--cluster slurm")
 
     launch = config.launch
     srun = ["--kill-on-bad-exit=1"]
@@ -285,10 +300,8 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "") 
         srun.append(f"--cpus-per-task={launch.cpus_per_process}")
     variables = dict(launch.environment)
     if launch.snapshot:
-        from launchers.snapshot import snapshot_environment
-
         variables |= snapshot_environment(folder.parent)
-    exports = [f"export {name}={_quoted(value)}" for name, value in variables.items()]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
     options: dict[str, Any] = {
         "job_name": config.run.name,
@@ -310,12 +323,9 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "") 
         "srun_args": srun,
         "additional_parameters": {"requeue": True, **launch.sbatch, **more},
     }
-    executor = submitit.SlurmExecutor(folder=folder)
+    kind = submitit.SlurmExecutor
+    if is_dry:  # submitit refuses to make an executor where srun is missing; the script needs none
+        kind = type("ScriptWriter", (kind,), {"affinity": classmethod(lambda _: 2)})
+    executor = kind(folder=folder)
     executor.update_parameters(**{name: value for name, value in options.items() if value is not None})
     return executor
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

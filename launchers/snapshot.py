@@ -6,19 +6,18 @@ Knows nothing of training or clusters.
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("selfmask_dist", "launchers", "data_prep")
+from selfmask_dist.common.shipped import CODE, ROOT
 
 
-def take_snapshot(run: Path, *, root: Path = ROOT) -> dict[str, str]:
-    """Copy the packages to `run/code`, anew; returns the environment that makes Python import the copy."""
+def take_snapshot(run: Path) -> dict[str, str]:
+    """Copy the packages to `run/code`, anew, and return the environment that makes Python import the copy."""
     code = run / "code"
     partial = run / ".code.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for package in PACKAGES:
+    for package in CODE:
         shutil.copytree(
-            root / package, partial / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
+            ROOT / package, partial / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
         )
     shutil.rmtree(code, ignore_errors=True)
     partial.rename(code)
@@ -26,5 +25,5 @@ def take_snapshot(run: Path, *, root: Path = ROOT) -> dict[str, str]:
 
 
 def snapshot_environment(run: Path) -> dict[str, str]:
-    """Python imports from `run/code` first, and not from the folder it is started in."""
+    """Return the variables that make Python import from `run/code`, and not from the folder it starts in."""
     return {"PYTHONPATH": str((run / "code").resolve()), "PYTHONSAFEPATH": "1"}

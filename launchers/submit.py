@@ -1,4 +1,4 @@
-"""Start a run: on this machine, or on a SLURM cluster.
+"""Start a run: on this machine, or on a SLURM cluster. `selfmask launch` is the same command.
 
     python launchers/submit.py --nodes 2 --config configs/supervised_rn18.yaml data.train=shards/train \\
         data.test=shards/test
@@ -18,20 +18,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":  # Python puts this file's folder on the path; the packages are beside it
+if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    __package__ = "launchers"
 
-from launchers import local
-from launchers.preflight import preflight
-from launchers.snapshot import take_snapshot
-from selfmask_dist.config import Config, describe, load_config, to_yaml
+from selfmask_dist.common.shipped import find_config
+from selfmask_dist.config import Config, load_config, to_yaml
+from selfmask_dist.config.help import unrecognized
 from selfmask_dist.runs.folder import run_path
+
+from . import local
+from .options import add_options
+from .preflight import preflight
+from .snapshot import take_snapshot
 
 _ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One of the runs to start, and the arguments of `selfmask train` that give its configuration."""
 
     config: Config
@@ -39,15 +44,29 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run the command line, and return its exit status."""
+    parser = argparse.ArgumentParser(prog="submit.py")
+    add_options(parser)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(unrecognized(rest, Config))
     try:
-        return submit(plan_runs(options.config, options.seeds, options.overrides), options)
+        return launch(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[Run]:
+def launch(options: argparse.Namespace) -> int:
+    """Start the runs that the options of `add_options` ask for, and return the exit status.
+
+    Raises:
+        ValueError: a configuration is wrong, or something would fail later; nothing was started.
+    """
+    return submit(plan_runs(options.config, options.seeds, options.overrides), options)
+
+
+def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[PlannedRun]:
     """A run for each file and seed. Their names tell them apart: the file's name without its ending is added
     where there are several files, `seed<n>` where seeds are given.
 
@@ -57,13 +76,14 @@ def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
     runs = []
     for file in files or (None,):
         for seed in seeds or (None,):
-            arguments = [f"--config={Path(file).resolve()}"] if file else []
+            # by its path: a name that ships could mean another file on a node
+            arguments = [f"--config={find_config(file).resolve()}"] if file else []
             name = load_config(file, overrides).run.name
             suffix = f"-{Path(file).stem}" if file and len(files) > 1 else ""
             suffix += f"-seed{seed}" if seed is not None else ""
             own = [f"seed={seed}"] if seed is not None else []
             own += [f"run.name={name}{suffix}"] if suffix else []
-            runs.append(Run(load_config(file, [*overrides, *own]), (*arguments, *overrides, *own)))
+            runs.append(PlannedRun(load_config(file, [*overrides, *own]), (*arguments, *overrides, *own)))
     folders = [str(run_path(run.config)) for run in runs]
     if shared := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(
@@ -72,7 +92,7 @@ def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
     return runs
 
 
-def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
+def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
     """Start the runs that `options` ask for; returns the exit status, the first that is not 0.
 
     Raises:
@@ -83,12 +103,12 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
         cluster = "slurm" if shutil.which("sbatch") and _has_slurm_configuration() else "local"
     if options.experts_array:
         _check_array(runs, cluster)
-    _preflight(runs, cluster, options.nodes)
+    _preflight(runs, cluster, options)
     if options.dry_run:
         _show(runs, cluster, options)
         return 0
     if cluster == "slurm":
-        from launchers import slurm
+        from . import slurm
 
         jobs = [
             slurm.submit(
@@ -108,7 +128,7 @@ def submit(runs: Sequence[Run], options: argparse.Namespace) -> int:
     return next((status for status in statuses if status), 0)
 
 
-def _check_array(runs: Sequence[Run], cluster: str) -> None:
+def _check_array(runs: Sequence[PlannedRun], cluster: str) -> None:
     if cluster != "slurm":
         raise ValueError("--experts-array makes SLURM jobs; on this machine groups of processes do the same")
     for run in runs:
@@ -116,23 +136,23 @@ def _check_array(runs: Sequence[Run], cluster: str) -> None:
             raise ValueError(f"--experts-array is for method=cascade, and method is {run.config.method}")
 
 
-def _preflight(runs: Sequence[Run], cluster: str, num_nodes: int) -> None:
+def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:
     complaints: dict[str, None] = {}  # by text: what is wrong with all runs is said once
     for run in runs:
         try:
-            preflight(run.config, cluster=cluster, num_nodes=num_nodes)
+            preflight(run.config, cluster=cluster, num_nodes=options.nodes, is_dry=options.dry_run)
         except ValueError as error:
             complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
     if complaints:
         raise ValueError("\n       ".join(complaints))
 
 
-def _show(runs: Sequence[Run], cluster: str, options: argparse.Namespace) -> None:
+def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:
     """What would run, the configuration, and once for each file what the planner reckons."""
     planned: set[str] = set()
     for run in runs:
         if cluster == "slurm":
-            from launchers import slurm
+            from . import slurm
 
             scripts = slurm.batch_scripts(
                 run.config, num_nodes=options.nodes, experts_array=options.experts_array
@@ -150,7 +170,7 @@ def _show(runs: Sequence[Run], cluster: str, options: argparse.Namespace) -> Non
             print(_reckon(run, cluster, options))
 
 
-def _reckon(run: Run, cluster: str, options: argparse.Namespace) -> str:
+def _reckon(run: PlannedRun, cluster: str, options: argparse.Namespace) -> str:
     """Memory, traffic and time of each engine from `selfmask plan`: another process, as it imports torch."""
     launch = run.config.launch
     if cluster == "slurm":
@@ -183,7 +203,7 @@ def _has_slurm_configuration() -> bool:
     )
 
 
-def _run_here(run: Run, num_nodes: int) -> int:
+def _run_here(run: PlannedRun, num_nodes: int) -> int:
     folder = run_path(run.config)
     environment: dict[str, str] = {}
 
@@ -200,77 +220,6 @@ def _run_here(run: Run, num_nodes: int) -> int:
     if run.config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
         environment |= take_snapshot(folder)
     return local.run_processes(plan, logs=folder / "logs", max_restarts=run.config.launch.max_restarts)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="submit.py",
-        description="Start a run on this machine or on a SLURM cluster.",
-        epilog=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--nodes", type=_positive, default=1, metavar="N", help="nodes; local: groups of processes (1)"
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file; without it, the defaults; given several times, a run for each, named NAME-FILE",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=_seeds,
-        default=[],
-        metavar="0,1,...",
-        help="a run for each seed, named NAME-seed0, ...",
-    )
-    parser.add_argument(
-        "--cluster",
-        choices=("auto", "slurm", "local"),
-        default="auto",
-        help="auto: slurm where sbatch and its configuration are found (auto)",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what would run (the batch script, on SLURM), the resolved configuration and the plan",
-    )
-    parser.add_argument(
-        "--plan-seconds",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="dry run: longest time for `selfmask plan`, memory and traffic of each engine; 0: without (120)",
-    )
-    parser.add_argument(
-        "--experts-array",
-        action="store_true",
-        help="SLURM: a cascade as three jobs, its experts as a job array with a task of N nodes for each",
-    )
-    parser.add_argument("--wait", action="store_true", help="SLURM: return when the job has ended")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the file's, see below"
-    )
-    return parser
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes")
-    return number
 
 
 if __name__ == "__main__":

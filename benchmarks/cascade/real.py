@@ -38,6 +38,7 @@ from selfmask_dist.cascade import Combination, fit_pca
 from selfmask_dist.cli.demo import BACKBONE, NEW_DIGITS, OLD_DIGITS, write_digits
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.config.yaml import flow
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.embed import Embeddings, embed
 from selfmask_dist.evals.measure import measure_knn, measure_probe
@@ -120,7 +121,7 @@ def digits_settings(folder: Path) -> list[str]:
     for name, digits in (("old", OLD_DIGITS), ("new", NEW_DIGITS)):
         if not (folder / "shards" / name / "test").exists():
             write_digits(folder / "digits" / name, folder / "shards" / name, list(digits))
-    backbone = [f"backbone.{key}={_yaml(value)}" for key, value in BACKBONE.items()]
+    backbone = [f"backbone.{key}={flow(value)}" for key, value in BACKBONE.items()]
     pretrain = [
         *backbone,
         *_data(folder / "shards" / "old" / "train", folder / "shards" / "old" / "test"),
@@ -148,12 +149,6 @@ def photo_settings(data: Path, dataset: str, kind: str, image_size: int) -> list
 
 def _data(train: Path, test: Path) -> list[str]:
     return [f"data.train={train}", f"data.test={test}"]
-
-
-def _yaml(value: Any) -> str:
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
 def validation_part(base: list[str], data: Path, dataset: str, folder: Path) -> list[str]:

@@ -25,9 +25,10 @@ from benchmarks.harness import Benchmark
 from selfmask_dist import attach
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.config import load_config
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Objective
-from selfmask_dist.parallel import EngineOptions, build_engine
+from selfmask_dist.parallel import build_engine
 from selfmask_dist.runs.checkpoint import Retention, Saver, committed
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.meter import Meter
@@ -53,7 +54,7 @@ class Clock:
             encoder=encoder,
             blocks=find_blocks(encoder),
             world=world,
-            options=EngineOptions(name=engine_name),
+            config=EngineConfig.model_validate({"name": engine_name}),
         )
         masks = self.engine.attach(encoder, attach, include="vit")
         self.engine.start(

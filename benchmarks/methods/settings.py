@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from benchmarks.cascade.real import WEIGHTS, digits_settings
@@ -25,6 +24,7 @@ from selfmask_dist.backbones import load_backbone
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.yaml import flow
 
 BATCH = 64
 COMMON = (
@@ -181,7 +181,7 @@ def _with_captions(tar: Path, folder: Path, caption: Callable[[str, int], str]) 
 
 
 def _clip_backbone(kwargs: dict[str, object], weights: Path, size: int) -> tuple[str, ...]:
-    inline = yaml.safe_dump(kwargs, default_flow_style=True, width=10**6).strip()
+    inline = flow(kwargs)
     return (
         "backbone.name=open_clip:ViT-B-32",
         "backbone.pretrained=true",
@@ -204,7 +204,7 @@ def _digits_clip(folder: Path) -> Path:
     settings = (
         *COMMON,
         *("backbone.name=open_clip:ViT-B-32", "backbone.pretrained=false", "backbone.image_size=16"),
-        f"backbone.kwargs={yaml.safe_dump(_CLIP_KWARGS, default_flow_style=True, width=10**6).strip()}",
+        f"backbone.kwargs={flow(_CLIP_KWARGS)}",
         *_data(*pairs),
         *_DIGITS,
         *("method=finetune", "objective.name=clip", "clip.text=trained", "train.epochs=30"),

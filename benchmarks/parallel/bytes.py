@@ -29,8 +29,9 @@ from selfmask_dist.backbones import find_blocks
 from selfmask_dist.cli.model_size import measure_size
 from selfmask_dist.cli.plan import Hardware, estimate
 from selfmask_dist.config import load_config
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach, select
-from selfmask_dist.parallel import Engine, EngineOptions, build_engine
+from selfmask_dist.parallel import Engine, build_engine
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import ROWS, Step, batch_of, world_here
 
@@ -72,9 +73,9 @@ def make_engine(
     names = set(select(encoder, "vit"))
     encoder.requires_grad_(False)
     step = Step(encoder, size[0], torch.float32, "frozen")
-    options = EngineOptions(name=name, **keys)
+    config = EngineConfig.model_validate({"name": name, **keys})
     engine = build_engine(
-        step, encoder=encoder, blocks=find_blocks(encoder), world=world_here(), options=options
+        step, encoder=encoder, blocks=find_blocks(encoder), world=world_here(), config=config
     )
     if is_full:
         masks = None
@@ -108,7 +109,7 @@ def count(name: str, is_full: bool, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _kept(engine: Engine, masks: Any) -> dict[str, int]:
     """Bytes of masked parameters' tensors on this rank."""
-    if engine.options.name == "deepspeed":  # stage 3: all of them are partitions
+    if engine.config.name == "deepspeed":  # stage 3: all of them are partitions
         from deepspeed.utils import safe_get_local_optimizer_state
 
         pieces = {

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.config.backbone import BackboneConfig
-from selfmask_dist.parallel import EngineOptions, build_engine
+from selfmask_dist.config.sections import EngineConfig
+from selfmask_dist.parallel import build_engine
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Step, world_here
 
@@ -77,7 +78,7 @@ def start(name: str, path: str, in_file: bool) -> dict[str, Any]:
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world_here(),
-        options=EngineOptions(name="fsdp"),
+        config=EngineConfig(name="fsdp"),
     )
     most_own = own.finish()
     gc.collect()
@@ -93,9 +94,9 @@ def warm_up() -> None:
     """What libraries take once."""
     backbone = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     step = Step(backbone.encoder, backbone.spec.dim, torch.float32, "frozen")
-    options = EngineOptions(name="fsdp")
+    config = EngineConfig(name="fsdp")
     build_engine(
-        step, encoder=backbone.encoder, blocks=backbone.spec.blocks, world=world_here(), options=options
+        step, encoder=backbone.encoder, blocks=backbone.spec.blocks, world=world_here(), config=config
     )
 
 

@@ -90,7 +90,11 @@ class TextTower:
         )
 
     def tokenize(self, texts: list[str]) -> Tensor:
-        """Tokens (n, context length), long texts cut. Raises ValueError for a tokenizer out of reach."""
+        """Return tokens (n, context length); long texts are cut.
+
+        Raises:
+            ValueError: the tokenizer is on a hub that cannot be reached.
+        """
         if self._tokenizer is None:
             try:
                 with _quiet_root_logger():
@@ -153,7 +157,7 @@ def _tags(model_name: str) -> list[str]:
 
 
 def _with_configs(model_name: str, kwargs: dict[str, Any], image_size: int | None) -> dict[str, Any]:
-    """The constructor's arguments, with the registered tower configurations under those given."""
+    """Return the constructor's arguments, with the registered tower configurations under those given."""
     registered = get_model_config(model_name)
     # the towers' own base weights are never fetched: a CLIP checkpoint replaces both, or neither is wanted
     vision = {**registered["vision_cfg"], **kwargs.get("vision_cfg", {}), "timm_model_pretrained": False}
@@ -210,7 +214,7 @@ def _load_local(
 
 
 def _convert_visual(clip: Any, trunk_name: str | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Position embeddings of another image size, by the rule of the library that the tower is from.
+    """Convert position embeddings of another image size, by the rule of the library that the tower is from.
 
     Where the file is of another model the rules fail; its tensors are then left as they are, to be listed.
     """
@@ -226,7 +230,7 @@ def _convert_visual(clip: Any, trunk_name: str | None, state: dict[str, Tensor])
 
 
 def _convert_text(clip: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's own conversions of what is not the visual tower, as in its `load_checkpoint`."""
+    """Apply open_clip's own conversions to what is not the visual tower, as its `load_checkpoint` does."""
     if "positional_embedding" in state and not hasattr(clip, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):

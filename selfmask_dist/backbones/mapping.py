@@ -20,8 +20,11 @@ _RELEASE_EVERY = 64 * 2**20  # bytes
 
 @contextmanager
 def leave_in_files() -> Iterator[None]:
-    """Modules made in here have parameters on the meta device until the first `load_state_dict`, which takes
-    the tensors it is given (made contiguous) and copies buffers only.
+    """Let modules that are made in here take the tensors they are given as their parameters.
+
+    Their parameters are on the meta device until the first `load_state_dict`, which takes the given tensors
+    (made contiguous) as they are, and copies buffers only. While the block runs, `nn.Module.load_state_dict`
+    is replaced for the whole process.
     """
     load, is_building = nn.Module.load_state_dict, True
 
@@ -70,7 +73,7 @@ class FilePages:
                     self._spans.append(span)
 
     def one_by_one(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor by sorted name, read once: pages of files are given back on the way."""
+        """Yield each tensor by sorted name, read once: pages of files are given back on the way."""
         held: list[Tensor] = []
         for name in sorted(state):
             yield name, state[name]

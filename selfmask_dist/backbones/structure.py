@@ -1,5 +1,4 @@
-"""What a model is made of, read from its module tree alone: repeated blocks, removed parts, train and eval
-mode.
+"""What a model is made of, read from its module tree alone: repeated blocks, removed parts, modes.
 
 Knows no architecture by name, and nothing of masks, files or process groups.
 """
@@ -17,8 +16,9 @@ _LAYER_PACKAGES = ("torch.nn.", "timm.layers.")
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the repeated blocks, in forward order as registered: the innermost stacked modules of the
-    model's own making.
+    """Return the names of the repeated blocks in the order of the forward, as they are registered.
+
+    Blocks are the innermost stacked modules of the model's own making.
 
     A stack is a Sequential, ModuleList or ModuleDict, or any module whose children all have one type. So ViTs
     give ("blocks.0", ...), ResNets ("layer1.0", ...), Swin and ConvNeXt ("stages.0.blocks.0", ...), and
@@ -72,8 +72,9 @@ def remove_modules(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def run_on_meta(model: nn.Module, shape: Sequence[int]) -> Any:
-    """What the model's forward of images (n, 3, H, W) returns, as tensors without storage: nothing is read
-    or computed.
+    """Return what the model's forward of images (n, 3, H, W) returns, as tensors without storage.
+
+    Nothing is read or computed.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # float32: a file's half precision is not what the model will compute in

@@ -27,7 +27,7 @@ _MAX_LISTED = 10
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) over names, shapes and little-endian float32 values, in the order of sorted names.
+    """Return the SHA-256 (hex) over names, shapes and little-endian float32 values, sorted by name.
 
     The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
     """

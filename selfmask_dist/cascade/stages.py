@@ -29,9 +29,11 @@ from selfmask_dist.cascade.model import save_cascade
 from selfmask_dist.cascade.plot import draw_cascade
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import replacing, sha256, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
-from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
@@ -162,16 +164,16 @@ class Stages:
         clusters_of = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
             folder.mkdir(exist_ok=True)
-            save_file(_plain(router.tensors()), folder / _ROUTER)
+            with replacing(folder / _ROUTER) as partial:
+                save_file(_plain(router.tensors()), partial)
             for split, assigned in clusters_of.items():
                 np.save(folder / f"{split}.npy", assigned)
             for k in range(router.num_clusters):
                 np.save(folder / f"{names.expert(k)}.npy", np.flatnonzero(clusters_of["train"] == k))
             write_json(folder / names.CLUSTER_SIZES, router.sizes.tolist())  # last: the stage is done
         self._world.barrier()
-        self._say(
-            names.ROUTER, f"{router.num_clusters} clusters of {', '.join(map(str, router.sizes.tolist()))}"
-        )
+        sizes = ", ".join(map(str, router.sizes.tolist()))
+        self._say(names.ROUTER, f"{router.num_clusters} clusters of {sizes}")
 
     def _assign(self, router: Router, split: str) -> np.ndarray:
         """The cluster of every image of a split, on every rank."""
@@ -273,7 +275,7 @@ class Stages:
             values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
 
-    def _part(self, view: str, split: str) -> Rows:
+    def _part(self, view: str, split: str) -> Embeddings:
         """This rank's samples, on its device."""
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
@@ -303,13 +305,14 @@ class Stages:
         return {"bytes": size, "bytes_of_masks_apart": alone, "masks": len(masks)}
 
     def _combination(self, mode: str) -> Combination:
-        return Combination.from_tensors(
-            load_file(self._directory / names.COMBINATION / f"{mode}.safetensors")
-        )
+        path = self._directory / names.COMBINATION / f"{mode}.safetensors"
+        return Combination.from_tensors(load_file(path))
 
     def draw(self) -> None:
-        """The map of the test images by cluster, and what the masks prune."""
-        if self._world.is_main:
+        """Draw the map of the test images by cluster, and what the masks prune, if pictures can be drawn."""
+        if reason := why_no_pictures():
+            self._say("picture", f"is left out: {reason}")
+        elif self._world.is_main:
             router = Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER))
             draw_cascade(
                 router.reduce(self._open(names.DISPATCHER, "test").read_slice().features).numpy(),

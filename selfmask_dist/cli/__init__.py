@@ -1,5 +1,5 @@
-"""The command line: `selfmask train | eval | config | help | plan | inspect | report | mask | embed | serve |
-data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask launch | train | eval | config | configs | help | plan | inspect | report |
+mask | embed | serve | data | status | logs | checkpoints | demo`.
 
 A module of `cli` adds its commands to the parser and imports what a command needs (torch, the configuration)
 only when it runs, so that `--help` answers at once.
@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from selfmask_dist.cli import config as config_command
+from selfmask_dist.cli import configs as configs_command
+from selfmask_dist.cli import data as data_command
 from selfmask_dist.cli import demo as demo_command
 from selfmask_dist.cli import eval as eval_command
+from selfmask_dist.cli import launch as launch_command
 from selfmask_dist.cli import mask as mask_command
 from selfmask_dist.cli import plan as plan_command
 from selfmask_dist.cli import report as report_command
@@ -94,36 +97,6 @@ def _reader_is_gone() -> bool:
     return True
 
 
-def _data_index(options: argparse.Namespace) -> None:
-    from selfmask_dist.data.build import build_index
-
-    built = build_index(
-        options.path,
-        decode_check=options.decode,
-        budget=options.budget,
-        num_workers=options.workers,
-        classes=options.classes.split(",") if options.classes else None,
-        require_labels=not options.unlabelled,
-    )
-    for reject in built.rejects:
-        print(f"{'left out' if reject.is_lost else 'note'}: {reject.shard}: {reject.key!r} {reject.reason}")
-    print(f"{built.path}: {len(built.index)} samples, {built.index.num_rejected} left out")
-
-
-def _data_verify(options: argparse.Namespace) -> int:
-    from selfmask_dist.data.build import verify
-
-    found = verify(options.path, num_workers=options.workers)
-    print("\n".join(found) if found else f"{options.path}: every picture is as it was indexed")
-    return 1 if found else 0
-
-
-def _data_stats(options: argparse.Namespace) -> None:
-    from selfmask_dist.data.build import describe
-
-    print(describe(options.path))
-
-
 class _Version(argparse.Action):
     """Print the version, which is looked up only when it is asked for."""
 
@@ -140,8 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    launch_command.add_command(commands)
     _add_train(commands)
     config_command.add_commands(commands)
+    configs_command.add_command(commands)
     mask_command.add_inspect(commands)
     mask_command.add_command(commands)
     serve_command.add_commands(commands)
@@ -149,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     status_command.add_commands(commands)
     report_command.add_command(commands)
     plan_command.add_command(commands)
-    _add_data_commands(commands)
+    data_command.add_command(commands)
     demo_command.add_command(commands)
     return parser
 
@@ -157,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(commands: Any) -> None:
     command = commands.add_parser(
         "train",
-        help="train masks (or a baseline) in this process; launchers/submit.py starts several",
-        description="Train masks (or a baseline) in this process; launchers/submit.py starts several.",
+        help="train masks (or a baseline) in this process; `selfmask launch` starts several",
+        description="Train masks (or a baseline) in this process; `selfmask launch` starts several.",
         epilog=config_command.EPILOG,
     )
     config_command.add_settings(command)
@@ -175,24 +150,3 @@ def _train(options: argparse.Namespace) -> int:
     from selfmask_dist.cli.train import train  # reads the configuration's classes, which takes a second
 
     return train(options)
-
-
-def _add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    data = commands.add_parser("data", help="index, verify or describe a folder of tars")
-    actions = data.add_subparsers(required=True, metavar="ACTION")
-    index = actions.add_parser("index", help="check every picture and write the index beside the tars")
-    index.add_argument("--no-decode", dest="decode", action="store_false", help="do not decode the pictures")
-    index.add_argument(
-        "--budget", type=float, default=0.001, help="share of samples that may be unusable (0.001)"
-    )
-    index.add_argument("--classes", metavar="A,B,...", help="class names in the order of their numbers")
-    index.add_argument("--unlabelled", action="store_true", help="take samples without a label")
-    index.set_defaults(command=_data_index)
-    verify = actions.add_parser("verify", help="read every picture and compare it with the index")
-    verify.set_defaults(command=_data_verify)
-    stats = actions.add_parser("stats", help="counts, sizes and classes")
-    stats.set_defaults(command=_data_stats)
-    for action in (index, verify, stats):
-        action.add_argument("path", metavar="PATH", help="folder of tars, or one tar")
-    for action in (index, verify):
-        action.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")

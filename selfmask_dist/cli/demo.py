@@ -1,10 +1,11 @@
-"""The whole method in minutes on a laptop: a small ViT learns digits 0-4, is frozen, and a mask adapts it to
-digits 5-9.
+"""`selfmask demo`: the whole method in minutes on a laptop.
+
+A small ViT learns digits 0-4, is frozen, and a mask adapts it to digits 5-9.
 
     real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
     picture
 
-Everything goes through the ordinary path: `data_prep`, `selfmask train`, `launchers/submit.py` with two
+Everything goes through the ordinary path: `data_prep`, `selfmask train`, `selfmask launch` with two
 processes.
 """
 
@@ -18,8 +19,8 @@ from typing import Any
 
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_text
-from selfmask_dist.common.optional import MissingLibraryError
-from selfmask_dist.common.plots import pyplot
+from selfmask_dist.common.plots import pyplot, why_no_pictures
+from selfmask_dist.common.shipped import shipped_module
 
 OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
 
@@ -72,10 +73,10 @@ def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
         return status
 
     result = json.loads((out / "mask" / names.RESULT).read_text())
-    try:
+    if reason := why_no_pictures():
+        ending = f"The picture is left out: {reason}"
+    else:
         ending = f"Picture: {draw(result, _metrics(out / 'mask'), out / 'demo.png')}"
-    except MissingLibraryError as error:
-        ending = f"The picture is left out: {error}"
     print(f"\n{table(result)}\n\n{ending}\n{time.perf_counter() - started:.0f} seconds in all.")
     return 0
 
@@ -86,15 +87,13 @@ def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from data_prep.image_folder import convert_image_folder
-
     bunch = load_digits()
     for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
         if label in digits:
             path = folder / ("test" if index % 5 == 0 else "train") / str(label) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.uint8(pixels * (255 / 16))).save(path)
-    convert_image_folder(folder, shards)
+    shipped_module("data_prep.image_folder").convert_image_folder(folder, shards)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -165,18 +164,17 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
     }
     if method == "finetune":  # from random weights: their frozen numbers say nothing
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
-    import yaml
-
     from selfmask_dist.config import load_config, to_yaml
 
     path = out / f"{name}.yaml"
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, json.dumps(settings))  # which is YAML too
     write_text(path, to_yaml(load_config(path)))  # checked, and complete
     return path
 
 
 def _train(config: Path, num_processes: int) -> int:
-    command = [sys.executable, "-m", "launchers.submit", "--cluster", "local", "--nodes", str(num_processes)]
+    command = [sys.executable, "-m", "selfmask_dist.cli", "launch", "--cluster", "local"]
+    command += ["--nodes", str(num_processes)]
     return subprocess.run([*command, "--config", str(config)], check=False).returncode
 
 

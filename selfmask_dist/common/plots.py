@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.common.optional import require
+from selfmask_dist.common.optional import MissingLibraryError, require
 
 _FEW_TICKS = 12  # numbers along an axis that still can be read
 
@@ -22,6 +22,18 @@ def pyplot() -> Any:
     matplotlib = require("matplotlib", "matplotlib", extra="report", needed_by="drawing a picture")
     matplotlib.use("Agg")
     return require("matplotlib.pyplot", "matplotlib", extra="report")
+
+
+def why_no_pictures() -> str | None:
+    """Return why nothing can be drawn here, as the end of a sentence; None where pictures can be drawn.
+
+    A run asks before it draws: a library that is missing leaves out a picture, and never ends a training.
+    """
+    try:
+        pyplot()
+    except MissingLibraryError as error:
+        return str(error)
+    return None
 
 
 @contextmanager
@@ -76,8 +88,8 @@ def draw_lines(
                 axes.fill_between(places, low, high, alpha=0.2, color=line.get_color())
         axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
         if len(xs) <= _FEW_TICKS:  # beyond, matplotlib's own ticks at 1, 10, 100
-            axes.set(xticks=list(xs))
-            axes.set_xticklabels([f"{x:g}" for x in xs])
+            axes.set_xticks(list(xs))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axes.minorticks_off()
         legend_beside(axes)
 

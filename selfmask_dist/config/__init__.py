@@ -2,7 +2,9 @@
 
     load_config("run.yaml", ["train.epochs=3"])     defaults < YAML file < key=value
 
-`config` has the object and the conflicts between its sections, the other files a section or two each.
+`config` has the object, `all_sections` its keys, and `conflicts` the values that do not go together.
+`loading`, `yaml` and `help` read, write and explain any object of this kind; the other files hold the
+sections.
 """
 
 from selfmask_dist.config.config import Config, describe, flat_science, load_config, to_yaml

@@ -1,10 +1,10 @@
-"""The keys of the frozen network. `config_sections` has the rules."""
+"""The section of the frozen network under the mask."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from selfmask_dist.config.sections import NonEmpty, Positive, Section, Strings, science
+from selfmask_dist.config.fields import NonEmpty, Positive, Section, Strings, science
 
 
 class BackboneConfig(Section):
@@ -39,7 +39,9 @@ class BackboneConfig(Section):
         None, "Side of the square images the encoder sees; null: as in pretraining.", unit="pixels", ge=1
     )
     kwargs: dict[str, JsonValue] = science(
-        {}, "Further arguments of timm.create_model or open_clip.create_model, as {drop_path_rate: 0.1}."
+        {},
+        "Further arguments of timm.create_model or open_clip.create_model, for example "
+        "{drop_path_rate: 0.1}.",
     )
     remove: Strings = science(
         (), "Modules replaced by the identity, by full name: [layer4] gives a ResNet's features of layer3."

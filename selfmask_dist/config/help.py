@@ -1,7 +1,7 @@
 """The keys of a configuration in words: what there is, what a value may be, and the text of `--help`.
 
 Works on any pydantic model whose sections are models and whose fields carry `group` and `unit`, as in
-`config_sections`. Knows nothing of files or overrides.
+`fields`. Knows nothing of files or overrides.
 """
 
 import re
@@ -40,13 +40,13 @@ _SCALARS: dict[Any, str] = {
 
 
 def section(info: FieldInfo) -> type[BaseModel] | None:
-    """The model behind a field that is a section, else None."""
+    """Return the model behind a field that is a section, else None."""
     kind = info.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted names and fields of all keys, sections opened, in the order of declaration."""
+    """Yield every key, those inside sections too, by its dotted name, in the order of declaration."""
     for name, info in model.model_fields.items():
         if inner := section(info):
             yield from fields(inner, f"{prefix}{name}.")
@@ -55,22 +55,22 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def groups(model: type[BaseModel]) -> dict[str, str]:
-    """Dotted name -> group, for every key."""
+    """Return the group of every key, by its dotted name."""
     return {name: extra(info, "group") for name, info in fields(model)}
 
 
 def extra(info: FieldInfo, name: str) -> str:
-    """What `science` and its siblings noted beside a field: its `group` or `unit`."""
+    """Return what `science` and its siblings noted beside a field: its `group` or `unit`."""
     return str(info.json_schema_extra[name]) if isinstance(info.json_schema_extra, dict) else ""
 
 
 def expected(info: FieldInfo) -> str:
-    """What values a field takes, in words: `number >= 0 or null`."""
+    """Return in words what values a field takes, for example `number >= 0 or null`."""
     return _expected(info.annotation, info.metadata)
 
 
 def describe(model: type[BaseModel], width: int | None = None) -> str:
-    """All keys by group, wrapped at `width` columns (None: the terminal's, 100 at most)."""
+    """Return all keys by group, wrapped at `width` columns (None: the terminal's, 100 at most)."""
     columns = max(width or min(shutil.get_terminal_size((100, 24)).columns, 100), 40)
     parts = [textwrap.fill(_INTRODUCTION, columns, break_long_words=False, break_on_hyphens=False)]
     for group, meaning in GROUPS.items():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import help as config_help
 from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.config.yaml import Keys, dotted
@@ -42,8 +43,8 @@ class ConflictError(ValueError):
         self.conflicts = tuple(conflicts)
 
 
-class Source(NamedTuple):
-    """Where a value was given; sorts in the order of reading."""
+class Origin(NamedTuple):
+    """Where a value was given. Origins sort in the order of reading."""
 
     order: tuple[int, int]  # (0, line) in the file, (1, position) among the overrides
     place: str
@@ -51,16 +52,19 @@ class Source(NamedTuple):
 
 
 def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) -> Model:
-    """Build `model` from its defaults, a YAML file and `key=value` overrides.
+    """Return `model` built from its defaults, a YAML file and `key=value` overrides.
+
+    Args:
+        path: a file, or the name of a configuration that ships with the package; see `find_config`.
 
     Raises:
         ConfigError: with every problem found.
     """
     draft = _Draft(model)
     if path is not None:
-        draft.read_file(Path(path))
+        draft.read_file(_file(path))
     for position, text in enumerate(overrides):
-        draft.override(text, Source((1, position), f"override {text!r}", is_file=False))
+        draft.override(text, Origin((1, position), f"override {text!r}", is_file=False))
     result: Model | None = None
     try:
         result = model.model_validate(draft.values)
@@ -71,7 +75,7 @@ def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) 
     return result
 
 
-def _message(problems: Iterable[tuple[Source, str]]) -> str:
+def _message(problems: Iterable[tuple[Origin, str]]) -> str:
     lines = [f"{source.place}: {message}" for source, message in sorted(dict.fromkeys(problems))]
     if len(lines) == 1:
         return lines[0]
@@ -84,8 +88,8 @@ class _Draft:
 
     model: type[BaseModel]
     values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[Keys, Source] = field(default_factory=dict)
-    problems: list[tuple[Source, str]] = field(default_factory=list)
+    sources: dict[Keys, Origin] = field(default_factory=dict)
+    problems: list[tuple[Origin, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.fields = {tuple(name.split(".")): info for name, info in config_help.fields(self.model)}
@@ -103,7 +107,7 @@ class _Draft:
                 (sources[()], f"got {_shown(parsed.value)}; expected keys and values, for example seed: 0")
             )
 
-    def override(self, text: str, source: Source) -> None:
+    def override(self, text: str, source: Origin) -> None:
         """Take the value of one `key=value`."""
         name, equals, value_text = text.partition("=")
         keys = tuple(name.strip().split("."))
@@ -115,7 +119,7 @@ class _Draft:
         if not parsed.problems:
             self.add(keys, parsed.value, {(*keys, *rest): source for rest in parsed.lines})
 
-    def add(self, keys: tuple[str, ...], value: Any, sources: dict[Keys, Source]) -> None:
+    def add(self, keys: tuple[str, ...], value: Any, sources: dict[Keys, Origin]) -> None:
         """Merge `value` at `keys`: a section key by key; a field's value and source replace earlier ones."""
         if isinstance(value, dict) and (not keys or keys in self.sections):
             for key, inner in value.items():
@@ -141,7 +145,7 @@ class _Draft:
 
     def explain(self, error: ValidationError) -> None:
         """Turn pydantic's errors into problems: one for each field, one for each conflict between fields."""
-        wrong: dict[Keys, Source] = {}
+        wrong: dict[Keys, Origin] = {}
         for detail in error.errors(include_url=False):
             cause = detail.get("ctx", {}).get("error")
             if isinstance(cause, ConflictError):
@@ -159,13 +163,13 @@ class _Draft:
     def _is_mapping(self, keys: tuple[str, ...]) -> bool:
         return get_origin(self.fields[keys].annotation) is dict
 
-    def _source(self, keys: Keys) -> Source:
-        """Where the value at `keys` was given, or the nearest value around it."""
+    def _source(self, keys: Keys) -> Origin:
+        """Return where the value at `keys` was given, or the nearest value around it."""
         return next(
             self.sources[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in self.sources
         )
 
-    def _conflict(self, conflict: Conflict) -> tuple[Source, str]:
+    def _conflict(self, conflict: Conflict) -> tuple[Origin, str]:
         keys = [tuple(name.split(".")) for name in conflict.keys]
         given = sorted(
             {self._source(key) for key in keys if any(at[: len(key)] == key for at in self.sources)}
@@ -193,9 +197,16 @@ class _Draft:
         return f"unknown key {dotted(keys)}; {where} are {', '.join(self._inside(section))}"
 
     def _inside(self, section: Keys) -> list[str]:
-        """Names of the keys of a section; of the keys and sections at the top for ()."""
+        """Return the names of a section's keys; for (), those of all sections and of the keys beside them."""
         depth = len(section)
         return list(dict.fromkeys(keys[depth] for keys in self.fields if keys[:depth] == section))
+
+
+def _file(path: str | Path) -> Path:
+    try:
+        return find_config(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _text(path: Path) -> str:
@@ -210,19 +221,22 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot read the configuration: {reason}") from error
 
 
-def _in_file(path: Path, line: int) -> Source:
-    return Source((0, line), f"{path}:{line}", is_file=True)
+def _in_file(path: Path, line: int) -> Origin:
+    return Origin((0, line), f"{path}:{line}", is_file=True)
 
 
 def _nearest(keys: tuple[str, ...], known: Iterable[tuple[str, ...]], limit: int = 4) -> list[str]:
-    """The known keys most like an unknown one, best first."""
+    """Return the known keys that are most like an unknown one, the best first."""
     scores = {dotted(candidate): _likeness(keys, candidate) for candidate in known}
     near = sorted((name for name, score in scores.items() if score >= 0.65), key=lambda name: -scores[name])
     return near[:limit]
 
 
 def _likeness(keys: tuple[str, ...], candidate: tuple[str, ...]) -> float:
-    """0 to 1. In the same section the last part decides; elsewhere it counts less, or the whole name does."""
+    """Return how alike two keys are, 0 to 1.
+
+    In the same section the last part decides; in another one it counts less, or the whole names are compared.
+    """
     *words, last = *candidate[-1].split("_"), candidate[-1]
     likeness = max(_ratio(keys[-1], last), *(0.95 * _ratio(keys[-1], word) for word in words))  # lr: score_lr
     if keys[:-1] == candidate[:-1]:

@@ -1,14 +1,15 @@
-"""The keys of objectives without labels beside SwAV. `config_sections` has the rules.
+"""The sections of objectives without labels, and of the crops they see.
 
-`Published:` gives the value of the paper that a method is from. Heads train with optim.head_lr and are thrown
-away.
+An objective gets its section as it is. What a section gives in epochs, its methods turn into steps. `Paper:`
+gives the value of Warmerdam et al. 2024, `Published:` that of the paper a method is from. Heads train with
+optim.head_lr and are thrown away.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfmask_dist.config.sections import Positive, Section, science
+from selfmask_dist.config.fields import Positive, Scale, Section, efficiency, science
 
 # those whose loss is between views of one image, so that data comes as the crops section says
 VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino", "slip")
@@ -17,6 +18,76 @@ WITH_CAPTIONS = ("clip", "slip")
 WITH_TEACHER = ("moco_v2", "moco_v3", "dino")
 
 Temperatures = Annotated[tuple[Positive, Positive], Field(strict=False)]
+
+
+class CropsConfig(Section):
+    """The views of one image, where there are no labels. Flips follow data.flip."""
+
+    global_count: int = science(
+        2, "Large crops; the first two give SwAV's assignments. Paper: 2.", unit="crops", ge=2
+    )
+    global_size: int | None = science(
+        None, "Their side; null: the backbone's image size. Paper: 224.", unit="pixels", ge=1
+    )
+    global_scale: Scale = science((0.14, 1.0), "Their area. Paper: 0.14 to 1.", unit="fraction of the image")
+    local_count: int = science(
+        6, "Small crops; 0 for simclr, moco_v2 and moco_v3. Paper: 6.", unit="crops", ge=0
+    )
+    local_size: int = science(96, "Their side. Paper: 96.", unit="pixels", ge=1)
+    local_scale: Scale = science(
+        (0.05, 0.14), "Their area. Paper: 0.05 to 0.14.", unit="fraction of the image"
+    )
+    color: float = science(
+        1.0,
+        "Strength of the random changes of brightness, contrast, saturation and hue; 0: none. Paper: 1.",
+        unit="times SwAV's",
+        ge=0,
+        le=2,
+    )
+    gray: float = science(
+        0.2, "Share of the crops without colour. Paper: 0.2.", unit="probability", ge=0, le=1
+    )
+    blur: float = science(
+        0.5, "Share of the crops that are blurred. Paper: 0.5.", unit="probability", ge=0, le=1
+    )
+    on_device: bool = efficiency(
+        True,
+        "Flips, colours and blur for a whole batch on the training device, where the workers would do them "
+        "one by one. The same pixels up to rounding.",
+    )
+
+
+class SwavConfig(Section):
+    """The SwAV objective (objective.name=swav). Projector and prototypes train with optim.head_lr."""
+
+    prototypes: int = science(
+        500, "Clusters that crops are assigned to. Paper: 500.", unit="prototypes", ge=2
+    )
+    dim: int = science(128, "Length of the projected embeddings. Paper: 128.", unit="dimensions", ge=2)
+    temperature: float = science(0.1, "Softmax of predictions. Paper: 0.1.", unit="cosine similarity", gt=0)
+    epsilon: float = science(
+        0.05, "Smoothness of the assignments. Paper: 0.05.", unit="cosine similarity", ge=0.005
+    )
+    sinkhorn_iterations: int = science(
+        3, "Rounds that even out the prototypes' use. Paper: 3.", unit="rounds", ge=1
+    )
+    queue_length: int = science(
+        0,
+        "Older images that take part in the assignments, over all processes: for batches of fewer images "
+        "than prototypes. 0: none. Paper: 512.",
+        unit="images",
+        ge=0,
+    )
+    queue_start_epoch: float = science(
+        0.0, "The queue fills from here on, and is used when full. Paper: 30 of 150.", unit="epochs", ge=0
+    )
+    freeze_steps: int = science(
+        0, "Prototypes stay as they are for so long. The authors' code: 5005 of 117,188.", unit="steps", ge=0
+    )
+
+    def queue_start(self, steps_per_epoch: int) -> int:
+        """Return the step from which on the queue fills."""
+        return round(self.queue_start_epoch * steps_per_epoch)
 
 
 class SimclrConfig(Section):
@@ -116,6 +187,14 @@ class DinoConfig(Section):
     freeze_epochs: float = science(
         1.0, "The head's last layer stays as it is for so long. Published: 1.", unit="epochs", ge=0
     )
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Return the steps in which the teacher's temperature goes to its last value."""
+        return round(self.temperature_epochs * steps_per_epoch)
+
+    def freeze_steps(self, steps_per_epoch: int) -> int:
+        """Return the steps for which the head's last layer stays as it is."""
+        return round(self.freeze_epochs * steps_per_epoch)
 
 
 class ClipConfig(Section):

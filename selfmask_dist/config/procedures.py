@@ -1,20 +1,76 @@
-"""Keys of the procedures over masks and weights, whose stages are runs of their own in the run's folder.
+"""The sections of runs that are made of runs: the cascade, and the procedures over masks and weights.
 
-Knows nothing of torch.
+Their stages are runs of their own in the run's folder.
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from selfmask_dist.config.backbone import BackboneConfig
-from selfmask_dist.config.loading import Conflict
-from selfmask_dist.config.sections import Counts, NonEmpty, Section, SomeStrings, science
+from selfmask_dist.config.fields import (
+    Counts,
+    NonEmpty,
+    Section,
+    SomeStrings,
+    efficiency,
+    orchestration,
+    science,
+)
 
 PROCEDURES = ("packnet", "lottery", "evolution", "supsup", "wise_ft", "rebasin", "ensemble")
 
-_Alpha = Annotated[float, Field(ge=0, le=1)]
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Combining = Literal[
+    "conditional",
+    "unconditional",
+    "conditional_pca",
+    "unconditional_pca",
+    "conditional_concat",
+    "unconditional_concat",
+    "conditional_add",
+    "unconditional_add",
+    "replace",
+]
+
+
+class CascadeConfig(Section):
+    """Dispatcher, router and experts (method=cascade)."""
+
+    clusters: Counts = science(
+        (5,),
+        "Experts. Several numbers: the router takes the one with the smallest BIC. Paper: 5.",
+        unit="clusters",
+    )
+    router: Literal["gmm", "kmeans"] = science(
+        "gmm", "What clusters the dispatcher's embeddings. Paper: gmm (a Gaussian mixture)."
+    )
+    components: int = science(
+        20, "Whitened principal components that are clustered. Paper: 20.", unit="components", ge=1
+    )
+    restarts: int = science(5, "Times the clustering starts anew; the best one stays.", unit="starts", ge=1)
+    expert_epochs: Literal["equal_steps", "equal_epochs"] = science(
+        "equal_steps",
+        "equal_steps: an expert of a small cluster sees it more often, as many steps as the dispatcher made "
+        "(Paper: round(50000 / |D_k| * 150) epochs). equal_epochs: as many epochs as the dispatcher.",
+    )
+    expert_queue_start: float = science(
+        0.2, "An expert's queue fills from here on. Paper: 1/5.", unit="fraction of its epochs", ge=0, le=1
+    )
+    combinations: Annotated[tuple[Combining, ...], Field(strict=False, min_length=1)] = science(
+        ("conditional", "unconditional"),
+        "Embeddings made of the dispatcher's and experts', all measured and kept in the file. conditional: "
+        "[D, 0 .. Er .. 0] of the chosen expert r; unconditional: [D, E1 .. EK]; both then go through a "
+        "whitened PCA back to the backbone's dimension. Variants: _pca is not whitened, _concat has no PCA, "
+        "_add is a sum; replace is Er alone.",
+    )
+    expert_groups: int = efficiency(
+        0,
+        "Groups of processes that train experts at the same time, each one expert after the other; 0: as "
+        "many as keep 90 % of the processes busy.",
+        unit="groups",
+        ge=0,
+    )
+    store_dtype: Literal["float32", "float16"] = orchestration("float32", "Of the embeddings on disk.")
 
 
 class ProcedureConfig(Section):
@@ -105,7 +161,7 @@ class ProcedureConfig(Section):
         gt=0,
         lt=1,
     )
-    alphas: Annotated[tuple[_Alpha, ...], Field(strict=False, min_length=1)] = science(
+    alphas: Annotated[tuple[Alpha, ...], Field(strict=False, min_length=1)] = science(
         (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "wise_ft, rebasin: places on the line between two networks that are measured; 0: the frozen (first) "
         "one, 1: the adapted (second) one.",
@@ -123,8 +179,9 @@ class ProcedureConfig(Section):
     )
     small_backbone: dict[str, JsonValue] = science(
         {},
-        "ensemble: keys of the backbone section, as {name: timm:resnet10t}, of small models that are trained "
-        "from random weights for comparison; empty: none are. Make them as large as a mask's file.",
+        "ensemble: keys of the backbone section, for example {name: timm:resnet10t}, of small models that "
+        "are trained from random weights for comparison; empty: none are. Make them as large as a mask's "
+        "file.",
     )
     hold: NonEmpty | None = science(
         None,
@@ -139,107 +196,7 @@ class ProcedureConfig(Section):
 
 
 def trained_by(section: ProcedureConfig, method: str) -> str:
-    """The method of a procedure's stages, mask or finetune; of no procedure the method itself."""
+    """Return the method of a procedure's stages, mask or finetune; without a procedure, the method itself."""
     if method in ("supsup", "ensemble") or (method == "wise_ft" and section.adapt == "mask"):
         return "mask"
     return "finetune" if method in PROCEDURES else method
-
-
-def conflicts(
-    section: ProcedureConfig,
-    *,
-    method: str,
-    engine: str,
-    objective: str,
-    head: str,
-    head_norm: str,
-    finetune: str,
-    family: str,
-    max_steps: int | None,
-) -> Iterator[Conflict]:
-    """What does not go together with the rest of a configuration.
-
-    Args:
-        method, engine, objective, head, head_norm, finetune, family, max_steps: `method`, `engine.name`,
-            `objective.name`, `objective.head`, `objective.head_norm`, `finetune.train`, `mask.family`,
-            `train.max_steps`.
-    """
-    if (section.hold is not None or method in ("packnet", "lottery")) and engine != "ddp":
-        yield Conflict(
-            ("method", "engine.name"),
-            f"engine.name={engine} cuts weights over processes, and single weights cannot be kept there; set "
-            "engine.name=ddp",
-        )
-    if section.hold is not None and method != "finetune":
-        yield Conflict(
-            ("method", "procedure.hold"), "procedure.hold is of method=finetune, which trains weights"
-        )
-    if method not in PROCEDURES:
-        return
-    if objective != "supervised":
-        yield Conflict(
-            ("method", "objective.name"),
-            f"method={method} compares classifiers by accuracy; set objective.name=supervised",
-        )
-    yield from _head_conflicts(method, head, head_norm)
-    yield from _stage_conflicts(section, method, engine, finetune, family)
-    if method == "lottery" and max_steps is not None and section.rewind_steps >= max_steps:
-        yield Conflict(
-            ("procedure.rewind_steps", "train.max_steps"),
-            f"procedure.rewind_steps ({section.rewind_steps}) leaves nothing to train before train.max_steps "
-            f"({max_steps})",
-        )
-
-
-def _head_conflicts(method: str, head: str, head_norm: str) -> Iterator[Conflict]:
-    """Heads that a procedure cannot take apart, superpose or permute."""
-    known = {
-        "wise_ft": ("linear", "clip_text"),
-        **dict.fromkeys(("supsup", "rebasin", "ensemble"), ("linear",)),
-    }
-    if head not in known.get(method, (head,)):
-        yield Conflict(
-            ("method", "objective.head"),
-            f"method={method} does not handle objective.head={head}; set it to {' or '.join(known[method])}",
-        )
-    if method == "rebasin" and head_norm == "batchnorm":
-        yield Conflict(
-            ("method", "objective.head_norm"),
-            "method=rebasin permutes what the head sees, and not statistics of a head's normalisation; set "
-            "objective.head_norm to l2 or none",
-        )
-
-
-def _stage_conflicts(
-    section: ProcedureConfig, method: str, engine: str, finetune: str, family: str
-) -> Iterator[Conflict]:
-    """Trainings that a procedure cannot go on from."""
-    masks = trained_by(section, method) == "mask"
-    if masks and family not in ("threshold", "piggyback", "edge_popup", "topk"):
-        yield Conflict(
-            ("method", "mask.family"),
-            f"method={method} takes learned masks on frozen weights, and mask.family={family} is another "
-            "thing; use threshold, piggyback, edge_popup or topk",
-        )
-    trains = method == "rebasin" or (method == "ensemble" and section.small_backbone)
-    if trains and finetune != "all":
-        yield Conflict(
-            ("method", "finetune.train"),
-            f"method={method} trains whole networks; set finetune.train=all in place of {finetune}",
-        )
-    if method == "wise_ft" and section.adapt == "finetune" and finetune == "lora":
-        yield Conflict(
-            ("method", "finetune.train"),
-            "method=wise_ft mixes the network's own weights, and finetune.train=lora leaves them as they "
-            "are; set finetune.train=all, bias or norm",
-        )
-    if engine in ("bits", "deepspeed") and (trains or not masks):
-        yield Conflict(
-            ("method", "engine.name"),
-            f"method={method} trains weights, which was not tried with engine.name={engine}; use ddp or fsdp",
-        )
-    if unknown := sorted(set(section.small_backbone) - set(BackboneConfig.model_fields)):
-        yield Conflict(
-            ("procedure.small_backbone",),
-            f"procedure.small_backbone has the key {unknown[0]}, which the backbone section does not know",
-        )

@@ -1,48 +1,24 @@
-"""Every key of a run, section by section: default, effect, unit, bounds, and the group it belongs to.
+"""The sections that every run has: data, objective, train, eval, engine, checkpoint, run and launch.
 
-`science` changes results, `efficiency` does not, `orchestration` where a run goes and what is measured and
-logged. `Paper:` gives the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
+Each key has its default, effect, unit and bounds, and the group it belongs to (see `fields`). `Paper:` gives
+the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import JsonValue
 
-# strict=False: a list is welcome where a tuple is kept; its items stay strict
-NonEmpty = Annotated[str, Field(min_length=1)]
-Strings = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
-SomeStrings = Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def science(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes results."""
-    return _field("science", default, help, unit, constraints)
-
-
-def efficiency(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that changes speed or memory, and no result."""
-    return _field("efficiency", default, help, unit, constraints)
-
-
-def orchestration(default: Any, help: str, *, unit: str = "", **constraints: Any) -> Any:
-    """A field that decides where a run goes, and what is measured and logged."""
-    return _field("orchestration", default, help, unit, constraints)
-
-
-def _field(group: str, default: Any, help: str, unit: str, constraints: dict[str, Any]) -> Any:
-    notes: dict[str, JsonValue] = {"group": group, "unit": unit}
-    return Field(default, description=help, json_schema_extra=notes, **constraints)
-
-
-class Section(BaseModel):
-    """Frozen; strict (true is not 1, "3" is not 3); an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
+from selfmask_dist.config.fields import (
+    Counts,
+    NonEmpty,
+    Scale,
+    Section,
+    SomeStrings,
+    Strings,
+    efficiency,
+    orchestration,
+    science,
+)
 
 
 class DataConfig(Section):
@@ -58,7 +34,7 @@ class DataConfig(Section):
     test_subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
     )
-    crop_scale: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = science(
+    crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )
     flip: bool = science(True, "Mirror training images left to right with probability 1/2.")
@@ -107,8 +83,8 @@ class ObjectiveConfig(Section):
 
     distill_from: NonEmpty | None = science(
         None,
-        "Folder of a finished supervised run on the same classes, as one of method=finetune, whose logits "
-        "are learned beside the labels; null: labels alone.",
+        "Folder of a finished supervised run on the same classes, for example one of method=finetune, whose "
+        "logits are learned beside the labels; null: labels alone.",
     )
     distill_weight: float = science(
         0.5,
@@ -209,8 +185,8 @@ class EngineConfig(Section):
     )
     shard_size: int | None = efficiency(
         None,
-        "fsdp: cut over groups of so many processes, which hold the same pieces as the other groups (as: one "
-        "node); null: over all.",
+        "fsdp: cut over groups of so many processes, which hold the same pieces as the other groups, for "
+        "example one node; null: over all.",
         unit="processes",
         ge=1,
     )
@@ -258,7 +234,8 @@ class CheckpointConfig(Section):
         0, "Checkpoints at multiples of so many steps stay too; 0: none.", unit="steps", ge=0
     )
     keep_best: NonEmpty | None = orchestration(
-        None, "The checkpoint with the highest value of this metric stays too, as monitor/knn20; null: none."
+        None,
+        "The checkpoint with the highest value of this metric (for example monitor/knn20) stays; null: none.",
     )
     asynchronous: bool = orchestration(
         True, "Write in the background; training waits only while its tensors are copied."
@@ -328,10 +305,10 @@ class LaunchConfig(Section):
         True, "Start from a copy of the code in the run's folder, which later edits do not change."
     )
     environment: dict[str, NonEmpty] = orchestration(
-        {}, "Environment variables of every process, as {NCCL_DEBUG: INFO}."
+        {}, "Environment variables of every process, for example {NCCL_DEBUG: INFO}."
     )
     container: Strings = orchestration(
-        (), "Command that each process is started with, as [apptainer, exec, --nv, image.sif]."
+        (), "Command that each process is started with, for example [apptainer, exec, --nv, image.sif]."
     )
     setup: Strings = orchestration(
         (), "SLURM: lines of shell in the batch script, before the processes start."
@@ -339,7 +316,9 @@ class LaunchConfig(Section):
     partition: NonEmpty | None = orchestration(None, "SLURM: partition; null: the cluster's default.")
     account: NonEmpty | None = orchestration(None, "SLURM: account the job is charged to.")
     qos: NonEmpty | None = orchestration(None, "SLURM: quality of service.")
-    constraint: NonEmpty | None = orchestration(None, "SLURM: features the nodes must have, as a100|h100.")
+    constraint: NonEmpty | None = orchestration(
+        None, "SLURM: features the nodes must have, for example a100|h100."
+    )
     hours: float = orchestration(
         24.0,
         "SLURM: time limit of one start; the job saves before it ends and is requeued.",
@@ -362,4 +341,6 @@ class LaunchConfig(Section):
     mail: NonEmpty | None = orchestration(
         None, "SLURM: address that is written to when the job ends or fails."
     )
-    sbatch: dict[str, JsonValue] = orchestration({}, "SLURM: any further sbatch option, as {nodelist: n1}.")
+    sbatch: dict[str, JsonValue] = orchestration(
+        {}, "SLURM: any further sbatch option, for example {nodelist: n1}."
+    )

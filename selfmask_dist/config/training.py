@@ -1,8 +1,8 @@
-"""The keys of what is trained besides masks, and by which optimizer. `config_sections` has the rules."""
+"""The sections of what is trained besides masks, and by which optimizer."""
 
 from typing import Literal
 
-from selfmask_dist.config.sections import Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):

@@ -18,10 +18,9 @@ from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
-from selfmask_dist.data.views.joined import Joined
-from selfmask_dist.data.views.multicrop import Crops, Distortion, multicrop_transform
+from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
-from selfmask_dist.data.workers import WorkerLostError
+from selfmask_dist.data.workers import WorkerLostError, Workers
 
 __all__ = [
     "Batch",
@@ -38,6 +37,7 @@ __all__ = [
     "Subset",
     "Transform",
     "WorkerLostError",
+    "Workers",
     "check_same_classes",
     "decode",
     "eval_loader",

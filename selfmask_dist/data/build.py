@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from selfmask_dist.common.files import write_text
+from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table
-from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest, some
+from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest
 from selfmask_dist.data.indexing.table import SampleTable
 from selfmask_dist.data.indexing.tar import Problem
 from selfmask_dist.data.source import (
@@ -49,7 +51,7 @@ class Reject:
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltIndex:
     """An index that was written, and what was found on the way."""
 
     path: Path
@@ -65,7 +67,7 @@ def build_index(
     num_workers: int = 1,
     classes: Sequence[str] | None = None,
     require_labels: bool = True,
-) -> Built:
+) -> BuiltIndex:
     """Walk, read and check all shards of a folder (or one tar), and write the index beside them.
 
     decode_check: decode every picture; False checks only that each starts like one (ten times faster).
@@ -103,7 +105,7 @@ def build_index(
             " Mend the data, or raise the budget (--budget) where losing them is right"
         )
     index.save(target)
-    return Built(target, index, tuple(rejects))
+    return BuiltIndex(target, index, tuple(rejects))
 
 
 def rejects_path(index_file: Path) -> Path:
@@ -276,6 +278,4 @@ def _write_rejects(target: Path, rejects: list[Reject]) -> None:
     if not rejects:
         path.unlink(missing_ok=True)
         return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(reject)) + "\n" for reject in rejects), encoding="utf-8")
-    partial.rename(path)
+    write_text(path, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects))

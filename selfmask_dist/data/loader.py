@@ -28,13 +28,15 @@ from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
-    WorkerKind,
+    Workers,
     ahead,
     die_with_parent,
     naming_lost_workers,
     start_worker_server,
     without_worker_advice,
 )
+
+IN_THIS_PROCESS = Workers()
 
 
 def train_loader(
@@ -43,25 +45,16 @@ def train_loader(
     *,
     global_batch_size: int,
     seed: int,
-    epoch: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
-    worker_kind: WorkerKind = "process",
-    pin_memory: bool = False,
+    workers: Workers = IN_THIS_PROCESS,
     quarantine: Quarantine | None = None,
-    captions: bool = False,
 ) -> BatchLoader:
-    """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
+    """Return a loader of shuffled batches, at epoch 0; `set_epoch` moves on with the same workers.
 
     global_batch_size: samples per step over all ranks; a multiple of world_size.
-    num_workers: processes or threads per rank that decode; 0 decodes when a batch is asked for. Changes no
-        pixel. At most two batches each wait to be taken. Processes import the main script again, which so
-        needs its `if __name__ == "__main__":`.
     quarantine: takes samples that cannot be read, whose rows get weight 0; without it they raise.
-    captions: read each sample's caption as well; one without counts as a sample that cannot be read.
-    Raises ValueError for a batch size that the ranks cannot share equally, a negative seed, or captions that
-    no sample has.
+    Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
         near = max(1, round(global_batch_size / world_size)) * world_size
@@ -71,24 +64,8 @@ def train_loader(
         )
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or above")
-    if captions and not source.has_captions:
-        raise ValueError(
-            "no training image has a caption; image-text shards hold a .txt beside each picture. Where they "
-            "do, make their index again: selfmask data index"
-        )
     plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
-    loader = BatchLoader(
-        source,
-        transform,
-        plans,
-        num_workers=num_workers,
-        worker_kind=worker_kind,
-        pin_memory=pin_memory,
-        quarantine=quarantine,
-        captions=captions,
-    )
-    loader.set_epoch(epoch)
-    return loader
+    return BatchLoader(source, transform, plans, workers=workers, quarantine=quarantine)
 
 
 def eval_loader(
@@ -98,20 +75,17 @@ def eval_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
-    worker_kind: WorkerKind = "process",
-    pin_memory: bool = False,
+    workers: Workers = IN_THIS_PROCESS,
 ) -> BatchLoader:
-    """Each sample exactly once over all ranks, in the source's order; rank r gets samples r, r+W, r+2W, ...
+    """Return a loader of each sample exactly once over all ranks, in the source's order. Rank r of W gets the
+    samples r, r+W, r+2W, ...
 
     batch_size: rows per rank. Rows of weight 0 pad the last batch and are to be left out.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=0, shuffle=False)
-    return BatchLoader(
-        source, transform, plans, num_workers=num_workers, worker_kind=worker_kind, pin_memory=pin_memory
-    )
+    return BatchLoader(source, transform, plans, workers=workers)
 
 
 class BatchLoader:
@@ -128,30 +102,37 @@ class BatchLoader:
         transform: Transform,
         plans: _Plans,
         *,
-        num_workers: int,
-        worker_kind: WorkerKind = "process",
-        pin_memory: bool,
+        workers: Workers,
         quarantine: Quarantine | None = None,
-        captions: bool = False,
     ) -> None:
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 or above")
-        self._dataset = _PlannedBatches(
-            source, transform, plans.seed, is_tolerant=quarantine is not None, captions=captions
-        )
+        self._dataset = _PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
         self._identity = source.identity
         self._quarantine = quarantine
         self._plans = plans
         self._step = 0  # of the next batch
-        self._num_workers = num_workers
-        self._num_threads = num_workers if worker_kind == "thread" else 0
-        self._pin_memory = pin_memory
+        self._workers = workers
+        self._num_threads = workers.num if workers.kind == "thread" else 0
         self._dataloader: DataLoader[Batch | SampleError] | None = None
-        if num_workers > self._num_threads:
+        if workers.num > self._num_threads:
             start_worker_server()
 
     def __len__(self) -> int:
         return len(self._plans)
+
+    def with_captions(self) -> BatchLoader:
+        """Make the batches hold each sample's caption, and return this loader. To be called before the first
+        iteration. A sample without a caption then counts as one that cannot be read.
+
+        Raises ValueError where no sample has a caption.
+        """
+        if not self._dataset.source.has_captions:
+            raise ValueError(
+                "no training image has a caption; image-text shards hold a .txt beside each picture. Where "
+                "they do, make their index again: selfmask data index"
+            )
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        self._dataset.captions = True
+        return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
         """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
@@ -223,7 +204,7 @@ class BatchLoader:
     def _load(self, plan: RankBatch) -> Batch | SampleError:
         """In a thread, which pins too where the DataLoader has a thread of its own for it."""
         batch = self._dataset[plan]
-        return batch.pin_memory() if self._pin_memory and isinstance(batch, Batch) else batch
+        return batch.pin_memory() if self._workers.pin_memory and isinstance(batch, Batch) else batch
 
     def close(self) -> None:
         """Stop the workers; a later iteration starts new ones."""
@@ -235,17 +216,17 @@ class BatchLoader:
         self._dataloader = None
 
     def _make_dataloader(self) -> DataLoader[Batch | SampleError]:
-        with_workers = self._num_workers > 0
+        with_workers = self._workers.num > 0
         return DataLoader(
             self._dataset,
             batch_size=None,  # a plan is a whole batch: the worker assembles it, nothing is left to collate
             sampler=self._plans,
             collate_fn=_unchanged,
-            num_workers=self._num_workers,
+            num_workers=self._workers.num,
             persistent_workers=with_workers,
             multiprocessing_context=START_METHOD if with_workers else None,
             worker_init_fn=die_with_parent,
-            pin_memory=self._pin_memory,
+            pin_memory=self._workers.pin_memory,
             # its own: the DataLoader would draw its workers' base seed from the global generator
             generator=torch.Generator(),
         )
@@ -303,12 +284,10 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
     is_tolerant: broken samples become rows of weight 0 instead.
     """
 
-    def __init__(
-        self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool, captions: bool = False
-    ) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.is_tolerant = is_tolerant
-        self.captions = captions
+        self.captions = False
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []

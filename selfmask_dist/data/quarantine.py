@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfmask_dist.data.indexing.manifest import some
+from selfmask_dist.common.text import some
 
 
 class QuarantineError(ValueError):

@@ -20,7 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from selfmask_dist.common.files import replacing
+from selfmask_dist.common.optional import MissingLibraryError, install_command, require
+
 _ATTEMPTS = 3
+_EXTRA = "fsspec[http,s3]"  # what selfmask_dist[remote] installs
+_EXTRA_HOLDS = ("http", "https", "s3")  # the protocols that are readable with it
 T = TypeVar("T")
 
 
@@ -140,21 +145,17 @@ class CachedStorage:
             if path.exists():
                 return  # another process was faster
             self._make_room(self._sizes[shard])
-            partial = path.with_name(f".{path.name}.partial")
-            _with_attempts(lambda: self._copy(self._urls[shard], partial))
-            found = partial.stat().st_size
-            if found != self._sizes[shard]:
-                partial.unlink()
-                raise OSError(f"{self._urls[shard]} has {found} bytes, and {self._sizes[shard]} were indexed")
-            partial.rename(path)
+            url, size = self._urls[shard], self._sizes[shard]
+            with replacing(path, sync=True) as partial:
+                _with_attempts(lambda: self._copy(url, partial))
+                if (found := partial.stat().st_size) != size:
+                    raise OSError(f"{url} has {found} bytes, and {size} were indexed")
 
     def _copy(self, url: str, target: Path) -> None:
         files, remote = _file_system(url, self._options)
         source: BinaryIO
         with files.open(remote, "rb") as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
 
     def _make_room(self, size: int) -> None:
         for left_over in self.folder.glob(".*.partial"):  # of a process that was killed: the lock is ours
@@ -196,11 +197,22 @@ def fetch_bytes(url: str, options: dict[str, Any] | None = None) -> bytes:
 
 
 def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Return fsspec's file system of an address, and the path that the address has in it.
+
+    Raises:
+        MissingLibraryError: fsspec, or the library that it needs for this protocol, is not installed.
+    """
+    protocol = url.partition("://")[0]
+    is_held = protocol in _EXTRA_HOLDS
+    fsspec = require("fsspec", _EXTRA if is_held else "fsspec", extra="remote", needed_by=url)
     try:
-        import fsspec
-    except ImportError as error:
-        raise ValueError(f"{url} needs fsspec: pip install 'selfmask_dist[remote]'") from error
-    files, path = fsspec.core.url_to_fs(url, **options)
+        files, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:  # fsspec is there, and for example s3fs is not
+        package = _EXTRA if is_held else f"fsspec[{protocol}]"
+        held = " (the extra `remote` of selfmask_dist holds it)" if is_held else ""
+        raise MissingLibraryError(
+            f"{url} cannot be opened: {error}; bring it in with `{install_command(package)}`{held}"
+        ) from error
     return files, path
 
 

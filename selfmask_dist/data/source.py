@@ -24,11 +24,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from selfmask_dist.data.indexing.checksum import crc32
+from selfmask_dist.common.files import write_bytes
+from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
 from selfmask_dist.data.indexing.labels import resolve_labels
-from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest, some
-from selfmask_dist.data.indexing.table import IMAGE_EXTENSIONS, SampleTable
+from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest
+from selfmask_dist.data.indexing.table import IMAGE_EXTENSIONS, SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
 
@@ -133,9 +134,7 @@ def _open_remote(
     folder.mkdir(parents=True, exist_ok=True)
     local = folder / f".{hashlib.sha256(content).hexdigest()[:16]}.index"
     if not local.exists():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".index-", delete=False) as file:
-            file.write(content)
-        os.replace(file.name, local)
+        write_bytes(local, content)
     index = load_index(local)
     urls = [f"{url}/{shard.name}" for shard in index.shards]
     storage: Storage = RangeStorage(urls)
@@ -239,7 +238,7 @@ class TarSource:
         if self.verify and rows.has_crc32:
             stated = rows.crc32[indices].tolist()
             good = [
-                type(data) is bytes and len(data) == length and crc32(data) == checksum
+                type(data) is bytes and len(data) == length and crc32_of(data) == checksum
                 for data, length, checksum in zip(found, lengths, stated, strict=True)
             ]
         else:

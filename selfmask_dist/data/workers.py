@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
 
@@ -31,6 +32,25 @@ _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
 T = TypeVar("T")
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What decodes pictures beside this process. Changes no pixel.
+
+    num: processes or threads for each rank; 0 decodes when a batch is asked for. At most two batches of each
+        wait to be taken.
+    kind: processes import the main script again, which so needs its `if __name__ == "__main__":`.
+    pin_memory: put batches into page-locked memory, from which copies to a GPU overlap with computing.
+    """
+
+    num: int = 0
+    kind: WorkerKind = "process"
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num < 0:
+            raise ValueError(f"the number of data workers is {self.num}; it must be 0 or above")
 
 
 class WorkerLostError(RuntimeError):

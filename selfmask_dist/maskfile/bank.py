@@ -80,7 +80,7 @@ class MaskBank:
 
     @property
     def encoder(self) -> nn.Module:
-        """The backbone, under whichever mask is on; to compute with it, take `under`."""
+        """Return the backbone, under whichever mask is on; to compute with it, take `under`."""
         return self._encoder
 
     def __len__(self) -> int:
@@ -91,11 +91,12 @@ class MaskBank:
 
     @property
     def names(self) -> list[str]:
+        """Return the names of the masks, in the order in which they came."""
         return list(self._coded)
 
     @property
     def num_bytes(self) -> int:
-        """What the coded masks take, without the backbone and the decoded ones."""
+        """Return the bytes that the coded masks take, without the backbone and the decoded ones."""
         return sum(coded.num_bytes for coded in list(self._coded.values()))
 
     @torch.no_grad()
@@ -149,7 +150,7 @@ class MaskBank:
 
     @contextmanager
     def under(self, name: str | None) -> Iterator[nn.Module]:
-        """The encoder under a mask, or as it is frozen; other threads wait until the block ends.
+        """Yield the encoder under a mask, or as it is frozen; other threads wait until the block ends.
 
         Raises:
             ValueError: there is no mask of that name.
@@ -160,7 +161,7 @@ class MaskBank:
 
     @torch.no_grad()
     def embed(self, images: Tensor, names: str | Sequence[str | None] | None) -> Tensor:
-        """Embeddings (n, dim) of images (n, 3, H, W) on the backbone's device.
+        """Return the embeddings (n, dim) of images (n, 3, H, W) on the backbone's device.
 
         Args:
             names: the mask of all images, or one for each; None is the frozen backbone. Images under one mask
@@ -229,7 +230,7 @@ class MaskBank:
         return tuple(core.scale_factor(core.count_kept(part), part.numel(), dtype).item() for part in parts)
 
     def _materialize(self, coded: _Coded) -> None:
-        """Theta of another kind than threshold: decoded anew for each swap, one parameter after the other."""
+        """Write theta of another kind than threshold: decoded anew for each swap, parameter by parameter."""
         for key, section in coded.sections.items():
             weight, signs = self._frozen[key], {}
             bits = torch.from_numpy(codec.decode(section, weight.numel())).view(weight.shape)
@@ -240,7 +241,7 @@ class MaskBank:
             self._tensors[key].copy_(materialize(mask, key, weight))
 
     def _layers(self, name: str, coded: _Coded) -> dict[str, Layer]:
-        """A mask's layers out of the cache, or decoded into it.
+        """Return a mask's layers, from the cache or decoded into it.
 
         Where room is short, the mask that was on longest ago gives up its layers one by one and keeps those
         that are not in the way: whole masks would leave room for up to one of them empty.

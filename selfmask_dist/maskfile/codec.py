@@ -99,7 +99,7 @@ def decode(
 
 
 def magnitude_classes(values: np.ndarray) -> np.ndarray:
-    """Places of like magnitude, as classes: uint8, the shape of `values`, which are read as float32.
+    """Return classes of like magnitude: uint8, in the shape of `values`, which are read as float32.
 
     Class 0 holds the binary exponent of the largest value, each next one the exponent below; the last, the
     rest.
@@ -110,7 +110,7 @@ def magnitude_classes(values: np.ndarray) -> np.ndarray:
 
 
 def _decode_class(coder: _Coder, size: int, count: int, num_symbols: int) -> np.ndarray:
-    """Which places of a class hold its rare value, (size,) bool."""
+    """Return which places of a class hold its rare value, (size,) bool."""
     is_rare = np.zeros(size, dtype=bool)
     if not count:
         return is_rare
@@ -138,7 +138,7 @@ def _decode_class(coder: _Coder, size: int, count: int, num_symbols: int) -> np.
 
 
 def _split(num_bits: int, classes: np.ndarray | None) -> Iterator[slice | np.ndarray]:
-    """Where the bits of each class lie, in ascending order; classes without bits are passed over."""
+    """Yield where the bits of each class lie, in ascending order; classes without bits are passed over."""
     if classes is None:
         yield slice(None)
         return
@@ -154,13 +154,13 @@ def _split(num_bits: int, classes: np.ndarray | None) -> Iterator[slice | np.nda
 
 
 def _rare(zeros: int, size: int) -> tuple[bool, int]:
-    """The rarer value and how often it is there."""
+    """Return the rarer value and how often it is there."""
     ones = size - zeros
     return (True, ones) if ones < zeros else (False, zeros)
 
 
 def _to_symbols(places: np.ndarray, longest: int) -> np.ndarray:
-    """Gaps before each place; one of `longest` or more is that symbol, and again, and then the rest."""
+    """Return the gaps before each place as symbols: as often `longest` as fits into a gap, then the rest."""
     gaps = np.diff(places, prepend=-1) - 1
     repeats = gaps // longest
     if not repeats.any():
@@ -174,7 +174,10 @@ def _to_symbols(places: np.ndarray, longest: int) -> np.ndarray:
 
 
 def _gap_frequencies(count: int, size: int) -> np.ndarray:
-    """Of gaps 0 ... n - 1 and of `n or more` where `count` of `size` places are rare: geometric. (n + 1,)"""
+    """Return the frequencies of gaps 0 ... n - 1 and `n or more`, (n + 1,): geometric.
+
+    `count` of `size` places are rare.
+    """
     longest = min(_MAX_ALPHABET - 1, 4 * -(-size // count))
     stays = _ONE - (count << 32) // size  # the share of a gap that goes on
     table = np.array([_ONE], dtype=np.uint64)  # table[g]: the share of gaps of g or more
@@ -188,7 +191,7 @@ def _gap_frequencies(count: int, size: int) -> np.ndarray:
 
 
 def _byte_frequencies(count: int, size: int) -> np.ndarray:
-    """Of eight bits at once where `count` of `size` are set, independent of each other. (256,)"""
+    """Return the frequencies of eight bits at once, (256,), of which `count` of `size` are set at random."""
     share = (count << 32) // size
     by_count = [(share**ones * (_ONE - share) ** (8 - ones)) >> 208 for ones in range(9)]
     total = sum(math.comb(8, ones) * weight for ones, weight in enumerate(by_count))
@@ -215,10 +218,13 @@ def _varint(value: int) -> bytes:
 
 
 class _ByteReader:
+    """Reads numbers and words off the front of coded bits, and checks each."""
+
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     def varint(self, most: int) -> int:
+        """Return the next number, of seven bits a byte; a ValueError where it is above `most`, or cut off."""
         value = 0
         for shift in range(0, 7 * _MAX_VARINT, 7):
             if self._at >= len(self._data):
@@ -233,6 +239,7 @@ class _ByteReader:
         raise ValueError("mask bits end in the middle of a number")
 
     def words(self) -> np.ndarray:
+        """Return the rest as little-endian uint32."""
         rest = self._data[self._at :]
         if len(rest) % 4:
             raise ValueError(f"mask bits end in {len(rest)} bytes, which are not whole words of 4")

@@ -95,7 +95,9 @@ def read_mask_file(
 
 
 def read_backbone_name(path: str | Path) -> str:
-    """The name of the backbone that a mask file is of, empty where it is not stated; reads the header alone.
+    """Return the name of the backbone that a mask file is of, empty where it is not stated.
+
+    Only the header is read.
 
     Raises:
         MaskFileError: as in `read_mask_file`, for the header.
@@ -171,7 +173,7 @@ def _describe_mask(
 
 
 def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) -> dict[str, Any]:
-    """What a kind has beside bits."""
+    """Return what a kind has beside bits."""
     parts: dict[str, Any] = {}
     if mask.kind in forms.WITH_SIGNS:
         signs = mask.signs[name][mask.bits[name]]  # where nothing is kept there is no sign
@@ -184,7 +186,7 @@ def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) 
 
 
 def _check_contexts(mask: Mask, weights: Weights | None) -> None:
-    """Bits that are coded by others must be bits of single weights, and not all alike."""
+    """Check that bits which are to be coded by others are bits of single weights, and not all alike."""
     if mask.kind != "sign" and not mask.blocks:
         return
     what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
@@ -220,7 +222,7 @@ class _Reading:
             raise ValueError("order and masks name different masks, or none")
 
     def parameters(self, mask: str) -> dict[str, Any]:
-        """Their entries in the header, by name."""
+        """Return a mask's parameters as the header describes them, by name."""
         if mask not in self._parameters:
             self._parameters[mask] = {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
         return self._parameters[mask]
@@ -254,7 +256,7 @@ class _Reading:
         )
 
     def _parts(self, kind: str, entries: Mapping[str, Any], bits: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What a kind has beside bits: signs, scales and values, by parameter."""
+        """Return what a kind has beside bits: signs, scales and values, by parameter."""
         parts: dict[str, dict[str, Tensor]] = {}
         for key, entry in entries.items():
             if kind in forms.WITH_SIGNS:
@@ -320,7 +322,7 @@ class _Reading:
         return _classes(context, known)
 
     def _checked_weights(self, mask: str) -> Weights:
-        """The frozen weights, if they are those of the mask: with others it would decode to nonsense."""
+        """Return the frozen weights if they are the mask's: with others the bits would decode to nonsense."""
         if self._weights is None:
             raise WithoutWeightsError(
                 "it was made smaller by its backbone's weights and cannot be read without them; apply it to "

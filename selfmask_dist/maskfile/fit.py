@@ -15,7 +15,7 @@ from selfmask_dist.masking import AttachedMasks
 
 
 def from_masks(masks: AttachedMasks) -> Mask:
-    """The file's view of masks in training. Collective where they are sharded: every rank must call.
+    """Return masks in training as a file holds them. Collective where they are sharded: every rank must call.
 
     Raises:
         MaskFileError: a family's form does not hold its theta.
@@ -43,7 +43,7 @@ def from_masks(masks: AttachedMasks) -> Mask:
 
 
 def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:
-    """Blocks that share a bit, where those of a parameter's segments line up with its own."""
+    """Return the blocks that share a bit, where those of a parameter's segments line up with its own."""
     found = {}
     for entry in masks.entries:
         rows = len(entry.theta) // entry.num_segments
@@ -55,11 +55,10 @@ def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:
 
 @torch.no_grad()
 def apply_mask(model: nn.Module, mask: Mask) -> None:
-    """Write theta (a * W * M, or what the mask's kind says) and the moved statistics into `model`, which
-    holds the frozen weights W.
+    """Write theta (a * W * M, or what the mask's kind says) and the moved statistics into `model`.
 
-    The model may be the encoder itself or hold it under a prefix (`visual.` of a whole open_clip model,
-    `module.`); other parameters, such as a head, are left alone.
+    The model holds the frozen weights W. It may be the encoder itself or hold it under a prefix (`visual.` of
+    a whole open_clip model, `module.`); other parameters, such as a head, are left alone.
 
     Raises:
         MaskFileError: a masked parameter is missing or has another shape, or the weights are not those of the
@@ -74,8 +73,10 @@ def apply_mask(model: nn.Module, mask: Mask) -> None:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """The weights of a backbone by the names that a mask has for them, the backbone being `model` itself or
-    held in it under a prefix.
+    """Return a function from the names that a mask has for a backbone's weights to those weights.
+
+    Args:
+        model: the backbone itself, or a model that holds it under a prefix.
 
     Raises:
         MaskFileError: when asked for a name that is not there, or there more than once.
@@ -94,7 +95,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def check_fits(model: nn.Module, mask: Mask, *, known: str | None = None) -> dict[str, Tensor]:
-    """The tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`.
+    """Return the tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`.
 
     Args:
         known: the fingerprint of the weights under the mask, where it was taken before.
@@ -122,7 +123,7 @@ def check_fits(model: nn.Module, mask: Mask, *, known: str | None = None) -> dic
 
 
 def describe_file(path: str | Path) -> str:
-    """What a mask file holds, as text for a person; verifies it on the way."""
+    """Return what a mask file holds, as text for a person; verifies it on the way."""
     file = read_mask_file(path)
     lines = [
         f"{path}: {Path(path).stat().st_size:,} bytes",
@@ -148,7 +149,7 @@ def describe_file(path: str | Path) -> str:
 
 
 def _describe_parts(mask: Mask, parameter: str) -> str:
-    """What a parameter has beside its bits, as the end of a line."""
+    """Return what a parameter has beside its bits, as the end of a line."""
     parts = []
     if parameter in mask.blocks:
         parts.append("blocks of {} x {}".format(*mask.blocks[parameter]))
@@ -165,7 +166,7 @@ def _describe_parts(mask: Mask, parameter: str) -> str:
 
 
 def _find_prefix(names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """The one prefix under which the model holds every masked parameter."""
+    """Return the one prefix under which the model holds every masked parameter."""
     first = next(iter(names))
     candidates = [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
     fits = [prefix for prefix in candidates if all(prefix + name in tensors for name in names)]

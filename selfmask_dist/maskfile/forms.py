@@ -24,7 +24,7 @@ WITH_VALUES = ("values", "graft")
 
 
 def as_kind(name: str) -> Kind:
-    """A kind by its name.
+    """Return a kind by its name.
 
     Raises:
         MaskFileError: there is none of that name.
@@ -36,7 +36,7 @@ def as_kind(name: str) -> Kind:
 
 
 def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
-    """Theta of one parameter, in a new tensor of the frozen weight's shape, dtype and device."""
+    """Return theta of one parameter, in a new tensor of the frozen weight's shape, dtype and device."""
     bits = mask.bits[name].to(weight.device)
     if mask.kind in WITH_VALUES:
         theta = weight.clone() if mask.kind == "graft" else torch.zeros_like(weight)
@@ -64,7 +64,7 @@ def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
 def take_apart(
     kind: Kind, theta: Tensor, bits: Tensor, weight: Tensor, *, num_parts: int = 1
 ) -> dict[str, Tensor]:
-    """The parts of one parameter's theta: `signs`, `scales`, `values`, those that `kind` has.
+    """Return the parts of one parameter's theta: `signs`, `scales`, `values`, those that `kind` has.
 
     Args:
         theta, bits: as they were trained, whole; bits are ones for `sign`.
@@ -96,7 +96,7 @@ def take_apart(
 
 
 def _largest(values: Tensor) -> Tensor:
-    """The largest value, 0-d, 0 where there is none above."""
+    """Return the largest value, 0-d, 0 where there is none above."""
     return values.amax().clamp(min=0) if values.numel() else values.new_zeros(())
 
 
@@ -104,7 +104,9 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def grid_shape(shape: list[int], block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along the rows and columns of a tensor whose further dimensions are columns too.
+    """Return how many blocks lie along the rows and the columns of a tensor.
+
+    Dimensions after the first are columns.
 
     Raises:
         ValueError: a block is empty, or larger than the tensor.
@@ -117,7 +119,7 @@ def grid_shape(shape: list[int], block: tuple[int, int]) -> tuple[int, int]:
 
 
 def to_grid(bits: Tensor, block: tuple[int, int], name: str = "") -> Tensor:
-    """One bit for each block, in a 2-D tensor.
+    """Return one bit for each block, in a 2-D tensor.
 
     Raises:
         MaskFileError: bits differ within a block.
@@ -131,7 +133,7 @@ def to_grid(bits: Tensor, block: tuple[int, int], name: str = "") -> Tensor:
 
 
 def from_grid(grid: Tensor, shape: list[int], block: tuple[int, int]) -> Tensor:
-    """`to_grid` backwards: the bits of `shape`."""
+    """Return the bits of `shape` that `to_grid` made `grid` of."""
     rows, columns = _flat_shape(shape)
     wide = grid[torch.arange(rows) // block[0]]
     return wide[:, torch.arange(columns) // block[1]].reshape(shape)

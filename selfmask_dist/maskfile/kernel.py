@@ -80,7 +80,7 @@ def rewrite_fused(changes: Sequence[Change]) -> None:
 
 
 def _rows(group: Sequence[tuple[Change, Tensor]]) -> np.ndarray:
-    """A row of the table for each part, (parts, columns) int64; in numpy, as a swap waits for it."""
+    """Return a row of the table for each part, (parts, columns) int64; in numpy, as a swap waits for it."""
     rows: list[tuple[int, ...]] = []
     scales: list[float] = []
     for change, theta in group:

@@ -22,6 +22,7 @@ class Layer:
 
     @property
     def num_bytes(self) -> int:
+        """Return the memory that the bits take."""
         return sum(part.nbytes for part in (self.places, self.packed) if part is not None)
 
 
@@ -39,7 +40,7 @@ class Change:
 
 
 def decoded(bits: np.ndarray, weight: Tensor) -> Layer:
-    """A layer out of flat bools, on the device of its weight."""
+    """Return a layer out of flat bools, on the device of its weight."""
     ones = int(np.count_nonzero(bits))
     rare = ones < bits.size - ones
     if not is_fused(weight) and min(ones, bits.size - ones) * _SPARSE <= bits.size < 2**31:
@@ -49,7 +50,7 @@ def decoded(bits: np.ndarray, weight: Tensor) -> Layer:
 
 
 def is_fused(weight: Tensor) -> bool:
-    """Whether the kernel rewrites it: on a CUDA device, in a dtype that it knows."""
+    """Return whether the kernel rewrites it: on a CUDA device, in a dtype that it knows."""
     return weight.device.type == "cuda" and weight.dtype in _FUSED_DTYPES and _has_triton()
 
 

@@ -5,13 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-# threshold    theta = a W M, a = sqrt(N / kept) or 1
-# frozen_sign  theta = s M sign(W)
-# sign         theta = s or -s
-# ternary      theta = p, -n or 0
-# values       theta = what was trained where M = 1, and 0 elsewhere
-# graft        theta = what was trained where M = 1, and W elsewhere
-Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]
+Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]  # see `forms`
 
 
 class MaskFileError(ValueError):
@@ -24,39 +18,54 @@ class WithoutWeightsError(MaskFileError):
 
 @dataclass(frozen=True)
 class Mask:
-    """One mask: bits per parameter and what is needed to turn them into theta again."""
+    """One mask: bits per parameter, and what is needed to turn them into theta again; see `forms`.
 
-    bits: dict[str, Tensor]  # bool, the parameter's shape
-    weights_fingerprint: str  # of the frozen weights under the mask
-    scaled: bool = True  # theta = a W M, or W M
-    num_segments: dict[str, int] = field(default_factory=dict)  # parameters with more than one scale
-    statistics: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # moved running statistics of normalisation layers
+    bits: bool, of the parameter's shape, by its name.
+    weights_fingerprint: of the frozen weights under the mask.
+    scaled: theta = a W M, not W M.
+    num_segments: of the parameters that have more than one scale.
+    statistics: running statistics of normalisation layers that moved in training.
+    threshold: mu, above which scores were kept.
+    against: an earlier mask of the file that tells which bits are alike.
+    kind: what the bits and the other parts mean.
+    signs: of kinds sign and ternary: bool, True is negative.
+    scales: float64, (segments, 1): s; of kind ternary (segments, 2): p and n.
+    values: of kinds values and graft: (kept,), in row-major order.
+    blocks: rows and columns that share a bit, of the parameters that have blocks.
+    """
+
+    bits: dict[str, Tensor]
+    weights_fingerprint: str
+    scaled: bool = True
+    num_segments: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     threshold: float = 0.0
-    against: str | None = None  # an earlier mask of the file that tells which bits are alike
+    against: str | None = None
     kind: Kind = "threshold"
-    signs: dict[str, Tensor] = field(default_factory=dict)  # of sign and ternary: bool, True is negative
-    scales: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # float64 (parts, 1): s; of ternary (parts, 2): p, n
-    values: dict[str, Tensor] = field(default_factory=dict)  # of values and graft: (kept,), row-major
-    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows, columns that share a bit
+    signs: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def num_weights(self) -> int:
+        """Return the number of weights under the mask."""
         return sum(bits.numel() for bits in self.bits.values())
 
     def num_kept(self) -> int:
+        """Return how many of them the mask keeps."""
         return sum(int(bits.sum()) for bits in self.bits.values())
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """The contents of a mask file: `masks` by name, and where they come from."""
+    """The contents of a mask file: `masks` by name, and where they come from.
+
+    tensors: of a cascade, its router and combinations.
+    """
 
     masks: dict[str, Mask]
     backbone: str = ""
     backbone_fingerprint: str = ""
     preprocessing: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # of a cascade: its router and combinations
+    tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -1,5 +1,8 @@
-"""Masks as a reparametrisation: `core` holds the equations, `selection` the names, `attach` puts both on a
-model.
+"""Masks as a reparametrisation of a model's weights: theta from scores, and the gradient back to the scores.
+
+`core` holds the equations of the default mask, `families` every way to mask, `selection` says which
+parameters get one, and `attach` puts all of it on a model. `pieces` is what a process holds of a parameter,
+where an engine shards.
 """
 
 from selfmask_dist.masking.attach import AttachedMasks, attach

@@ -1,10 +1,8 @@
-"""Attach masks to a model: its own parameters become theta, and an optimizer over the scores trains the
-masks.
+"""Attach masks to a model: its own parameters become theta, an optimizer over the scores trains the masks.
 
     masks = attach(model, include="vit")
     optimizer = torch.optim.SGD(masks.parameters(), lr=50, momentum=0.9)
-    masks.bind(optimizer)                  # step() now also rewrites theta, zero_grad() also clears its
-    gradient
+    masks.bind(optimizer)    # step() now also rewrites theta, zero_grad() also clears theta's gradient
 
 Theta is the leaf: forward and backward run on ordinary parameters, so any module type works and costs what
 full fine-tuning costs. The frozen weights W and the scores S lie beside theta. After every backward the
@@ -15,13 +13,13 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, first_scores
+from selfmask_dist.masking import checks, core, first_scores
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.parameter import MaskedParameter
@@ -62,23 +60,32 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         cls,
         model: nn.Module,
         *,
+        include: str | Sequence[str] = "auto",
+        exclude: str | Sequence[str] = (),
+        first_layers: int | None = None,
+        allow_norm: bool = False,
         family: str | Family = "threshold",
+        threshold: float | None = None,
+        scale: core.Scale | None = None,
         init: float | str | Mapping[str, Tensor] = 1.0,
         split_qkv: bool = False,
         other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
-        **selected: Unpack[Selection],
-    ) -> Self:
+    ) -> Self:  # the public door of the package: each choice is a keyword of its own, for completion and help
         """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
 
         Move the model to its device first; wrap it in `DistributedDataParallel` or `torch.compile` after.
         After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
-            family: how masks follow from scores, see `families`; `build_family` makes one with other options
-                than the default ones (a threshold, a scale).
+            include, exclude, first_layers, allow_norm: which parameters, see `selection.select`.
+            family: how masks follow from scores: a name of `families`, or a `Family` with options of its own
+                (`build_family`).
+            threshold: mu, of a family given by name (0).
+            scale: of a family given by name: gradient `through` the scale a (the authors' and the default), a
+                `detached` from the graph, or `none` (Piggyback: a = 1).
             init: the scores' first value, one of `first_scores.NAMES`, or scores by parameter name (an expert
                 starts from its dispatcher's).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
@@ -90,14 +97,24 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
                 not, attaching, stepping and reading are collectives.
             auto: False leaves it to the caller to call `pull_back` after the last backward of a step.
-            selected: `include` ("auto"), `exclude`, `first_layers` and `allow_norm`: which parameters, see
-                `selection.select`.
 
         Raises:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
-                names or shapes of given scores differ, or the model is masked already.
+                names or shapes of given scores differ, the model is masked already, or `threshold` or `scale`
+                is given beside a `Family`, which brings its own.
         """
-        family = build_family(family) if isinstance(family, str) else family
+        given = {"threshold": threshold, "scale": scale}
+        options = {name: value for name, value in given.items() if value is not None}
+        if isinstance(family, str):
+            family = build_family(family, **options)
+        elif options:
+            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
+        selected: Selection = {
+            "include": include,
+            "exclude": exclude,
+            "first_layers": first_layers,
+            "allow_norm": allow_norm,
+        }
         names = checks.choose(model, family=family, init=init, **selected)
         seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []
@@ -120,8 +137,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     # ---- training
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Make `optimizer.step()` rewrite theta after it, and `optimizer.zero_grad()` clear theta's gradient
-        too.
+        """Make `optimizer.step()` rewrite theta after it, and `zero_grad()` clear theta's gradient too.
 
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
@@ -159,7 +175,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     def pull_back(self, sums: Tensor | None = None) -> None:
         """Set the gradient of scores, and of what else the family trains, from theta's accumulated gradient.
 
-        Runs by itself at the end of every backward; call it where theta's gradient was written by other
+        It runs by itself at the end of every backward; call it where theta's gradient was written by other
         means.
 
         Args:
@@ -171,44 +187,47 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     @torch.no_grad()
     def back_sums(self) -> Tensor:
-        """Sums that `pull_back` needs, such as <G, theta> of every scaled tensor, of what this process holds,
-        where masks are sharded.
+        """Return the sums that `pull_back` needs, such as <G, theta>, over what this process holds.
+
+        A tensor, 1-D. For masks that are sharded.
         """
         return self._passes.back_sums(self.entries)
 
     @property
     def is_trained(self) -> bool:
-        """Whether anything of these masks is: theta then has gradients."""
+        """Return whether anything of these masks is trained; theta then has gradients."""
         return self.family.trains_scores or self.family.trains_weight
 
     @torch.no_grad()
     def rewrite(self) -> None:
-        """Rewrite theta in place from the scores, paper eq. 1. Runs by itself after a bound optimizer's
-        step.
+        """Rewrite theta in place from the scores, paper eq. 1.
+
+        It runs by itself after a step of a bound optimizer.
         """
         self._passes.rewrite(self.entries, self.step)
 
     def other_parameters(self) -> Iterator[nn.Parameter]:
-        """The model's trainable parameters that carry no mask, such as a head."""
+        """Yield the model's trainable parameters that carry no mask, such as a head."""
         thetas = {id(entry.theta) for entry in self.entries}
         return (p for p in self._model.parameters() if p.requires_grad and id(p) not in thetas)
 
     # ---- reading
 
     def sparsity(self) -> dict[str, float]:
-        """The share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
+        """Return the share of pruned weights per parameter, {name: 0 ... 1}. One device sync."""
         kept = torch.stack([torch.stack(entry.num_kept).sum() for entry in self.entries]).tolist()
         return {entry.name: 1 - k / entry.theta.numel() for entry, k in zip(self.entries, kept, strict=True)}
 
     def empty(self) -> list[str]:
-        """Names of parameters with a wholly pruned tensor (their theta is zero, see `core`). One device
-        sync.
+        """Return the names of parameters with a wholly pruned tensor (their theta is zero, see `core`).
+
+        One device sync.
         """
         fewest = torch.stack([torch.stack(entry.num_kept).min() for entry in self.entries]).tolist()
         return [entry.name for entry, kept in zip(self.entries, fewest, strict=True) if kept == 0]
 
     def summary(self) -> str:
-        """What is masked, frozen and trained as it is, in a few lines for the start of a log."""
+        """Return what is masked, frozen and trained as it is, in a few lines for the start of a log."""
         masked = sum(entry.theta.numel() for entry in self.entries)
         others = sum(p.numel() for p in self.other_parameters())
         total = sum(p.numel() for p in self._model.parameters())

@@ -2,15 +2,14 @@
 
 For N frozen weights W, scores S (float32, same shape) and a threshold mu:
 
-    M = 1[S > mu]        a = (N / sum M)^(1/2)        theta = a * W * M                (paper eq. 1; a = 1 /
-    alpha)
+    M = 1[S > mu]        a = (N / sum M)^(1/2)        theta = a * W * M        (paper eq. 1; a = 1 / alpha)
 
 With G = dL/dtheta, the straight-through estimator dL/dS := dL/dM, and the scale `a` inside the graph:
 
-    dL/dS = a * G * W - <G, theta> / (2 * sum M)                                       (*)
+    dL/dS = a * G * W - <G, theta> / (2 * sum M)                               (*)
 
-The second term is one number per scaled tensor. `scale="detached"` leaves it out; `scale="none"` also fixes a
-= 1 (Piggyback, Mallya et al. 2018). An all-zero mask would make `a` infinite: `scale_factor` divides by
+The second term is one number per scaled tensor. `scale="detached"` leaves it out; `scale="none"` also fixes
+a = 1 (Piggyback, Mallya et al. 2018). An all-zero mask would make `a` infinite: `scale_factor` divides by
 max(sum M, 1), so theta is exactly zero and every gradient stays finite.
 
 Knows nothing of modules, names, files, optimizers or process groups.
@@ -28,12 +27,12 @@ _EXACT_FLOAT32_COUNT = 2**24
 
 
 def binarize(scores: Tensor, threshold: float) -> Tensor:
-    """The mask M = 1[S > mu] as bools, in the shape of `scores`."""
+    """Return the mask M = 1[S > mu] as bools, in the shape of `scores`."""
     return scores > threshold
 
 
 def scale_factor(num_kept: Tensor, numel: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale a = (N / sum M)^(1/2) in `dtype` (paper eq. 1), for one scaled tensor or a vector of them.
+    """Return the scale a = (N / sum M)^(1/2) in `dtype` (paper eq. 1), of one segment or a vector of them.
 
     `num_kept`: sum M over the whole scaled tensor; `numel`: N of the whole scaled tensor.
     """
@@ -43,7 +42,7 @@ def scale_factor(num_kept: Tensor, numel: int | Tensor, dtype: torch.dtype) -> T
 
 
 def count_kept(mask: Tensor) -> Tensor:
-    """Sum M as a 0-d float64 tensor, exactly; `mask` holds bools or floats that are 0 or 1."""
+    """Return sum M as a 0-d float64 tensor, exactly; `mask` holds bools or floats that are 0 or 1."""
     if mask.dtype == torch.float32 and mask.numel() < _EXACT_FLOAT32_COUNT:
         return mask.sum().double()
     return mask.sum(dtype=torch.float64)
@@ -66,7 +65,7 @@ def finish_theta(theta: Tensor, weight: Tensor, scale: Tensor | None) -> None:
 
 
 def materialize(weight: Tensor, mask: Tensor, *, scaled: bool = True) -> Tensor:
-    """Theta = a * W * M for one whole tensor (paper eq. 1), in a new tensor, bit-equal to the trained one.
+    """Return theta = a * W * M of one whole tensor (paper eq. 1), new, and bit-equal to the trained one.
 
     Args:
         weight: frozen W.
@@ -80,7 +79,7 @@ def materialize(weight: Tensor, mask: Tensor, *, scaled: bool = True) -> Tensor:
 
 
 def inner_product(grad: Tensor, theta: Tensor) -> Tensor:
-    """<G, theta> over the piece at hand, 0-d; pieces of one tensor add up."""
+    """Return <G, theta> over the piece at hand, 0-d; pieces of one tensor add up."""
     if grad.dtype in (torch.bfloat16, torch.float16):
         grad, theta = grad.float(), theta.float()
     if grad.is_contiguous() and theta.is_contiguous():

@@ -30,7 +30,7 @@ def check_kind(kind: str) -> None:
 
 
 def starter(init: float | str, name: str, family: Family) -> float | Callable[[Tensor], Tensor]:
-    """The first scores of parameter `name`: one number where that is all, else a function of its weight."""
+    """Return the first scores of a parameter: a number where they are all equal, else a function of W."""
     options = family.options
     is_own = type(family).first_scores is not Family.first_scores or family.starts_from_weight
     if not is_own and not isinstance(init, str) and options.maskable == 1:
@@ -52,7 +52,7 @@ def starter(init: float | str, name: str, family: Family) -> float | Callable[[T
 
 
 def first_scores(kind: str | float, name: str, weight: Tensor, *, threshold: float, seed: int) -> Tensor:
-    """Scores in the shape of the whole `weight` of parameter `name`, on the CPU.
+    """Return scores in the shape of the whole `weight` of parameter `name`, on the CPU.
 
     Args:
         kind: one of `NAMES`, or a number for all scores.

@@ -59,20 +59,20 @@ class MaskedParameter:
 
     @property
     def num_kept(self) -> list[Tensor]:
-        """Kept weights of each segment of the whole tensor, 0-d float64."""
+        """Return the number of kept weights of each segment of the whole tensor, 0-d float64."""
         return [whole.kept for whole in self.wholes]
 
     @property
     def scales(self) -> list[Tensor]:
-        """A of each segment of the whole tensor, 0-d, theta's dtype."""
+        """Return the scale a of each segment of the whole tensor, 0-d, of theta's dtype."""
         return [whole.scale for whole in self.wholes]
 
     def piece(self, tensor: Tensor) -> Tensor:
-        """This process's piece of theta, the weight, the scores, or a gradient of one of them."""
+        """Return this process's piece of theta, the weight, the scores, or a gradient of one of them."""
         return self.shards.piece(self.name, tensor)
 
     def bounds(self) -> list[tuple[int, int]]:
-        """For each segment, which rows of this process's piece belong to it: (first, last + 1)."""
+        """Return for each segment which rows of this process's piece belong to it: (first, last + 1)."""
         length = -(-self._num_rows // self.num_segments)
         rows = len(self.piece(self.scores))
 
@@ -82,24 +82,24 @@ class MaskedParameter:
         return [(within(i * length), within((i + 1) * length)) for i in range(self.num_segments)]
 
     def split(self, piece: Tensor) -> list[Tensor]:
-        """Views of a piece, one for each segment; empty where this process holds nothing of a segment."""
+        """Return views of a piece, one for each segment; those that this process has nothing of are empty."""
         if self.num_segments == 1:
             return [piece]
         return [piece[start:stop] for start, stop in self.bounds()]
 
     def segment_sizes(self) -> list[int]:
-        """N of each segment of the whole tensor."""
+        """Return N of each segment of the whole tensor."""
         length = -(-self._num_rows // self.num_segments)
         starts = [min(i * length, self._num_rows) for i in range(self.num_segments + 1)]
         return [(stop - start) * self._row for start, stop in itertools.pairwise(starts)]
 
     def starts(self) -> list[int]:
-        """Where this process's piece of each segment begins in the whole segment, in elements."""
+        """Return where this process's piece of each segment begins in the whole segment, in elements."""
         length = -(-self._num_rows // self.num_segments)
         return [max(self._first_row - i * length, 0) * self._row for i in range(self.num_segments)]
 
     def segments(self) -> list[Segment]:
-        """This process's piece of each segment; views."""
+        """Return this process's piece of each segment, as views."""
         tensors = (self.theta.detach(), self.weight.detach(), self.scores.detach())
         thetas, weights, scores = (self.split(self.piece(tensor)) for tensor in tensors)
         numbers: Sequence[Tensor | None] = [None] * self.num_segments
@@ -111,8 +111,11 @@ class MaskedParameter:
 
     @torch.no_grad()
     def fill(self, values: float | Tensor, *, of: Tensor | None = None) -> None:
-        """Set the scores, or the trained weight: to one number, or to this process's piece of a whole tensor
-        (parameter's shape).
+        """Set the scores, or the trained weight, to one number or to this process's piece of a whole tensor.
+
+        Args:
+            values: a number, or a tensor of the parameter's shape.
+            of: the tensor to set; None for the scores.
         """
         piece = self.piece(self.scores if of is None else of)
         if not isinstance(values, Tensor):
@@ -121,7 +124,7 @@ class MaskedParameter:
         piece.copy_(self._part_of(values, piece))
 
     def state_shapes(self) -> dict[str, torch.Size]:
-        """Shapes of the whole tensors that `state_dict` has of this parameter, by their keys."""
+        """Return the shapes of the whole tensors that `state_dict` has of this parameter, by their keys."""
         shapes = {self.name: self.theta.shape}
         if isinstance(self.weight, nn.Parameter):
             shapes[f"{self.name}:weight"] = self.theta.shape
@@ -130,7 +133,7 @@ class MaskedParameter:
         return shapes
 
     def _part_of(self, values: Tensor, piece: Tensor) -> Tensor:
-        """The part of a whole tensor, or of a piece, that lies where `piece` does."""
+        """Return the part of a whole tensor, or of a piece, that lies where `piece` does."""
         if values.shape == piece.shape:
             return values
         # rows of a piece: of the whole tensor, or of the flattened one
@@ -138,7 +141,7 @@ class MaskedParameter:
         return values[self._first_row : self._first_row + len(piece)]
 
     def _second(self, other: Tensor) -> Tensor:
-        """This process's piece of second frozen weights, given whole, as the weight's piece is."""
+        """Return this process's piece of second frozen weights, given whole, as the weight's piece is."""
         piece = torch.empty_like(self.piece(self.weight))
         return piece.copy_(self._part_of(other.detach(), piece))
 
@@ -147,7 +150,7 @@ class MaskedParameter:
         return torch.Size((size // row if row else 0, *self.theta.shape[1:]))
 
     def _first_numbers(self, family: Family) -> nn.Parameter | None:
-        """The small trained tensors of all segments, (segments, numbers); the same on all ranks."""
+        """Return the small trained tensors of all segments, (segments, numbers); the same on all ranks."""
         if type(family).first_numbers is Family.first_numbers:
             return None
         whole = self.shards.whole_weight(self.name, self.weight)

@@ -2,9 +2,9 @@
 
     theta = a * W * M        dL/dS = a * G * W - <G, theta> / (2 * sum M)        (see `core`)
 
-For optimizers that own their parameters and lay them out as they like (DeepSpeed ZeRO): what they train must
-be a parameter of the module. `attach` is cheaper wherever it can be used. The module must hold whole scores
-and weights while it runs. Knows nothing of files, process groups or kinds of optimizers.
+This is for optimizers that own their parameters and lay them out as they like (DeepSpeed ZeRO): what they
+train must be a parameter of the module. `attach` is cheaper wherever it can be used. The module must hold
+whole scores and weights while it runs. Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from selfmask_dist.masking import checks, core, first_scores
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
-from selfmask_dist.masking.passes import look
+from selfmask_dist.masking.passes import measure_and_rank
 from selfmask_dist.masking.pieces import Segment, Shards, Whole
 from selfmask_dist.masking.reading import MaskSet
 from selfmask_dist.masking.selection import Selection
 
 
 class Clock:
-    """Steps done, for all masks of a model."""
+    """The number of steps done, shared by all masks of a model."""
 
     step = 0
 
@@ -55,7 +55,7 @@ class _Theta(torch.autograd.Function):
     ) -> Tensor:
         theta = torch.empty_like(weight)
         segments = _segments(theta, weight, scores, num_segments)
-        look(family, segments, Shards(), step)
+        measure_and_rank(family, segments, Shards(), step)
         for segment in segments:
             whole = segment.whole
             whole.sums = family.write(segment)
@@ -87,7 +87,7 @@ class _Theta(torch.autograd.Function):
 def _segments(
     theta: Tensor, weight: Tensor, scores: Tensor, num_segments: int, wholes: Sequence[Whole] | None = None
 ) -> list[Segment]:
-    """Whole segments as views; `wholes` as they were in forward."""
+    """Return whole segments as views; `wholes` as they were in forward."""
     thetas, weights, all_scores = (t.detach().chunk(num_segments) for t in (theta, weight, scores))
     views = list(zip(thetas, weights, all_scores, strict=True))
     wholes = wholes or [Whole(view[0].numel(), view[0].shape) for view in views]
@@ -129,14 +129,14 @@ class ParametrizedEntry:
 
     @property
     def theta(self) -> Tensor:
-        """A stand-in of theta's shape; theta itself exists only inside a forward."""
+        """Return a stand-in of theta's shape; theta itself exists only inside a forward."""
         return torch.empty(self.shape, device="meta")
 
     def piece(self, tensor: Tensor) -> Tensor:
         return self.shards.piece(self.name, tensor)
 
     def segments(self) -> list[Segment]:
-        """Whole segments, read from wherever they are; their theta holds nothing."""
+        """Return whole segments, read from wherever they are; their theta holds nothing."""
         weight, scores = self.piece(self.weight), self.piece(self.scores)
         segments = _segments(torch.empty_like(weight), weight, scores, self.num_segments, self.wholes)
         self.wholes = [segment.whole for segment in segments]
@@ -160,7 +160,7 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
 
     @property
     def step(self) -> int:
-        """Steps done, which `bind` has no hook to count under an optimizer of its own."""
+        """Return the number of steps done, which the engine counts: `bind` has no hook to do it."""
         return self._clock.step
 
     @step.setter
@@ -168,15 +168,16 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
         self._clock.step = value
 
     def bind(self, optimizer: Optimizer) -> None:
-        """Nothing to do: theta follows from the scores in every forward."""
+        """Do nothing: theta follows from the scores in every forward."""
 
     def pull_back(self, sums: Tensor | None = None) -> None:
-        """Nothing to do: autograd does it."""
+        """Do nothing: autograd does it."""
 
     def rewrite(self) -> None:
-        """Nothing to do: theta follows from the scores in every forward."""
+        """Do nothing: theta follows from the scores in every forward."""
 
     def summary(self) -> str:
+        """Return what is masked, in a line for the start of a log."""
         masked = sum(entry.shape.numel() for entry in self.entries)
         return (
             f"masked   {len(self.entries):4d} parameters, {masked:,} weights, family {self.family.name} "

@@ -46,20 +46,22 @@ class Passes:
         """Write theta, as it is to be in the forward of step `step`. Collective under `shards`."""
         is_global = self.family.options.keep_scope == "global"
         if is_global:
-            look(self.family, [s for entry in entries for s in entry.segments()], self.shards, step)
+            measure_and_rank(
+                self.family, [s for entry in entries for s in entry.segments()], self.shards, step
+            )
         for group in self._groups(entries):
-            self._rewrite(group, step, is_looked=is_global)
+            self._rewrite(group, step, is_measured=is_global)
         self.shards.complete(entries, is_scaled=self.family.is_scaled)
 
     def after_step(self, entries: Sequence[MaskedParameter]) -> None:
-        """What a family does to its scores after the optimizer."""
+        """Let a family change its scores after the optimizer's step."""
         if self.family.moves_scores:
             for entry in entries:
                 for segment in entry.segments():
                     self.family.after_step(segment)
 
     def _groups(self, entries: Sequence[MaskedParameter]) -> Iterator[Sequence[MaskedParameter]]:
-        """Entries to work on together."""
+        """Yield the entries to work on together."""
         # all at once: one collective, and on a GPU few small kernels. On a CPU one by one: a tensor stays in
         # the cache from its first pass to its last
         if not self.shards.is_whole or entries[0].theta.device.type != "cpu":
@@ -67,10 +69,10 @@ class Passes:
         else:
             yield from ([entry] for entry in entries)
 
-    def _rewrite(self, entries: Sequence[MaskedParameter], step: int, *, is_looked: bool) -> None:
+    def _rewrite(self, entries: Sequence[MaskedParameter], step: int, *, is_measured: bool) -> None:
         segments = [segment for entry in entries for segment in entry.segments()]
-        if not is_looked:
-            look(self.family, segments, self.shards, step)
+        if not is_measured:
+            measure_and_rank(self.family, segments, self.shards, step)
         written = torch.stack([self.family.write(segment) for segment in segments])
         threshold = self.family.options.threshold if self.family.has_threshold else None
         sums = self.shards.sum_written(written, entries, threshold=threshold, mask_fn=self.family.mask)
@@ -95,7 +97,7 @@ class Passes:
     # ---- backward
 
     def back_sums(self, entries: Sequence[MaskedParameter]) -> Tensor:
-        """Back sums of what this process holds, 1-D, where tensors are in pieces."""
+        """Return the back sums of what this process holds, 1-D, where tensors are in pieces."""
         assert not self.shards.is_whole, "a missing gradient would leave a gap"
         sums = [self.family.back_sums(p.segment, p.grad) for p in self._pulls(entries)]
         self._lengths = [len(part) for part in sums]
@@ -130,7 +132,10 @@ class Passes:
                 self.family.pull_back_numbers(pull.segment, back, pull.numbers)
 
     def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
-        """What is to be pulled back; a whole theta without a gradient is left out, a piece counts as zero."""
+        """Return what is to be pulled back.
+
+        A whole theta without a gradient is left out; a piece without one counts as zero.
+        """
         pulls: list[Pull] = []
         for entry in entries:
             grad = self.shards.gradient(entry.name, entry.theta)
@@ -147,7 +152,7 @@ class Passes:
         return pulls
 
 
-def look(family: Family, segments: Sequence[Segment], shards: Shards, step: int) -> None:
+def measure_and_rank(family: Family, segments: Sequence[Segment], shards: Shards, step: int) -> None:
     """Find what `mask` and `write` need of whole tensors: sums and cuts. Collective under `shards`."""
     for segment in segments:
         segment.whole.step = step
@@ -170,21 +175,21 @@ def look(family: Family, segments: Sequence[Segment], shards: Shards, step: int)
 
 
 def _largest(rows: Tensor, shards: Shards) -> Tensor:
-    """The largest of each number over pieces. Collective: every rank must call."""
-    table = rows.new_zeros(shards.num_places, *rows.shape)
-    table[shards.place] = rows
+    """Return the largest of each number over pieces. Collective: every rank must call."""
+    table = rows.new_zeros(shards.num_pieces, *rows.shape)
+    table[shards.piece_index] = rows
     return shards.sum(table).amax(dim=0)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """Where a parameter's gradient is to be written."""
+    """Return where a parameter's gradient is to be written."""
     if parameter.grad is None:
         parameter.grad = torch.empty_like(parameter)
     return parameter.grad
 
 
 def _gradient_of(entry: MaskedParameter, tensor: Tensor) -> Sequence[Tensor | None]:
-    """The gradient of the scores or the weight, one view for each segment; None where it is not trained."""
+    """Return views of the gradient of the scores or the weight, one for each segment; None: not trained."""
     if not tensor.requires_grad:
         return [None] * entry.num_segments
     return entry.split(entry.piece(_gradient(tensor)))

@@ -108,8 +108,8 @@ class Shards:
 
     is_whole = True
     copies = 1  # processes that hold the same piece
-    place = 0  # of this process's pieces among those of one tensor
-    num_places = 1
+    piece_index = 0  # of this process's pieces among those of one tensor
+    num_pieces = 1
 
     def new_scores(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return uninitialised scores for the part of parameter `name` that this process trains."""

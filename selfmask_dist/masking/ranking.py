@@ -24,7 +24,7 @@ _BYTE = 8
 def select(
     pieces: Sequence[Tensor], counts: Sequence[int], groups: Sequence[int], shards: Shards
 ) -> list[Cut]:
-    """The cut through each piece. Collective where tensors are in pieces: every rank must call.
+    """Return the cut through each piece. Collective where tensors are in pieces: every rank must call.
 
     Args:
         pieces: what this process holds of each tensor; pieces are consecutive elements in the order of ranks.
@@ -57,7 +57,7 @@ def _select_whole(pieces: Sequence[Tensor], counts: Sequence[int], groups: Seque
 
 
 def _kth_largest(flat: Tensor, count: int) -> Tensor:
-    """The `count`-th largest element, 0-d."""
+    """Return the `count`-th largest element, 0-d."""
     place = len(flat) - count
     if flat.device.type == "cpu":  # numpy partitions with vector instructions, in half the time of kthvalue
         return torch.from_numpy(np.partition(flat.numpy(), place)[place : place + 1])[0]
@@ -88,31 +88,31 @@ def _select_over_ranks(
 
 
 def _ordered(piece: Tensor) -> Tensor:
-    """Integers, flat, in the order of the floats."""
+    """Return flat integers in the order of the floats."""
     flat = piece.reshape(-1) + 0.0  # -0 becomes 0, to which it is equal
     integers = flat.view(torch.int64 if flat.dtype == torch.float64 else torch.int32)
     return _flip_negatives(integers)
 
 
 def _flip_negatives(integers: Tensor) -> Tensor:
-    """The bits of negative floats count downwards: turn all but the sign. Its own inverse."""
+    """Turn all bits but the sign of negative floats, which count downwards. It is its own inverse."""
     return torch.where(integers < 0, integers ^ torch.iinfo(integers.dtype).max, integers)
 
 
 def _floats(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_ordered`, from 64-bit keys."""
+    """Return the inverse of `_ordered`, from 64-bit keys."""
     integers = keys if dtype == torch.float64 else keys.to(torch.int32)
     return _flip_negatives(integers).view(dtype)
 
 
 def _digit(keys: Tensor, shift: int, *, is_top: bool) -> Tensor:
-    """One byte of each key, 0 to 255; the top one has the sign."""
+    """Return one byte of each key, 0 to 255; the top one has the sign."""
     digit = keys >> shift
     return digit + _BINS // 2 if is_top else digit & (_BINS - 1)
 
 
 def _histogram(digits: Sequence[Tensor], groups: Sequence[int], num_groups: int, shards: Shards) -> Tensor:
-    """Counts by (group, digit) over all ranks, on the CPU."""
+    """Return counts by (group, digit) over all ranks, on the CPU."""
     histogram = torch.zeros(num_groups, _BINS, dtype=torch.int64, device=digits[0].device)
     for digit, group in zip(digits, groups, strict=True):
         histogram[group] += digit.bincount(minlength=_BINS)
@@ -122,17 +122,22 @@ def _histogram(digits: Sequence[Tensor], groups: Sequence[int], num_groups: int,
 def _dropped(
     ties: Sequence[int], missing: Tensor, total: Tensor, groups: Sequence[int], shards: Shards
 ) -> list[int]:
-    """How many of each piece's last ties are not kept; `missing` of each group's `total` ties are."""
+    """Return how many of each piece's last ties are not kept.
+
+    Args:
+        ties: elements of each piece that equal the cut.
+        missing: how many of a group's ties are kept, of the `total` that it has.
+    """
     if torch.equal(missing, total):
         return [0] * len(ties)
-    table = torch.zeros(len(ties), shards.num_places, dtype=torch.int64)
-    table[:, shards.place] = torch.tensor(ties)
+    table = torch.zeros(len(ties), shards.num_pieces, dtype=torch.int64)
+    table[:, shards.piece_index] = torch.tensor(ties)
     table = shards.sum(table)
     dropped = []
     before = [0] * len(missing)  # ties of a group in earlier tensors
     for row, group in zip(table, groups, strict=True):
-        mine = int(row[shards.place])
-        first = before[group] + int(row[: shards.place].sum())
+        mine = int(row[shards.piece_index])
+        first = before[group] + int(row[: shards.piece_index].sum())
         dropped.append(mine - min(max(int(missing[group]) - first, 0), mine))
         before[group] += int(row.sum())
     return dropped

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.masking import core, selection
 from selfmask_dist.masking.families.base import Family
-from selfmask_dist.masking.passes import look
+from selfmask_dist.masking.passes import measure_and_rank
 from selfmask_dist.masking.pieces import Segment, Shards
 
 
@@ -59,15 +59,18 @@ class MaskSet(Generic[E]):
 
     @property
     def threshold(self) -> float:
+        """Return mu, above which scores are kept by families that compare with a threshold."""
         return self.family.options.threshold
 
     @property
     def scale(self) -> core.Scale:
+        """Return how the scale a of theta = a * W * M takes part; see `core`."""
         return self.family.options.scale
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The scores, in the model's parameter order: float32, each the shape of its theta; and what small
-        numbers a family trains beside them. Nothing where a family's masks are fixed.
+        """Yield the scores in the model's parameter order: float32, each of the shape of its theta.
+
+        After each come the small numbers that a family trains beside them. Nothing where masks are fixed.
         """
         for entry in self.entries:
             if entry.scores.requires_grad:
@@ -76,14 +79,14 @@ class MaskSet(Generic[E]):
                 yield entry.numbers
 
     def weight_parameters(self) -> Iterator[nn.Parameter]:
-        """The weights under the masks, where the family trains them."""
+        """Yield the weights under the masks, where the family trains them."""
         for entry in self.entries:
             if isinstance(entry.weight, nn.Parameter) and entry.weight.requires_grad:
                 yield entry.weight
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """The scores, {parameter name: tensor of its shape}: all there is to save of a mask in training.
+        """Return the scores, {name: tensor of its shape}: all that a mask in training has to save.
 
         Families that train more have `name:weight` (its shape) and `name:numbers` (segments, numbers) too.
         Collective under `shards`: every rank must call.
@@ -98,7 +101,7 @@ class MaskSet(Generic[E]):
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
-        """The masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
+        """Return the masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
         pieces = self.mask_pieces()
         if self.shards.is_whole:
             return pieces
@@ -107,9 +110,11 @@ class MaskSet(Generic[E]):
 
     @torch.no_grad()
     def mask_pieces(self) -> dict[str, Tensor]:
-        """What this process holds of the masks, {parameter name: bool tensor}. Collective under `shards`."""
+        """Return this process's piece of each mask, {name: bool tensor}. Collective under `shards`."""
         segments = [entry.segments() for entry in self.entries]
-        look(self.family, [segment for parts in segments for segment in parts], self.shards, self.step)
+        measure_and_rank(
+            self.family, [segment for parts in segments for segment in parts], self.shards, self.step
+        )
         masks = ([self.family.mask(segment) for segment in parts] for parts in segments)
         return {
             entry.name: parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -118,12 +123,12 @@ class MaskSet(Generic[E]):
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The weights under the masks, {parameter name: tensor}. Collective under `shards`."""
+        """Return the weights under the masks, {parameter name: tensor}. Collective under `shards`."""
         return {entry.name: self._whole_weight(entry) for entry in self.entries}
 
     @torch.no_grad()
     def first_weights(self) -> dict[str, Tensor]:
-        """The weights as they were before training, {parameter name: tensor}. Collective under `shards`."""
+        """Return the weights before training, {parameter name: tensor}. Collective under `shards`."""
         if not self.family.trains_weight:
             return self.weights()
         pieces = ((entry, entry.first_weight.to(entry.weight.device)) for entry in self.entries)
@@ -131,13 +136,13 @@ class MaskSet(Generic[E]):
 
     @torch.no_grad()
     def thetas(self) -> dict[str, Tensor]:
-        """The effective weights, {parameter name: tensor}. Collective under `shards`."""
+        """Return the effective weights, {parameter name: tensor}. Collective under `shards`."""
         return {
             entry.name: self.shards.whole_weight(entry.name, entry.theta).detach() for entry in self.entries
         }
 
     def sparsity(self) -> dict[str, float]:
-        """The share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""
+        """Return the share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""
         return {name: 1 - mask.double().mean().item() for name, mask in self.masks().items()}
 
     def _whole_weight(self, entry: E) -> Tensor:
@@ -145,7 +150,7 @@ class MaskSet(Generic[E]):
         return read(entry.name, entry.weight).detach()
 
     def moved_statistics(self) -> dict[str, Tensor]:
-        """Running statistics of normalisation layers that differ from those at attach time."""
+        """Return the running statistics of normalisation layers that differ from those at attach time."""
         return {
             name: buffer.detach().clone()
             for name, buffer in norm_statistics(self._model)
@@ -154,7 +159,7 @@ class MaskSet(Generic[E]):
 
 
 def norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Buffers of normalisation layers, by name."""
+    """Yield the buffers of normalisation layers, by name."""
     for module_name, module in model.named_modules():
         if selection.is_norm(module):
             for name, buffer in module.named_buffers(recurse=False):
@@ -205,7 +210,7 @@ def measure(
 
 
 def _near(segments: Sequence[Segment], family: Family, band: float) -> Tensor:
-    """How many of a piece's weights are near to being switched; 0 where a family has no such distance."""
+    """Return how many of a piece's weights are near to being switched; 0 for families without a distance."""
     distances = [family.distance(segment) for segment in segments]
     near = [(distance.abs() <= band).sum() for distance in distances if distance is not None]
     return torch.stack(near).sum() if near else segments[0].scores.new_zeros((), dtype=torch.int64)

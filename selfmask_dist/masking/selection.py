@@ -47,12 +47,12 @@ class Selection(TypedDict, total=False):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` normalises (batch, layer, group, RMS, ... and timm's fused norm-activation layers)."""
+    """Return whether `module` normalises: batch, layer, group, RMS, ... and timm's norm-activation layers."""
     return "norm" in type(module).__name__.lower()
 
 
 def norm_parameters(model: nn.Module) -> set[str]:
-    """Full names of the parameters that normalisation layers own."""
+    """Return the full names of the parameters that normalisation layers own."""
     return {
         f"{module_name}.{name}" if module_name else name
         for module_name, module in model.named_modules()
@@ -69,7 +69,7 @@ def select(
     first_layers: int | None = None,
     allow_norm: bool = False,
 ) -> list[str]:
-    """Names of the parameters to mask, in the model's own order.
+    """Return the names of the parameters to mask, in the model's own order.
 
     Args:
         include: preset names (`auto`, `vit`, `resnet`, `clip_visual`) and glob patterns over full parameter
@@ -119,7 +119,7 @@ def select(
 
 
 def is_fused_qkv(name: str) -> bool:
-    """Whether the parameter holds q, k and v stacked along dimension 0."""
+    """Return whether the parameter holds q, k and v stacked along dimension 0."""
     return fnmatchcase(name, "*attn.qkv.*") or fnmatchcase(name, "*attn.in_proj_*")
 
 

@@ -1,45 +1,39 @@
-"""Objectives: `(encoder, batch) -> (loss, metrics)`, with heads of their own. A new one is a file and a "
-"line."""
+"""Objectives: `(encoder, batch) -> (loss, metrics)`, with heads of their own.
 
-import difflib
+A new one is a file here, a section of the configuration, and a line in `OBJECTIVES`.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
 from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
-from selfmask_dist.objectives.base import Context, Objective, Teacher
+from selfmask_dist.objectives.base import Context, MomentumTeacher, Objective
 from selfmask_dist.objectives.clip import Clip
-from selfmask_dist.objectives.dino import Dino, DinoOptions
-from selfmask_dist.objectives.moco_v2 import MocoV2, MocoV2Options
-from selfmask_dist.objectives.moco_v3 import MocoV3, MocoV3Options
-from selfmask_dist.objectives.simclr import Simclr, SimclrOptions
-from selfmask_dist.objectives.slip import Slip, SlipOptions
-from selfmask_dist.objectives.supervised import Distillation, Supervised
-from selfmask_dist.objectives.swav import Swav, SwavOptions
+from selfmask_dist.objectives.dino import Dino
+from selfmask_dist.objectives.moco_v2 import MocoV2
+from selfmask_dist.objectives.moco_v3 import MocoV3
+from selfmask_dist.objectives.simclr import Simclr
+from selfmask_dist.objectives.slip import Slip
+from selfmask_dist.objectives.supervised import LogitsFn, Supervised
+from selfmask_dist.objectives.swav import Swav
 
 __all__ = [
     "OBJECTIVES",
     "Clip",
     "Context",
     "Dino",
-    "DinoOptions",
-    "Distillation",
+    "LogitsFn",
     "MocoV2",
-    "MocoV2Options",
     "MocoV3",
-    "MocoV3Options",
+    "MomentumTeacher",
     "Objective",
     "Simclr",
-    "SimclrOptions",
     "Slip",
-    "SlipOptions",
     "Supervised",
     "Swav",
-    "SwavOptions",
-    "Teacher",
     "build_objective",
-    "named_generator",
 ]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
@@ -55,25 +49,22 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 
 def build_objective(
-    name: str,
+    config: Config,
     *,
     backbone: Backbone,
     classes: tuple[str, ...],
     context: Context | None = None,
-    **options: Any,
+    distill_teacher: LogitsFn | None = None,
 ) -> Objective:
-    """Build an objective for a backbone and the classes of a data set.
+    """Return the objective `config.objective.name` for a backbone and the classes of a data set.
 
     Args:
-        name: a key of `OBJECTIVES`.
-        context: this rank's place; None for one process.
-        options: keywords of that objective's `build`.
+        context: this rank's place and the run's length; None for one process and one step.
+        distill_teacher: for the supervised objective alone, see `Supervised`.
 
     Raises:
-        ValueError: unknown name (naming the nearest), or options that the objective refuses.
+        ValueError: a backbone, a number of classes or of ranks that the objective refuses.
     """
-    if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OBJECTIVES)}"
-        raise ValueError(f"there is no objective {name!r}; {hint}")
-    return OBJECTIVES[name](backbone, classes, context or Context(), **options)
+    extra: dict[str, Any] = {} if distill_teacher is None else {"distill_teacher": distill_teacher}
+    build = OBJECTIVES[config.objective.name]
+    return build(config, backbone, classes, context or Context(), **extra)

@@ -20,10 +20,13 @@ from selfmask_dist.data import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """What an objective may know of its run: this rank's place among the ranks that share a batch.
+    """What an objective may know of its run: its length, and this rank's place among the ranks that share
+    a batch.
 
     all_reduce: sums a tensor over ranks, in place, and returns it.
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
+    steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
+        that rises until the end follows the second.
     """
 
     rank: int = 0
@@ -31,10 +34,14 @@ class Context:
     global_batch_size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor
     all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    steps_per_epoch: int = 1
+    num_steps: int = 1
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(rows, ...) of each rank -> (rows * ranks, ...), in the order of the global batch, of which ranks
-        take rows in turn. Each rank's gradient of the whole reaches the rank that a row is from. Collective.
+        """Return the rows of all ranks, (rows, ...) of each -> (rows * ranks, ...).
+
+        They come in the order of the global batch, of which ranks take rows in turn. The gradients that ranks
+        have for a row are summed on the rank that it is from. Collective: every rank must call.
         """
         if self.world_size == 1:
             return rows
@@ -42,22 +49,22 @@ class Context:
         whole[self.rank :: self.world_size] = rows
         return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
 
-    def places(self, num_rows: int, device: torch.device) -> Tensor:
-        """Where this rank's rows lie in what `gather` returns: (num_rows,)."""
+    def own_columns(self, num_rows: int, device: torch.device) -> Tensor:
+        """Return where this rank's rows lie in what `gather` returns: (num_rows,)."""
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
 
 
-class Teacher(Protocol):
+class MomentumTeacher(Protocol):
     """A slow copy of encoder and heads: t <- m t + (1 - m) s after each step, with m = `momentum`."""
 
     momentum: float
 
     def __call__(self) -> AbstractContextManager[None]:
-        """Within it, encoder and heads compute as the teacher's. Collective: every rank must enter."""
+        """Let encoder and heads compute as the teacher's inside the context. Collective: all ranks enter."""
 
 
 class NoTeacher:
-    """Stands for a teacher that is as its student: m = 0."""
+    """Stands where there is no teacher: the student teaches itself, m = 0."""
 
     momentum = 0.0
 
@@ -66,15 +73,15 @@ class NoTeacher:
 
 
 class Objective(nn.Module):
-    """A loss with the heads it trains. It neither holds the encoder nor says what of it is trained.
+    """A loss with the heads that it trains. It neither holds the encoder nor says what of it is trained.
 
     teacher: given by whoever trains, before the first step, where `teacher_parameters` asks for one.
     """
 
-    teacher: Teacher = NoTeacher()
+    teacher: MomentumTeacher = NoTeacher()
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's share of the loss, and of each metric.
+        """Return this rank's share of the loss, and of each metric.
 
         Returns:
             loss: 0-d, to be differentiated; metrics: 0-d, detached. Each sums over ranks to its global value.
@@ -82,26 +89,26 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that an optimizer trains as they are (no mask on them); none by default."""
+        """Return the parameters that the optimizer trains without a mask; none by default."""
         return []
 
     def start_step(self, step: int) -> None:
-        """Called before each step, from 0; nothing by default."""
+        """Take notice of the step that comes next, from 0; by default there is nothing to do."""
 
     def held_parameters(self) -> list[nn.Parameter]:
-        """Head parameters that the coming optimizer step leaves as they are; none by default."""
+        """Return the head parameters that the coming optimizer step leaves as they are; none by default."""
         return []
 
     def unit_rows(self) -> list[nn.Parameter]:
-        """Head parameters whose rows are put back to unit length after each step; none by default."""
+        """Return the head parameters whose rows get unit length again after each step; none by default."""
         return []
 
     def teacher_parameters(self) -> list[nn.Parameter] | None:
-        """The head parameters that a teacher averages along with the encoder's; None: there is no teacher."""
+        """Return the head parameters that a teacher averages beside the encoder's; None without a teacher."""
         return None
 
     def whole_buffers(self) -> dict[str, Tensor]:
-        """The buffers that are part of a run's state, the same on every rank.
+        """Return the buffers that are part of a run's state, the same on every rank.
 
         Collective: every rank must call.
         """
@@ -113,20 +120,20 @@ class Objective(nn.Module):
             buffer.copy_(buffers[name])
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """What the user should know about a logged step's metrics; usually nothing."""
+        """Return what the user should know about a logged step's metrics; usually nothing."""
         return []
 
     def kept_state(self) -> dict[str, Tensor]:
-        """What of the head is of use after training, by name; all of it where it classifies."""
+        """Return what of the head is of use after training, by name: all of it where it classifies."""
         return self.state_dict() if self.classifies else {}
 
     @property
     def classifies(self) -> bool:
-        """Whether `predict` can be asked."""
+        """Say whether `predict` can be asked."""
         return type(self).predict is not Objective.predict
 
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
-        """Class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""
+        """Return class logits (n, classes) of images (n, 3, H, W), where the objective classifies."""
         raise NotImplementedError(f"{type(self).__name__} does not classify")
 
 

@@ -16,35 +16,33 @@ sum over ranks is passed in.
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, TextParts
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import ClipConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Watch, at_least_float32, mean_length
 
-Text = Literal["frozen", "trained"]
 _LARGEST_SCALE = 100.0
 
 
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, text: Text = "frozen", seed: int = 0
-) -> "Clip":
-    """CLIP with a backbone's own text tower; class names are not looked at, and nothing is drawn.
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Clip":
+    """Return CLIP with a backbone's own text tower; class names are not looked at, and nothing is drawn.
 
     Raises:
         ValueError: the backbone has no text tower.
     """
     parts, scale = text_of(backbone, "clip")
-    return Clip(parts, scale, context, text=text)
+    return Clip(parts, scale, config.clip, context)
 
 
 def text_of(backbone: Backbone, objective: str) -> tuple[TextParts, float]:
-    """A backbone's text tower and scale. Raises ValueError where it has none."""
+    """Return a backbone's text tower and scale, or raise a ValueError where it has none."""
     if backbone.text is None or backbone.logit_scale is None:
         raise ValueError(
             f"objective.name={objective} needs a text tower with its weights, which {backbone.spec.name} was "
@@ -60,16 +58,15 @@ class Clip(Objective):
     Args:
         parts: the text tower, of which a copy is made.
         scale: t.
-        text: whether tower and t are trained.
     """
 
-    def __init__(self, parts: TextParts, scale: float, context: Context, *, text: Text = "frozen") -> None:
+    def __init__(self, parts: TextParts, scale: float, config: ClipConfig, context: Context) -> None:
         super().__init__()
         self.context = context
         self.text = copy.deepcopy(parts.module).float().eval()
         self.tokenize: Callable[[list[str]], Tensor] = parts.tokenize
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.is_trained = text == "trained"
+        self.is_trained = config.text == "trained"
         self.requires_grad_(self.is_trained)
         for name, parameter in self.text.named_parameters():
             if name.rpartition(".")[2] in ("logit_scale", "logit_bias"):  # the copied model's own
@@ -91,7 +88,7 @@ class Clip(Objective):
         return self.match(encoder(batch.views[0]), batch)
 
     def match(self, features: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of images' features (rows, dim) against the batch's captions, and metrics. Collective."""
+        """Return the loss of features (rows, dim) against the batch's captions, and metrics. Collective."""
         assert len(batch.captions) == len(features), (len(batch.captions), len(features))
         tokens = self.tokenize(list(batch.captions)).to(features.device)
         with torch.set_grad_enabled(self.is_trained and torch.is_grad_enabled()):
@@ -114,8 +111,8 @@ class Clip(Objective):
         }
 
     def _find(self, rows: Tensor, columns: Tensor, is_real: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of this rank's rows against all columns, and whether each is nearest its own."""
-        own = self.context.places(len(rows), rows.device)
+        """Return the cross-entropy of this rank's rows against all columns, and which found their own."""
+        own = self.context.own_columns(len(rows), rows.device)
         logits = scale * rows @ columns.T
         is_own = torch.arange(len(columns), device=rows.device) == own[:, None]
         logits = logits.masked_fill(~is_real & ~is_own, -torch.inf)
@@ -125,7 +122,7 @@ class Clip(Objective):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def kept_state(self) -> dict[str, Tensor]:
-        """The text tower that images were matched with, where it was trained."""
+        """Return the text tower that images were matched with, where it was trained."""
         if not self.is_trained:
             return {}
         return {f"text.{name}": tensor for name, tensor in self.text.state_dict().items()} | {

@@ -18,7 +18,6 @@ process groups; the teacher is given.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,8 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import DinoConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Mlp, at_least_float32, encode_views, ramp
@@ -35,29 +36,9 @@ _ALIKE = 0.998  # entropy of an image's targets, as a share of the largest one
 _ONE_OUTPUT = 0.02  # entropy of the mean of all targets, likewise
 
 
-@dataclass(frozen=True)
-class DinoOptions:
-    """Numbers of the method; the defaults are the paper's. warmup_steps: of the teacher's temperature, from
-    its first to its last value. freeze_steps: C stays so long. num_steps: of the whole run, for the momentum.
-    """
-
-    outputs: int = 65536
-    hidden: int = 2048
-    bottleneck: int = 256
-    student_temperature: float = 0.1
-    teacher_temperatures: tuple[float, float] = (0.04, 0.07)
-    warmup_steps: int = 0
-    center_momentum: float = 0.9
-    momentum: float = 0.996
-    freeze_steps: int = 0
-    num_steps: int = 1
-
-
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, options: DinoOptions, seed: int = 0
-) -> "Dino":
-    """DINO on a backbone's features; class names are not looked at."""
-    return Dino(backbone.spec.dim, options, context, seed=seed)
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Dino":
+    """Return DINO on a backbone's features; class names are not looked at."""
+    return Dino(backbone.spec.dim, config.dino, context, seed=config.seed)
 
 
 class Dino(Objective):
@@ -68,28 +49,29 @@ class Dino(Objective):
 
     center: Tensor
 
-    def __init__(self, in_dim: int, options: DinoOptions, context: Context, *, seed: int = 0) -> None:
+    def __init__(self, in_dim: int, config: DinoConfig, context: Context, *, seed: int = 0) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
         self.context = context
         generator = named_generator(seed, "dino head")
-        widths = (in_dim, options.hidden, options.hidden, options.bottleneck)
+        widths = (in_dim, config.hidden, config.hidden, config.bottleneck)
         self.projector = Mlp(widths, generator, is_smooth=True)
-        self.last = nn.Parameter(torch.randn(options.outputs, options.bottleneck, generator=generator))
-        self.register_buffer("center", torch.zeros(options.outputs))
+        self.last = nn.Parameter(torch.randn(config.outputs, config.bottleneck, generator=generator))
+        self.register_buffer("center", torch.zeros(config.outputs))
         self._step = 0
         self._told: set[str] = set()
 
     def start_step(self, step: int) -> None:
         self._step = step
-        self.teacher.momentum = ramp(self.options.momentum, step, self.options.num_steps)
+        self.teacher.momentum = ramp(self.config.momentum, step, self.context.num_steps)
 
     @property
     def teacher_temperature(self) -> float:
-        first, last = self.options.teacher_temperatures
-        if self._step >= self.options.warmup_steps:
+        first, last = self.config.teacher_temperature
+        warmup_steps = self.config.warmup_steps(self.context.steps_per_epoch)
+        if self._step >= warmup_steps:
             return last
-        return first + (last - first) * self._step / self.options.warmup_steps
+        return first + (last - first) * self._step / warmup_steps
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence. Collective: every rank must call."""
@@ -103,33 +85,33 @@ class Dino(Objective):
             mean_target = self._move_center(outputs, targets, batch.weights)
         scores = self._score(encode_views(encoder, batch.views), num_rows)
         with torch.autocast(scores.device.type, enabled=False):
-            log_probabilities = (scores / self.options.student_temperature).log_softmax(dim=2)
+            log_probabilities = (scores / self.config.student_temperature).log_softmax(dim=2)
             # - sum_k p_i[k] log p_v[k] for every pair (i, v): (large, views, rows)
             losses = -torch.einsum("ibk,vbk->ivb", targets, log_probabilities)
             share = batch.weights.to(losses.dtype) / batch.global_count
             others = 1 - torch.eye(_LARGE, len(batch.views), dtype=losses.dtype, device=losses.device)
             loss = (losses @ share * others).sum() / others.sum()
-        entropies = _entropy(targets).mean(0) / math.log(self.options.outputs)
+        entropies = _entropy(targets).mean(0) / math.log(self.config.outputs)
         return loss, {
             "loss": loss.detach(),
             "target_entropy": (entropies * share).sum(),
-            "output_entropy": _entropy(mean_target) / math.log(self.options.outputs) * share.sum(),
+            "output_entropy": _entropy(mean_target) / math.log(self.config.outputs) * share.sum(),
         }
 
     def _score(self, features: Tensor, num_rows: int) -> Tensor:
-        """(views * rows, dim) -> (views, rows, outputs)."""
+        """Return the head's outputs: (views * rows, dim) -> (views, rows, outputs)."""
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features).view(-1, num_rows, features.shape[1])
             bottleneck = F.normalize(self.projector(features, features.new_ones(num_rows)), dim=2)
             return bottleneck @ F.normalize(self.last, dim=1).T
 
     def _move_center(self, outputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Move the center after this batch; returns the mean target (outputs,) of the global batch."""
+        """Move the center after this batch, and return the mean target (outputs,) of the global batch."""
         rows = weights.to(outputs.dtype)
         sums = [torch.einsum("vbk,b->k", tensor, rows) for tensor in (outputs, targets)]
         total = self.context.all_reduce(torch.cat([*sums, len(outputs) * rows.sum()[None]]))
         mean_output, mean_target = (total[:-1] / total[-1].clamp(min=1)).chunk(2)
-        self.center.lerp_(mean_output.to(self.center), 1 - self.options.center_momentum)
+        self.center.lerp_(mean_output.to(self.center), 1 - self.config.center_momentum)
         return mean_target
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -139,10 +121,11 @@ class Dino(Objective):
         return self.head_parameters()
 
     def held_parameters(self) -> list[nn.Parameter]:
-        return [self.last] if self._step < self.options.freeze_steps else []
+        is_frozen = self._step < self.config.freeze_steps(self.context.steps_per_epoch)
+        return [self.last] if is_frozen else []
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """Both kinds of collapse, each said once."""
+        """Return the news of both kinds of collapse, each once."""
         found: dict[str, str] = {}
         if values["target_entropy"] > _ALIKE:
             found["alike"] = (
@@ -161,5 +144,5 @@ class Dino(Objective):
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
-    """(..., outputs) -> (...), with 0 log 0 = 0."""
+    """Return the entropy of distributions: (..., outputs) -> (...), with 0 log 0 = 0."""
     return torch.special.entr(probabilities).sum(dim=-1)

@@ -18,7 +18,6 @@ optimizers nor process groups; the teacher is given.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +25,16 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import MocoV2Config
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Mlp, Watch, at_least_float32, mean_length
 
 
-@dataclass(frozen=True)
-class MocoV2Options:
-    """Numbers of the method; the defaults are the paper's. queue_length: keys, over all ranks."""
-
-    dim: int = 128
-    hidden: int = 2048
-    temperature: float = 0.2
-    momentum: float = 0.999
-    queue_length: int = 65536
-
-
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, options: MocoV2Options, seed: int = 0
-) -> "MocoV2":
-    """MoCo v2 on a backbone's features; class names are not looked at."""
-    return MocoV2(backbone.spec.dim, options, context, seed=seed)
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "MocoV2":
+    """Return MoCo v2 on a backbone's features; class names are not looked at."""
+    return MocoV2(backbone.spec.dim, config.moco_v2, context, seed=config.seed)
 
 
 class MocoV2(Objective):
@@ -56,22 +44,22 @@ class MocoV2(Objective):
 
     queue: Tensor
 
-    def __init__(self, in_dim: int, options: MocoV2Options, context: Context, *, seed: int = 0) -> None:
+    def __init__(self, in_dim: int, config: MocoV2Config, context: Context, *, seed: int = 0) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
         self.context = context
         generator = named_generator(seed, "moco v2 projector and queue")
-        self.projector = Mlp((in_dim, options.hidden, options.dim), generator)
-        first = torch.randn(options.queue_length, options.dim, generator=generator)
+        self.projector = Mlp((in_dim, config.hidden, config.dim), generator)
+        first = torch.randn(config.queue_length, config.dim, generator=generator)
         self.register_buffer("queue", F.normalize(first, dim=1))
         self._watch = Watch(
             "MoCo v2",
-            trivial=math.log(1 + options.queue_length),
+            trivial=math.log(1 + config.queue_length),
             advice="Lower optim.score_lr, or lengthen moco_v2.queue_length",
         )
 
     def start_step(self, step: int) -> None:
-        self.teacher.momentum = self.options.momentum
+        self.teacher.momentum = self.config.momentum
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence. Collective: every rank must call."""
@@ -84,7 +72,7 @@ class MocoV2(Objective):
             similarity = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ queue.T], dim=1)
             # a key that broke left an empty place
             is_empty = torch.cat([queue.new_zeros(1), (~queue.any(dim=1)).to(queue)]) > 0
-            logits = (similarity / self.options.temperature).masked_fill(is_empty, -torch.inf)
+            logits = (similarity / self.config.temperature).masked_fill(is_empty, -torch.inf)
             losses = F.cross_entropy(logits, torch.zeros_like(batch.ids), reduction="none")
             concentration = mean_length(keys, batch.weights, self.context)
             self._push(keys, batch)

@@ -17,7 +17,6 @@ process groups; the teacher is given.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,8 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import MocoV3Config
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import (
@@ -37,22 +38,9 @@ from selfmask_dist.objectives.parts import (
 )
 
 
-@dataclass(frozen=True)
-class MocoV3Options:
-    """Numbers of the method; the defaults are the paper's. num_steps: of the whole run, for the momentum."""
-
-    dim: int = 256
-    hidden: int = 4096
-    temperature: float = 0.2
-    momentum: float = 0.99
-    num_steps: int = 1
-
-
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, options: MocoV3Options, seed: int = 0
-) -> "MocoV3":
-    """MoCo v3 on a backbone's features; class names are not looked at."""
-    return MocoV3(backbone.spec.dim, options, context, seed=seed)
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "MocoV3":
+    """Return MoCo v3 on a backbone's features; class names are not looked at."""
+    return MocoV3(backbone.spec.dim, config.moco_v3, context, seed=config.seed)
 
 
 class MocoV3(Objective):
@@ -60,22 +48,22 @@ class MocoV3(Objective):
     same image) and `concentration` (length of the mean key).
     """
 
-    def __init__(self, in_dim: int, options: MocoV3Options, context: Context, *, seed: int = 0) -> None:
+    def __init__(self, in_dim: int, config: MocoV3Config, context: Context, *, seed: int = 0) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
         self.context = context
         generator = named_generator(seed, "moco v3 projector and predictor")
-        hidden, dim = options.hidden, options.dim
+        hidden, dim = config.hidden, config.dim
         self.projector = Mlp((in_dim, hidden, hidden, dim), generator, context=context)
         self.predictor = Mlp((dim, hidden, dim), generator, context=context)
         self._watch = Watch(
             "MoCo v3",
-            trivial=4 * options.temperature * math.log(max(context.global_batch_size, 2)),
+            trivial=4 * config.temperature * math.log(max(context.global_batch_size, 2)),
             advice="Lower optim.score_lr, or raise train.global_batch_size",
         )
 
     def start_step(self, step: int) -> None:
-        self.teacher.momentum = ramp(self.options.momentum, step, self.options.num_steps)
+        self.teacher.momentum = ramp(self.config.momentum, step, self.context.num_steps)
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence. Collective: every rank must call."""
@@ -98,19 +86,19 @@ class MocoV3(Objective):
         }
 
     def _project(self, features: Tensor, weights: Tensor, *, is_unit: bool = True) -> Tensor:
-        """(2 * rows, dim) -> (2, rows, dim)."""
+        """Return the projected features: (2 * rows, dim) -> (2, rows, dim)."""
         with torch.autocast(features.device.type, enabled=False):
             projected = self.projector(at_least_float32(features).view(2, len(weights), -1), weights)
             return F.normalize(projected, dim=2) if is_unit else projected
 
     def _contrast(self, queries: Tensor, keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """2 T times the cross-entropy of queries (rows, dim) against all ranks' keys, and hits: (rows,)."""
+        """Return 2 T times the cross-entropy of queries (rows, dim) to all keys, and hits: (rows,) each."""
         everyone, is_real = self.context.gather(keys), self.context.gather(weights.float()) > 0
-        own = self.context.places(len(queries), queries.device)
-        logits = queries @ everyone.T / self.options.temperature
+        own = self.context.own_columns(len(queries), queries.device)
+        logits = queries @ everyone.T / self.config.temperature
         is_own = torch.arange(len(everyone), device=queries.device) == own[:, None]
         logits = logits.masked_fill(~is_real & ~is_own, -torch.inf)
-        losses = 2 * self.options.temperature * F.cross_entropy(logits, own, reduction="none")
+        losses = 2 * self.config.temperature * F.cross_entropy(logits, own, reduction="none")
         return losses, (logits.argmax(1) == own).to(losses.dtype)
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What several objectives are made of: views through an encoder, projectors, and what is said of a collapse.
+"""What several objectives are made of: views through an encoder, projectors, and the watch for a collapse.
 
 Knows neither optimizers nor process groups.
 """
@@ -18,7 +18,7 @@ _FLAT_LOGS = 3  # ... for so many logged means
 
 
 def encode_views(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Features (views * rows, dim), view after view, with one forward for each resolution."""
+    """Return features (views * rows, dim), view after view, by one forward for each resolution."""
     features, start = [], 0
     for end in range(1, len(views) + 1):
         if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
@@ -28,12 +28,15 @@ def encode_views(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
 
 
 def at_least_float32(features: Tensor) -> Tensor:
-    """bf16 keeps 8 bits of a similarity, which is then divided by a temperature of 0.1 or less."""
+    """Return features in float32 or float64.
+
+    bf16 keeps 8 bits of a similarity, which is then divided by a temperature of 0.1 or less.
+    """
     return features if features.dtype == torch.float64 else features.float()
 
 
 def linear(in_dim: int, out_dim: int, generator: torch.Generator, *, bias: bool = True) -> nn.Linear:
-    """torch's own first weights for a linear layer, from a generator of its own."""
+    """Return a linear layer with torch's own first weights, drawn from `generator` and not the global one."""
     layer = nn.Linear(in_dim, out_dim, bias=bias, device="meta").to_empty(device="cpu")
     bound = 1 / math.sqrt(in_dim)
     with torch.no_grad():
@@ -73,7 +76,7 @@ class Mlp(nn.Module):
         self.is_smooth = is_smooth
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """`weights`: (rows,), 0 for rows that are not to count in the normalisation."""
+        """Return the output; `weights` (rows,) are 0 for rows that do not count in the normalisation."""
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index < len(self.norms):
@@ -96,7 +99,7 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        """(views, rows, dim) -> the same; rows of weight 0 do not count. Collective: every rank must call."""
+        """Return x (views, rows, dim), normalised over the rows of weight 1. Collective: all ranks call."""
         rows = weights.to(x.dtype)
         sums = torch.cat([torch.einsum("vbd,b->vd", x, rows).flatten(), rows.sum()[None]])
         total = self.context.all_reduce_with_gradient(sums)
@@ -143,7 +146,7 @@ class Watch:
 
 
 def mean_length(embeddings: Tensor, weights: Tensor, context: Context) -> Tensor:
-    """Length of the mean of unit embeddings (rows, dim) over the global batch: 1 where all look the same.
+    """Return the length of the mean unit embedding (rows, dim) of the global batch: 1 where all are alike.
 
     Collective: every rank must call.
     """
@@ -154,6 +157,9 @@ def mean_length(embeddings: Tensor, weights: Tensor, context: Context) -> Tensor
 
 
 def ramp(start: float, step: int, num_steps: int) -> float:
-    """A teacher's momentum, from `start` to 1 along a half cosine (BYOL, arXiv 2006.07733, section 3)."""
+    """Return a teacher's momentum at a step: it rises from `start` to 1 along half a cosine.
+
+    Source: BYOL, arXiv 2006.07733, section 3.
+    """
     progress = min(step / max(num_steps, 1), 1.0)
     return 1 - (1 - start) * (math.cos(math.pi * progress) + 1) / 2

@@ -14,7 +14,6 @@ groups: the sum over ranks is passed in.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +21,16 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import SimclrConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Mlp, Watch, at_least_float32, encode_views, mean_length
 
 
-@dataclass(frozen=True)
-class SimclrOptions:
-    """Numbers of the method; the defaults are the paper's."""
-
-    dim: int = 128
-    hidden: int = 2048
-    temperature: float = 0.1
-
-
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, options: SimclrOptions, seed: int = 0
-) -> "Simclr":
-    """SimCLR on a backbone's features; class names are not looked at."""
-    return Simclr(backbone.spec.dim, options, context, seed=seed)
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Simclr":
+    """Return SimCLR on a backbone's features; class names are not looked at."""
+    return Simclr(backbone.spec.dim, config.simclr, context, seed=config.seed)
 
 
 class Simclr(Objective):
@@ -48,12 +38,12 @@ class Simclr(Objective):
     the same image) and `concentration` (length of the mean unit embedding).
     """
 
-    def __init__(self, in_dim: int, options: SimclrOptions, context: Context, *, seed: int = 0) -> None:
+    def __init__(self, in_dim: int, config: SimclrConfig, context: Context, *, seed: int = 0) -> None:
         super().__init__()
-        self.options = options
+        self.config = config
         self.context = context
         generator = named_generator(seed, "simclr projector")
-        self.projector = Mlp((in_dim, options.hidden, options.dim), generator)
+        self.projector = Mlp((in_dim, config.hidden, config.dim), generator)
         self._watch = Watch(
             "SimCLR",
             trivial=math.log(max(2 * context.global_batch_size - 1, 2)),
@@ -67,7 +57,7 @@ class Simclr(Objective):
         with torch.autocast(features.device.type, enabled=False):
             features = at_least_float32(features).view(2, len(batch.weights), -1)
             embeddings = F.normalize(self.projector(features, batch.weights), dim=2)
-            losses, hits = nt_xent(embeddings, batch.weights, self.context, self.options.temperature)
+            losses, hits = nt_xent(embeddings, batch.weights, self.context, self.config.temperature)
             concentration = mean_length(embeddings[0], batch.weights, self.context)
         share = batch.weights.to(losses.dtype) / batch.global_count
         loss = (losses.mean(0) * share).sum()
@@ -87,7 +77,7 @@ class Simclr(Objective):
 def nt_xent(
     embeddings: Tensor, weights: Tensor, context: Context, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """NT-Xent of this rank's rows against the global batch, and whether each found its other view.
+    """Return NT-Xent of this rank's rows against the global batch, and whether each found its other view.
 
     Args:
         embeddings: (2, rows, dim), unit.
@@ -100,7 +90,7 @@ def nt_xent(
     everyone = context.gather(embeddings.transpose(0, 1).contiguous()).transpose(0, 1).flatten(0, 1)
     is_real = (context.gather(weights.float()) > 0).repeat(2)
     count = len(everyone) // 2
-    own = context.places(num_rows, device)
+    own = context.own_columns(num_rows, device)
     place = torch.cat([own, own + count])  # of each local view among all
     other = torch.cat([own + count, own])
     logits = embeddings.flatten(0, 1) @ everyone.T / temperature

@@ -11,7 +11,7 @@ over ranks is passed in.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,39 +19,25 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, TextParts
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import ClipConfig, SlipConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context
-from selfmask_dist.objectives.clip import Clip, Text, text_of
+from selfmask_dist.objectives.clip import Clip, text_of
 from selfmask_dist.objectives.parts import Mlp, at_least_float32, encode_views
 from selfmask_dist.objectives.simclr import nt_xent
 
 
-@dataclass(frozen=True)
-class SlipOptions:
-    """Numbers of the method; the defaults are the paper's."""
-
-    weight: float = 1.0
-    dim: int = 256
-    hidden: int = 4096
-    temperature: float = 0.1
-
-
-def build(
-    backbone: Backbone,
-    classes: tuple[str, ...],
-    context: Context,
-    *,
-    options: SlipOptions,
-    text: Text = "frozen",
-    seed: int = 0,
-) -> "Slip":
-    """SLIP with a backbone's own text tower; class names are not looked at.
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Slip":
+    """Return SLIP with a backbone's own text tower; class names are not looked at.
 
     Raises:
         ValueError: the backbone has no text tower.
     """
     parts, scale = text_of(backbone, "slip")
-    return Slip(backbone.spec.dim, parts, scale, options, context, text=text, seed=seed)
+    return Slip(
+        backbone.spec.dim, parts, scale, config.slip, context, text_config=config.clip, seed=config.seed
+    )
 
 
 class Slip(Clip):
@@ -62,16 +48,16 @@ class Slip(Clip):
         in_dim: int,
         parts: TextParts,
         scale: float,
-        options: SlipOptions,
+        config: SlipConfig,
         context: Context,
         *,
-        text: Text = "frozen",
+        text_config: ClipConfig,
         seed: int = 0,
     ) -> None:
-        super().__init__(parts, scale, context, text=text)
-        self.options = options
+        super().__init__(parts, scale, text_config, context)
+        self.config = config
         generator = named_generator(seed, "slip projector")
-        widths = (in_dim, options.hidden, options.hidden, options.dim)
+        widths = (in_dim, config.hidden, config.hidden, config.dim)
         self.projector = Mlp(widths, generator, context=context, normalise_last=False)
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,10 +69,10 @@ class Slip(Clip):
         with torch.autocast(features.device.type, enabled=False):
             pairs = at_least_float32(features[rows:]).view(2, rows, -1)
             embeddings = F.normalize(self.projector(pairs, batch.weights), dim=2)
-            losses, _ = nt_xent(embeddings, batch.weights, self.context, self.options.temperature)
+            losses, _ = nt_xent(embeddings, batch.weights, self.context, self.config.temperature)
             share = batch.weights.to(losses.dtype) / batch.global_count
             simclr = (losses.mean(0) * share).sum()
-        loss = clip + self.options.weight * simclr
+        loss = clip + self.config.weight * simclr
         parts = {"clip": clip.detach(), "simclr": simclr.detach()}
         return loss, metrics | parts | {"loss": loss.detach()}
 

@@ -10,8 +10,6 @@ process groups.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,75 +17,56 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.sections import ObjectiveConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
+from selfmask_dist.objectives.parts import at_least_float32
 
-Head = Literal["linear", "masked", "clip_text"]
-HeadNorm = Literal["none", "l2", "batchnorm"]
+# images (n, 3, H, W) -> logits (n, classes); it is not trained, and gradients do not enter it
+LogitsFn = Callable[[Tensor], Tensor]
 
 # The curvature of cross-entropy along the head is at most s^2 / 2 for features of length s, so SGD with
 # momentum m is stable for lr < 4 (1 + m) / s^2: at s = 8 and m = 0.9 up to lr 0.12, whatever the dimension.
 L2_LENGTH = 8.0
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """Learning from another model's logits beside the labels.
-
-    teacher: images (n, 3, H, W) -> logits (n, classes); it is not trained, and gradients do not enter it.
-    weight: its share of the loss, from 0 to 1. temperature: T, above 0.
-    """
-
-    teacher: Callable[[Tensor], Tensor]
-    weight: float = 0.5
-    temperature: float = 2.0
-
-
 def build(
+    config: Config,
     backbone: Backbone,
     classes: tuple[str, ...],
     context: Context,
     *,
-    head: Head = "linear",
-    head_norm: HeadNorm = "l2",
-    label_smoothing: float = 0.0,
-    prompts: Sequence[str] = ("a photo of a {}.",),
-    distillation: Distillation | None = None,
-    seed: int = 0,
+    distill_teacher: LogitsFn | None = None,
 ) -> "Supervised":
-    """The supervised objective for a backbone and its data set's classes.
-
-    Args:
-        head, head_norm, label_smoothing, distillation, seed: as in `Supervised`.
-        prompts: for `clip_text`, templates in which {} stands for the class name ("_" read as a space).
+    """Return the supervised objective for a backbone and its data set's classes.
 
     Raises:
         ValueError: `clip_text` with a backbone that has no text tower; and as `Supervised`.
     """
+    section = config.objective
     text, scale = None, 1.0
-    if head == "clip_text":
+    if section.head == "clip_text":
         if backbone.text_embeddings is None or backbone.logit_scale is None:
             raise ValueError(
                 f"objective.head=clip_text needs a text tower with its weights, which {backbone.spec.name} "
                 "was loaded without; use an open_clip backbone with a pretrained tag or a whole CLIP "
                 "model's file, or head=linear"
             )
-        text, scale = embed_classes(backbone, classes, prompts), backbone.logit_scale
+        text, scale = embed_classes(backbone, classes, section.prompts), backbone.logit_scale
     return Supervised(
         backbone.spec.dim,
         len(classes),
-        head=head,
-        head_norm=head_norm,
-        label_smoothing=label_smoothing,
+        section,
         text_embeddings=text,
         logit_scale=scale,
-        distillation=distillation,
-        seed=seed,
+        distill_teacher=distill_teacher,
+        seed=config.seed,
     )
 
 
 def embed_classes(backbone: Backbone, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """Text embeddings (classes, dim): per class the mean over its prompts, at unit length (as CLIP does)."""
+    """Return text embeddings (classes, dim): for each class the mean over its prompts, at unit length."""
     assert backbone.text_embeddings is not None
     names = [name.replace("_", " ") for name in classes]
     per_prompt = [
@@ -102,17 +81,14 @@ class Supervised(Objective):
     Args:
         dim: length of the encoder's features.
         num_classes: 2 or more.
-        head: see the module's docstring.
-        head_norm: what features pass before a linear or masked head. "none": nothing. "l2": scaled to length
-            `L2_LENGTH`. "batchnorm": mean 0 and variance 1 per feature, see `FeatureBatchNorm`. `clip_text`
-            ignores it.
-        label_smoothing: probability spread evenly over all classes, 0 <= value < 1.
-        distillation: a teacher; None: labels alone.
+        config: the head, the norm before it ("l2" scales features to length `L2_LENGTH`, "batchnorm" is
+            `FeatureBatchNorm`; `clip_text` has none), the smoothing, and a teacher's share and temperature.
         text_embeddings, logit_scale: T (num_classes, dim) and t, for `clip_text` alone.
+        distill_teacher: whose logits are learned beside the labels; None: labels alone.
         seed: of the head's first weights; the global generators are left as they were.
 
     Raises:
-        ValueError: a value outside these ranges.
+        ValueError: fewer than 2 classes, or text embeddings of another shape.
     """
 
     text_embeddings: Tensor
@@ -121,26 +97,23 @@ class Supervised(Objective):
         self,
         dim: int,
         num_classes: int,
+        config: ObjectiveConfig,
         *,
-        head: Head = "linear",
-        head_norm: HeadNorm = "l2",
-        label_smoothing: float = 0.0,
         text_embeddings: Tensor | None = None,
         logit_scale: float = 1.0,
-        distillation: Distillation | None = None,
+        distill_teacher: LogitsFn | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.distillation = distillation  # no module: it is neither trained nor saved
-        _check_arguments(num_classes, head, head_norm, label_smoothing)
+        if num_classes < 2:
+            raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
+        self.config = config
         self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
-        self.head_kind: Head = head
         self.logit_scale = logit_scale
+        self.distill_teacher = distill_teacher  # no module: it is neither trained nor saved
         self.head: nn.Linear | None = None
-        self.head_norm: HeadNorm = head_norm
         self.norm: FeatureBatchNorm | None = None
-        if head == "clip_text":
+        if config.head == "clip_text":
             shape = None if text_embeddings is None else tuple(text_embeddings.shape)
             if text_embeddings is None or shape != (num_classes, dim):
                 raise ValueError(
@@ -151,8 +124,8 @@ class Supervised(Objective):
                 "text_embeddings", text_embeddings.detach().float().clone(), persistent=False
             )
         else:
-            self.head = _new_head(dim, num_classes, is_masked=head == "masked", seed=seed)
-            self.norm = FeatureBatchNorm(dim) if head_norm == "batchnorm" else None
+            self.head = _new_head(dim, num_classes, is_masked=config.head == "masked", seed=seed)
+            self.norm = FeatureBatchNorm(dim) if config.head_norm == "batchnorm" else None
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence, whatever their label.
@@ -168,19 +141,22 @@ class Supervised(Objective):
             self._check_labels(batch, is_real)
         logits = self._classify(encoder(batch.views[0]), batch.weights)
         labels = batch.labels.where(is_real, 0)
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
-        if (distillation := self.distillation) is not None:
+        losses = F.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=self.config.label_smoothing
+        )
+        if self.distill_teacher is not None:
             with torch.no_grad():
-                taught = distillation.teacher(batch.views[0])
-            from_teacher = distillation_losses(logits, taught, distillation.temperature)
-            losses = (1 - distillation.weight) * losses + distillation.weight * from_teacher
+                taught = self.distill_teacher(batch.views[0])
+            share = self.config.distill_weight
+            from_teacher = distillation_losses(logits, taught, self.config.distill_temperature)
+            losses = (1 - share) * losses + share * from_teacher
         loss = (batch.weights * losses).sum() / batch.global_count
         is_correct = (logits.argmax(dim=1) == labels).to(losses.dtype)
         accuracy = (batch.weights * is_correct).sum() / batch.global_count
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
     def head_parameters(self) -> list[nn.Parameter]:
-        return list(self.head.parameters()) if self.head is not None and self.head_kind == "linear" else []
+        return list(self.head.parameters()) if self.head is not None and self.config.head == "linear" else []
 
     def predict(self, encoder: nn.Module, images: Tensor) -> Tensor:
         return self._classify(encoder(images), None)
@@ -188,11 +164,11 @@ class Supervised(Objective):
     def _classify(self, features: Tensor, weights: Tensor | None) -> Tensor:
         # float32 under autocast too: bf16 keeps 8 bits of a logit, and CLIP's are near 30
         with torch.autocast(features.device.type, enabled=False):
-            features = features if features.dtype == torch.float64 else features.float()
+            features = at_least_float32(features)
             if self.head is None:
                 text_embeddings = self.text_embeddings.to(features.dtype)
                 return self.logit_scale * F.normalize(features, dim=1) @ text_embeddings.T
-            if self.head_norm == "l2":
+            if self.config.head_norm == "l2":
                 features = F.normalize(features, dim=1) * L2_LENGTH
             elif self.norm is not None:
                 features = self.norm(features, weights)
@@ -213,7 +189,7 @@ class Supervised(Objective):
 
 
 def distillation_losses(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher | student) of logits (n, classes) over T, for each row: (n,)."""
+    """Return T^2 KL(teacher | student) of logits (n, classes) over T, for each row: (n,)."""
     student = F.log_softmax(logits / temperature, dim=1)
     taught = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
     return temperature**2 * (taught.exp() * (taught - student)).sum(dim=1)
@@ -238,7 +214,7 @@ class FeatureBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dim))
 
     def forward(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Features (n, dim) -> the same shape; `weights` (n,), None for ones."""
+        """Return features (n, dim), normalised; `weights` (n,), None for ones."""
         mean, var = self.running_mean, self.running_var
         if self.training:
             ones = torch.ones_like(features[:, :1])
@@ -259,19 +235,8 @@ class FeatureBatchNorm(nn.Module):
         self.running_var += step * (unbiased - self.running_var)
 
 
-def _check_arguments(num_classes: int, head: str, head_norm: str, label_smoothing: float) -> None:
-    if num_classes < 2:
-        raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
-    if head not in ("linear", "masked", "clip_text"):
-        raise ValueError(f"objective.head {head!r} is not one of linear, masked, clip_text")
-    if head_norm not in ("none", "l2", "batchnorm"):
-        raise ValueError(f"objective.head_norm {head_norm!r} is not one of none, l2, batchnorm")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"objective.label_smoothing is {label_smoothing}; it must be at least 0 and below 1")
-
-
 def _new_head(dim: int, num_classes: int, *, is_masked: bool, seed: int) -> nn.Linear:
-    """A linear layer whose weights come from a generator of its own."""
+    """Return a linear layer whose weights come from a generator of its own."""
     # made on "meta", then filled: the constructor would draw from the global generator
     head = nn.Linear(dim, num_classes, bias=not is_masked, device="meta").to_empty(device="cpu")
     generator = named_generator(seed, "supervised head")

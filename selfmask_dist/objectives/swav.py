@@ -18,7 +18,6 @@ in.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,39 +25,20 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config
+from selfmask_dist.config.objectives import SwavConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import Watch, at_least_float32, encode_views, linear
 
 AllReduce = Callable[[Tensor], Tensor]
 
-# float64 holds exp((s - 1) / epsilon) for every s in -1 .. 1 down to here; the paper's epsilon is 0.05
-SMALLEST_EPSILON = 0.005
 _JUMP = 1.25  # a loss that grows by this factor where the queue comes in
 
 
-@dataclass(frozen=True)
-class SwavOptions:
-    """Numbers of the method; the defaults are the paper's where it has them.
-
-    queue_length: samples, over all ranks; 0 for none. queue_start, freeze_steps: in steps from the start.
-    """
-
-    num_prototypes: int = 500
-    dim: int = 128
-    temperature: float = 0.1
-    epsilon: float = 0.05
-    iterations: int = 3
-    queue_length: int = 0
-    queue_start: int = 0
-    freeze_steps: int = 0
-
-
-def build(
-    backbone: Backbone, classes: tuple[str, ...], context: Context, *, options: SwavOptions, seed: int = 0
-) -> "Swav":
-    """SwAV on a backbone's features; class names are not looked at."""
-    return Swav(backbone.spec.dim, options, context, seed=seed)
+def build(config: Config, backbone: Backbone, classes: tuple[str, ...], context: Context) -> "Swav":
+    """Return SwAV on a backbone's features; class names are not looked at."""
+    return Swav(backbone.spec.dim, config.swav, context, seed=config.seed)
 
 
 class Swav(Objective):
@@ -70,21 +50,21 @@ class Swav(Objective):
         context: this rank's place, the global batch size, and how to sum over ranks.
 
     Raises:
-        ValueError: an epsilon too small for exp, or a queue that ranks cannot share equally.
+        ValueError: a queue that ranks cannot share equally.
     """
 
     queue: Tensor
 
-    def __init__(self, in_dim: int, options: SwavOptions, context: Context, *, seed: int = 0) -> None:
+    def __init__(self, in_dim: int, config: SwavConfig, context: Context, *, seed: int = 0) -> None:
         super().__init__()
-        _check(options, context)
-        self.options = options
+        _check(config, context)
+        self.config = config
         self.context = context
         generator = named_generator(seed, "swav projector and prototypes")
-        self.projector = linear(in_dim, options.dim, generator)
-        self.prototypes = Prototypes(options.dim, options.num_prototypes, generator)
+        self.projector = linear(in_dim, config.dim, generator)
+        self.prototypes = Prototypes(config.dim, config.prototypes, generator)
         # not in the module's state dict: each rank holds its own rows, see `whole_buffers`
-        shape = (2, options.queue_length // context.world_size, options.dim)
+        shape = (2, config.queue_length // context.world_size, config.dim)
         self.register_buffer("queue", torch.zeros(shape), persistent=False)
         self._queue_rows = 0  # pushed so far by all ranks; not a tensor: reading one would stop a GPU
         self._step = 0
@@ -92,7 +72,7 @@ class Swav(Objective):
         self._has_told_jump = False
         self._watch = Watch(
             "SwAV",
-            trivial=math.log(options.num_prototypes),
+            trivial=math.log(config.prototypes),
             advice="Lower swav.epsilon (0.02, 0.01), optim.score_lr or optim.head_lr, or raise "
             "train.global_batch_size",
         )
@@ -101,7 +81,7 @@ class Swav(Objective):
 
     def start_step(self, step: int) -> None:
         self._step = step
-        self.prototypes.is_frozen = step < self.options.freeze_steps
+        self.prototypes.is_frozen = step < self.config.freeze_steps
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence. Collective: every rank must call."""
@@ -120,7 +100,7 @@ class Swav(Objective):
             with torch.no_grad():
                 targets, mean_length = self._assign(embeddings, scores, assigning, batch.weights)
                 self._push(embeddings[assigning].detach(), batch)
-            log_probabilities = F.log_softmax(scores / self.options.temperature, dim=2)
+            log_probabilities = F.log_softmax(scores / self.config.temperature, dim=2)
             # - sum_k q_i[k] log p_v[k] for every pair (i, v): (assigning, views, rows)
             losses = -torch.einsum("ibk,vbk->ivb", targets, log_probabilities)
             share = batch.weights.to(losses.dtype) / batch.global_count
@@ -139,7 +119,7 @@ class Swav(Objective):
     def _assign(
         self, embeddings: Tensor, scores: Tensor, assigning: list[int], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Assignments (assigning, rows, prototypes), and the length of the mean unit embedding."""
+        """Return assignments (assigning, rows, prototypes), and the length of the mean unit embedding."""
         chosen, columns = scores[assigning].detach(), weights.expand(len(assigning), -1)
         if self.is_queue_used:
             queued = self.prototypes(self.queue.to(embeddings.dtype))
@@ -151,8 +131,8 @@ class Swav(Objective):
         targets = sinkhorn(
             chosen,
             columns,
-            epsilon=self.options.epsilon,
-            iterations=self.options.iterations,
+            epsilon=self.config.epsilon,
+            iterations=self.config.sinkhorn_iterations,
             all_reduce=passenger,
         )
         total = passenger.total
@@ -162,8 +142,8 @@ class Swav(Objective):
 
     @property
     def is_queue_used(self) -> bool:
-        """Full, so that no empty place takes part; the same on every rank."""
-        length = self.options.queue_length
+        """Say whether the queue is full, so that no empty place takes part; the same on every rank."""
+        length = self.config.queue_length
         return bool(length) and self._queue_rows >= length
 
     def _push(self, embeddings: Tensor, batch: Batch) -> None:
@@ -172,7 +152,7 @@ class Swav(Objective):
         A ragged last batch is left out: its padding depends on the number of ranks.
         """
         length = self.queue.shape[1]
-        if not length or self._step < self.options.queue_start:
+        if not length or self._step < self.config.queue_start(self.context.steps_per_epoch):
             return
         if batch.global_count < self.context.global_batch_size:
             return
@@ -181,10 +161,9 @@ class Swav(Objective):
         self._queue_rows += embeddings.shape[1] * self.context.world_size
 
     def whole_buffers(self) -> dict[str, Tensor]:
-        """The queue of all ranks, newest first as one process would hold it. Collective: every rank must
-        call."""
+        """Return the queue of all ranks, the newest rows first, as one process would hold it. Collective."""
         rank, size = self.context.rank, self.context.world_size
-        whole = self.queue.new_zeros(2, self.options.queue_length, self.options.dim)
+        whole = self.queue.new_zeros(2, self.config.queue_length, self.config.dim)
         whole[:, rank::size] = self.queue  # ranks take the rows of a batch in turn
         return {"queue": self.context.all_reduce(whole), "queue_rows": torch.tensor(self._queue_rows)}
 
@@ -205,8 +184,9 @@ class Swav(Objective):
         return [self.prototypes.weight]
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
-        """A collapse, a loss that says that nothing is learned, and a jump of the loss where the queue comes
-        in; each is said once."""
+        """Return the news of a collapse, of a loss that says that nothing is learned, and of a jump of the
+        loss where the queue comes in; each once.
+        """
         found = self._watch(values)
         loss, before = values["loss"], self._loss_before_queue
         if not values["queue"]:
@@ -265,7 +245,7 @@ def sinkhorn(
     iterations: int = 3,
     all_reduce: AllReduce = lambda tensor: tensor,
 ) -> Tensor:
-    """Soft assignments of samples to prototypes, all prototypes used alike.
+    """Return soft assignments of samples to prototypes, with all prototypes used alike.
 
     Collective: every rank must call, with its rows.
 
@@ -278,7 +258,8 @@ def sinkhorn(
     Returns:
         (..., rows, prototypes), each row summing to 1, in the dtype of `scores`. Computed in float64.
     """
-    # the shift by 1 cancels, and keeps exp at most 1
+    # The shift by 1 cancels, and keeps exp at most 1. float64 holds it for every score in -1 .. 1 down to an
+    # epsilon of 0.005, which is the smallest that swav.epsilon allows.
     mass = ((scores.double() - 1) / epsilon).exp()
     counted = torch.ones_like(mass[..., :1]) if weights is None else weights[..., None].double()
     for _ in range(iterations):
@@ -288,15 +269,10 @@ def sinkhorn(
     return mass.to(scores.dtype)
 
 
-def _check(options: SwavOptions, context: Context) -> None:
-    if options.epsilon < SMALLEST_EPSILON:
+def _check(config: SwavConfig, context: Context) -> None:
+    if config.queue_length % context.world_size:
+        near = max(round(config.queue_length / context.world_size), 1) * context.world_size
         raise ValueError(
-            f"swav.epsilon is {options.epsilon}; below {SMALLEST_EPSILON} exp(similarity / epsilon) leaves "
-            "the range of numbers"
-        )
-    if options.queue_length % context.world_size:
-        near = max(round(options.queue_length / context.world_size), 1) * context.world_size
-        raise ValueError(
-            f"swav.queue_length {options.queue_length} is not divisible by world size {context.world_size}; "
+            f"swav.queue_length {config.queue_length} is not divisible by world size {context.world_size}; "
             f"set it to {near}"
         )

@@ -1,17 +1,19 @@
-"""Engines: how a training step runs on many processes."""
+"""Engines: how one training step runs on many processes, see `engine`."""
 
+import importlib
+from collections.abc import Sequence
+
+from torch import nn
+
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.parallel.batchnorm import synchronise_batchnorm
-from selfmask_dist.parallel.build import ENGINES, build_engine
-from selfmask_dist.parallel.engine import Engine, EngineOptions
-from selfmask_dist.parallel.lost import is_lost_peer
+from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.trained import EngineState
-from selfmask_dist.parallel.world import START_TIMEOUT, World, join_world, set_timeout
+from selfmask_dist.parallel.world import START_TIMEOUT, World, is_lost_peer, join_world, set_timeout
 
 __all__ = [
-    "ENGINES",
     "START_TIMEOUT",
     "Engine",
-    "EngineOptions",
     "EngineState",
     "World",
     "build_engine",
@@ -20,3 +22,34 @@ __all__ = [
     "set_timeout",
     "synchronise_batchnorm",
 ]
+
+_CLASSES = {"ddp": "DDPEngine", "fsdp": "FSDPEngine", "bits": "BitsEngine", "deepspeed": "DeepSpeedEngine"}
+
+
+def build_engine(
+    module: nn.Module,
+    *,
+    encoder: nn.Module,
+    blocks: Sequence[str] = (),
+    world: World,
+    config: EngineConfig,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+) -> Engine:
+    """Return the engine `config.name` around a module; see `Engine` for the arguments. Collective.
+
+    Raises:
+        ValueError: this engine cannot run here.
+    """
+    # imported here: each engine pulls in a library of its own
+    engine_module = importlib.import_module(f"selfmask_dist.parallel.{config.name}")
+    kind: type[Engine] = getattr(engine_module, _CLASSES[config.name])
+    return kind(
+        module,
+        encoder=encoder,
+        blocks=blocks,
+        world=world,
+        config=config,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+    )

@@ -39,6 +39,7 @@ class NormStatistics:
             buffer.copy_(values.view_as(buffer))
 
     def state(self) -> dict[str, Tensor]:
+        """Return a copy of the statistics on the CPU, by name."""
         return {name: b.detach().cpu().clone() for name, b in self._buffers(training_only=False).items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -97,11 +98,12 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def synchronise_batchnorm(module: nn.Module) -> int:
-    """Make every BatchNorm2d of `module` normalise over the rows of all ranks; returns how many there are.
+    """Make every BatchNorm2d of `module` normalise over the rows of all ranks, and return how many there are.
 
     Raises:
         ValueError: a kind of batch normalisation that this cannot change.

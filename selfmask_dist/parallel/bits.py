@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfmask_dist.masking import Family, Segment, SegmentedParameter, Shards, select
-from selfmask_dist.parallel.engine import Engine
+from selfmask_dist.parallel.engine import Engine, reduce_dtype
 from selfmask_dist.parallel.world import World
 
 # torch 2.13 renamed these; the old names warn there. Delete when torch >= 2.13 is required.
@@ -54,7 +54,7 @@ class BitsEngine(Engine):
             )
             parameters = dict(model.named_parameters())
             chosen = {name: parameters[name] for name in names}
-            self._flat = FlatShards(chosen, self.world, bucket_mb=self.options.bucket_mb)
+            self._flat = FlatShards(chosen, self.world, bucket_mb=self.config.bucket_mb)
         return self._flat
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
@@ -65,7 +65,7 @@ class BitsEngine(Engine):
             _check_family(masks.family)
             assert self._flat is not None
             thetas = {entry.name: entry.theta for entry in masks.entries}
-            self._reducer = BucketReducer(self._flat, thetas, self.options.reduce_type())
+            self._reducer = BucketReducer(self._flat, thetas, reduce_dtype(self.config))
         return masks
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
@@ -106,7 +106,7 @@ class FlatShards(Shards):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, *, bucket_mb: float) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.buckets = _make_buckets(parameters, world.size, bucket_mb)
@@ -121,7 +121,7 @@ class FlatShards(Shards):
         self._table: Tensor | None = None
 
     def span(self, name: str) -> tuple[int, int]:
-        """Which elements of the flattened parameter this rank holds: (first, last + 1)."""
+        """Return which elements of the flattened parameter this rank holds: (first, last + 1)."""
         bucket = self.bucket_of[name]
         start, rank = bucket.offsets[name], self.world.rank
         low = min(max(rank * bucket.chunk - start, 0), self.sizes[name])
@@ -129,7 +129,7 @@ class FlatShards(Shards):
         return low, high
 
     def place_of(self, name: str) -> slice:
-        """Where this rank's piece lies in its bucket's chunk."""
+        """Return where this rank's piece lies in its bucket's chunk."""
         bucket, (low, high) = self.bucket_of[name], self.span(name)
         begin = bucket.offsets[name] + low - self.world.rank * bucket.chunk
         return slice(begin, begin + high - low) if high > low else slice(0, 0)
@@ -162,7 +162,7 @@ class FlatShards(Shards):
         threshold: float | None,
         mask_fn: Callable[[Segment], Tensor],
     ) -> Tensor:
-        """Gathers everyone's bits and sums together, so that sums cost no call of their own."""
+        """Gather everyone's bits and sums together, so that sums cost no call of their own."""
         num_bytes = len(self._scores) // _BITS
         payload = torch.cat(
             [pack(self._mask(entries, threshold, mask_fn)), sums.double().view(-1).view(torch.uint8)]
@@ -182,7 +182,7 @@ class FlatShards(Shards):
         threshold: float | None,
         mask_fn: Callable[[Segment], Tensor],
     ) -> Tensor:
-        """This rank's chunks of the mask, end to end."""
+        """Return this rank's chunks of the mask, end to end."""
         if threshold is not None:  # one comparison of all, as padding lies below every threshold
             return self._scores > threshold
         flat = torch.zeros(len(self._scores), dtype=torch.bool, device=self._scores.device)
@@ -222,7 +222,7 @@ class FlatShards(Shards):
             piece.mul_(scale)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        """Bytes -> 0 and 1 as uint8, eight for each byte."""
+        """Return the bits of bytes as 0 and 1 in uint8, eight for each byte."""
         if self._table is None:
             values = torch.arange(256, device=packed.device)
             self._table = ((values[:, None] >> torch.arange(_BITS, device=packed.device)) & 1).to(torch.uint8)
@@ -304,13 +304,13 @@ class BucketReducer:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Bools (a multiple of eight) -> bytes, the first bool in the lowest bit."""
+    """Return bools, of which there are a multiple of eight, as bytes; the first one is the lowest bit."""
     bits = mask.view(-1, _BITS).to(torch.uint8)
     return (bits << torch.arange(_BITS, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 def _make_buckets(parameters: Mapping[str, nn.Parameter], world_size: int, bucket_mb: float) -> list[Bucket]:
-    """Buckets of about `bucket_mb` in backward's order: the last parameters first."""
+    """Return buckets of about `bucket_mb` in the order of backward: the last parameters come first."""
     buckets: list[Bucket] = []
     offsets: dict[str, int] = {}
     length = first = 0

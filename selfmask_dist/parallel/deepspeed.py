@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selfmask_dist.common.optional import require
 from selfmask_dist.data import Batch
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
-from selfmask_dist.parallel.moving_average import Teacher
+from selfmask_dist.parallel.moving_average import MovingAverage
 from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
@@ -62,7 +63,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self._runner.optimizer
         self._make_momentum()
 
-    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> MovingAverage:
         raise ValueError(
             "engine.name=deepspeed lays parameters out in partitions of its own, and keeps no moving average "
             "of them (objective.name=moco_v2, moco_v3, dino); use engine.name=fsdp"
@@ -93,7 +94,7 @@ class DeepSpeedEngine(Engine):
         self._runner.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def _finish_backward(self) -> None:
-        """DeepSpeed has reduced everything."""
+        """Do nothing: DeepSpeed has reduced everything."""
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
         value = self._utils.safe_get_full_fp32_param(trained.tensor)
@@ -110,7 +111,7 @@ class DeepSpeedEngine(Engine):
         value = value.to(device)
         buffer = moments["momentum"].to(device) if "momentum" in moments else torch.zeros_like(value)
         self._set(parameter, value)
-        if self.options.zero_stage < 3:
+        if self.config.zero_stage < 3:
             self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
             return
         part = self._partition(parameter, buffer)
@@ -118,7 +119,7 @@ class DeepSpeedEngine(Engine):
 
     def _set(self, parameter: Any, value: Tensor) -> None:
         """Give a parameter a whole new value, in the optimizer's copy and in the model's own."""
-        if self.options.zero_stage < 3:
+        if self.config.zero_stage < 3:
             self._utils.safe_set_full_fp32_param(parameter, value)
             parameter.copy_(value)  # which would follow only with the next step
             return
@@ -127,13 +128,13 @@ class DeepSpeedEngine(Engine):
         parameter.ds_tensor.copy_(self._partition(parameter, value))
 
     def _partition(self, parameter: Any, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor under stage 3: all parts are equally long, the last one padded."""
+        """Return this rank's part of a tensor under stage 3: all are equally long, the last one is padded."""
         length: int = parameter.ds_tensor.numel()
         padding = length * self.world.size - whole.numel()
         return nn.functional.pad(whole.flatten(), (0, padding)).split(length)[self.world.rank]
 
     def refresh(self) -> None:
-        """Theta follows from the scores in every forward."""
+        """Do nothing: theta follows from the scores in every forward."""
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -157,24 +158,24 @@ class DeepSpeedEngine(Engine):
             return parameter.detach().clone()
 
     def _make_momentum(self) -> None:
-        """Zero momentum for every flat partition: the first step is then as with none.
+        """Give every flat partition a momentum of zero, with which the first step is as without one.
 
         DeepSpeed 0.19.8 links a parameter to its state after the first group's step, when the other groups
         have none yet, and later cannot find theirs.
         """
-        if self.options.zero_stage == 3:
+        if self.config.zero_stage == 3:
             partitions = self.optimizer.fp32_partitioned_groups_flat  # type: ignore[attr-defined]
         else:
             partitions = self.optimizer.single_partition_of_fp32_groups  # type: ignore[attr-defined]
         inner = self.optimizer.optimizer  # type: ignore[attr-defined]
         for partition in partitions:
             inner.state[partition][_MOMENTUM] = torch.zeros_like(partition)
-        if self.options.zero_stage != 3:
+        if self.config.zero_stage != 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
 
     def _make_config(self) -> dict[str, Any]:
-        micro_batch, parts = 1, self.options.accumulate
-        bucket = max(int(self.options.bucket_mb * 2**18), 1)  # in numbers
+        micro_batch, parts = 1, self.accumulate
+        bucket = max(int(self.config.bucket_mb * 2**18), 1)  # in numbers
         config: dict[str, Any] = {
             # only their product is checked: batches come from the loader
             "train_batch_size": micro_batch * parts * self.world.size,
@@ -182,9 +183,9 @@ class DeepSpeedEngine(Engine):
             "gradient_accumulation_steps": parts,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": self.options.clip_norm or 0.0,  # its default is to clip at 1
+            "gradient_clipping": self.clip_norm or 0.0,  # its default is to clip at 1
             "zero_optimization": {
-                "stage": self.options.zero_stage,
+                "stage": self.config.zero_stage,
                 "stage3_param_persistence_threshold": 0,
                 "reduce_bucket_size": bucket,
                 # by default it keeps up to a billion gathered weights: all of most backbones
@@ -193,7 +194,7 @@ class DeepSpeedEngine(Engine):
                 "stage3_max_reuse_distance": 0,
             },
         }
-        return _overlay(config, self.options.deepspeed)
+        return _overlay(config, self.config.deepspeed)
 
 
 def _overlay(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,16 +213,11 @@ def _import_deepspeed(device_type: str) -> Any:
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own use of torch
-            import deepspeed
-            import deepspeed.ops
-            import deepspeed.utils
-    except ImportError as error:
-        raise ValueError(
-            f"engine.name=deepspeed cannot import deepspeed: {error}; install it, or use engine.name=fsdp"
-        ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own use of torch
+        deepspeed = require("deepspeed", "deepspeed", needed_by="engine.name=deepspeed")
+        require("deepspeed.ops", "deepspeed")
+        require("deepspeed.utils", "deepspeed")
     if device_type == "cpu":
         # a shared-memory all-reduce that it would compile for a minute when it starts; gloo does without
         deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False

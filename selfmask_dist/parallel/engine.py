@@ -1,6 +1,6 @@
 """What an engine is: how one training step runs on many processes. One file per engine, chosen by its name.
 
-    engine = build_engine(module, encoder=..., blocks=..., world=world, options=options)   # wraps and shards
+    engine = build_engine(module, encoder=..., blocks=..., world=world, config=config)   # wraps and shards
     masks = engine.attach(encoder, attach, include="vit")            # or engine.free(encoder): train weights
     optimizer = SGD(masks.parameters(), ...)
     engine.start(optimizer)
@@ -14,18 +14,19 @@ any engine at any world size can load.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
-from selfmask_dist.parallel.moving_average import Teacher
+from selfmask_dist.parallel.moving_average import MovingAverage
 from selfmask_dist.parallel.trained import (
     ADAMW_SLOTS,
     MOMENTS,
@@ -37,29 +38,6 @@ from selfmask_dist.parallel.trained import (
 from selfmask_dist.parallel.world import World
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """The keys of the config's engine section that engines read, plus the step's own."""
-
-    name: str = "ddp"
-    precision: str = "float32"  # or bf16: forward under autocast; scores and weights stay float32
-    reduce_dtype: str = "float32"  # or bf16: how gradients travel (fsdp, bits)
-    compile: bool = False
-    checkpoint_activations: bool = False
-    reshard_after_forward: bool = True
-    shard_size: int | None = None
-    cpu_offload: bool = False
-    bucket_mb: float = 25.0
-    zero_stage: int = 2
-    deepspeed: Mapping[str, Any] = field(default_factory=dict)
-    accumulate: int = 1
-    clip_norm: float | None = None
-
-    def reduce_type(self) -> torch.dtype | None:
-        """The dtype that gradients are reduced in; None for their own."""
-        return torch.bfloat16 if self.reduce_dtype == "bf16" else None
-
-
 class Engine:
     """The replicated part that all engines share; a subclass says how the encoder is spread over ranks.
 
@@ -68,6 +46,8 @@ class Engine:
         encoder: the part of it that masks go on, already on its device (fsdp moves it there itself).
             Everything else is replicated.
         blocks: names of the encoder's repeated blocks, each wrapped by itself.
+        accumulate: micro-steps of a step.
+        clip_norm: the largest L2 norm of a step's gradient; None for any.
     """
 
     def __init__(
@@ -77,26 +57,30 @@ class Engine:
         encoder: nn.Module,
         blocks: Sequence[str],
         world: World,
-        options: EngineOptions,
+        config: EngineConfig,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
     ) -> None:
         self.module = module
         self.encoder = encoder
         self.world = world
-        self.options = options
+        self.config = config
+        self.accumulate = accumulate
+        self.clip_norm = clip_norm
         self.masks: dict[str, Any] = {}  # by the name of the model they are on
         self.trained: dict[str, TrainedParameter] = {}
         self.optimizer: Optimizer
-        self.teacher: Teacher | None = None
+        self.teacher: MovingAverage | None = None
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
-        _prepare_blocks(encoder, blocks, options)
+        _prepare_blocks(encoder, blocks, config)
         self._spread(blocks)
 
     # ---- setting up
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
-        """Masks on the encoder or on another part of the module. Collective: every rank must call.
+        """Put masks on the encoder or on another part of the module. Collective: every rank must call.
 
         Args:
             attach_fn: `masking.attach` or a subclass's; gets `options`.
@@ -106,7 +90,7 @@ class Engine:
         return masks
 
     def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
-        """Make weights of `model` trainable, all of them or those of these names; returns them."""
+        """Make weights of `model` trainable, all of them or those of these names, and return them."""
         found = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(names is None or name in names)
@@ -114,7 +98,7 @@ class Engine:
         return found
 
     def keep_unit_rows(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replicated parameters whose rows are put back to unit length after each step (prototypes)."""
+        """Put the rows of these replicated parameters, such as prototypes, to unit length after each step."""
         self._unit_rows = parameters
 
     def start(self, optimizer: Optimizer) -> None:
@@ -126,7 +110,7 @@ class Engine:
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
-    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> Teacher:
+    def keep_teacher(self, heads: Sequence[nn.Parameter]) -> MovingAverage:
         """Keep a moving average of what is trained of the encoder, and of these parameters. After `start`."""
         inside = f"{self._name_of(self.encoder)}."
         chosen = {id(parameter) for parameter in heads}
@@ -136,17 +120,17 @@ class Engine:
             if name.startswith(inside) or id(trained.tensor) in chosen
         }
         statistics = {f"{inside}{name}": buffer for name, buffer in norm_statistics(self.encoder)}
-        teacher = self.teacher = Teacher(kept, statistics, self.refresh)
+        teacher = self.teacher = MovingAverage(kept, statistics, self.refresh)
         self.optimizer.register_step_post_hook(lambda *_: teacher.update())
         return teacher
 
     # ---- a step
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the global loss; returns this rank's share of each metric. Collective."""
+        """Compute gradients of the global loss, and return this rank's share of each metric. Collective."""
         metrics: dict[str, Tensor] = {}
         self._statistics.broadcast(self.world)
-        micro_batches = split_batch(batch, self.options.accumulate)
+        micro_batches = split_batch(batch, self.accumulate)
         for index, micro_batch in enumerate(micro_batches):
             self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
             with self._autocast():
@@ -159,8 +143,8 @@ class Engine:
 
     def step(self) -> None:
         """Clip, step the optimizer, rewrite theta, clear gradients. Collective: every rank must call."""
-        if self.options.clip_norm is not None:
-            self.clip(self.options.clip_norm)
+        if self.clip_norm is not None:
+            self.clip(self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._normalise_rows()
@@ -172,7 +156,7 @@ class Engine:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients down to one global L2 norm; returns the norm before. Collective."""
+        """Scale all gradients down to one global L2 norm, and return the norm before. Collective."""
         squares: dict[bool, list[Tensor]] = {False: [], True: []}
         shards, grads = Shards(), []
         for trained in self.trained.values():
@@ -194,7 +178,7 @@ class Engine:
     # ---- state
 
     def state(self) -> EngineState:
-        """What is trained, whole, by parameter name. Collective: every rank must call."""
+        """Return what is trained, whole, by parameter name. Collective: every rank must call."""
         parameters: dict[str, Tensor] = {}
         moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
         for name, trained in self.trained.items():
@@ -227,7 +211,7 @@ class Engine:
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The encoder's tensors as they stand, whole, by name: all, or those of these names.
+        """Return the encoder's tensors as they stand, whole, by name: all, or those of these names.
 
         Collective: every rank must call.
         """
@@ -276,7 +260,7 @@ class Engine:
         return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
 
     def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
-        """A trained tensor and what the optimizer keeps of it, whole, by the names of `EngineState`."""
+        """Return a trained tensor and the optimizer's state of it, whole, by the names of `EngineState`."""
         own = self.optimizer.state.get(trained.tensor, {})
         moments = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
         return trained.whole(trained.tensor), {
@@ -300,14 +284,14 @@ class Engine:
     # ---- shared parts
 
     def _autocast(self) -> torch.autocast:
-        is_bf16 = self.options.precision == "bf16"
+        is_bf16 = self.config.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _name_of(self, model: nn.Module) -> str:
         return next(name for name, module in self.module.named_modules() if module is model)
 
     def _find_trained(self, optimizer: Optimizer) -> dict[str, TrainedParameter]:
-        """What the optimizer holds, by name: scores under their parameter's name, the rest under its own."""
+        """Return what the optimizer holds: scores by their parameter's name, the rest by their own."""
         held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         found: dict[str, TrainedParameter] = {}
         for prefix, masks in self.masks.items():
@@ -334,8 +318,13 @@ class Engine:
         return found
 
 
+def reduce_dtype(config: EngineConfig) -> torch.dtype | None:
+    """Return the dtype that gradients are reduced in; None for their own."""
+    return torch.bfloat16 if config.reduce_dtype == "bf16" else None
+
+
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
+    """Return micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
     if parts == 1:
         return [batch]
     views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
@@ -360,14 +349,14 @@ def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
-def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], options: EngineOptions) -> None:
-    """Activation checkpointing, then compilation, block by block (the whole encoder where it has none)."""
+def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], config: EngineConfig) -> None:
+    """Checkpoint activations, then compile, block by block; where there are no blocks, the whole encoder."""
     for name in blocks or ("",):
         block = encoder.get_submodule(name)
         # on the instance's forward, not the module: names of parameters stay, hooks stay outside the graph
-        if options.checkpoint_activations:
+        if config.checkpoint_activations:
             block.forward = _checkpointed(block.forward)
-        if options.compile:
+        if config.compile:
             block.forward = torch.compile(block.forward)
 
 

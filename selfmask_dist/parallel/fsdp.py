@@ -28,30 +28,30 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from selfmask_dist.masking import Shards
-from selfmask_dist.parallel.engine import Engine
+from selfmask_dist.parallel.engine import Engine, reduce_dtype
 
 
 class FSDPEngine(Engine):
     """See `Engine`. Needs a process group, of one process too."""
 
     def _spread(self, blocks: Sequence[str]) -> None:
-        self._mesh = _make_mesh(self.world.size, self.options.shard_size, self.world.device.type)
+        self._mesh = _make_mesh(self.world.size, self.config.shard_size, self.world.device.type)
         self._row_shards = RowShards(self._mesh, self.world.device)
-        is_bf16 = self.options.precision == "bf16"
+        is_bf16 = self.config.precision == "bf16"
         is_cuda = self.world.device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=is_cuda) if self.options.cpu_offload else OffloadPolicy()
+        offload = CPUOffloadPolicy(pin_memory=is_cuda) if self.config.cpu_offload else OffloadPolicy()
         shared: dict[str, Any] = {"mesh": self._mesh, "offload_policy": offload}
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if is_bf16 else None,
             # without one FSDP2 would reduce in param_dtype
-            reduce_dtype=self.options.reduce_type() or (torch.float32 if is_bf16 else None),
+            reduce_dtype=reduce_dtype(self.config) or (torch.float32 if is_bf16 else None),
         )
         for name in blocks:
             block = self.encoder.get_submodule(name)
             _widen(block)
             fully_shard(
                 block,
-                reshard_after_forward=self.options.reshard_after_forward,
+                reshard_after_forward=self.config.reshard_after_forward,
                 mp_policy=policy,
                 **shared,
             )
@@ -91,14 +91,17 @@ class FSDPEngine(Engine):
 
 
 def _widen(module: nn.Module) -> None:
-    """Half-precision weights, as a file may hold them, become float32; called before each block is cut."""
+    """Turn half-precision weights, which a file may hold, into float32. Called before each block is cut."""
     for parameter in module.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
 
 
 def _owning(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward whose output is no view: an in-place operation on a view would drop FSDP2's backward hook."""
+    """Return a forward whose output is no view.
+
+    An in-place operation on a view would drop the hook by which FSDP2 learns of backward.
+    """
 
     def owning_forward(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
@@ -116,7 +119,7 @@ class RowShards(Shards):
         self._group = mesh.get_group(mesh.ndim - 1)
         self._rank = dist.get_rank(self._group)
         self._size = dist.get_world_size(self._group)
-        self.place, self.num_places = self._rank, self._size
+        self.piece_index, self.num_pieces = self._rank, self._size
         self.copies = mesh.size() // self._size
         self._device = device
         self._like: dict[str, DTensor] = {}  # each parameter's frozen weight, for its placement

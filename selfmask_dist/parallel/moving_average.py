@@ -20,8 +20,8 @@ from torch import Tensor
 from selfmask_dist.parallel.trained import TrainedParameter
 
 
-class Teacher:
-    """Made by `Engine.keep_teacher`.
+class MovingAverage:
+    """A moving average of what is trained; `Engine.keep_teacher` makes it.
 
     Args:
         trained: what it averages, by name.
@@ -52,8 +52,9 @@ class Teacher:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within it, encoder and heads compute as the teacher's; gradients make no sense there. Collective:
-        every rank must enter and leave.
+        """Let encoder and heads compute as the teacher's inside the context, where gradients make no sense.
+
+        Collective: every rank must enter and leave.
         """
         self._change_places()
         try:
@@ -74,7 +75,7 @@ class Teacher:
                 average.mul_(m).add_(trained, alpha=1 - m)
 
     def state(self) -> dict[str, Tensor]:
-        """Averages and statistics, whole and on the CPU, by name. Collective: every rank must call."""
+        """Return averages and statistics, whole and on the CPU, by name. Collective: every rank must call."""
         averages = {name: one.whole(self._averages[name]) for name, one in self._trained.items()}
         return averages | {name: buffer.cpu().clone() for name, buffer in self._statistics.items()}
 

@@ -20,12 +20,12 @@ class TrainedParameter:
     first_row: int = 0
 
     def piece(self, tensor: Tensor) -> Tensor:
-        """This process's part of this parameter, or of something that lies like it, sharing its storage."""
+        """Return this process's part of this parameter, or of a tensor cut like it; the storage is shared."""
         return self.shards.piece(self.name, tensor.detach())
 
     @torch.no_grad()
     def whole(self, tensor: Tensor) -> Tensor:
-        """The whole of this parameter, or of something shaped like it, on the CPU. Collective."""
+        """Return the whole of this parameter, or of a tensor cut like it, on the CPU. Collective."""
         return self.shards.whole(self.name, tensor.detach()).cpu().clone()
 
     @torch.no_grad()

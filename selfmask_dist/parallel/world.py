@@ -18,6 +18,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 _CPU = torch.device("cpu")
+# torch gives gloo's errors no type of their own, so they are known by their words
+_GLOO = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "No route to host",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "Socket closed",
+)
+_OWN_FAULTS = ("invalid usage", "invalid argument")  # what NCCL says of a program that is wrong
 START_TIMEOUT = timedelta(minutes=30)  # building, compiling and meeting take their time
 
 
@@ -47,6 +59,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Say whether this process is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -56,8 +69,9 @@ class World:
         return tensor
 
     def sum_with_gradient(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, which gradients pass: theirs is summed over ranks as well. Collective, in
-        forward and in backward.
+        """Return the sum over all ranks; the gradient that comes back is summed over ranks as well.
+
+        Collective, in forward and in backward: every rank must call.
         """
         if self.size == 1:
             return tensor
@@ -65,7 +79,8 @@ class World:
         return summed
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r.
+        """Send row r of a tensor (size, ...) to rank r, and return the rows (size, ...) that ranks sent here.
+
         Collective: every rank must call.
         """
         if self.size == 1:
@@ -75,7 +90,7 @@ class World:
         return received
 
     def barrier(self) -> None:
-        """Collective: every rank must call."""
+        """Wait for all ranks. Collective: every rank must call."""
         if self.size > 1:
             dist.barrier()
 
@@ -129,7 +144,7 @@ def join_world(
 
 
 def set_timeout(timeout: timedelta) -> None:
-    """How long collectives wait for the other processes from now on, in every group this one is in.
+    """Set how long collectives wait for other processes from now on, in every group this one is in.
 
     Give all processes the same, at about the same time.
     """
@@ -139,19 +154,31 @@ def set_timeout(timeout: timedelta) -> None:
 
 
 def group_of(num_groups: int) -> int:
-    """Which of `num_groups` groups this process belongs to."""
+    """Return which of `num_groups` groups this process belongs to."""
     size, rank, _ = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
     return rank * num_groups // size
 
 
 def num_processes() -> int:
-    """Of the whole run."""
+    """Return the number of processes of the whole run."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Return whether `error` only says that another process, or the network, is gone.
+
+    Where a peer is killed, hangs or cannot be reached, a collective (or the first meeting) fails here with an
+    error that names no cause. It says nothing against the run, which may be started again.
+    """
+    text = str(error)
+    if isinstance(error, dist.DistError):  # NCCL, and the store at which processes meet
+        return not any(fault in text.lower() for fault in _OWN_FAULTS)
+    return isinstance(error, RuntimeError) and any(words in text for words in _GLOO)
 
 
 @functools.cache
 def _meeting_place(timeout: timedelta) -> dist.Store:
-    """The store that all processes of the run reach, for as long as they live."""
+    """Return the store that all processes of the run reach, for as long as they live."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return store
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from selfmask_dist import data
 from selfmask_dist.backbones.weights import interpolate, write
 from selfmask_dist.common.names import HEAD
+from selfmask_dist.common.plots import pyplot
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
@@ -113,7 +114,7 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     points = [Point(point["alpha"], point["held_out"]) for point in curve]
     alpha = best_point(points, key).alpha
     path = chain.once("chosen.safetensors", interpolate, first, second, alpha)
-    chain.file("curve.png", lambda file: draw_curve(curve, key, alpha, file))
+    chain.picture("curve.png", lambda file: draw_curve(curve, key, alpha, file))
     return {
         "alpha": alpha,
         "chosen_by": key,
@@ -153,11 +154,7 @@ def _measure(
 
 def draw_curve(curve: list[dict[str, Any]], key: str, chosen: float, path: Path) -> None:
     """Write the picture: every measure along the line, of held-out images dashed, of test images whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     alphas = [point["alpha"] for point in curve]
     for number, name in enumerate(curve[0]["test"]):

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 from tqdm import tqdm
 
 from selfmask_dist.common import names
+from selfmask_dist.common.optional import require
 
 
 class MetricsWriter:
@@ -51,8 +52,7 @@ class MetricsWriter:
         self._metrics = _Lines(directory / names.METRICS)
         self._events = _Lines(directory / names.EVENTS)
         if wandb_mode != "off":
-            import wandb
-
+            wandb = require("wandb", "wandb", needed_by=f"run.wandb={wandb_mode}")
             self._wandb = wandb.init(
                 project=wandb_project,
                 mode=wandb_mode,

@@ -20,7 +20,7 @@ from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.runs.context import RunContext
-from selfmask_dist.training.build import build_objective, engine_options, lora_options, train_transform
+from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
@@ -130,18 +130,17 @@ def _open_quarantine(config: Config, context: RunContext, train: data.Source) ->
 def _open_loader(
     config: Config, context: RunContext, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
 ) -> data.BatchLoader:
-    return data.train_loader(
+    loader = data.train_loader(
         train,
         train_transform(config, backbone.spec.preprocessing),
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
         rank=context.world.rank,
         world_size=context.world.size,
-        num_workers=config.engine.workers,
-        worker_kind=config.engine.worker_kind,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
-        captions=config.objective.name in WITH_CAPTIONS,
     )
+    return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
 
 def _build(
@@ -167,7 +166,9 @@ def _build(
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world,
-        options=engine_options(config),
+        config=config.engine,
+        accumulate=config.train.accumulate,
+        clip_norm=config.optim.clip_norm,
     )
     return objective, engine
 

@@ -4,7 +4,7 @@ Wiring without an order of events (that is `adapt`); each function is also of us
 its own. What trains is made by `prepare`.
 """
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
-from selfmask_dist.parallel import EngineOptions
-from selfmask_dist.training.objective_options import objective_options
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -128,7 +126,7 @@ def build_objective(
     context: objectives.Context,
     *,
     steps_per_epoch: int,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    teacher: objectives.LogitsFn | None = None,
 ) -> objectives.Objective:
     """Return the objective with a new head for `classes`, on the CPU.
 
@@ -136,34 +134,10 @@ def build_objective(
         teacher: images (n, 3, H, W) -> logits (n, classes), for a run that trains with
             `objective.distill_from`; None where the objective is only asked to predict.
     """
-    options = objective_options(config, steps_per_epoch=steps_per_epoch)
-    if teacher is not None:
-        options["distillation"] = objectives.Distillation(
-            teacher,
-            weight=config.objective.distill_weight,
-            temperature=config.objective.distill_temperature,
-        )
+    num_steps = round(config.train.epochs * steps_per_epoch)
+    context = replace(context, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     return objectives.build_objective(
-        config.objective.name, backbone=backbone, classes=classes, context=context, **options
-    )
-
-
-def engine_options(config: Config) -> EngineOptions:
-    section = config.engine
-    return EngineOptions(
-        name=section.name,
-        precision=section.precision,
-        reduce_dtype=section.reduce_dtype,
-        compile=section.compile,
-        checkpoint_activations=section.checkpoint_activations,
-        reshard_after_forward=section.reshard_after_forward,
-        shard_size=section.shard_size,
-        cpu_offload=section.cpu_offload,
-        bucket_mb=section.bucket_mb,
-        zero_stage=section.zero_stage,
-        deepspeed=section.deepspeed,
-        accumulate=config.train.accumulate,
-        clip_norm=config.optim.clip_norm,
+        config, backbone=backbone, classes=classes, context=context, distill_teacher=teacher
     )
 
 

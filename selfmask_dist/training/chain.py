@@ -9,6 +9,7 @@ neither procedures nor cascades.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfmask_dist.common.files import replacing, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
 from selfmask_dist.parallel import World
@@ -71,6 +73,14 @@ class Chain:
                 write_fn(partial)
         self._world.barrier()
         return path
+
+    def picture(self, name: str, draw_fn: Callable[[Path], Any]) -> None:
+        """Draw a picture as `file` writes one; where nothing can be drawn, say so and leave it out."""
+        if reason := why_no_pictures():
+            if self._world.is_main:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+            return
+        self.file(name, draw_fn)
 
     def once(self, name: str, make_fn: Callable[..., Tensors], *arguments: Any, **options: Any) -> Path:
         """Have the main process make a file of tensors where it is not there yet; return its path."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach
-from selfmask_dist.parallel import EngineOptions, EngineState, build_engine
+from selfmask_dist.parallel import EngineState, build_engine
 from tests.backbones.test_backbones import CLIP_KWARGS, VIT_KWARGS
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Step, batch_of, world_here
@@ -160,7 +161,7 @@ def train(family: str, path: str, in_file: bool) -> tuple[list[float], EngineSta
         encoder=backbone.encoder,
         blocks=backbone.spec.blocks,
         world=world_here(),
-        options=EngineOptions(name="fsdp"),
+        config=EngineConfig(name="fsdp"),
     )
     assert mapped_bytes(backbone.encoder, Path(path)) == 0, "nothing of it is left when it is cut"
     masks = engine.attach(backbone.encoder, attach, include=FAMILIES[family][2])

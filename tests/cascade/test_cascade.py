@@ -21,7 +21,7 @@ from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import load_config
-from selfmask_dist.config.selfsupervised import Combining
+from selfmask_dist.config.procedures import Combining
 from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
@@ -341,6 +341,7 @@ def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_cascade_stopped_in_every_stage_ends_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
     """One signal to one of two processes in each stage; the launcher starts them again."""
@@ -375,7 +376,6 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
 ) -> None:
     from selfmask_dist import cli
     from selfmask_dist.cli.eval import subject as subject_module
-    from selfmask_dist.cli.eval.results import read_results
 
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("no model and no picture is needed")
@@ -387,7 +387,7 @@ def test_the_table_of_the_run_comes_out_of_its_stores_alone(
         assert cli.main(["eval", str(directory), "knn", "probe", "--k", "5"]) == 0
     of_run = json.loads((cascade / "views.json").read_text())
     for kind, column in (("knn", "knn5"), ("probe", "probe")):
-        rows = read_results(directory / "eval" / f"{kind}.json")["rows"]
+        rows = json.loads((directory / "eval" / f"{kind}.json").read_text())["rows"]
         assert {row["name"]: row["values"][column] for row in rows} == {
             name: values[column] for name, values in of_run.items()
         }

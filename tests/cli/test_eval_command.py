@@ -9,7 +9,7 @@ import pytest
 
 from selfmask_dist.cli import main
 from selfmask_dist.cli.eval import subject as subject_module
-from selfmask_dist.cli.eval.results import Results, Row, format_table, read_results
+from selfmask_dist.cli.eval.results import Results, Row, format_table
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
@@ -46,7 +46,9 @@ def a_run(finished: Path, tmp_path: Path) -> Path:
 
 
 def result(path: Path, kind: str) -> dict[str, Any]:
-    return read_results(path / "eval" / f"{kind}.json")
+    found: dict[str, Any] = json.loads((path / "eval" / f"{kind}.json").read_text())
+    assert found["version"] == 1
+    return found
 
 
 def rows(path: Path, kind: str) -> dict[str, dict[str, float]]:

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from selfmask_dist import cli
 from selfmask_dist.cli.report import paper
-from selfmask_dist.cli.report.charts import thinned, ticks
-from selfmask_dist.cli.report.markup import Html, join, tag
+from selfmask_dist.cli.report.charts import Series, dendrogram, line_chart
+from selfmask_dist.cli.report.parts import in_order
 from selfmask_dist.cli.report.reading import read_run
 from selfmask_dist.cli.train import run
-from selfmask_dist.common.text import NONE, compact, duration, size
+from selfmask_dist.common.text import NONE, compact, duration, percent, size
 from selfmask_dist.config import load_config
 from selfmask_dist.training.build import build_backbone
 from tests.support import chromium
@@ -70,9 +70,9 @@ def check_stands_alone(text: str) -> None:
         r"<(td|pre|title|p|li|th)\b[^>]*>[^<]*", "<", text
     )  # what is merely written may say anything
     assert "<script" not in text.lower()
-    assert not re.search(r"https?:|//|@import|url\(", re.sub(r'src="data:[^"]*"', "", markup))
+    assert not re.search(r"https?:|//|@import|url\((?!#)", re.sub(r'src="data:[^"]*"', "", markup))
     for name, value in re.findall(r'\b(src|href|srcset|action|data|poster)="([^"]*)"', text):
-        assert value.startswith("data:image/png;base64,"), (name, value[:80])
+        assert value.startswith(("data:image/png;base64,", "#")), (name, value[:80])
 
 
 def broken_copy(run_folder: Path, path: Path, **files: str | None) -> Path:
@@ -124,7 +124,7 @@ def test_several_runs_stand_side_by_side(plain: Path, other_seed: Path, tmp_path
     keys = re.findall(r'<th scope="row">([^<]*)', differ[: differ.index("</table>")])
     assert keys == ["seed", "run.name"]
     assert "seeds of plain" in text
-    assert text.count('<polyline points="') >= 2 * 8
+    assert text.count("<g><title>plain</title><path") == text.count("<g><title>other</title><path") >= 8
     assert "<title>plain, other - selfmask report</title>" in text
 
 
@@ -138,7 +138,8 @@ def test_a_cascade_has_its_stages_clusters_and_picture(cascade: Path, tmp_path: 
     for images in sizes:
         assert f'<td class="n">{images}</td>' in text
     assert "experts of cascade" in text
-    assert "bits that are not the dispatcher&#x27;s" in text
+    assert "bits that are not the dispatcher&#39;s" in text
+    assert "<dt>k-NN (5), unconditional</dt>" in text, "the headline says whose number it is"
 
 
 def test_a_run_that_failed_at_once_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +236,34 @@ def test_what_eval_left_is_shown(plain: Path, tmp_path: Path) -> None:
     assert part.count("data:image/png") == 1, "no picture from outside of the run"
 
 
+def test_evaluations_show_no_internals_and_no_share_as_zero(plain: Path, tmp_path: Path) -> None:
+    copy = broken_copy(plain, tmp_path / "evaluated")
+    (copy / "eval").mkdir()
+    knn = {
+        "kind": "knn",
+        "columns": ["knn20", "knn1", "knn5"],
+        "settings": {"k": [1, 5, 20]},
+        "baseline": "frozen",
+    }
+    masks = {"kind": "masks", "columns": ["pruned"], "settings": {"lower_is_better": []}}
+    free = {"kind": "labelfree", "columns": ["mean cosine"], "settings": {"k": 5, "not_accuracies": True}}
+    for found, values in (
+        (knn, {"knn20": 0.5, "knn1": 0.25, "knn5": 0.75}),
+        (masks, {"pruned": 0.0004}),
+        (free, {"mean cosine": 0.0004}),
+    ):
+        rows = [{"name": "masked", "values": values, "spread": {}}]
+        (copy / "eval" / f"{found['kind']}.json").write_text(json.dumps({**found, "rows": rows}))
+    text = report(copy, out=tmp_path / "report.html")
+    part = text[text.index("<h2>Evaluations</h2>") : text.index("<h2>Curves</h2>")]
+    assert "(k 1, 5, 20)" in part
+    assert re.findall(r">(k-NN [^<]*)</th>", part) == ["k-NN (1)", "k-NN (5)", "k-NN (20)"]
+    assert "<b>masks</b> of evaluated</caption>" in part
+    assert "0.04 %" in part
+    assert "4.00e-04" in part
+    assert "accuracies" not in part
+
+
 def test_names_are_text_and_never_markup(plain: Path, tmp_path: Path) -> None:
     name = "a<b>&\"'<script>x"
     copy = broken_copy(plain, tmp_path / name)
@@ -304,13 +333,6 @@ def test_the_papers_number_stands_beside_its_own_setting_only(tmp_path: Path) ->
 # ---- the parts
 
 
-def test_markup_escapes_everything_but_markup() -> None:
-    assert tag("p", "<b>", Html("<i></i>"), 3, None, ["&"], title='"x"') == (
-        '<p title="&quot;x&quot;">&lt;b&gt;<i></i>3&amp;</p>'
-    )
-    assert join("a", [tag("br")]) == "a<br>"
-
-
 def test_numbers_read_well() -> None:
     assert [size(n) for n in (0, 1023, 1024, 17_714, 5 * 2**30, None)] == [
         "0 B", "1,023 B", "1.0 KiB", "17.3 KiB", "5.0 GiB", NONE,
@@ -318,6 +340,8 @@ def test_numbers_read_well() -> None:
     assert [duration(s) for s in (0.0123, 9.96, 61, 3700, 90_000, None)] == [
         "12 ms", "10.0 s", "1 min 01 s", "1 h 01 min", "1 d 1 h", NONE,
     ]  # fmt: skip
+    shares = [percent(x) for x in (0, 0.5, 0.0004, 1e-7, 0.00051)]
+    assert shares == ["0.0 %", "50.0 %", "0.04 %", "1e-05 %", "0.1 %"]
     written = [compact(x) for x in (0, 0.1234567, 1234.5, 1e-7, float("nan"))]
     assert written == ["0", "0.1235", "1,234", "1.00e-07", NONE]
 
@@ -326,21 +350,56 @@ def test_numbers_read_well() -> None:
     "span", [(0, 1), (0.03, 0.031), (-5, 12000), (7, 7), (0, 0), (1e-9, 3e-9), (99.5, 100)]
 )
 def test_ticks_are_round_and_enclose(span: tuple[float, float]) -> None:
-    found = ticks(*span)
+    chart = line_chart(
+        [Series("a", [(0.0, span[0]), (9.0, span[1])])], title="x", format_fn=lambda y: f"y{y!r}"
+    )
+    found = [float(text) for text in re.findall(r">y([^<]+)</text>", chart.svg)]
     assert 2 <= len(found) <= 8
     assert found[0] <= span[0] and span[1] <= found[-1]  # noqa: PT018
     steps = {round((b - a) / (found[1] - found[0]), 6) for a, b in itertools.pairwise(found)}
     assert steps == {1.0}
 
 
-def test_thinning_keeps_peaks_and_ends() -> None:
-    points = [(float(i), 0.0) for i in range(10_000)]
-    points[4321] = (4321.0, 9.0)
+def _heights(svg: str) -> list[float]:
+    """Of the points of the one curve in a chart, from its top."""
+    (path,) = re.findall(r"<title>a</title><path d=\"([^\"]*)\"", svg)
+    return [float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", path)]
+
+
+def test_long_curves_are_thinned_and_keep_peaks() -> None:
+    points = [(float(i), 0.0) for i in range(100_000)]
+    points[43210] = (43210.0, 9.0)
     points[777] = (777.0, -3.0)
-    found = thinned(points)
-    assert len(found) <= 300
-    assert {points[0], points[-1], points[4321], points[777]} <= set(found)
-    assert found == sorted(found)
+    svg = line_chart([Series("a", points)], title="x", format_fn=str).svg
+    assert len(svg) < 20_000
+    heights = _heights(svg)
+    # the same scale: -5 to 10
+    assert min(heights) == pytest.approx(8 + 138 / 15, abs=0.1)
+    assert max(heights) == pytest.approx(8 + 138 * 13 / 15, abs=0.1)
+
+
+def test_charts_are_the_same_bytes_each_time_and_take_the_pages_colours() -> None:
+    series = [
+        Series(f"run {i}", [(1.0, 0.1 * i), (2.0, 0.3)], i, baseline=0.2, marks=(1.5,)) for i in range(10)
+    ]
+    first, second = (line_chart(series, title="Loss", format_fn=str) for _ in range(2))
+    assert first == second
+    tree = dendrogram([(0, 1, 0.25, 2)], [1, 0], ["a $x$ <b>", "c"])
+    assert "a $x$ &lt;b&gt;" in tree.svg
+    assert "went on at step 2" in first.svg
+    assert "run 9: frozen backbone" in first.svg
+    for svg in (first.svg, tree.svg):
+        assert not re.search(r"#[0-9a-f]{6}", svg), "a colour that does not follow the page"
+        assert not re.search(r"xmlns|https?:|<!--|<metadata", svg)
+        assert svg.startswith("<svg viewBox")
+        assert svg.endswith("</svg>")
+    # the baseline is dashed and the mark dotted, in one pattern each
+    assert len(set(re.findall(r"stroke-dasharray: ([^;]+);[^>]*var\(--faint\)", first.svg))) == 1
+
+
+def test_measures_stand_in_the_order_of_k() -> None:
+    columns = ["probe", "knn20", "knn1", "knn200", "knn5", "knn20 balanced", "head"]
+    assert in_order(columns) == ["knn1", "knn5", "knn20", "knn200", "knn20 balanced", "probe", "head"]
 
 
 # ---- in a browser

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
 
 from selfmask_dist.config import Config, ConfigError, describe, load_config, to_yaml
 from selfmask_dist.config import help as config_help
@@ -210,8 +210,11 @@ def test_strings_arrive_unchanged(text: str) -> None:
     assert load_config(None, [f"run.name={config_yaml.flow(text)}"]).run.name == text
 
 
-def test_a_saved_config_holds_every_key_for_any_yaml_reader() -> None:
-    saved = yaml.safe_load(to_yaml(load_config(None, ["run.wandb=off", "run.name=no"])))
+@pytest.mark.parametrize("version", [(1, 1), (1, 2)])
+def test_a_saved_config_holds_every_key_for_any_yaml_reader(version: tuple[int, int]) -> None:
+    reader = YAML(typ="safe", pure=True)
+    reader.version = version
+    saved = reader.load(to_yaml(load_config(None, ["run.wandb=off", "run.name=no"])))
     held = {f"{name}.{key}" for name, value in saved.items() if isinstance(value, dict) for key in value}
     assert {*held, *(name for name, value in saved.items() if not isinstance(value, dict))} == set(FIELDS)
     assert (saved["run"]["wandb"], saved["run"]["name"]) == ("off", "no")
@@ -371,10 +374,8 @@ def test_files_that_are_not_a_configuration(write, text: str, line: int, message
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert (
-        error_of(tmp_path / "none.yaml")
-        == f"{tmp_path}/none.yaml: cannot read the configuration: no such file"
-    )
+    missing = error_of(tmp_path / "none.yaml")
+    assert missing.startswith(f"{tmp_path}/none.yaml: cannot read the configuration: no such file, and none")
     assert "cannot read" in error_of(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("run: {name: é}".encode("latin-1"))
     assert "UTF-8" in error_of(tmp_path / "latin.yaml")

@@ -183,3 +183,11 @@ def test_memory_file_system_in_ranges() -> None:
     from selfmask_dist.data.remote import RangeStorage
 
     assert RangeStorage(["memory://set/a.tar"]).read_many([0], [20], [3]) == [bytes([20, 21, 22])]
+
+
+def test_a_protocol_without_its_library_is_told_with_the_command_that_brings_it() -> None:
+    fsspec.register_implementation(
+        "absent", "absent_library.Files", errtxt="Install absent_library to read absent://", clobber=True
+    )
+    with pytest.raises(ValueError, match=r"absent://a.* Install absent_library .* 'fsspec\[absent\]'`"):
+        open_source("absent://a/b")

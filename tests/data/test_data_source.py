@@ -188,7 +188,7 @@ def test_links_and_compressed_tars_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_to_open(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \*\.tar in this folder.*data_prep/image_folder\.py"):
+    with pytest.raises(ValueError, match=r"no \*\.tar in this folder.*selfmask data convert folder"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match="no such file or folder"):
         open_source(tmp_path / "absent-*.tar")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import csv_manifest, image_folder, inaturalist, shards, sun397
+from data_prep import csv_manifest, image_folder, inaturalist, sun397, writer
 from data_prep.image_folder import convert_image_folder
 from selfmask_dist.data import open_source
 from tests.support.published_trees import contents, inat, sun, tree
@@ -21,12 +21,12 @@ from tests.support.published_trees import contents, inat, sun, tree
 ROOT = Path(image_folder.__file__).parents[1]
 SLOW = """
 import importlib, sys, time
-from data_prep import shards
-encode = shards._encode
+from data_prep import writer
+encode = writer._encode
 def slow(*arguments):
     time.sleep(0.05)
     return encode(*arguments)
-shards._encode = slow
+writer._encode = slow
 sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
 """
 
@@ -94,13 +94,13 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert not list(out.rglob("shard-*")), "nothing is to be seen before all is there"
     finished = len(list(out.rglob(".shard-*.tar.report")))
     encoded: list[object] = []
-    encode = shards._encode
+    encode = writer._encode
 
     def counting(*given: Any) -> Any:
         encoded.append(given)
         return encode(*given)
 
-    monkeypatch.setattr(shards, "_encode", counting)
+    monkeypatch.setattr(writer, "_encode", counting)
     assert module.main(command(out)) == 0
     splits = [path.name for path in whole.iterdir()]
     total = sum(len(open_source(out / split)) for split in splits)

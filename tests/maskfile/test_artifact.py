@@ -23,12 +23,13 @@ from selfmask_dist.maskfile import (
     write_mask_file,
 )
 from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
+from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make
 
 
-def trained(family: str, **options) -> tuple[nn.Module, nn.Module, Masks]:
+def trained(architecture: str, /, **options) -> tuple[nn.Module, nn.Module, Masks]:
     """(the untouched backbone, the masked model, its masks) with about a third pruned."""
-    model, preset = make(family, dtype=torch.float32)
+    model, preset = make(architecture, dtype=torch.float32)
     backbone = copy.deepcopy(model)
     masks = attach(model, include=preset, **options)
     generator = torch.Generator().manual_seed(3)
@@ -47,7 +48,9 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": "none"}, {"split_qkv": True}], ids=["scaled", "unscaled", "split"]
+    "options",
+    [{}, {"family": build_family("threshold", scale="none")}, {"split_qkv": True}],
+    ids=["scaled", "unscaled", "split"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_applied_backbone_equals_the_trained_model_bit_for_bit(

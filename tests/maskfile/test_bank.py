@@ -17,6 +17,7 @@ from selfmask_dist.cascade.model import load_cascade, save_cascade
 from selfmask_dist.common.names import DISPATCHER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError, forms, from_masks, write_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make
 
 SHARES = {"sparse": 0.02, "half": 0.5, "dense": 0.98}
@@ -52,7 +53,9 @@ def embedded_alone(model: nn.Module, mask: Mask | None, pictures: Tensor, folder
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"scale": "none"}, {"split_qkv": True}], ids=["scaled", "plain", "split"]
+    "options",
+    [{}, {"family": build_family("threshold", scale="none")}, {"split_qkv": True}],
+    ids=["scaled", "plain", "split"],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mask_is_as_if_alone(family: str, options: dict, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ import numpy as np, torch
 from selfmask_dist.masking import core
 from selfmask_dist.maskfile.layers import Change, Layer
 from selfmask_dist.maskfile.kernel import BLOCK, rewrite_fused
-from tests.rewrite_cases import DTYPES, INTEGERS, cases
+from tests.support.rewrite_cases import DTYPES, INTEGERS, cases
 
 everything, thetas = [], []
 for dtype in DTYPES:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 from torch.func import functional_call
 
@@ -19,6 +18,7 @@ from selfmask_dist import apply_masks, attach
 from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import ConfigError, load_config
+from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.config.masks import FIXED_FAMILIES, MASK_FAMILIES
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.masking import Family, build_family, first_scores, measure, ranking
@@ -41,7 +41,7 @@ class SumShards(Shards):
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.place, self.num_places = world.rank, world.size
+        self.piece_index, self.num_pieces = world.rank, world.size
 
     def sum(self, values: Tensor) -> Tensor:
         return self.world.sum(values)
@@ -521,7 +521,7 @@ def test_the_new_family_of_the_docs_is_one_file_and_one_line(
     assert lines is not None
     (tmp_path / "above_mean.py").write_text(code[1])
     monkeypatch.syspath_prepend(tmp_path)
-    sections = yaml.safe_load(lines[1])
+    sections = config_yaml.parse(lines[1]).value
     result = run(load_config(write_config(tmp_path / "new.yaml", tiny_data, run={"name": "new"}, **sections)))
     bits = read_mask_file(tmp_path / "new" / "final.mask").masks["default"].bits
     assert 0.3 < result["mask"]["active"] < 0.7

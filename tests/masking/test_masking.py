@@ -148,10 +148,10 @@ def num_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
 def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str) -> None:
     # in float64 the shift rounds at 1e-16 of a score: no score of this run comes that near to the threshold
     model, preset = make(family)
-    base, losses = train(model, preset, init=1.0, threshold=0.0)
+    base, losses = train(model, preset, init=1.0)
     assert sum(int((~m).sum()) for m in base.values()) > 50, "the run must prune something"
     model, _ = make(family)
-    shifted, shifted_losses = train(model, preset, init=3.5, threshold=2.5)
+    shifted, shifted_losses = train(model, preset, init=3.5, family=build_family("threshold", threshold=2.5))
     assert num_different(base, shifted) == 0
     assert shifted_losses == pytest.approx(losses, rel=1e-12)
 
@@ -440,3 +440,15 @@ class TestSelection:
         model.cls_token.requires_grad_(True)
         assert [p.shape for p in masks.other_parameters()] == [model.cls_token.shape]
         assert "masked     16 parameters" in masks.summary()
+
+
+def test_attach_takes_threshold_and_scale_by_name() -> None:
+    by_name, built = (nn.Sequential(nn.Linear(6, 5)) for _ in range(2))
+    built.load_state_dict(by_name.state_dict())
+    masks = attach(by_name, include="*weight", threshold=0.5, scale="none")
+    family = build_family("threshold", threshold=0.5, scale="none")
+    assert masks.family.options == family.options
+    attach(built, include="*weight", family=family)
+    assert torch.equal(by_name.state_dict()["0.weight"], built.state_dict()["0.weight"])
+    with pytest.raises(ValueError, match="threshold given beside a built family"):
+        attach(nn.Sequential(nn.Linear(6, 5)), include="*weight", family=family, threshold=0.1)

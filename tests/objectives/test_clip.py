@@ -3,7 +3,7 @@ and engines alike, whole runs on image-text shards.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,19 +17,22 @@ from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.config.backbone import BackboneConfig
-from selfmask_dist.data import Batch, SampleError, open_source, train_loader
+from selfmask_dist.config.objectives import ClipConfig, SlipConfig
+from selfmask_dist.config.sections import EngineConfig
+from selfmask_dist.data import Batch, SampleError, Workers, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
-from selfmask_dist.objectives import Clip, Context, Slip, SlipOptions, build_objective
+from selfmask_dist.objectives import Clip, Context, Slip, build_objective
 from selfmask_dist.objectives.base import TrainStep
-from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.parallel import EngineState, World, build_engine
 from tests.support.distributed import run_distributed
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of
 from tests.support.tars import labelled, picture, write_tar
 from tests.support.tiny_run import write_config
 
 ROWS, STEPS = 6, 3
+Text = Literal["frozen", "trained"]
 KWARGS: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -67,7 +70,7 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
     part = data.Subset(source, np.array([5, 7]))
     assert part.read_captions(np.array([1])) == ["two dogs, picture 7"]
     transform = data.train_transform(PRE)
-    loader = train_loader(source, transform, global_batch_size=8, seed=0, captions=True, num_workers=1)
+    loader = train_loader(source, transform, global_batch_size=8, seed=0, workers=Workers(1)).with_captions()
     for batch in loader:
         assert list(batch.captions) == [f"{WORDS[i % 6]}, picture {i}" for i in batch.ids.tolist()]
     loader.close()
@@ -77,21 +80,14 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
 def test_a_sample_without_caption_is_a_broken_one(tmp_path: Path) -> None:
     source = open_source(image_text(tmp_path / "pairs", missing=(4,)), require_labels=False)
     quarantine = data.Quarantine(tmp_path / "quarantine.jsonl", num_samples=24, budget=0.1, rank=0)
-    found = list(
-        train_loader(
-            source,
-            data.train_transform(PRE),
-            global_batch_size=24,
-            seed=0,
-            quarantine=quarantine,
-            captions=True,
-        )
-    )
+    options = {"global_batch_size": 24, "seed": 0}
+    transform = data.train_transform(PRE)
+    found = list(train_loader(source, transform, quarantine=quarantine, **options).with_captions())
     assert found[0].weights[found[0].ids == 4].tolist() == [0.0]
     assert found[0].weights.sum() == 23
     assert "it has no caption (.txt)" in found[0].failures[0].reason
     with pytest.raises(SampleError, match="it has no caption"):
-        list(train_loader(source, data.train_transform(PRE), global_batch_size=24, seed=0, captions=True))
+        list(train_loader(source, transform, **options).with_captions())
 
 
 def test_data_without_captions_is_as_it_was(tmp_path: Path) -> None:
@@ -101,8 +97,8 @@ def test_data_without_captions_is_as_it_was(tmp_path: Path) -> None:
     assert "captions" not in built.identity
     with pytest.raises(ValueError, match="no training image has a caption"):
         train_loader(
-            open_source(tmp_path), data.train_transform(PRE), global_batch_size=2, seed=0, captions=True
-        )
+            open_source(tmp_path), data.train_transform(PRE), global_batch_size=2, seed=0
+        ).with_captions()
     longer = image_text(tmp_path / "pairs")
     first = open_source(longer, require_labels=False).identity
     (longer / "b.tar").unlink()
@@ -141,14 +137,15 @@ def backbone() -> Backbone:
     )
 
 
-def build(name: str, found: Backbone, context: Context, text: str) -> Clip:
+def build(name: str, found: Backbone, context: Context, text: Text) -> Clip:
     assert found.text is not None
     assert found.logit_scale is not None
+    text_config = ClipConfig(text=text)
     if name == "clip":
-        objective = Clip(found.text, found.logit_scale, context, text=text)  # type: ignore[arg-type]
+        objective = Clip(found.text, found.logit_scale, text_config, context)
     else:
-        options = SlipOptions(weight=0.5, dim=5, hidden=8)
-        objective = Slip(16, found.text, found.logit_scale, options, context, text=text)  # type: ignore[arg-type]
+        config = SlipConfig(weight=0.5, dim=5, hidden=8)
+        objective = Slip(16, found.text, found.logit_scale, config, context, text_config=text_config)
     return objective.double()
 
 
@@ -180,7 +177,7 @@ def plain_loss(images: Tensor, texts: Tensor, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("text", ["frozen", "trained"])
-def test_clips_loss_and_gradients_are_those_of_the_formula(text: str) -> None:
+def test_clips_loss_and_gradients_are_those_of_the_formula(text: Text) -> None:
     found = backbone()
     encoder = found.encoder.double().requires_grad_(True)
     objective, batch = build("clip", found, Context(0, 1, ROWS), text), batch_of("clip", 0)
@@ -258,9 +255,10 @@ def test_rows_without_weight_change_nothing() -> None:
 def test_a_backbone_without_text_is_refused() -> None:
     vit = load_backbone(BackboneConfig(name="timm:test_vit", pretrained=False))
     for name in ("clip", "slip"):
-        options: dict[str, Any] = {"options": SlipOptions()} if name == "slip" else {}
+        of_clip = "backbone.name=open_clip:ViT-B-32/openai"
+        config = load_config(None, [f"objective.name={name}", of_clip, "crops.local_count=0"])
         with pytest.raises(ValueError, match=rf"objective\.name={name} needs a text tower"):
-            build_objective(name, backbone=vit, classes=(), **options)
+            build_objective(config, backbone=vit, classes=())
     with pytest.raises(ConfigError, match="use a backbone open_clip"):
         load_config(None, ["objective.name=clip"])
 
@@ -281,7 +279,7 @@ def run_steps(name: str, kind: str) -> tuple[list[float], EngineState]:
         encoder=found.encoder,
         blocks=found.spec.blocks,
         world=world,
-        options=EngineOptions(name=kind),
+        config=EngineConfig.model_validate({"name": kind}),
     )
     masks = engine.attach(found.encoder, attach, include="vit")
     groups = [

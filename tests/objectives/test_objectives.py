@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,22 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.config import ConfigError, load_config
+from selfmask_dist.config.objectives import DinoConfig, MocoV2Config, MocoV3Config, SimclrConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards, attach
 from selfmask_dist.objectives import (
     Context,
     Dino,
-    DinoOptions,
     MocoV2,
-    MocoV2Options,
     MocoV3,
-    MocoV3Options,
     Objective,
     Simclr,
-    SimclrOptions,
 )
 from selfmask_dist.objectives.parts import GlobalBatchNorm
-from selfmask_dist.parallel.moving_average import Teacher
+from selfmask_dist.parallel.moving_average import MovingAverage
 from selfmask_dist.parallel.trained import TrainedParameter
 from tests.support.models import make
 
@@ -34,19 +32,19 @@ Weights = dict[str, Tensor]
 
 
 def build(name: str, in_dim: int = IN_DIM, context: Context | None = None) -> Objective:
-    context = context or Context(0, 1, ROWS)
+    context = replace(context or Context(0, 1, ROWS), num_steps=STEPS)
     if name == "simclr":
-        return Simclr(in_dim, SimclrOptions(dim=5, hidden=8, temperature=0.2), context).double()
+        return Simclr(in_dim, SimclrConfig(dim=5, hidden=8, temperature=0.2), context).double()
     if name == "moco_v2":
-        v2 = MocoV2Options(dim=5, hidden=8, temperature=0.2, momentum=0.9, queue_length=10)
+        v2 = MocoV2Config(dim=5, hidden=8, temperature=0.2, momentum=0.9, queue_length=10)
         return MocoV2(in_dim, v2, context).double()
     if name == "moco_v3":
-        v3 = MocoV3Options(dim=5, hidden=8, momentum=0.9, num_steps=STEPS)
+        v3 = MocoV3Config(dim=5, hidden=8, momentum=0.9)
         return MocoV3(in_dim, v3, context).double()
-    options = DinoOptions(
-        outputs=6, hidden=8, bottleneck=4, momentum=0.9, warmup_steps=2, freeze_steps=1, num_steps=STEPS
+    config = DinoConfig(
+        outputs=6, hidden=8, bottleneck=4, momentum=0.9, temperature_epochs=2, freeze_epochs=1
     )
-    return Dino(in_dim, options, context).double()
+    return Dino(in_dim, config, context).double()  # epochs of one step
 
 
 NAMES = ("simclr", "moco_v2", "moco_v3", "dino")
@@ -173,7 +171,7 @@ def test_losses_steps_and_teachers_are_those_of_the_formula(name: str) -> None:
     teacher = None
     if heads is not None:
         kept = {key: p for key, p in parameters.items() if key == "encoder" or any(p is h for h in heads)}
-        teacher = objective.teacher = Teacher(whole(kept), {}, lambda: None)
+        teacher = objective.teacher = MovingAverage(whole(kept), {}, lambda: None)
     optimizer = torch.optim.SGD(parameters.values(), lr=LR)
     for step in range(STEPS):
         batch = batch_of(step, views=CROPS.get(name, 2))
@@ -289,7 +287,7 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
     entries = {entry.name: entry for entry in masks.entries}
     trained = whole({name: entry.scores for name, entry in entries.items()})
     statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    teacher = Teacher(trained, statistics, masks.rewrite)
+    teacher = MovingAverage(trained, statistics, masks.rewrite)
     teacher.momentum = 0.75
     averages = {name: entry.scores.detach().clone() for name, entry in entries.items()}
     for _ in range(3):
@@ -326,7 +324,7 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
 
 def test_under_autocast_the_student_computes_with_its_own_weights() -> None:
     layer, x = nn.Linear(4, 3), torch.randn(5, 4)
-    teacher = Teacher(whole(dict(layer.named_parameters())), {}, lambda: None)
+    teacher = MovingAverage(whole(dict(layer.named_parameters())), {}, lambda: None)
     layer.weight.data.add_(1.0)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from selfmask_dist.backbones import Backbone, BackboneSpec, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.common.seeding import named_generator
+from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.backbone import BackboneConfig
+from selfmask_dist.config.sections import ObjectiveConfig
 from selfmask_dist.data import Batch
-from selfmask_dist.objectives import Supervised, build_objective, named_generator
+from selfmask_dist.objectives import Supervised, build_objective
 from selfmask_dist.objectives.supervised import L2_LENGTH, FeatureBatchNorm
 
 DIM, NUM_CLASSES, ROWS = 12, 5, 8
@@ -48,11 +51,12 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     )
 
 
-def supervised(head: Any = "linear", **arguments: Any) -> Supervised:
+def supervised(head: Any = "linear", *, seed: int = 0, **keys: Any) -> Supervised:
+    config = ObjectiveConfig(head=head, **keys)
     if head == "clip_text":
         text = F.normalize(torch.randn(NUM_CLASSES, DIM, generator=named_generator(1, "text")), dim=1)
-        arguments = {"text_embeddings": text, "logit_scale": 20.0, **arguments}
-    return Supervised(DIM, NUM_CLASSES, head=head, **arguments).double()
+        return Supervised(DIM, NUM_CLASSES, config, text_embeddings=text, logit_scale=20.0).double()
+    return Supervised(DIM, NUM_CLASSES, config, seed=seed).double()
 
 
 def logits_by_hand(objective: Supervised, features: Tensor, head_norm: str) -> Tensor:
@@ -181,7 +185,9 @@ def test_heads_follow_the_seed_and_leave_the_global_generator() -> None:
 
 def test_first_logits_have_the_size_their_head_needs(generator: torch.Generator) -> None:
     features = torch.randn(500, 256, generator=generator)
-    linear, masked = (Supervised(256, 100, head=head) for head in ("linear", "masked"))
+    linear, masked = (
+        Supervised(256, 100, ObjectiveConfig.model_validate({"head": head})) for head in HEADS[:2]
+    )
     identity = nn.Identity()
     loss = F.cross_entropy(
         linear.predict(identity, features), torch.randint(100, (500,), generator=generator)
@@ -219,7 +225,7 @@ def test_the_l2_length_keeps_the_default_rate_stable_in_any_dimension(
     batch = Batch((features,), labels, torch.ones(64), torch.arange(64), 64)
 
     def largest_loss(head_norm: Any) -> float:
-        objective = Supervised(dim, 2, head_norm=head_norm)
+        objective = Supervised(dim, 2, ObjectiveConfig(head_norm=head_norm))
         optimizer = torch.optim.SGD(objective.head_parameters(), lr=0.1, momentum=0.9)
         losses = []
         for _ in range(100):
@@ -251,7 +257,7 @@ def test_feature_batchnorm_is_torchs_where_no_row_is_padding(generator: torch.Ge
 
 
 def test_logits_are_float32_under_autocast(batch: Batch) -> None:
-    objective = Supervised(DIM, NUM_CLASSES)
+    objective = Supervised(DIM, NUM_CLASSES, ObjectiveConfig())
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(DIM, DIM))
     images = batch.views[0].float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -263,17 +269,16 @@ def test_logits_are_float32_under_autocast(batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"head": "linaer"}, "objective.head 'linaer' is not one of linear, masked, clip_text"),
-        ({"head_norm": "layer"}, "objective.head_norm 'layer' is not one of none, l2, batchnorm"),
-        ({"label_smoothing": 1.0}, r"objective.label_smoothing is 1.0; it must be at least 0 and below 1"),
-        ({"head": "clip_text"}, r"needs text embeddings of shape \(5, 12\); got None"),
-        ({"head": "clip_text", "text_embeddings": torch.zeros(5, 3)}, r"shape \(5, 12\); got \(5, 3\)"),
+        ({"text_embeddings": None}, r"needs text embeddings of shape \(5, 12\); got None"),
+        ({"text_embeddings": torch.zeros(5, 3)}, r"shape \(5, 12\); got \(5, 3\)"),
         ({"num_classes": 1}, "needs 2 classes or more; the data has 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Supervised(DIM, **{"num_classes": NUM_CLASSES, **arguments})
+        Supervised(
+            DIM, **{"num_classes": NUM_CLASSES, "config": ObjectiveConfig(head="clip_text"), **arguments}
+        )
 
 
 # ---- building by name
@@ -284,17 +289,23 @@ def stub_backbone(**arguments: Any) -> Backbone:
     return Backbone(nn.Identity(), BackboneSpec("timm:stub", DIM, (), preprocessing, "", 0), **arguments)
 
 
-def test_an_objective_is_built_by_name() -> None:
-    objective = build_objective(
-        "supervised", backbone=stub_backbone(), classes=("a", "b", "c"), head="masked", seed=3
+def of_head(head: str, *more: str) -> Config:
+    return load_config(
+        None, ["backbone.name=open_clip:ViT-B-32/openai", f"objective.head={head}", "seed=3", *more]
     )
+
+
+def test_an_objective_is_built_from_the_configuration() -> None:
+    objective = build_objective(of_head("masked"), backbone=stub_backbone(), classes=("a", "b", "c"))
     assert isinstance(objective, Supervised)
     assert objective.head is not None
     assert objective.head.weight.shape == (3, DIM)
-    with pytest.raises(ValueError, match="no objective 'superviced'; did you mean 'supervised'"):
-        build_objective("superviced", backbone=stub_backbone(), classes=("a", "b"))
+    assert torch.equal(
+        objective.head.weight,
+        Supervised(DIM, 3, ObjectiveConfig(head="masked"), seed=3).get_parameter("head.weight"),
+    )
     with pytest.raises(ValueError, match=r"clip_text needs a text tower.* timm:stub"):
-        build_objective("supervised", backbone=stub_backbone(), classes=("a", "b"), head="clip_text")
+        build_objective(of_head("clip_text"), backbone=stub_backbone(), classes=("a", "b"))
 
 
 def test_clip_text_averages_the_prompts_of_a_class() -> None:
@@ -307,10 +318,8 @@ def test_clip_text_averages_the_prompts_of_a_class() -> None:
         )
 
     backbone = stub_backbone(text_embeddings=embed, logit_scale=50.0)
-    prompts = ("a photo of a {}.", "{} on a table")
-    objective = build_objective(
-        "supervised", backbone=backbone, classes=("red_pepper", "t-shirt"), head="clip_text", prompts=prompts
-    )
+    config = of_head("clip_text", "objective.prompts=['a photo of a {}.', '{} on a table']")
+    objective = build_objective(config, backbone=backbone, classes=("red_pepper", "t-shirt"))
     assert calls == [
         ["a photo of a red pepper.", "a photo of a t-shirt."],
         ["red pepper on a table", "t-shirt on a table"],
@@ -333,7 +342,7 @@ def test_clip_text_is_clips_own_zero_shot_classifier(batch: Batch) -> None:
     }
     backbone = load_backbone(BackboneConfig(name="open_clip:ViT-B-32", pretrained=False, kwargs=kwargs))
     classes = tuple("abcde")
-    objective = build_objective("supervised", backbone=backbone, classes=classes, head="clip_text")
+    objective = build_objective(of_head("clip_text"), backbone=backbone, classes=classes)
     images = torch.randn(ROWS, 3, 16, 16, generator=named_generator(0, "images"))
     assert backbone.text_embeddings is not None
     text = backbone.text_embeddings([f"a photo of a {name}." for name in classes])

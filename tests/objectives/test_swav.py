@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.any_size import accept_sizes
+from selfmask_dist.config.objectives import SwavConfig
 from selfmask_dist.data import Batch
-from selfmask_dist.objectives import Context, Swav, SwavOptions
+from selfmask_dist.objectives import Context, Swav
 from selfmask_dist.objectives.swav import encode_views, sinkhorn
 from selfmask_dist.runs.checkpoint import load_newest
 from tests.support.distributed import run_distributed
@@ -20,7 +21,7 @@ from tests.support.models import make, open_clip_tower, timm_vit
 from tests.training.test_run import losses_of, metrics_of, run_here, settings, shards  # noqa: F401 (a fixture)
 
 ROWS, VIEWS, IN_DIM, STEPS = 8, 4, 10, 5
-OPTIONS: dict[str, Any] = {"num_prototypes": 6, "dim": 5, "temperature": 0.1, "epsilon": 0.05}
+OPTIONS: dict[str, Any] = {"prototypes": 6, "dim": 5, "temperature": 0.1, "epsilon": 0.05}
 
 
 # ---- the formula, on its own
@@ -38,18 +39,18 @@ def numpy_sinkhorn(scores: np.ndarray, epsilon: float, iterations: int) -> np.nd
 
 
 def numpy_loss(
-    embeddings: np.ndarray, prototypes: np.ndarray, queue: np.ndarray | None, options: SwavOptions
+    embeddings: np.ndarray, prototypes: np.ndarray, queue: np.ndarray | None, config: SwavConfig
 ) -> float:
     """embeddings: (views, rows, dim), unit; queue: (2, length, dim)."""
     scores = embeddings @ prototypes.T
     total = 0.0
     for i in range(2):
         known = scores[i] if queue is None else np.concatenate([scores[i], queue[i] @ prototypes.T])
-        targets = numpy_sinkhorn(known, options.epsilon, options.iterations)[: len(scores[i])]
+        targets = numpy_sinkhorn(known, config.epsilon, config.sinkhorn_iterations)[: len(scores[i])]
         for v in range(len(scores)):
             if v == i:
                 continue
-            logits = scores[v] / options.temperature
+            logits = scores[v] / config.temperature
             shifted = logits - logits.max(axis=1, keepdims=True)
             log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
             total -= float((targets * log_p).sum(axis=1).mean()) / (len(scores) - 1)
@@ -75,7 +76,7 @@ def batch_of(step: int, *, rank: int = 0, size: int = 1, rows: int = ROWS) -> Ba
 
 
 def objective_of(context: Context | None = None, **changes: Any) -> Swav:
-    return Swav(IN_DIM, SwavOptions(**(OPTIONS | changes)), context or Context(0, 1, ROWS)).double()
+    return Swav(IN_DIM, SwavConfig(**(OPTIONS | changes)), context or Context(0, 1, ROWS)).double()
 
 
 class Encoder(nn.Module):
@@ -99,7 +100,7 @@ def expected_losses(objective: Swav, *, queue_start: int | None = None, length: 
         features = np.stack([view.flatten(1).numpy() @ weight for view in views_of(step)])
         embeddings = unit(features @ projector.T + bias)
         used = queue[:, :length] if length and queue.shape[1] >= length else None
-        losses.append(numpy_loss(embeddings, prototypes, used, objective.options))
+        losses.append(numpy_loss(embeddings, prototypes, used, objective.config))
         if queue_start is not None and step >= queue_start:
             queue = np.concatenate([embeddings[:2], queue], axis=1)
     return losses
@@ -128,7 +129,7 @@ def test_rows_without_weight_change_nothing_and_extremes_stay_finite() -> None:
 
 @pytest.mark.parametrize(("length", "start"), [(0, None), (16, 1)])
 def test_loss_is_the_independent_formula(length: int, start: int | None) -> None:
-    objective, encoder = objective_of(queue_length=length, queue_start=start or 0), Encoder()
+    objective, encoder = objective_of(queue_length=length, queue_start_epoch=start or 0), Encoder()
     losses, used = [], []
     for step in range(STEPS):
         objective.start_step(step)
@@ -259,7 +260,7 @@ def test_a_step_makes_no_all_reduce_beside_sinkhorns() -> None:
 def test_numbers_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="queue_length 10 is not divisible by world size 4; set it to 8"):
         objective_of(Context(0, 4, ROWS), queue_length=10)
-    with pytest.raises(ValueError, match="range of numbers"):
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.005"):
         objective_of(epsilon=0.001)
 
 
@@ -289,7 +290,7 @@ def _losses_here(length: int) -> tuple[list[float], Tensor]:
         dist.all_reduce(tensor)
         return tensor
 
-    objective = objective_of(Context(rank, size, ROWS, all_reduce), queue_length=length, queue_start=1)
+    objective = objective_of(Context(rank, size, ROWS, all_reduce), queue_length=length, queue_start_epoch=1)
     encoder, losses = Encoder(), []
     for step in range(STEPS):
         objective.start_step(step)
@@ -388,7 +389,7 @@ def test_masks_on_a_conv_net_train_on_crops() -> None:
     from selfmask_dist import attach
 
     masks = attach(encoder, include=preset)
-    objective = Swav(16, SwavOptions(**OPTIONS), Context(0, 1, 4))
+    objective = Swav(16, SwavConfig(**OPTIONS), Context(0, 1, 4))
     optimizer = torch.optim.SGD(masks.parameters(), lr=1.0, momentum=0.9)
     masks.bind(optimizer)
     generator = torch.Generator().manual_seed(0)

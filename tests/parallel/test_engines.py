@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach, build_family
 from selfmask_dist.masking.parametrized import parametrized_attach
-from selfmask_dist.parallel import EngineOptions, World, build_engine
+from selfmask_dist.parallel import World, build_engine
 from selfmask_dist.parallel.bits import pack
 from tests.support.distributed import DistributedError, run_distributed
 from tests.support.engine_cases import (
@@ -32,6 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 FAMILIES = ("timm_vit", "open_clip", "conv")
 
+DETACHED, UNSCALED = (build_family("threshold", scale=scale) for scale in ("detached", "none"))
+
 
 VARIANTS = [
     Case(family=family, engine=engine) for engine in ("ddp", "fsdp", "bits") for family in FAMILIES
@@ -40,8 +43,8 @@ VARIANTS = [
     for engine in ("fsdp", "bits")
     for variant in (
         {"masks": {"split_qkv": True}},
-        {"family": "open_clip", "masks": {"split_qkv": True, "scale": "detached"}},
-        {"masks": {"scale": "none"}},
+        {"family": "open_clip", "masks": {"split_qkv": True, "family": DETACHED}},
+        {"masks": {"family": UNSCALED}},
         {"views": 2},
         {"options": {"accumulate": 2}},
         {"options": {"clip_norm": 0.5}},
@@ -219,11 +222,12 @@ def test_what_cannot_run_here_says_so() -> None:
     for name, message in (
         ("fsdp", "needs a process group"),
         ("deepspeed", "needs a process group"),
-        ("horovod", "not one of ddp, fsdp, bits, deepspeed"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_engine(step, encoder=model, world=World(), options=EngineOptions(name=name))
-    engine = build_engine(step, encoder=model, world=World(), options=EngineOptions(name="bits"))
+            build_engine(
+                step, encoder=model, world=World(), config=EngineConfig.model_validate({"name": name})
+            )
+    engine = build_engine(step, encoder=model, world=World(), config=EngineConfig(name="bits"))
     with pytest.raises(ValueError, match="trains masks only; use ddp, fsdp or deepspeed"):
         engine.free(model)
 

@@ -100,6 +100,6 @@ def build_without_deepspeed() -> None:
 
 def test_a_missing_deepspeed_is_named() -> None:
     with pytest.raises(
-        DistributedError, match=r"cannot import deepspeed.*install it, or use engine.name=fsdp"
+        DistributedError, match=r"engine.name=deepspeed needs deepspeed, which .*; bring it in with"
     ):
         run_distributed(build_without_deepspeed, 1)

@@ -56,6 +56,17 @@ def check(pairs: list[tuple[Start, Start]]) -> None:
             assert losses == pytest.approx(whole[2:], rel=1e-5), (saved, kind, size)
 
 
+def test_a_state_moves_from_each_engine_to_the_next() -> None:
+    """Every engine and every world size saves once or more, and takes over once or more."""
+    check(
+        [
+            ((a, WORLDS[i % 3]), (b, WORLDS[(i + 1) % 3]))
+            for i, (a, b) in enumerate(zip(KINDS, (*KINDS[1:], KINDS[0]), strict=True))
+        ]
+    )
+
+
+@pytest.mark.slow
 def test_a_state_moves_between_every_two_engines() -> None:
     """Every pair of engines once, every pair of world sizes among them."""
     check(

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from selfmask_dist.cli.train import run
 from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.training.build import build_backbone
+from tests.support.distributed import run_distributed
 from tests.support.procedure_cases import RESNET, packed_theta, start
-from tests.support.tiny_run import result_of, steps_of, submit, write_config, write_tiny_data
+from tests.support.tiny_run import result_of, steps_of, write_config, write_tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +93,17 @@ def test_lottery_goes_on_from_step_k_under_each_mask(tmp_path: Path, data: dict[
     )
 
 
+def _run_rank(config: Path) -> None:
+    run(load_config(config, ["run.name=ticket"]))
+
+
 @pytest.mark.distributed
 def test_two_processes_hold_the_same_weights(tmp_path: Path, data: dict[str, str]) -> None:
     options: dict[str, Any] = {"method": "lottery", "optim": {"weight_lr": 0.05}, "train": {"epochs": 0.5}}
     options["procedure"] = {"rounds": 1, "prune": 0.5, "rewind_steps": 1}
     alone, folder = start(tmp_path / "alone", data, "ticket", **options)
-    done = submit(write_config(tmp_path / "both" / "x.yaml", data, **options), "run.name=ticket")
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = write_config(tmp_path / "both" / "x.yaml", data, **options)
+    run_distributed(_run_rank, 2, config, backend="", timeout=120)
     both = tmp_path / "both" / "ticket"
     codes = load_file(both / "round-1-codes.safetensors")
     first, second = (load_file(run / "round-1" / "encoder.safetensors") for run in (folder, both))

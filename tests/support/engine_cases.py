@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach, measure
 from selfmask_dist.parallel import (
     Engine,
-    EngineOptions,
     EngineState,
     World,
     build_engine,
@@ -34,7 +34,7 @@ WIDTHS = {"odd_vit": 26, "timm_vit": 24, "open_clip": 16, "conv": 16}
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; `options` are those of the engine."""
+    """One training run; `options` are those of `engine_keys`."""
 
     family: str = "timm_vit"
     engine: str = "ddp"
@@ -123,6 +123,13 @@ def make_model(case: Case) -> tuple[nn.Module, str]:
     return model.to(case.dtype), "vit"
 
 
+def engine_keys(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of `build_engine` for keys of the engine section, `accumulate` and `clip_norm`."""
+    of_step: dict[str, Any] = {key: options[key] for key in ("accumulate", "clip_norm") if key in options}
+    of_engine = {key: value for key, value in options.items() if key not in of_step}
+    return {"config": EngineConfig.model_validate({"name": name, **of_engine}), **of_step}
+
+
 def build(case: Case) -> tuple[Engine, Any]:
     model, preset = make_model(case)
     for parameter in model.parameters():
@@ -135,7 +142,7 @@ def build(case: Case) -> tuple[Engine, Any]:
         encoder=model,
         blocks=BLOCKS[case.family],
         world=world_here(),
-        options=EngineOptions(name=case.engine, **case.options),
+        **engine_keys(case.engine, case.options),
     )
     masks = engine.attach(model, attach, **{"include": preset, **case.masks})
     scores = list(masks.parameters())  # none where masks are fixed
@@ -232,9 +239,7 @@ def train_tiny(engine_name: str, dtype: torch.dtype = torch.float64, **options: 
     torch.manual_seed(3)
     model = Tiny().to(dtype)
     world = world_here()
-    engine = build_engine(
-        model, encoder=model, world=world, options=EngineOptions(name=engine_name, **options)
-    )
+    engine = build_engine(model, encoder=model, world=world, **engine_keys(engine_name, options))
     masks = engine.attach(model, attach, include="*")
     engine.start(torch.optim.SGD(masks.parameters(), lr=0.5, momentum=0.9))
     losses = []

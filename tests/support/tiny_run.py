@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
+from ruamel.yaml import YAML
 
 from data_prep.image_folder import convert_image_folder
 from tests.support.bytecode import keep_bytecode
@@ -56,7 +56,9 @@ def write_config(path: Path, data: dict[str, str], **sections: Any) -> Path:
         settings[name] = {**old, **values} if isinstance(old, dict) else values
     settings["run"] = {"dir": str(path.parent), **settings["run"]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings))
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(settings, path)
     return path
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfmask_dist.config import Config, ConfigError, load_config
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach
-from selfmask_dist.parallel import EngineOptions, World, build_engine
+from selfmask_dist.parallel import World, build_engine
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.finetune import add_lora, choose_weights, load_changed, save_changed
 from tests.support.distributed import run_distributed
@@ -200,8 +201,8 @@ def states_and_losses(kind: str, train_what: str, state: Any = None) -> tuple[An
         add_lora(model, rank=2, alpha=4.0)
     step = Step(model, 24, torch.float64, "frozen")
     world: World = world_here()
-    blocks, options = ("blocks.0", "blocks.1"), EngineOptions(name=kind)
-    engine = build_engine(step, encoder=model, blocks=blocks, world=world, options=options)
+    blocks, config = ("blocks.0", "blocks.1"), EngineConfig.model_validate({"name": kind})
+    engine = build_engine(step, encoder=model, blocks=blocks, world=world, config=config)
     groups: list[dict[str, Any]]
     if train_what == "mask":
         masks = engine.attach(model, attach, include="vit")

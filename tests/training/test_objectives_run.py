@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach
 from selfmask_dist.objectives import Context
 from selfmask_dist.objectives.base import TrainStep
-from selfmask_dist.parallel import EngineOptions, EngineState, World, build_engine
+from selfmask_dist.parallel import EngineState, World, build_engine
 from tests.objectives.test_objectives import CROPS, NAMES, ROWS, STEPS, build
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import BLOCKS
@@ -42,8 +43,8 @@ def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineSta
         blocks=BLOCKS["timm_vit"],
         world=world,
         # blocks that stay gathered must not show the student the teacher's theta
-        options=EngineOptions(
-            name=kind,
+        config=EngineConfig(
+            name=kind,  # type: ignore[arg-type]
             reshard_after_forward=name != "dino",
             checkpoint_activations=name == "moco_v3" and kind == "fsdp",  # computed again by the student
             cpu_offload=way == "offloaded",

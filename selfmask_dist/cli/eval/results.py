@@ -1,14 +1,15 @@
 """What an evaluation found: one JSON format for all kinds (`docs/evaluation.md`), and a table."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_json
+from selfmask_dist.common.plots import why_no_pictures
 
 VERSION = 1
 
@@ -28,38 +29,48 @@ class Row:
 
 @dataclass
 class Results:
-    """Of one kind. baseline: name of the row that the others are compared with. plot: draws into the path."""
+    """What one kind of evaluation found.
+
+    baseline: name of the row that the others are compared with. headline: the column that stands for the kind
+    beside other kinds; the first one where it is empty. plot: draws into the path.
+    """
 
     kind: str
     columns: list[str]
     rows: list[Row]
     settings: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
+    headline: str = ""
     details: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     plot: Callable[[Path], None] | None = None
 
 
 class About(Protocol):
-    """What the file says of the subject; `Subject` is one."""
+    """What a result's file says of its subject; `EvalSubject` is one."""
 
     directory: Path
 
-    def about(self) -> dict[str, Any]: ...
+    def about(self) -> dict[str, Any]:
+        """Return what the file says: paths, backbone and data."""
+        ...
 
 
 def write_results(results: Results, subject: About, seconds: float) -> Path:
     """Write `eval/<kind>.json` and its plot under the subject's folder; returns the JSON's path. By one
     process.
     """
-    folder = subject.directory / "eval"
+    folder = subject.directory / names.EVAL
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     if results.plot is not None:
-        results.plot(folder / f"{results.kind}.png")
-        plots.append(f"{results.kind}.png")
-    fields = asdict(Results(**{**vars(results), "plot": None}))
-    del fields["plot"]
+        if reason := why_no_pictures():
+            results.notes.append(f"the picture is left out: {reason}")
+        else:
+            results.plot(folder / f"{results.kind}.png")
+            plots.append(f"{results.kind}.png")
+    fields = asdict(replace(results, plot=None))
+    del fields["plot"], fields["headline"]
     values = {
         "version": VERSION,
         **subject.about(),
@@ -73,58 +84,46 @@ def write_results(results: Results, subject: About, seconds: float) -> Path:
     return path
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The object in a result file.
-
-    Raises:
-        ValueError: it is not one, or of another version.
-    """
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        version = values["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of selfmask eval ({error})") from error
-    if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this selfmask_dist reads {VERSION}")
-    return values
-
-
 def format_table(results: Results) -> str:
-    """Rows by column; beside each number its difference to the baseline's, in points."""
+    """Return rows by column as text; beside each number stands its difference to the baseline's."""
     base = next((row for row in results.rows if row.name == results.baseline), None)
-    lines = [[results.kind, *results.columns]]
-    for row in results.rows:
-        lines.append([row.name, *(_cell(row, column, base) for column in results.columns)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            [f"{line[0]:{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))]
+    columns = [_column(results.rows, column, base) for column in results.columns]
+    rows = [[row.name, *(column[i] for column in columns)] for i, row in enumerate(results.rows)]
+    table = text.table([[results.kind, *results.columns], *rows])
+    return "\n".join([table, *(f"note: {note}" for note in results.notes)])
+
+
+def _column(rows: Sequence[Row], name: str, base: Row | None) -> list[str]:
+    """Return a column's cells, so that values, spreads and differences each stand under each other."""
+    known = [value for row in rows if (value := row.values.get(name)) is not None]
+    digits = 4 if all(abs(value) < 10 for value in known) else 1
+    reference = None if base is None else base.values.get(name)
+    parts = []
+    for row in rows:
+        value, spread = row.values.get(name), row.spread.get(name)
+        difference = ""
+        if value is not None and reference is not None and row is not base:
+            difference = f" ({value - reference:+.{digits}f})"
+        parts.append(
+            (
+                "-" if value is None else f"{value:.{digits}f}",
+                "" if spread is None else f" ±{spread:.{digits}f}",
+                difference,
+            )
         )
-        for line in lines
+    widths = [max(map(len, part)) for part in zip(*parts, strict=True)]
+    return [
+        f"{value:>{widths[0]}}{spread:>{widths[1]}}{difference:<{widths[2]}}"
+        for value, spread, difference in parts
     ]
-    return "\n".join([*text, *(f"note: {note}" for note in results.notes)])
-
-
-def _cell(row: Row, column: str, base: Row | None) -> str:
-    value = row.values.get(column)
-    if value is None:
-        return "-"
-    text = f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
-    if column in row.spread:
-        text += f" ±{row.spread[column]:.4f}"
-    reference = base.values.get(column) if base is not None else None
-    if reference is None or row is base:
-        return text + " " * 10 * (base is not None)
-    return text + f" ({value - reference:+.4f})".ljust(10)
 
 
 def join(found: Sequence[Results]) -> Results:
-    """The first column of each kind, side by side."""
-    names = list(dict.fromkeys(row.name for results in found for row in results.rows))
-    rows = [Row(name, {}) for name in names]
+    """Return the headline column of each kind, side by side."""
+    rows = [Row(name, {}) for name in dict.fromkeys(row.name for results in found for row in results.rows)]
     columns = []
     for results in found:
-        column = results.columns[0]
+        column = results.headline or results.columns[0]
         columns.append(column)
         values = {row.name: row.values.get(column) for row in results.rows}
         for row in rows:
@@ -133,7 +132,7 @@ def join(found: Sequence[Results]) -> Results:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
+    """Return a value that JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """`selfmask report RUN ...`: what runs did, as one HTML page that needs nothing else.
 
-    reading (a run's folder, whatever state it is in) -> sections -> markup, charts -> page
+    reading (a run's folder, whatever state it is in) -> sections, charts (data) -> page.html (markup)
 
 No script, no address outside of the file, and a policy in its head that forbids both.
 """
@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 from typing import Any
+
+from selfmask_dist.common import names
 
 
 def add_command(commands: Any) -> None:
@@ -25,7 +27,7 @@ def _report(options: argparse.Namespace) -> None:
     from selfmask_dist.cli.report.page import write_report  # imports torch
 
     runs = [Path(run) for run in options.runs]
-    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    default = runs[0] / names.REPORT if len(runs) == 1 else Path(names.REPORT)
     path = Path(options.out) if options.out else default
     problems = write_report(runs, path)
     for problem in problems:

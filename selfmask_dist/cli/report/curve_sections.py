@@ -3,8 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from selfmask_dist.cli.report.charts import Series, line_chart
-from selfmask_dist.cli.report.markup import Html, tag
-from selfmask_dist.cli.report.parts import legend, measure_name, section
+from selfmask_dist.cli.report.parts import (
+    Chart,
+    PageSection,
+    SideBySide,
+    legend,
+    measure_name,
+    section,
+)
 from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.text import compact, number
 
@@ -39,8 +45,8 @@ TELEMETRY: tuple[_Curve, ...] = (
 _NOT_CURVES = ("step", "time", "epoch", "mask/active", "quarantined")
 
 
-def curves(runs: Sequence[Run]) -> Html | None:
-    """Every metric over the steps; a cascade's stages each have a curve."""
+def curves(runs: Sequence[Run]) -> PageSection | None:
+    """Return a chart of every metric over the steps; a cascade's stages each have a curve."""
     trained = [stage for run in runs for stage in run.with_stages()]
     known = {
         name for run in trained for line in run.metrics for name in line if number(line[name]) is not None
@@ -50,8 +56,11 @@ def curves(runs: Sequence[Run]) -> Html | None:
     figures = figures_of(trained, [*shown, *((name, name, _short) for name in sorted(rest))])
     if not figures:
         return None
-    note = "Over training steps. Dashed: the frozen backbone. Dotted and upright: went on after a stop."
-    return section("Curves", legend(trained), tag("div", figures, class_="charts"), note=note)
+    note = (
+        "Over training steps. A dashed line is the frozen backbone; an upright dotted one is where a run "
+        "went on after a stop."
+    )
+    return section("Curves", legend(trained), SideBySide("charts", figures), note=note)
 
 
 def _expand(charts: Iterable[_Curve], known: set[str]) -> list[_Curve]:
@@ -68,7 +77,8 @@ def _expand(charts: Iterable[_Curve], known: set[str]) -> list[_Curve]:
     return found
 
 
-def figures_of(runs: Sequence[Run], charts: Iterable[_Curve]) -> list[Html]:
+def figures_of(runs: Sequence[Run], charts: Iterable[_Curve]) -> list[Chart]:
+    """Return a chart for each metric that some run has."""
     figures = []
     for metric, title, format_fn in charts:
         series = [_series(run, metric) for run in runs]

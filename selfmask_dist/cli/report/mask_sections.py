@@ -5,8 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfmask_dist.cli.report.charts import dendrogram
-from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
-from selfmask_dist.cli.report.parts import section, swatch
+from selfmask_dist.cli.report.parts import (
+    Cell,
+    CellTable,
+    PageSection,
+    Paragraph,
+    Part,
+    SideBySide,
+    Text,
+    numeric,
+    section,
+    table,
+)
 from selfmask_dist.cli.report.reading import Run
 from selfmask_dist.common.text import NONE, count, percent
 from selfmask_dist.maskfile.tools.comparison import ComparedMask, MaskGroup, MaskResults, Pair, masks, matrix
@@ -26,8 +36,8 @@ class _Shown:
     everything: Pruned | None  # the whole mask
 
 
-def sparsity(runs: Sequence[Run]) -> Html | None:
-    """Shares of pruned weights, by kind of layer and by layer."""
+def sparsity(runs: Sequence[Run]) -> PageSection | None:
+    """Return the shares of pruned weights, by kind of layer and by layer."""
     shown = [mask for run in runs for mask in _masks_of(run)]
     if not shown:
         return None
@@ -40,7 +50,7 @@ def sparsity(runs: Sequence[Run]) -> Html | None:
     return section(
         "Sparsity",
         _kinds_table(shown, most),
-        tag("div", [_layer_map(mask, most) for mask in shown], class_="maps"),
+        SideBySide("maps", [_layer_map(mask, most) for mask in shown]),
         note=note,
     )
 
@@ -69,33 +79,37 @@ def _shape_by_name(name: str) -> tuple[int, ...]:
     return (1, 1, 1, 1) if re.search(r"conv|downsample", name) else (1, 1)
 
 
-def _kinds_table(shown: Sequence[_Shown], most: float) -> Html:
+def _kinds_table(shown: Sequence[_Shown], most: float) -> CellTable:
     by_mask = [(mask, {kind.name: kind for kind in kinds_of(mask.layers)}) for mask in shown]
     names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
     lines = []
     for mask, kinds in by_mask:
-        cells: list[Child] = [_heat(mask.everything, most, mask.is_exact)]
+        cells: list[Text] = [_heat(mask.everything, most, mask.is_exact)]
         cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
         weights = count(mask.everything.weights) if mask.is_exact and mask.everything else NONE
-        lines.append([join(swatch(mask.colour), mask.label), tag("td", weights, class_="n"), *cells])
+        lines.append([_label(mask), numeric(weights), *cells])
     return table(["mask", "weights", "all", *names], lines)
 
 
-def _heat(part: Pruned | None, most: float, is_exact: bool) -> Html:
+def _label(mask: _Shown) -> Cell:
+    return Cell(mask.label, colour=mask.colour)
+
+
+def _heat(part: Pruned | None, most: float, is_exact: bool) -> Cell:
+    """Return a share in percent on a colour that rises up to the share `most`."""
     if part is None:
-        return tag("td", NONE, class_="n heat")
+        return Cell(NONE, "n heat")
     weights = f"{part.pruned:,} of {part.weights:,} weights" if is_exact else "as logged"
-    return tag(
-        "td",
-        f"{100 * part.share:.{1 if most >= 0.05 else 2}f}",
-        title=f"{part.name}: {weights}",
-        class_="n heat",
-        style=f"--heat:{60 * min(part.share / (most or 1), 1):.0f}%",
-    )
+    text = percent(part.share, 1 if most >= 0.05 else 2).removesuffix(" %")
+    tip, heat = f"{part.name}: {weights}", 60 * min(part.share / (most or 1), 1)
+    return Cell(text, "n heat", tip=tip, heat=heat)
 
 
-def _layer_map(mask: _Shown, most: float) -> Html:
-    """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
+def _layer_map(mask: _Shown, most: float) -> CellTable:
+    """Return a map of shares: blocks from top to bottom, the layers of a block from left to right.
+
+    Biases are left to the table by kinds.
+    """
     cells: dict[str, dict[str, PrunedLayer]] = {}
     for layer in mask.layers:
         if layer.kind != "bias":
@@ -106,11 +120,11 @@ def _layer_map(mask: _Shown, most: float) -> Html:
         [block or NONE, *(_heat(row.get(name), most, mask.is_exact) for name in columns)]
         for block, row in cells.items()
     ]
-    return table(["", *columns], lines, caption=join(swatch(mask.colour), mask.label), class_="map")
+    return table(["", *columns], lines, caption=_label(mask), css="map")
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`blocks.3.attn.qkv.weight` -> (`blocks.3`, `attn.qkv`): up to the first number, and the rest."""
+    """Return a layer's block and its name in it: (`blocks.3`, `attn.qkv`) of `blocks.3.attn.qkv.weight`."""
     short = re.sub(r"[._]weight$", "", name)
     found = re.match(r"(.*?\.\d+)\.(.+)", short)
     return (found[1], found[2]) if found else ("", short)
@@ -119,18 +133,20 @@ def split_name(name: str) -> tuple[str, str]:
 # ---- similarity
 
 
-def similarity(runs: Sequence[Run]) -> Html | None:
-    """Masks of one backbone held against each other; nothing where there are fewer than two."""
+def similarity(runs: Sequence[Run]) -> PageSection | None:
+    """Return how alike masks of one backbone are; None where no two masks are of one."""
     subjects = [subject for run in runs for subject in run.subjects]
     families: dict[str, list[ComparedMask]] = {}
     for subject in subjects:
         families.setdefault(subject.fingerprint or subject.weights_fingerprint, []).append(subject)
-    parts: list[Child] = [_compared(family) for family in families.values() if len(family) > 1]
+    parts: list[Part] = [
+        part for family in families.values() if len(family) > 1 for part in _compared(family)
+    ]
     if not parts:
         return None
     if len(families) > 1:
         text = f"These masks are of {len(families)} backbones; masks of different ones are not compared."
-        parts.append(tag("p", text, class_="note"))
+        parts.append(Paragraph(text))
     note = (
         "Above the diagonal: correlation (phi) of the bits. Below: IoU of the pruned weights. Under each, in "
         "small type, what chance gives to masks that prune as much in every layer. The dendrogram joins "
@@ -139,51 +155,47 @@ def similarity(runs: Sequence[Run]) -> Html | None:
     return section("What the masks say", *parts, note=note)
 
 
-def _compared(family: Sequence[ComparedMask]) -> Html:
+def _compared(family: Sequence[ComparedMask]) -> list[Part]:
+    """Return the dendrogram and the matrix of masks of one backbone, and what groups of them share."""
     found = masks(family[:_MAX_COMPARED])
     assert found.tree is not None
     labels = [mask.label for mask in found.masks]
     left = len(family) - len(found.masks)
-    text = f"The first {_MAX_COMPARED} masks; {left} more are not compared."
-    return join(
-        tag("p", text, class_="note") if left else None,
-        tag(
-            "div",
-            tag("figure", dendrogram(found.tree.linkage, found.tree.order, labels)),
-            _matrix(found, labels),
-            class_="pair",
-        ),
-        _groups(found.groups),
-    )
+    parts: list[Part] = []
+    if left:
+        parts.append(Paragraph(f"The first {_MAX_COMPARED} masks; {left} more are not compared."))
+    drawn = dendrogram(found.tree.linkage, found.tree.order, labels)
+    return [*parts, SideBySide("pair", [drawn, _matrix(found, labels)]), *_groups(found.groups)]
 
 
-def _matrix(found: MaskResults, labels: Sequence[str]) -> Html:
+def _matrix(found: MaskResults, labels: Sequence[str]) -> CellTable:
     assert found.tree is not None
     order = found.tree.order
     values = {name: matrix(labels, found.pairs, name) for name in _WITH_CHANCE}
     lines = []
     for row, i in enumerate(order):
-        cells: list[Child] = []
+        cells: list[Text] = []
         for column, j in enumerate(order):
             name = "phi" if column > row else "iou_pruned"
             if i == j:
-                cells.append(tag("td", class_="n self"))
+                cells.append(Cell(css="n self"))
                 continue
             value, chance = values[name][i, j], values[f"{name}_chance"][i, j]
             text = NONE if value != value else f"{value:.2f}"
-            under = None if chance != chance else tag("small", f"{chance:.2f}")
+            under = () if chance != chance else ((f"{chance:.2f}", ""),)
             heat = 0.0 if value != value else max(0.0, 60 * value)
-            cells.append(tag("td", text, under, class_="n heat", style=f"--heat:{heat:.0f}%"))
+            cells.append(Cell(text, "n heat", beside=under, heat=heat))
         lines.append([f"{row + 1}  {labels[i]}", *cells])
-    return table(["", *(str(k + 1) for k in range(len(order)))], lines, class_="matrix")
+    return table(["", *(str(k + 1) for k in range(len(order)))], lines, css="matrix")
 
 
 _WITH_CHANCE = ("phi", "phi_chance", "iou_pruned", "iou_pruned_chance")
 
 
-def _groups(groups: Sequence[MaskGroup]) -> Html | None:
+def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
+    """Return what masks that belong together share: seeds of one run, experts of one cascade."""
     if not groups:
-        return None
+        return []
     head = [
         "group", "masks", "phi, mean of its pairs", "by chance", "with other tasks",
         "pruned by all / by some", "by chance",
@@ -197,14 +209,14 @@ def _groups(groups: Sequence[MaskGroup]) -> Html | None:
             *(NONE if value is None else f"{value:.3f}" for value in numbers),
             *(percent(value) for value in shares),
         ]
-        lines.append([group.name, *(tag("td", text, class_="n") for text in texts)])
+        lines.append([group.name, *map(numeric, texts)])
     changed = [_changes(group) for group in groups if group.changed]
-    return join(table(head, lines, caption="Masks that belong together"), changed)
+    return [table(head, lines, caption="Masks that belong together"), *changed]
 
 
-def _changes(group: MaskGroup) -> Html:
+def _changes(group: MaskGroup) -> CellTable:
     lines = [
-        [label, tag("td", percent(share, 2), class_="n"), tag("td", _alike(label, group.changes), class_="n")]
+        [label, numeric(percent(share, 2)), numeric(_alike(label, group.changes))]
         for label, share in group.changed.items()
     ]
     head = ["expert", "bits that are not the dispatcher's", "IoU of these with the other experts', mean"]

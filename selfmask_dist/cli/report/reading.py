@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.common import names
 from selfmask_dist.common.text import number
 from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.maskfile.tools.comparison import ComparedMask, labels_of, read_subjects
 from selfmask_dist.runs import status
 
-STAGES = ("dispatcher", "expert-*")
-MASK_FILES = ("final.mask", "cascade.mask")
+STAGES = (names.DISPATCHER, "expert-*")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint."""
+class SavedStep:
+    """A committed checkpoint by its folder's name, and what it takes on the disk."""
 
     name: str
     num_bytes: int
@@ -44,22 +44,25 @@ class Run:
     result: dict[str, Any] = field(default_factory=dict)
     frozen: dict[str, Any] = field(default_factory=dict)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[SavedStep] = field(default_factory=list)
     subjects: list[ComparedMask] = field(default_factory=list)
     clusters: list[int] = field(default_factory=list)  # training images of each, of a cascade
     stages: list["Run"] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def setting(self, section: str, key: str) -> Any:
+        """Return a value of the run's configuration; None where a damaged file does not have it."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, Mapping) else None
 
     @property
     def method(self) -> str:
+        """What the run trains, as `method` of its configuration says."""
         return str(self.config.get("method") or "?")
 
     @property
     def state(self) -> str:
+        """Whether it runs, has finished, or stopped, as `selfmask status` says."""
         return self.status["state"]
 
     @property
@@ -96,14 +99,14 @@ class Run:
         return None
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric, in the order of steps, without what is not finite."""
+        """Return (step, value) of a metric in the order of steps, without values that are not finite."""
         points = {
             line["step"]: float(line[name]) for line in self.metrics if number(line.get(name)) is not None
         }
         return sorted(points.items())
 
     def active_by_parameter(self) -> dict[str, float]:
-        """The newest share of kept weights by parameter that was logged."""
+        """Return the share of weights kept, by parameter, as it was logged last."""
         for line in reversed(self.metrics):
             found = line.get("mask/active_by_parameter")
             if isinstance(found, Mapping):
@@ -111,10 +114,11 @@ class Run:
         return {}
 
     def with_stages(self) -> list["Run"]:
-        """The runs that trained: itself, or a cascade's stages."""
+        """Return the runs that trained: a cascade's stages, or the run itself."""
         return self.stages or [self]
 
     def every_problem(self) -> list[str]:
+        """Return what could not be read of the run and its stages."""
         return [*self.problems, *(problem for stage in self.stages for problem in stage.every_problem())]
 
 
@@ -133,36 +137,37 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """Errors as in `read_runs`."""
+    """Read one run's folder; it raises what `read_runs` raises."""
     run = Run(path, label, status=status.read_status(path))
     read = _Reader(run)
-    run.config_text = read.text("config.yaml")
+    run.config_text = read.text(names.CONFIG)
     parsed = config_yaml.parse(run.config_text)
     run.config = parsed.value if isinstance(parsed.value, dict) else {}
     if parsed.problems or not run.config:
-        run.problems.append(f"{path / 'config.yaml'} is damaged: the settings below are as the file has them")
-    for name in ("environment", "result", "frozen"):
-        setattr(run, name, read.json(f"{name}.json"))
-    run.heartbeat = read.json("status.json")
-    run.metrics = read.lines("metrics.jsonl", lambda line: type(line.get("step")) is int)
-    run.events = read.lines("events.jsonl", lambda line: isinstance(line.get("event"), str))
-    for evaluation in sorted(path.glob("eval/*.json")):
-        found = read.json(f"eval/{evaluation.name}")
+        run.problems.append(f"{path / names.CONFIG} is damaged: the settings below are as the file has them")
+    run.environment = read.json(names.ENVIRONMENT)
+    run.result = read.json(names.RESULT)
+    run.frozen = read.json(names.FROZEN)
+    run.heartbeat = read.json(names.STATUS)
+    run.metrics = read.lines(names.METRICS, lambda line: type(line.get("step")) is int)
+    run.events = read.lines(names.EVENTS, lambda line: isinstance(line.get("event"), str))
+    for evaluation in sorted(path.glob(f"{names.EVAL}/*.json")):
+        found = read.json(f"{names.EVAL}/{evaluation.name}")
         if isinstance(found.get("rows"), list) and isinstance(found.get("columns"), list):
             run.evaluations.append(found)
     run.checkpoints = [
-        Checkpoint(folder.name, sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
-        for folder in sorted((path / "checkpoints").glob("step-*"))
+        SavedStep(folder.name, sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
+        for folder in sorted((path / names.CHECKPOINTS).glob("step-*"))
         if folder.is_dir()
     ]
     run.subjects = _read_masks(run)
     folders = [folder for pattern in STAGES for folder in sorted(path.glob(pattern), key=_by_number)]
     run.stages = [
-        read_run(folder, f"{label}: {folder.name}") for folder in folders if (folder / "config.yaml").exists()
+        read_run(folder, f"{label}: {folder.name}") for folder in folders if (folder / names.CONFIG).exists()
     ]
     for stage in run.stages:  # which do not measure the frozen backbone themselves
         stage.frozen = stage.frozen or dict(run.views.get("frozen", {}))
-    sizes = read.json("router/sizes.json", list)
+    sizes = read.json(f"{names.ROUTER}/{names.CLUSTER_SIZES}", list)
     run.clusters = [size for size in sizes if type(size) is int] if isinstance(sizes, list) else []
     return run
 
@@ -172,7 +177,7 @@ def _by_number(path: Path) -> tuple[int, str]:
 
 
 def _read_masks(run: Run) -> list[ComparedMask]:
-    if not any((run.path / name).exists() for name in MASK_FILES):
+    if not any((run.path / name).exists() for name in (names.MASK, names.CASCADE_MASK)):
         return []
     try:
         return [_labelled(subject, run.label) for subject in read_subjects([run.path])]
@@ -193,6 +198,7 @@ class _Reader:
         self._run = run
 
     def text(self, name: str) -> str:
+        """Return a file's text; nothing where there is no such file, or it cannot be read."""
         try:
             return (self._run.path / name).read_text(errors="replace")
         except FileNotFoundError:
@@ -202,6 +208,7 @@ class _Reader:
             return ""
 
     def json(self, name: str, kind: type = dict) -> Any:
+        """Return the value of a JSON file, which is of type `kind`; an empty one where it is not."""
         text = self.text(name)
         if not text:
             return kind()
@@ -215,7 +222,10 @@ class _Reader:
         return kind()
 
     def lines(self, name: str, is_valid: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """A JSON object a line; the last one may be half written, in a run that runs or was killed."""
+        """Return the JSON objects of a file with one a line; what is damaged is noted and left out.
+
+        The last line may be half written, in a run that is going on or was killed: that is no damage.
+        """
         text = self.text(name)
         found, damaged = [], []
         lines = text.split("\n")
@@ -238,7 +248,9 @@ class _Reader:
 
 
 def seconds_of(run: Run) -> float | None:
-    """Wall-clock time from the first sign of life to the last, pauses between restarts included."""
+    """Return the time from the first sign of life to the last, pauses between restarts included; None where
+    there is no sign.
+    """
     times = [number(line.get("time")) for line in (*run.events, *run.metrics)]
     if run.state in ("running", "silent"):
         times.append(number(run.heartbeat.get("time")))
@@ -247,6 +259,6 @@ def seconds_of(run: Run) -> float | None:
 
 
 def median_of(points: Sequence[tuple[float, float]]) -> float:
-    """NaN where there are none."""
+    """Return the upper median of the values of (step, value) points; NaN where there are none."""
     values = sorted(value for _, value in points)
     return values[len(values) // 2] if values else math.nan

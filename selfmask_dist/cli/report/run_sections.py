@@ -5,19 +5,35 @@ from typing import Any
 
 from selfmask_dist.cli.report import paper
 from selfmask_dist.cli.report.curve_sections import TELEMETRY, figures_of
-from selfmask_dist.cli.report.markup import Child, Html, join, table, tag
-from selfmask_dist.cli.report.parts import bar, fold, mapping, named, numeric, picture, section, state_badge
+from selfmask_dist.cli.report.parts import (
+    Cell,
+    CellTable,
+    Fold,
+    PageSection,
+    Part,
+    SideBySide,
+    Text,
+    bar,
+    mapping,
+    named,
+    numeric,
+    picture,
+    section,
+    state_badge,
+    table,
+)
 from selfmask_dist.cli.report.reading import Run, median_of, seconds_of
+from selfmask_dist.common import names
 from selfmask_dist.common.text import NONE, compact, count, duration, number, percent, size
 
 
-def runs_table(runs: Sequence[Run]) -> Html | None:
-    """One line for each run, with what it trains on what, and how far it is."""
+def runs_table(runs: Sequence[Run]) -> PageSection | None:
+    """Return a table with a line for each run: what it trains on which data, and how far it is."""
     head = ["run", "state", "method", "backbone", "data", "step", "loss", "images/s", "wall time", "restarts"]
     return section("Runs", table(head, [_run_row(run) for run in runs]))
 
 
-def _run_row(run: Run) -> list[Child]:
+def _run_row(run: Run) -> list[Text]:
     objective = run.setting("objective", "name")
     return [
         named(run),
@@ -33,20 +49,9 @@ def _run_row(run: Run) -> list[Child]:
     ]
 
 
-def complaints(runs: Sequence[Run]) -> Html | None:
-    """Failures, and what could not be read."""
-    failures = [
-        tag("div", tag("b", f"{run.label} failed. "), run.error, class_="alarm") for run in runs if run.error
-    ]
-    problems = [problem for run in runs for problem in run.every_problem()]
-    items = tag("ul", [tag("li", problem) for problem in problems])
-    notes = tag("div", tag("b", "Not everything could be read. "), items, class_="warning")
-    return join(failures, notes if problems else None) or None
-
-
-def clusters(runs: Sequence[Run]) -> Html | None:
-    """The router's clusters and the cascade's picture."""
-    parts: list[Child] = []
+def clusters(runs: Sequence[Run]) -> PageSection | None:
+    """Return the clusters of each cascade's router, and the cascade's picture."""
+    parts: list[Part | None] = []
     for run in runs:
         if not run.clusters:
             continue
@@ -58,12 +63,12 @@ def clusters(runs: Sequence[Run]) -> Html | None:
             share = bar(images / total, percent(images / total))
             lines.append([f"expert {k}", numeric(count(images)), share, numeric(count(steps.get(k)))])
         parts.append(table(["cluster", "training images", "share", "steps"], lines, caption=run.label))
-        parts.append(picture(run, "cascade.png"))
+        parts.append(picture(run, names.CASCADE_PICTURE))
     return section("Clusters", *parts)
 
 
-def telemetry(runs: Sequence[Run]) -> Html | None:
-    """Speed, memory, waiting, stops and checkpoints, of every run that trained."""
+def telemetry(runs: Sequence[Run]) -> PageSection | None:
+    """Return speed, memory, waiting, stops and checkpoints of every run that trained."""
     trained = [stage for run in runs for stage in run.with_stages()]
     head = [
         "run", "processes", "images/s, median", "data wait, median", "peak memory", "wall time",
@@ -72,14 +77,14 @@ def telemetry(runs: Sequence[Run]) -> Html | None:
     figures = figures_of(trained, TELEMETRY)
     return section(
         "Telemetry",
-        table(head, [_telemetry_row(run) for run in trained], class_="wide"),
-        tag("div", figures, class_="charts") if figures else None,
-        [_timeline(run) for run in runs],
+        table(head, [_telemetry_row(run) for run in trained], css="wide"),
+        SideBySide("charts", figures) if figures else None,
+        *[_timeline(run) for run in runs],
         note="Memory: of the main process, on its GPU if it has one, else resident. Wall time counts pauses.",
     )
 
 
-def _telemetry_row(run: Run) -> list[Child]:
+def _telemetry_row(run: Run) -> list[Text]:
     saves = [event for event in run.events if event.get("event") == "checkpoint"]
     seconds = [(0.0, value) for event in saves if (value := number(event.get("seconds"))) is not None]
     stalled = max((number(event.get("stalled")) or 0.0 for event in saves), default=None)
@@ -102,7 +107,7 @@ def _telemetry_row(run: Run) -> list[Child]:
     return [named(run), *map(numeric, texts)]
 
 
-def _timeline(run: Run) -> Html | None:
+def _timeline(run: Run) -> Fold | None:
     events = [event for event in run.events if number(event.get("time")) is not None]
     if not events:
         return None
@@ -111,10 +116,8 @@ def _timeline(run: Run) -> Html | None:
     for event in events[-200:]:
         rest = {key: value for key, value in event.items() if key not in ("event", "time")}
         text = ", ".join(f"{key} {_brief(value)}" for key, value in rest.items())
-        lines.append(
-            [f"+ {duration(event['time'] - first)}", str(event["event"]), tag("td", text, class_="text")]
-        )
-    return fold(f"Events of {run.label} ({len(events)})", table(["time", "event", ""], lines))
+        lines.append([f"+ {duration(event['time'] - first)}", str(event["event"]), Cell(text, "text")])
+    return Fold(f"Events of {run.label} ({len(events)})", table(["time", "event", ""], lines))
 
 
 def _brief(value: Any) -> str:
@@ -122,8 +125,8 @@ def _brief(value: Any) -> str:
     return text if len(text) < 300 else f"{text[:297]}..."
 
 
-def sizes(runs: Sequence[Run]) -> Html | None:
-    """What is stored for the task, and what a checkpoint takes."""
+def sizes(runs: Sequence[Run]) -> PageSection | None:
+    """Return what is stored for the task, and what a checkpoint takes."""
     every = [one for run in runs for one in (run, *run.stages)]
     lines = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
     if not lines:
@@ -137,10 +140,10 @@ def sizes(runs: Sequence[Run]) -> Html | None:
         f"The paper stores {stored['raw']:g} bit per weight raw and {stored['compressed']:g} compressed "
         f"({stored['setting']})."
     )
-    return section("Sizes", table(head, lines, class_="wide"), note=note)
+    return section("Sizes", table(head, lines, css="wide"), note=note)
 
 
-def _size_row(run: Run) -> list[Child]:
+def _size_row(run: Run) -> list[Text]:
     mask = mapping(run.result.get("mask"))
     stored, bits, active = (number(mask.get(name)) for name in ("bytes", "bits_per_weight", "active"))
     weights, raw = number(mask.get("masked_weights")), number(mask.get("weight_bytes"))
@@ -159,25 +162,23 @@ def _size_row(run: Run) -> list[Child]:
     ]
 
 
-def settings(runs: Sequence[Run]) -> Html | None:
-    """Where the configurations differ, then each whole one, folded."""
+def settings(runs: Sequence[Run]) -> PageSection | None:
+    """Return where the configurations differ, then each whole one, folded."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     apart = [key for key in keys if len({str(values.get(key, NONE)) for values in flat}) > 1]
-    lines = [
-        [key, *(tag("td", str(values.get(key, NONE)), class_="text") for values in flat)] for key in apart
-    ]
+    lines = [[key, *(Cell(str(values.get(key, NONE)), "text") for values in flat)] for key in apart]
     head = ["setting", *map(named, runs)]
     return section(
         "Settings",
         table(head, lines, caption="Where they differ") if lines else None,
-        [fold(f"config.yaml of {run.label}", tag("pre", run.config_text)) for run in runs],
-        [fold(f"Environment of {run.label}", _environment(run)) for run in runs if run.environment],
+        *[Fold(f"{names.CONFIG} of {run.label}", run.config_text) for run in runs],
+        *[Fold(f"Environment of {run.label}", _environment(run)) for run in runs if run.environment],
     )
 
 
-def _environment(run: Run) -> Html:
-    rows = [[key, tag("td", _plain(value), class_="text")] for key, value in _flat(run.environment).items()]
+def _environment(run: Run) -> CellTable:
+    rows = [[key, Cell(_plain(value), "text")] for key, value in _flat(run.environment).items()]
     return table(["", ""], rows)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from selfmask_dist.common.files import replacing
 from selfmask_dist.data.indexing.table import SampleTable
 
 INDEX_NAME = "samples.index"
@@ -134,7 +135,7 @@ class Index:
         return {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in self._columns.items()}
 
     def save(self, path: Path) -> None:
-        """Write the index: a temporary name first, then renamed."""
+        """Write the index to `path`, whole or not at all, and force it to the disk."""
         columns = self._as_stored()
         columns["keys"] = np.ascontiguousarray(self.keys)
         header = json.dumps(
@@ -150,15 +151,11 @@ class Index:
                 "identity": self.identity,
             }
         ).encode()
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "wb") as file:
+        with replacing(path, sync=True) as partial, open(partial, "wb") as file:
             file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
             for column in columns.values():
                 file.write(bytes(-file.tell() % _ALIGN))
                 file.write(column.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
 
 
 def index_of_table(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfmask_dist.common.text import some
+
 MANIFEST_NAME = "dataset.json"
-HOW_TO_MAKE = "make tars from a folder of pictures with: python data_prep/image_folder.py PICTURES OUT"
+HOW_TO_MAKE = "make tars from a folder of pictures with: selfmask data convert folder PICTURES OUT"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,3 @@ def find_shards(path: str) -> list[Path]:
             f"{path}: no such file or folder, and nothing matches it as a pattern; {HOW_TO_MAKE}"
         )
     return shards
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of many names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ from selfmask_dist.data.views.distortion import (
     distort_batch,
     distort_view,
 )
-from selfmask_dist.data.views.single import crop_box
+from selfmask_dist.data.views.single import Transform, crop_box
 
 _DRAWS = 40  # uniforms for each view; a later parameter takes a column that is still free
 
@@ -183,3 +184,28 @@ class FinishViews:
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return images.new_tensor(self.mean)[:, None, None], images.new_tensor(self.std)[:, None, None]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """First the one view of `first`, then all of `second`; both draw from the sample's generator, in turn."""
+
+    first: Transform
+    second: Any  # a transform that may leave views to be finished, such as `MultiCrop`
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        return *self.first(image, rng), *self.second(image, rng)
+
+    @property
+    def finish(self) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
+        """What the loader leaves to `Batch.to`."""
+        rest = getattr(self.second, "finish", None)
+        return None if rest is None else _FinishRest(rest)
+
+
+@dataclass(frozen=True)
+class _FinishRest:
+    rest: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+    def __call__(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return views[0], *self.rest(views[1:])

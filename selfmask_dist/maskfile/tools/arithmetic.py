@@ -14,17 +14,17 @@ from selfmask_dist.maskfile.mask import Mask, MaskFileError
 
 
 def intersection(masks: Sequence[Mask]) -> Mask:
-    """Weights that every mask keeps."""
+    """Return a mask of the weights that every mask keeps."""
     return _combine(masks, lambda votes: votes == len(masks))
 
 
 def union(masks: Sequence[Mask]) -> Mask:
-    """Weights that any mask keeps."""
+    """Return a mask of the weights that any mask keeps."""
     return _combine(masks, lambda votes: votes > 0)
 
 
 def majority(masks: Sequence[Mask]) -> Mask:
-    """Weights that at least half of the masks keep."""
+    """Return a mask of the weights that at least half of the masks keep."""
     return _combine(masks, lambda votes: 2 * votes >= len(masks))
 
 

@@ -112,7 +112,7 @@ class MaskResults:
 
 
 def read_subjects(paths: Sequence[str | Path]) -> list[ComparedMask]:
-    """The masks of mask files, bundles and runs' folders, labelled apart.
+    """Return the masks of mask files, bundles and runs' folders, labelled apart.
 
     Raises:
         MaskFileError: a file is damaged, or no mask.
@@ -125,7 +125,7 @@ def read_subjects(paths: Sequence[str | Path]) -> list[ComparedMask]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; a run's folder stands for the mask in it."""
+    """Return the shortest ends of paths that tell them apart; a run's folder stands for the mask in it."""
     folders = [(path.parent if path.name in _FILES else path).absolute() for path in paths]
     named = [path.parent / path.stem if path.suffix == ".mask" else path for path in folders]
     for length in range(1, max((len(path.parts) for path in named), default=1) + 1):
@@ -159,7 +159,11 @@ def _read(path: Path, label: str) -> Iterator[ComparedMask]:
 
 
 def find_mask(folder: Path) -> Path:
-    """The mask file of a run's folder."""
+    """Return the path of the mask file in a run's folder.
+
+    Raises:
+        FileNotFoundError: it holds none.
+    """
     for name in _FILES:
         if (folder / name).exists():
             return folder / name
@@ -167,7 +171,7 @@ def find_mask(folder: Path) -> Path:
 
 
 def _task(folder: Path) -> str | None:
-    """What a run learned, but for the seed."""
+    """Return a text of all that decides what a run learns but the seed; None without a readable config."""
     try:
         science = flat_science(load_config(folder / "config.yaml"))
     except (OSError, ValueError):
@@ -179,7 +183,7 @@ def _task(folder: Path) -> str | None:
 
 
 def masks(subjects: Sequence[ComparedMask]) -> MaskResults:
-    """Sparsity of each mask, similarity of each pair, and what groups agree on.
+    """Return the sparsity of each mask, the similarity of each pair, and what groups agree on.
 
     Masks over different parameters are compared on those that all of them have.
 
@@ -209,7 +213,7 @@ def masks(subjects: Sequence[ComparedMask]) -> MaskResults:
 
 
 def check_one_backbone(a: ComparedMask, b: ComparedMask) -> None:
-    """Raises ValueError, naming both, where two masks are of different frozen weights."""
+    """Raise a ValueError, naming both, where two masks are of different frozen weights."""
     key = "fingerprint" if a.fingerprint and b.fingerprint else "weights_fingerprint"
     left, right = getattr(a, key), getattr(b, key)
     if left != right:
@@ -221,7 +225,7 @@ def check_one_backbone(a: ComparedMask, b: ComparedMask) -> None:
 
 
 def matrix(labels: Sequence[str], pairs: Sequence[Pair], measure: str) -> np.ndarray:
-    """A measure of `Similarity` for every two masks (n, n); 1 on the diagonal, NaN where it is undefined."""
+    """Return a measure of `Similarity` for every two masks, (n, n); 1 on the diagonal, NaN: undefined."""
     values = np.eye(len(labels))
     place = {label: i for i, label in enumerate(labels)}
     for pair in pairs:
@@ -297,7 +301,7 @@ def _mean(pairs: Sequence[Pair], measure: str) -> float | None:
 
 
 def as_dict(results: MaskResults) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Return the results as plain values, for JSON."""
     return asdict(results)
 
 

@@ -65,7 +65,7 @@ def export(
     *,
     kwargs: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write the folder; returns its files. Existing ones of the same names are replaced.
+    """Write the folder and return its files. Existing ones of the same names are replaced.
 
     Args:
         kwargs: what the model was built with beside its name, for the card.
@@ -119,8 +119,10 @@ def export(
 
 
 def two_of_four(parameters: dict[str, Tensor]) -> float:
-    """Of the groups of four weights that follow each other in a row, the share that holds two zeros or more:
-    what hardware for 2:4 sparsity takes. Rows whose length four does not divide are left out; 0 without any.
+    """Return the share of groups of four weights in a row that hold two zeros or more.
+
+    Hardware for 2:4 sparsity takes such groups. Rows whose length four does not divide are left out; the
+    share is 0 where none is left.
     """
     good = total = 0
     for weight in parameters.values():

@@ -161,7 +161,7 @@ def _label_rows(axes: Any, names: Sequence[str]) -> int:
 
 
 def _height(num_layers: int) -> float:
-    """Inches of a picture that gives each layer a line, as far as that goes."""
+    """Return the height in inches of a picture that gives each layer a line, as far as that goes."""
     return float(np.clip(1.5 + _INCHES_PER_LAYER * num_layers, 4, _MAX_INCHES))
 
 

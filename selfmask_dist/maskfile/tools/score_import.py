@@ -36,7 +36,7 @@ def import_scores(
     threshold: float = THRESHOLD,
     scaled: bool = False,
 ) -> Imported:
-    """A mask of `encoder`, which holds the frozen weights, out of the scores in `state`.
+    """Return a mask of `encoder`, which holds the frozen weights, made of the scores in `state`.
 
     Args:
         key: what a module calls its scores; they belong to its `weight`.
@@ -80,7 +80,7 @@ def import_scores(
 
 
 def _prefix(targets: list[str], ours: Mapping[str, Tensor]) -> str:
-    """What the file puts before the encoder's names (`shared.`): the one for which all of them are there."""
+    """Return what the file puts before the encoder's names (`shared.`), so that all of them are there."""
     parts = targets[0].split(".")
     prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts))]
     for prefix in prefixes:
@@ -94,7 +94,7 @@ def _prefix(targets: list[str], ours: Mapping[str, Tensor]) -> str:
 
 
 def _moved(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], buffers: set[str]) -> dict[str, Tensor]:
-    """Buffers that differ from the encoder's.
+    """Return the buffers that differ from the encoder's.
 
     Raises:
         ValueError: a parameter differs.

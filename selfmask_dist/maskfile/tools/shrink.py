@@ -107,7 +107,7 @@ def load_smaller(model: nn.Module, folder: str | Path) -> None:
 
 
 def _attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Timm's attentions whose heads do not meet before the projection."""
+    """Yield timm's attentions whose heads do not meet before the projection."""
     for name, module in model.named_modules():
         parts = ("qkv", "proj", "num_heads", "head_dim", "attn_dim")
         if all(hasattr(module, part) for part in parts) and _is_plain_attention(module):
@@ -149,7 +149,7 @@ def _cut_attention(attention: Any, stay: Tensor) -> None:
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Linear, nn.Module, nn.Linear]]:
-    """(name, linear layer, what is between, linear layer) of timm's MLPs and of Sequentials."""
+    """Yield (name, linear layer, what is between, linear layer) of timm's MLPs and of Sequentials."""
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, nn.Sequential):
@@ -194,7 +194,7 @@ def _bias(layer: nn.Linear) -> Tensor:
 
 
 def _add_to_bias(layer: nn.Linear, inputs: Tensor) -> None:
-    """What constant inputs add to the layer's output."""
+    """Add what constant inputs contribute to the layer's output."""
     if layer.bias is not None and inputs.any():
         layer.bias.add_(layer.weight @ inputs)
 

@@ -47,6 +47,7 @@ class Pruned:
 
     @property
     def share(self) -> float:
+        """Return pruned / weights, 0 where there are no weights."""
         return self.pruned / self.weights if self.weights else 0.0
 
 
@@ -87,12 +88,13 @@ class Agreement:
 
     @property
     def unanimous(self) -> float | None:
-        """Of the weights that some mask prunes, the share that all prune."""
+        """Return the share that all masks prune, of the weights that some mask prunes."""
         some = sum(self.counts[1:])
         return self.counts[-1] / some if some else None
 
     @property
     def unanimous_chance(self) -> float | None:
+        """Return what `unanimous` would be of unrelated masks."""
         some = sum(self.chance[1:])
         return self.chance[-1] / some if some else None
 
@@ -109,7 +111,7 @@ class Tree:
 
 
 def kind_of(name: str, shape: Sequence[int]) -> str:
-    """What sort of layer a parameter belongs to, by its name and shape, as timm and open_clip name them."""
+    """Return the kind of layer of a parameter, by its name (as timm and open_clip have it) and shape."""
     for kind, pattern in _KINDS:
         if pattern.search(name):
             return kind
@@ -121,7 +123,7 @@ def kind_of(name: str, shape: Sequence[int]) -> str:
 
 
 def layers_of(bits: Bits) -> list[PrunedLayer]:
-    """Every parameter's sparsity, in the mask's order."""
+    """Return every parameter's sparsity, in the mask's order."""
     return [
         PrunedLayer(
             name, mask.numel(), mask.numel() - int(mask.sum()), kind_of(name, mask.shape), tuple(mask.shape)
@@ -131,17 +133,18 @@ def layers_of(bits: Bits) -> list[PrunedLayer]:
 
 
 def kinds_of(layers: Sequence[PrunedLayer]) -> list[Pruned]:
-    """Sparsity by kind of layer, in the order in which the kinds appear."""
+    """Return the sparsity by kind of layer, in the order in which the kinds appear."""
     kinds = dict.fromkeys(layer.kind for layer in layers)
     return [total([layer for layer in layers if layer.kind == kind], kind) for kind in kinds]
 
 
 def total(layers: Sequence[Pruned], name: str = "") -> Pruned:
+    """Return the sums over layers, under a name."""
     return Pruned(name, sum(layer.weights for layer in layers), sum(layer.pruned for layer in layers))
 
 
 def compare(a: Bits, b: Bits) -> Similarity:
-    """Two masks over the same parameters.
+    """Return how alike two masks over the same parameters are.
 
     Raises:
         ValueError: a parameter is in one of them only, or differs in shape.
@@ -183,7 +186,7 @@ def compare(a: Bits, b: Bits) -> Similarity:
 
 
 def agreement(masks: Sequence[Bits]) -> Agreement:
-    """How many of several masks prune the same weight. Errors as in `compare`."""
+    """Return how many of several masks prune the same weight. Errors as in `compare`."""
     counts = np.zeros(len(masks) + 1, dtype=np.int64)
     chance = np.zeros(len(masks) + 1)
     for mask in masks[1:]:
@@ -202,13 +205,13 @@ def agreement(masks: Sequence[Bits]) -> Agreement:
 
 
 def changes(mask: Bits, before: Bits) -> dict[str, Tensor]:
-    """A mask of what differs from an earlier mask: its `pruned` weights are those that changed."""
+    """Return a mask of what differs from an earlier mask: its `pruned` weights are those that changed."""
     check_same_parameters(mask, before)
     return {name: ~(bits ^ before[name]) for name, bits in mask.items()}
 
 
 def tree_of(phi: npt.NDArray[np.float64]) -> Tree | None:
-    """The dendrogram of masks by their correlations (n, n), NaN where there is none; None for one mask."""
+    """Return the dendrogram of masks by their correlations (n, n), NaN: none; None for a single mask."""
     from scipy.cluster.hierarchy import leaves_list, linkage  # type: ignore[import-untyped]
     from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
@@ -221,7 +224,7 @@ def tree_of(phi: npt.NDArray[np.float64]) -> Tree | None:
 
 
 def check_same_parameters(a: Bits, b: Bits) -> None:
-    """Raises ValueError where two masks are not over the same parameters."""
+    """Raise a ValueError where two masks are not over the same parameters."""
     apart = sorted(set(a) ^ set(b))
     if apart:
         raise ValueError(f"{len(apart)} parameters are in one mask only: {', '.join(apart[:3])}")

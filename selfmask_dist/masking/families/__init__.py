@@ -1,5 +1,7 @@
-"""Mask families by name: `mask.family` in a config. One file each; adding one is a file and a line here, or
-no line: `module:Class` finds a family in any module that can be imported.
+"""Mask families by name: `mask.family` in a config.
+
+A family that ships is a class in a file here and a line in `FAMILIES`. One that does not ship needs no line:
+`module:Class` finds it in any module that can be imported.
 """
 
 import difflib
@@ -46,7 +48,7 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def build(name: str, **options: Any) -> Family:
-    """A family by its name, or by `module:Class`; `options` are the fields of `FamilyOptions`.
+    """Return a family by its name, or by `module:Class`; `options` are the fields of `FamilyOptions`.
 
     Raises:
         ValueError: there is no such family, or it does not take these options.
@@ -55,7 +57,7 @@ def build(name: str, **options: Any) -> Family:
 
 
 def find(name: str) -> type[Family]:
-    """The class of a family.
+    """Return the class of a family.
 
     Raises:
         ValueError: there is none of that name.

@@ -55,7 +55,7 @@ class FamilyOptions:
 
 
 class Family:
-    """The base: theta = W * M, or a * W * M, of a mask M that a subclass defines.
+    """The base of all families: theta = W * M, or a * W * M, of a mask M that a subclass defines.
 
     form: the kind of mask that files hold of it, see `maskfile.forms`.
     is_mask: theta = [a] * W * M on frozen weights, so that one bit a weight says it all: engine `bits` sends
@@ -65,7 +65,6 @@ class Family:
     trains_scores: False where scores are fixed, or small numbers stand for them.
     trains_weight: W is trained too.
     starts_from_weight: the tensor called scores is a latent weight and starts as W.
-    has_back_sums: `back_sums` gives something.
     moves_scores: `after_step` does something.
     measures_largest: `measure` gives numbers of which the largest over ranks is meant, not the sum.
     needs_other: a second set of frozen weights is given when it is attached.
@@ -90,25 +89,27 @@ class Family:
 
     @property
     def is_scaled(self) -> bool:
+        """Return whether theta has the factor a = (N / sum M)^(1/2)."""
         return self.options.scale != "none"
 
     @property
     def has_back_sums(self) -> bool:
+        """Return whether `back_sums` gives something."""
         return False
 
     @property
     def needs_scores(self) -> bool:
-        """Whether `gradient` reads the scores."""
+        """Return whether `gradient` reads the scores."""
         return self.reads_scores or self.options.maskable < 1
 
     # ---- what is trained
 
     def first_scores(self, name: str, weight: Tensor) -> Tensor | None:
-        """First scores of a whole parameter in place of the usual ones, in its shape; None for those."""
+        """Return a whole parameter's first scores, in its shape, or None where they are the usual ones."""
         return weight if self.starts_from_weight else None
 
     def first_numbers(self, shape: torch.Size, weight: Tensor) -> Tensor | None:
-        """First value of the small tensor trained with each segment of a whole parameter, 1-D.
+        """Return the first value of the small tensor trained with each segment of a whole parameter, 1-D.
 
         Args:
             shape: of one segment; all segments of a parameter have equally many numbers.
@@ -119,19 +120,22 @@ class Family:
     # ---- before theta is written
 
     def measure(self, segment: Segment) -> Tensor | None:
-        """Sums over the piece that `mask` and `write` need of the whole tensor, 1-D; as `whole.measured`."""
+        """Return sums over the piece, 1-D, that `mask` and `write` need of the whole segment.
+
+        They are summed over ranks and then lie in `segment.whole.measured`.
+        """
         return None
 
     def ranked(self, segment: Segment) -> Tensor:
-        """What families that rank keep the largest of, in the shape of the piece."""
+        """Return what families that rank keep the largest of, in the shape of the piece."""
         raise NotImplementedError(f"{type(self).__name__} ranks and does not say what")
 
     def share(self, step: int) -> float:
-        """The share that is kept in the forward of step `step` (from 0), for families that rank."""
+        """Return the share that is kept in the forward of step `step` (from 0), for families that rank."""
         return self.options.keep + (1 - self.options.keep) * self.left(step)
 
     def left(self, step: int) -> float:
-        """What is left of the schedule at a step: 1 at its begin, 0 from its end on."""
+        """Return what is left of the schedule at a step: 1 at its begin, 0 from its end on."""
         options = self.options
         if options.keep_schedule == "constant":
             return 0.0
@@ -142,17 +146,17 @@ class Family:
         return left if options.keep_schedule == "linear" else left**3
 
     def block(self, shape: torch.Size) -> tuple[int, int] | None:
-        """Rows and columns that share a bit in a tensor of `shape`; None where each weight has its own."""
+        """Return how many rows and columns of a tensor share a bit; None where each weight has its own."""
         return None
 
     def distance(self, segment: Segment) -> Tensor | None:
-        """How far the piece's scores are from where the mask switches, for statistics; None: nowhere."""
+        """Return how far the piece's scores are from where the mask switches, for statistics, or None."""
         return None
 
     # ---- theta
 
     def mask(self, segment: Segment) -> Tensor:
-        """Which weights of the piece are kept (nonzero), bool."""
+        """Return which weights of the piece are kept (nonzero), as bools."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
 
     def write(self, segment: Segment) -> Tensor:
@@ -173,7 +177,7 @@ class Family:
     # ---- gradients
 
     def back_sums(self, segment: Segment, grad: Tensor) -> Tensor:
-        """Sums over the piece that `pull_back` needs of the whole tensor, 1-D; `grad` is G = dL/dtheta."""
+        """Return sums over the piece, 1-D, that `pull_back` needs of the whole segment; `grad` is G."""
         raise NotImplementedError(f"{type(self).__name__} says that it has back sums")
 
     def pull_back(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
@@ -200,7 +204,7 @@ class Family:
     # ---- for the frame
 
     def gradient(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
-        """`pull_back`, with no gradient for weights that are always kept."""
+        """Write dL/dS as `pull_back` does, with no gradient for weights that are always kept."""
         self.pull_back(segment, grad, back, out)
         if self.options.maskable < 1:
             out.masked_fill_(segment.scores.isposinf(), 0)

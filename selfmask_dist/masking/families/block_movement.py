@@ -1,5 +1,7 @@
-"""Block movement pruning (Lagunas, Charlaix, Sanh, Rush 2021, arXiv 2109.04838): one score for each block of
-weights, so that whole blocks, rows or heads go and the network can be made smaller.
+"""Block movement pruning (Lagunas, Charlaix, Sanh, Rush 2021, arXiv 2109.04838).
+
+Each block of weights has one score, so that whole blocks, rows or heads go and the network can be made
+smaller.
 
     M = 1[block's S among the v largest of the tensor's]        theta = W * M
     dL/dS = sum over the block of G * W                         dL/dW = G * M
@@ -20,20 +22,20 @@ from selfmask_dist.masking.pieces import Segment
 
 
 def grid_of(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks along rows and columns of a tensor of `shape`."""
+    """Return how many blocks lie along the rows and the columns of a tensor of `shape`."""
     rows, columns = shape[0], shape[1:].numel()
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def expand(grid: Tensor, block: tuple[int, int], first_row: int, shape: torch.Size) -> Tensor:
-    """Each element's block's value, for a piece of `shape` that begins with row `first_row` of its tensor."""
+    """Return the block's value for each element of a piece, whose first row in its tensor is `first_row`."""
     rows = torch.arange(first_row, first_row + shape[0], device=grid.device) // block[0]
     columns = torch.arange(shape[1:].numel(), device=grid.device) // block[1]
     return grid[rows][:, columns].view(shape)
 
 
 def sum_blocks(values: Tensor, block: tuple[int, int], first_row: int, grid: tuple[int, int]) -> Tensor:
-    """Sums over blocks, of `grid`, of a piece that begins with row `first_row`; elsewhere 0.
+    """Return the sums over blocks of a piece that begins with row `first_row`: of shape `grid`, elsewhere 0.
 
     Padded and folded, not scattered: the order of addition is the same in every run.
     """
@@ -72,7 +74,7 @@ class BlockMovement(Family):
         return True
 
     def block(self, shape: torch.Size) -> tuple[int, int]:
-        """Rows and columns of a block in a tensor of `shape`."""
+        """Return the rows and columns of a block in a tensor of `shape`."""
         rows, columns = max(shape[0], 1), max(shape[1:].numel(), 1)
         return min(self.options.block_rows or rows, rows), min(self.options.block_columns or columns, columns)
 
@@ -81,7 +83,7 @@ class BlockMovement(Family):
         return weight.new_zeros(rows * columns, dtype=torch.promote_types(weight.dtype, torch.float32))
 
     def grid(self, segment: Segment) -> Tensor:
-        """Which blocks of the whole tensor are kept, bool, 2-D; ties go to the first."""
+        """Return which blocks of the whole tensor are kept, bool, 2-D; ties go to the first."""
         assert segment.numbers is not None
         count = max(round(self.share(segment.whole.step) * len(segment.numbers)), 1)
         order = segment.numbers.sort(descending=True, stable=True).indices
@@ -115,5 +117,5 @@ class BlockMovement(Family):
 
 
 def first_row(segment: Segment) -> int:
-    """Which row of the whole tensor the piece begins with; pieces are whole rows."""
+    """Return which row of the whole tensor the piece begins with; pieces are whole rows."""
     return segment.start // max(segment.whole.shape[1:].numel(), 1)

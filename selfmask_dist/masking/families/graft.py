@@ -1,5 +1,7 @@
-"""Grafting: each weight is the pretrained or the fine-tuned one (after Panigrahi et al. 2023, "Task-Specific
-Skill Localization in Fine-tuned Language Models", arXiv 2302.06600).
+"""Grafting: each weight is the pretrained or the fine-tuned one.
+
+After Panigrahi et al. 2023, "Task-Specific Skill Localization in Fine-tuned Language Models",
+arXiv 2302.06600.
 
     M = 1[S > mu]        theta = W + M * (V - W): W pretrained, V fine-tuned, both frozen
     dL/dS = G * (V - W)

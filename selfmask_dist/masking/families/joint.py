@@ -1,5 +1,7 @@
-"""A mask trained together with the weights under it, as a regulariser of fine-tuning: the default family's
-mask, on weights that move (gate variables beside weights: Srinivas, Subramanya, Babu 2017, arXiv 1611.06694).
+"""A mask that is trained together with the weights under it, as a regulariser of fine-tuning.
+
+It is the default family's mask on weights that move (gate variables beside weights: Srinivas, Subramanya,
+Babu 2017, arXiv 1611.06694).
 
     M = 1[S > mu]        theta = a * W * M, a = (N / sum M)^(1/2)
     dL/dS = a * G * W - <G, theta> / (2 * sum M)        dL/dW = a * G * M

@@ -1,5 +1,6 @@
-"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683): weights are trained, and scores add up how far
-each of them moves away from zero.
+"""Movement pruning (Sanh, Wolf, Rush 2020, arXiv 2005.07683).
+
+Weights are trained, and scores add up how far each of them moves away from zero.
 
     hard    M = 1[S among the v N largest]         v falls from 1 along a cubic schedule, see `FamilyOptions`
     soft    M = 1[sigmoid(S) > tau]                tau rises from 0 along the same schedule
@@ -21,7 +22,7 @@ from selfmask_dist.masking.pieces import Segment
 
 
 def write_kept(segment: Segment, mask: Tensor) -> Tensor:
-    """theta = W where M = 1, else 0; returns sum M as `Family.write` does."""
+    """Write theta = W where M = 1, else 0, and return sum M as `Family.write` does."""
     segment.theta.copy_(segment.weight).masked_fill_(~mask, 0)  # a product would leave -0
     return core.count_kept(mask).view(1)
 
@@ -66,7 +67,7 @@ class SoftMovement(Family):
         return False
 
     def progress(self, step: int) -> float:
-        """How far tau has come at a step, from 0 to 1, by the schedule of the kept share."""
+        """Return how far tau has come at a step, from 0 to 1, by the schedule of the kept share."""
         return 1 - self.left(step)
 
     def mask(self, segment: Segment) -> Tensor:

@@ -1,5 +1,6 @@
-"""Discovering neural wirings (Wortsman, Farhadi, Rastegari 2019, arXiv 1906.00586): the weights of largest
-magnitude are used, and all are trained, so that what was left out may come back.
+"""Discovering neural wirings (Wortsman, Farhadi, Rastegari 2019, arXiv 1906.00586).
+
+The weights of largest magnitude are used, and all are trained, so that what was left out may come back.
 
     M = 1[|L| among the k N largest]        theta = L * M        dL/dL = G, of kept and left out alike
 

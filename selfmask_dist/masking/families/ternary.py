@@ -29,7 +29,7 @@ TTQ_FACTOR = 0.05
 
 
 def ternarize(latent: Tensor, delta: Tensor | float) -> Tensor:
-    """1 where L > delta, -1 where L < -delta, else 0; the shape and dtype of `latent`."""
+    """Return 1 where L > delta, -1 where L < -delta, else 0; the shape and dtype of `latent`."""
     return latent.sign().masked_fill_(latent.abs() <= delta, 0)
 
 
@@ -45,7 +45,7 @@ class TernaryWeights(Family):
         return segment.scores.abs().sum(dtype=torch.float64).view(1)
 
     def delta(self, segment: Segment) -> Tensor:
-        """The threshold of |L|, 0-d, of its dtype."""
+        """Return the threshold of |L|, 0-d, of its dtype."""
         assert segment.whole.measured is not None
         return (TWN_FACTOR * segment.whole.measured[0] / segment.whole.numel).to(segment.scores.dtype)
 

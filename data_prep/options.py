@@ -1,0 +1,52 @@
+"""What every converter can be told. Knows no layout and imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+
+class OptionValues(TypedDict, total=False):
+    """What every converter takes by name; see `ConversionOptions`."""
+
+    max_samples_per_shard: int
+    short_side: int | None
+    quality: int
+    skip_broken: bool
+    overwrite: bool
+    progress: bool
+    num_workers: int
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """What every converter can be told.
+
+    short_side: shrink larger pictures to this many pixels (Lanczos, encoded once more, JPEG of `quality`,
+        1 to 95); None keeps the original bytes.
+    skip_broken: list files that are no readable picture in `rejects.jsonl` and go on, instead of raising.
+    overwrite: replace the tars that an earlier conversion left. progress: show a bar.
+    num_workers: processes; changes no byte.
+    """
+
+    max_samples_per_shard: int = 5000
+    short_side: int | None = None
+    quality: int = 90
+    skip_broken: bool = False
+    overwrite: bool = False
+    progress: bool = True
+    num_workers: int = 1
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Those that change what is written."""
+        names = ("max_samples_per_shard", "short_side", "quality", "skip_broken")
+        return {name: getattr(self, name) for name in names}
+
+    def __post_init__(self) -> None:
+        if self.max_samples_per_shard < 1:
+            raise ValueError(f"max samples per shard is {self.max_samples_per_shard}; it must be at least 1")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short side is {self.short_side}; it must be at least 1 pixel")
+        if not 1 <= self.quality <= 95:
+            raise ValueError(f"quality is {self.quality}; JPEG's goes from 1 to 95")

@@ -1,0 +1,94 @@
+"""`selfmask data convert | index | verify | stats`: from pictures to indexed tars, and what is in them."""
+
+import argparse
+
+from selfmask_dist.common.shipped import shipped_module
+
+# what `selfmask data convert` takes first: the module of data_prep that converts it, and what it is
+_SOURCES = {
+    "folder": ("image_folder", "a folder of CLASS/PICTURE, or of SPLIT/CLASS/PICTURE"),
+    "csv": (
+        "csv_manifest",
+        "a CSV list of pictures and their classes, with the pictures in a folder or a tar",
+    ),
+    "inaturalist": ("inaturalist", "iNaturalist 2017, 2018, 2021: its JSON files and pictures"),
+    "sun397": ("sun397", "SUN397 and its partition lists"),
+    "torchvision": ("torchvision_dataset", "a data set of torchvision, for example Flowers102"),
+}
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `selfmask data` to the command line."""
+    help = "convert pictures to tars; index, verify or describe a folder of tars"
+    actions = commands.add_parser("data", help=help).add_subparsers(required=True, metavar="ACTION")
+    _add_convert(actions)
+    index = actions.add_parser("index", help="check every picture and write the index beside the tars")
+    index.add_argument("--no-decode", dest="decode", action="store_false", help="do not decode the pictures")
+    index.add_argument(
+        "--budget", type=float, default=0.001, help="share of samples that may be unusable (0.001)"
+    )
+    index.add_argument("--classes", metavar="A,B,...", help="class names in the order of their numbers")
+    index.add_argument("--unlabelled", action="store_true", help="take samples without a label")
+    index.set_defaults(command=_index)
+    verify = actions.add_parser("verify", help="read every picture and compare it with the index")
+    verify.set_defaults(command=_verify)
+    stats = actions.add_parser("stats", help="counts, sizes and classes")
+    stats.set_defaults(command=_stats)
+    for action in (index, verify, stats):
+        action.add_argument("path", metavar="PATH", help="folder of tars, or one tar")
+    for action in (index, verify):
+        action.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+
+
+def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    width = max(map(len, _SOURCES))
+    convert = actions.add_parser(
+        "convert",
+        help="write pictures as WebDataset tars",
+        description="Write pictures as WebDataset tars. SOURCE is one of:\n\n"
+        + "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in _SOURCES.items())
+        + "\n\nWhat follows it differs: selfmask data convert SOURCE --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s SOURCE ... [options]",
+    )
+    convert.add_argument("source", choices=_SOURCES, metavar="SOURCE", help="what is converted")
+    # the rest is the converter's own command line: its module is imported only when it runs
+    convert.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of that source")
+    convert.set_defaults(command=_convert)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    module, _ = _SOURCES[options.source]
+    converter = shipped_module(f"data_prep.{module}")
+    status: int = converter.main(options.arguments, prog=f"selfmask data convert {options.source}")
+    return status
+
+
+def _index(options: argparse.Namespace) -> None:
+    from selfmask_dist.data.build import build_index
+
+    built = build_index(
+        options.path,
+        decode_check=options.decode,
+        budget=options.budget,
+        num_workers=options.workers,
+        classes=options.classes.split(",") if options.classes else None,
+        require_labels=not options.unlabelled,
+    )
+    for reject in built.rejects:
+        print(f"{'left out' if reject.is_lost else 'note'}: {reject.shard}: {reject.key!r} {reject.reason}")
+    print(f"{built.path}: {len(built.index)} samples, {built.index.num_rejected} left out")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from selfmask_dist.data.build import verify
+
+    found = verify(options.path, num_workers=options.workers)
+    print("\n".join(found) if found else f"{options.path}: every picture is as it was indexed")
+    return 1 if found else 0
+
+
+def _stats(options: argparse.Namespace) -> None:
+    from selfmask_dist.data.build import describe
+
+    print(describe(options.path))

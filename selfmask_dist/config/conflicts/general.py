@@ -1,0 +1,165 @@
+"""Conflicts of the backbone, the objective and its views, the engine, and numbers that exclude each other."""
+
+from collections.abc import Iterator
+
+from selfmask_dist.config.all_sections import AllSections
+from selfmask_dist.config.loading import Conflict
+from selfmask_dist.config.objectives import TWO_VIEWS, WITH_CAPTIONS, WITH_TEACHER
+
+
+def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield names without weights, weights that are drawn and loaded, and half of a normalisation."""
+    backbone = config.backbone
+    library, _, model = backbone.name.partition(":")
+    if library not in ("timm", "open_clip") or not model:
+        yield Conflict(
+            ("backbone.name",),
+            f"backbone.name {backbone.name!r} is neither timm:<model> nor open_clip:<model>[/<pretrained "
+            "tag>]",
+        )
+    names_weights = "/" in model or ":" in model  # a tag, or hf-hub:<organisation>/<model> and the like
+    wants_weights = backbone.pretrained and backbone.weights is None
+    if library == "open_clip" and model and wants_weights and not names_weights:
+        yield Conflict(
+            ("backbone.name", "backbone.pretrained"),
+            f"backbone.name {backbone.name!r} names no pretrained weights; write open_clip:{model}/<tag>, "
+            "give a file as backbone.weights, or set backbone.pretrained=false for random weights",
+        )
+    if backbone.random != "library" and (wants_weights or backbone.weights is not None):
+        yield Conflict(
+            ("backbone.random", "backbone.pretrained"),
+            f"backbone.random={backbone.random} draws weights, and pretrained ones are asked for; set "
+            "backbone.pretrained=false and backbone.weights=null",
+        )
+    if (backbone.mean is None) != (backbone.std is None):
+        yield Conflict(
+            ("backbone.mean", "backbone.std"),
+            "backbone.mean and backbone.std go together: set both or neither",
+        )
+
+
+def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield objectives and heads that the backbone or the method cannot have."""
+    objective = config.objective
+    if objective.head == "clip_text" and not config.backbone.name.startswith("open_clip:"):
+        yield Conflict(
+            ("objective.head", "backbone.name"),
+            f"objective.head=clip_text needs CLIP's text tower, which {config.backbone.name} does not have; "
+            "use a backbone open_clip:<model>/<tag>, or objective.head=linear",
+        )
+    if objective.head == "masked" and config.method == "finetune":
+        yield Conflict(
+            ("method", "objective.head"),
+            "method=finetune trains weights and has no masked head; set objective.head=linear",
+        )
+    if missing := [prompt for prompt in objective.prompts if "{}" not in prompt]:
+        yield Conflict(
+            ("objective.prompts",), f"objective.prompts: {missing[0]!r} has no {{}} where the class name goes"
+        )
+    if objective.distill_from is not None and objective.name != "supervised":
+        yield Conflict(
+            ("objective.distill_from", "objective.name"),
+            f"objective.distill_from teaches classes, and objective.name={objective.name} has none; set "
+            "objective.name=supervised, or objective.distill_from=null",
+        )
+    if config.method == "cascade" and objective.name != "swav":
+        yield Conflict(
+            ("method", "objective.name"),
+            f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
+        )
+
+
+def view_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield objectives without the views, captions, whole batch or teacher that they need."""
+    name, crops = config.objective.name, config.crops
+    if name in TWO_VIEWS and (crops.global_count != 2 or crops.local_count):
+        yield Conflict(
+            ("objective.name", "crops.global_count", "crops.local_count"),
+            f"objective.name={name} is on two views of an image; set crops.global_count=2 and "
+            "crops.local_count=0",
+        )
+    if name in WITH_CAPTIONS and not config.backbone.name.startswith("open_clip:"):
+        yield Conflict(
+            ("objective.name", "backbone.name"),
+            f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
+            "a backbone open_clip:<model>/<tag>",
+        )
+    if name not in ("supervised", "swav") and config.train.accumulate > 1:
+        yield Conflict(
+            ("objective.name", "train.accumulate"),
+            f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
+            "train.accumulate=1 (engine.checkpoint_activations=true saves memory)",
+        )
+    if name in WITH_TEACHER and config.engine.name == "deepspeed":
+        yield Conflict(
+            ("objective.name", "engine.name"),
+            f"objective.name={name} has a teacher, a moving average that engine.name=deepspeed does not "
+            "keep; use engine.name=fsdp",
+        )
+
+
+def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield what an engine does not train, and what low-rank additions leave without effect."""
+    engine = config.engine.name
+    if config.optim.kind == "adamw" and engine == "deepspeed":
+        yield Conflict(
+            ("optim.kind", "engine.name"),
+            "optim.kind=adamw is not wired for engine.name=deepspeed; use engine.name=fsdp or optim.kind=sgd",
+        )
+    if config.method == "finetune" and config.finetune.train == "lora":
+        if engine == "deepspeed":
+            yield Conflict(
+                ("finetune.train", "engine.name"),
+                "finetune.train=lora is not wired for engine.name=deepspeed; use engine.name=ddp or fsdp",
+            )
+        if config.finetune.freeze:
+            yield Conflict(
+                ("finetune.train", "finetune.freeze"),
+                "finetune.train=lora trains additions alone; choose them by finetune.lora_targets and leave "
+                "finetune.freeze empty",
+            )
+
+
+def number_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield lengths, batches and areas that leave nothing, or come in the wrong order."""
+    train, warmup, first = config.train, config.optim.warmup_epochs, config.optim.head_first_epochs
+    if warmup > train.epochs:
+        yield Conflict(
+            ("optim.warmup_epochs", "train.epochs"),
+            f"optim.warmup_epochs ({warmup:g}) is longer than train.epochs ({train.epochs:g})",
+        )
+    if first and first + warmup > train.epochs:
+        yield Conflict(
+            ("optim.head_first_epochs", "optim.warmup_epochs", "train.epochs"),
+            f"optim.head_first_epochs ({first:g}) and optim.warmup_epochs ({warmup:g}) leave nothing of "
+            f"train.epochs ({train.epochs:g})",
+        )
+    headless = {
+        "supervised": ("objective.head", config.objective.head == "clip_text"),
+        "clip": ("clip.text", config.clip.text == "frozen"),
+    }
+    key, has_no_head = headless.get(config.objective.name, ("", False))
+    if first and has_no_head:
+        yield Conflict(
+            ("optim.head_first_epochs", key),
+            f"optim.head_first_epochs: with the text tower as it is ({key}) there is no head to train first",
+        )
+    if first and config.engine.name == "deepspeed":
+        yield Conflict(
+            ("optim.head_first_epochs", "engine.name"),
+            "engine.name=deepspeed updates head and masks in one partition, where masks cannot wait; set "
+            "another engine, or mask.init_from a run with a tiny optim.score_lr",
+        )
+    if train.accumulate > train.global_batch_size:
+        yield Conflict(
+            ("train.accumulate", "train.global_batch_size"),
+            f"train.accumulate ({train.accumulate}) leaves micro-steps without an image: "
+            f"train.global_batch_size is {train.global_batch_size}",
+        )
+    for key, (smallest, largest) in (
+        ("data.crop_scale", config.data.crop_scale),
+        ("crops.global_scale", config.crops.global_scale),
+        ("crops.local_scale", config.crops.local_scale),
+    ):
+        if smallest > largest:
+            yield Conflict((key,), f"{key}: the smaller area comes first: [{largest:g}, {smallest:g}]")

@@ -1,0 +1,1 @@
+"""A run's folder and its process, training aside: checkpoints, metrics, status, preemption, exit status."""
