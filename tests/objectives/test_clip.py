@@ -2,6 +2,7 @@
 and engines alike, whole runs on image-text shards.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,14 +81,13 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
 def test_a_sample_without_caption_is_a_broken_one(tmp_path: Path) -> None:
     source = open_source(image_text(tmp_path / "pairs", missing=(4,)), require_labels=False)
     quarantine = data.Quarantine(tmp_path / "quarantine.jsonl", num_samples=24, budget=0.1, rank=0)
-    options = {"global_batch_size": 24, "seed": 0}
-    transform = data.train_transform(PRE)
-    found = list(train_loader(source, transform, quarantine=quarantine, **options).with_captions())
+    load = partial(train_loader, source, data.train_transform(PRE), global_batch_size=24, seed=0)
+    found = list(load(quarantine=quarantine).with_captions())
     assert found[0].weights[found[0].ids == 4].tolist() == [0.0]
     assert found[0].weights.sum() == 23
     assert "it has no caption (.txt)" in found[0].failures[0].reason
     with pytest.raises(SampleError, match="it has no caption"):
-        list(train_loader(source, transform, **options).with_captions())
+        list(load().with_captions())
 
 
 def test_data_without_captions_is_as_it_was(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_checkpoints_of_runs_of_every_kind(tmp_path: Path, capsys: pytest.Captur
     assert main(["checkpoints", "list", str(run)]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["checkpoint", "step", "size", "saved"]
-    for line, step in zip(lines, ("12", "9"), strict=True):
+    for line, number in zip(lines, ("12", "9"), strict=True):
         *words, seconds, unit, ago = line.split()[1:]
-        assert (*words, unit, ago) == (step, "2.0", "MB", "s", "ago")
+        assert (*words, unit, ago) == (number, "2.0", "MB", "s", "ago")
         assert int(seconds) < 60
     assert main(["checkpoints", "prune", str(run)]) == 2
     assert "is running and prunes by itself" in capsys.readouterr().err
