@@ -97,7 +97,8 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     config, section = chain.config, chain.config.procedure
     train, _ = open_data(config)
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
-    is_held_out = held_out(labels, None, section.held_out, config.seed, Alone()).numpy()
+    ids = torch.arange(len(labels))
+    is_held_out = held_out(labels, ids, config.seed, Alone(), fraction=section.held_out).numpy()
     fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
