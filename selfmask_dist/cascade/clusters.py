@@ -197,12 +197,18 @@ def fit_mixture(
             from sklearn.mixture import GaussianMixture
 
             found = GaussianMixture(count, reg_covar=reg_covar, random_state=random).fit(rows)
-            parts = map(torch.from_numpy, (found.weights_, found.means_, found.covariances_))
-            return Mixture(*parts, float(found.lower_bound_), found.n_iter_, found.converged_)
+            return Mixture(
+                torch.from_numpy(found.weights_),
+                torch.from_numpy(found.means_),
+                torch.from_numpy(found.covariances_),
+                float(found.lower_bound_),
+                found.n_iter_,
+                found.converged_,
+            )
 
-        shapes = (count,), (count, dim), (count, dim, dim)
-        zeros = [samples.new_zeros(shape, dtype=torch.float64) for shape in shapes]
-        runs = _fit(fit, Mixture(*zeros, 0.0, 0, False), seed, restarts, is_here, all_reduce)
+        zeros = samples.new_zeros(count, dim, dim, dtype=torch.float64)
+        empty = Mixture(zeros[:, 0, 0], zeros[:, 0], zeros, 0.0, 0, False)
+        runs = _fit(fit, empty, seed, restarts, is_here, all_reduce)
         best = max(runs, key=lambda found: found.lower_bound)
         if len(candidates) == 1:
             return best

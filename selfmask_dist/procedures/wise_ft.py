@@ -100,7 +100,7 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     is_held_out = held_out(
         labels, torch.arange(len(labels)), config.seed, Alone(), share=section.held_out
     ).numpy()
-    fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
+    fit = chain.write_subset("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
     )
