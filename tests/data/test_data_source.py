@@ -155,7 +155,10 @@ BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "an unknown file": ([*GOOD, ("1.pdf", b"%PDF")], r"'1' has a file \.pdf and no picture"),
     "no label": ([*GOOD, ("1.jpg", picture(1))], r"sample '1' has no label \(1 of 2"),
     "label no number": ([("1.cls", b"dog"), ("1.jpg", picture(1))], "sample '1' has label b'dog' in .cls"),
-    "label negative": ([("1.jpg", picture(1)), ("1.json", b'{"label": -1}')], r"sample '1' has no label \(1 of 1"),
+    "label negative": (
+        [("1.jpg", picture(1)), ("1.json", b'{"label": -1}')],
+        r"sample '1' has no label \(1 of 1",
+    ),
     "label too large": ([*GOOD, ("1.cls", b"5"), ("1.jpg", picture(1))], "sample '1' has label 5, and there"),
     "broken json": ([("1.jpg", picture(1)), ("1.json", b"{")], r"sample '1' has a broken \.json"),
     "no picture": ([*GOOD, ("1.cls", b"0")], "sample '1' has a label and no picture"),
