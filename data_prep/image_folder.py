@@ -48,7 +48,7 @@ def convert_image_folder(
     layout: Layout = "auto",
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert `src` into tars under `out`, one `Conversion` per split.
+    """Convert `src` into tars under `out`, and return a `Conversion` for each split.
 
     split: with split folders in `src`, convert only this one; without, the folder to write to (`out/split`).
     layout: what the folders in `src` are; "auto" reads it from their names and depth.
@@ -140,7 +140,7 @@ def _refuse(root: Path, rejects: list[RejectedFile]) -> None:
 
 
 def _free_key(path: Path, taken: set[str]) -> str:
-    """The file's key: a WebDataset key ends at the first dot, and `a.jpg` and `a.png` need two."""
+    """Return a key for the file: WebDataset's end at the first dot, and `a.jpg` and `a.png` need two."""
     stem = path.with_name(path.stem.replace(".", "_")).as_posix()
     key, number = stem, 1
     while key in taken:

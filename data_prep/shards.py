@@ -54,7 +54,7 @@ class Conversion:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
+    """Raise ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder to write to")
     present = sorted(path.name for path in target.iterdir()) if target.exists() else []
@@ -190,7 +190,7 @@ def _write_shards(
     archive: Path | None,
     read: Callable[[Picture], Read] | None,
 ) -> Iterator[dict[str, Any]]:
-    """A report for each shard, in order; those of finished shards are read back."""
+    """Yield a report for each shard, in order; the reports of finished shards are read back."""
     size = options.max_samples_per_shard
     label = {name: number for number, name in enumerate(classes)}
     if archive is not None:
@@ -255,7 +255,7 @@ def _digest_of_plan(
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
-    """What tells that a file is still the one it was."""
+    """Return size and time, which tell that a file is still the one it was."""
     stat = path.stat() if path is not None else None
     return (stat.st_size, stat.st_mtime_ns) if stat is not None else None
 

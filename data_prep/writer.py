@@ -39,7 +39,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class RejectedFile:
-    """A file left out; a line of `rejects.jsonl`. path: inside the source."""
+    """A file that was left out; a line of `rejects.jsonl`. path: inside the source."""
 
     path: str
     reason: str
@@ -118,7 +118,7 @@ def write_shard(job: Job) -> dict[str, Any]:
 def _encode_all(
     pictures: Iterable[tuple[Picture, Read]], options: ConversionOptions, rejects: list[RejectedFile]
 ) -> Iterator[tuple[Picture, str, bytes]]:
-    """(picture, extension, bytes) of the readable ones; the others go to `rejects`, or raise."""
+    """Yield picture, extension and bytes of the readable ones; the others go to `rejects`, or raise."""
     for picture, data in pictures:
         try:
             extension, encoded = _encode(picture.path, data, options)

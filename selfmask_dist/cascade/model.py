@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from selfmask_dist import maskfile
 from selfmask_dist.cascade import MODES, Combination, Router
+from selfmask_dist.common.names import DISPATCHER, ROUTER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.bank import MaskBank
-
-DISPATCHER = "dispatcher"
-
-
-def expert_name(k: int | str) -> str:
-    return f"expert-{k}"
 
 
 class Cascade:
@@ -69,12 +64,12 @@ class Cascade:
         combination = self.combinations[mode].to(images.device)
         clusters = self.router.to(images.device).assign(features)
         if combination.needs_all_experts:
-            experts = [self._encode(expert_name(k), images) for k in range(self.router.num_clusters)]
+            experts = [self._encode(expert(k), images) for k in range(self.router.num_clusters)]
             return combination.transform(features, experts, clusters)
         chosen = torch.empty_like(features)
         for k in clusters.unique().tolist():
             rows = (clusters == k).nonzero().flatten()
-            chosen[rows] = self._encode(expert_name(k), images[rows])
+            chosen[rows] = self._encode(expert(k), images[rows])
         return combination.transform(features, chosen, clusters)
 
     @torch.no_grad()
@@ -104,7 +99,7 @@ def save_cascade(
     ordered = {DISPATCHER: masks[DISPATCHER]} | {
         name: replace(mask, against=DISPATCHER) for name, mask in masks.items() if name != DISPATCHER
     }
-    tensors = {f"router.{name}": tensor for name, tensor in router.tensors().items()}
+    tensors = {f"{ROUTER}.{name}": tensor for name, tensor in router.tensors().items()}
     for mode, combination in combinations.items():
         for name, tensor in combination.tensors().items():
             # its matrix is the largest part of the file
@@ -151,10 +146,10 @@ def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combinat
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor.double() if tensor.is_floating_point() else tensor
-    if "router" not in parts or DISPATCHER not in file.masks:
+    if ROUTER not in parts or DISPATCHER not in file.masks:
         raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
-    router = Router.from_tensors(parts.pop("router"))
-    missing = [k for k in range(router.num_clusters) if expert_name(k) not in file.masks]
+    router = Router.from_tensors(parts.pop(ROUTER))
+    missing = [k for k in range(router.num_clusters) if expert(k) not in file.masks]
     if missing:
         raise MaskFileError(f"{path} lacks the masks of experts {missing}")
     combinations = {mode: Combination.from_tensors(tensors) for mode, tensors in parts.items()}

@@ -21,7 +21,7 @@ from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
-from selfmask_dist.data.workers import WorkerLostError
+from selfmask_dist.data.workers import WorkerLostError, Workers
 
 __all__ = [
     "Batch",
@@ -38,6 +38,7 @@ __all__ = [
     "Subset",
     "Transform",
     "WorkerLostError",
+    "Workers",
     "check_same_classes",
     "decode",
     "eval_loader",

@@ -117,8 +117,7 @@ class Evaluation:
             batch_size=self._config.eval.batch_size,
             rank=self._world.rank,
             world_size=self._world.size,
-            num_workers=self._config.engine.workers,
-            worker_kind=self._config.engine.worker_kind,
+            workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
         )
         for batch in loader:
             yield batch

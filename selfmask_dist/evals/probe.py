@@ -160,8 +160,8 @@ def check_probe(train: Embeddings, test: Embeddings, ranks: Ranks) -> Tensor:
     return classes
 
 
-def held_out(targets: Tensor, ids: Tensor, seed: int, ranks: Ranks) -> Tensor:
-    """Return which samples choose between settings, bool (samples,): `HELD_OUT` of each class that has at
+def held_out(targets: Tensor, ids: Tensor, seed: int, ranks: Ranks, *, share: float = HELD_OUT) -> Tensor:
+    """Return which samples choose between settings, bool (samples,): `share` of each class that has at
     least two, at least one of them and never all; the same samples under any number of ranks.
     """
     everyone = gather_labels(targets, ids, ranks)  # -1 where an id is not used
@@ -169,7 +169,7 @@ def held_out(targets: Tensor, ids: Tensor, seed: int, ranks: Ranks) -> Tensor:
     is_held_out = torch.zeros_like(everyone, dtype=torch.bool)
     for target in range(int(everyone.max()) + 1):
         members = order[everyone[order] == target]
-        count = min(max(1, round(HELD_OUT * len(members))), len(members) - 1)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
         is_held_out[members[: max(count, 0)]] = True
     if not is_held_out.any():
         raise ValueError(

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from selfmask_dist.data import Source, Subset, Transform, eval_loader
+from selfmask_dist.data import Source, Subset, Transform, Workers, eval_loader
 from selfmask_dist.evals.embeddings import Embeddings
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -294,7 +294,7 @@ def embed_to_store(
     # a rank with less to do first encodes some samples again, for encoders that are collective (fsdp)
     again = np.arange(padding * batch_size, dtype=np.int64) % len(source)
     ids = np.concatenate([again, *(np.array(store.chunk_range(chunk)) for chunk in missing)])
-    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, num_workers=num_workers)
+    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, workers=Workers(num_workers))
     chunks, chunk = iter(missing), -1
     parts: list[tuple[Tensor, Tensor]] = []
     try:

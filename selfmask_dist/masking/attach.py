@@ -13,13 +13,13 @@ Knows nothing of files, process groups or kinds of optimizers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, first_scores
+from selfmask_dist.masking import checks, core, first_scores
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.parameter import MaskedParameter
@@ -60,23 +60,32 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         cls,
         model: nn.Module,
         *,
+        include: str | Sequence[str] = "auto",
+        exclude: str | Sequence[str] = (),
+        first_layers: int | None = None,
+        allow_norm: bool = False,
         family: str | Family = "threshold",
+        threshold: float | None = None,
+        scale: core.Scale | None = None,
         init: float | str | Mapping[str, Tensor] = 1.0,
         split_qkv: bool = False,
         other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
-        **selected: Unpack[Selection],
-    ) -> Self:
+    ) -> Self:  # the public door of the package: each choice is a keyword of its own, for completion and help
         """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
 
         Move the model to its device first; wrap it in `DistributedDataParallel` or `torch.compile` after.
         After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
-            family: how masks follow from scores, see `families`; `build_family` makes one with other options
-                than the default ones (a threshold, a scale).
+            include, exclude, first_layers, allow_norm: which parameters, see `selection.select`.
+            family: how masks follow from scores: a name of `families`, or a `Family` with options of its own
+                (`build_family`).
+            threshold: mu, of a family given by name (0).
+            scale: of a family given by name: gradient `through` the scale a (the authors' and the default), a
+                `detached` from the graph, or `none` (Piggyback: a = 1).
             init: the scores' first value, one of `first_scores.NAMES`, or scores by parameter name (an expert
                 starts from its dispatcher's).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
@@ -88,14 +97,24 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
                 not, attaching, stepping and reading are collectives.
             auto: False leaves it to the caller to call `pull_back` after the last backward of a step.
-            selected: `include` ("auto"), `exclude`, `first_layers` and `allow_norm`: which parameters, see
-                `selection.select`.
 
         Raises:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
-                names or shapes of given scores differ, or the model is masked already.
+                names or shapes of given scores differ, the model is masked already, or `threshold` or `scale`
+                is given beside a `Family`, which brings its own.
         """
-        family = build_family(family) if isinstance(family, str) else family
+        given = {"threshold": threshold, "scale": scale}
+        options = {name: value for name, value in given.items() if value is not None}
+        if isinstance(family, str):
+            family = build_family(family, **options)
+        elif options:
+            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
+        selected: Selection = {
+            "include": include,
+            "exclude": exclude,
+            "first_layers": first_layers,
+            "allow_norm": allow_norm,
+        }
         names = checks.choose(model, family=family, init=init, **selected)
         seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []

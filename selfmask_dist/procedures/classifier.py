@@ -82,8 +82,7 @@ def batches(
         batch_size=config.eval.batch_size,
         rank=context.world.rank,
         world_size=context.world.size,
-        num_workers=config.engine.workers,
-        worker_kind=config.engine.worker_kind,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
     )
     for batch in loader:
         yield batch
@@ -142,9 +141,7 @@ def load_images(
     network: Classifier, source: data.Source, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of a whole source in batches, the same on every rank. No collective."""
-    loader = data.eval_loader(
-        source, data.eval_transform(network.preprocessing), batch_size=batch_size, num_workers=0
-    )
+    loader = data.eval_loader(source, data.eval_transform(network.preprocessing), batch_size=batch_size)
     for batch in loader:
         rows = batch.weights > 0
         yield batch.views[0][rows].to(device), batch.labels[rows].to(device)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from selfmask_dist import data
 from selfmask_dist.backbones.weights import interpolate, write
 from selfmask_dist.common.names import HEAD
+from selfmask_dist.common.plots import pyplot
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
@@ -96,8 +97,10 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     config, section = chain.config, chain.config.procedure
     train, _ = open_data(config)
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
-    is_held_out = held_out(labels, None, section.held_out, config.seed, Alone()).numpy()
-    fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
+    is_held_out = held_out(
+        labels, torch.arange(len(labels)), config.seed, Alone(), share=section.held_out
+    ).numpy()
+    fit = chain.write_subset("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
     )
@@ -113,7 +116,7 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     points = [Point(point["alpha"], point["held_out"]) for point in curve]
     alpha = best_point(points, key).alpha
     path = chain.once("chosen.safetensors", interpolate, first, second, alpha)
-    chain.file("curve.png", lambda file: draw_curve(curve, key, alpha, file))
+    chain.picture("curve.png", lambda file: draw_curve(curve, key, alpha, file))
     return {
         "alpha": alpha,
         "chosen_by": key,
@@ -153,11 +156,7 @@ def _measure(
 
 def draw_curve(curve: list[dict[str, Any]], key: str, chosen: float, path: Path) -> None:
     """Write the picture: every measure along the line, of held-out images dashed, of test images whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     alphas = [point["alpha"] for point in curve]
     for number, name in enumerate(curve[0]["test"]):

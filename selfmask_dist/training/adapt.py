@@ -130,18 +130,17 @@ def _open_quarantine(config: Config, context: RunContext, train: data.Source) ->
 def _open_loader(
     config: Config, context: RunContext, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
 ) -> data.BatchLoader:
-    return data.train_loader(
+    loader = data.train_loader(
         train,
         train_transform(config, backbone.spec.preprocessing),
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
         rank=context.world.rank,
         world_size=context.world.size,
-        num_workers=config.engine.workers,
-        worker_kind=config.engine.worker_kind,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
-        captions=config.objective.name in WITH_CAPTIONS,
     )
+    return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
 
 def _build(

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfmask_dist.common.files import replacing
 from selfmask_dist.common.names import FINETUNED
 from selfmask_dist.masking.selection import is_fused_qkv, norm_parameters
 
@@ -156,7 +157,8 @@ def save_changed(tensors: Mapping[str, Tensor], path: Path, *, lora: Mapping[str
         lora: the arguments of `add_lora`, where tensors are its additions.
     """
     metadata = {_METADATA: json.dumps({"lora": None if lora is None else dict(lora)})}
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata=metadata)
+    with replacing(path) as partial:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
     return path.stat().st_size
 
 

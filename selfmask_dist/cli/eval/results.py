@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_json
-from selfmask_dist.common.optional import MissingLibraryError
+from selfmask_dist.common.plots import why_no_pictures
 
 VERSION = 1
 
@@ -64,11 +64,11 @@ def write_results(results: Results, subject: About, seconds: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     if results.plot is not None:
-        try:
+        if reason := why_no_pictures():
+            results.notes.append(f"the picture is left out: {reason}")
+        else:
             results.plot(folder / f"{results.kind}.png")
             plots.append(f"{results.kind}.png")
-        except MissingLibraryError as error:
-            results.notes.append(f"the picture is left out: {error}")
     fields = asdict(replace(results, plot=None))
     del fields["plot"], fields["headline"]
     values = {
@@ -101,12 +101,14 @@ def _column(rows: Sequence[Row], name: str, base: Row | None) -> list[str]:
     parts = []
     for row in rows:
         value, spread = row.values.get(name), row.spread.get(name)
-        is_compared = value is not None and reference is not None and row is not base
+        difference = ""
+        if value is not None and reference is not None and row is not base:
+            difference = f" ({value - reference:+.{digits}f})"
         parts.append(
             (
                 "-" if value is None else f"{value:.{digits}f}",
                 "" if spread is None else f" ±{spread:.{digits}f}",
-                f" ({value - reference:+.{digits}f})" if is_compared else "",
+                difference,
             )
         )
     widths = [max(map(len, part)) for part in zip(*parts, strict=True)]

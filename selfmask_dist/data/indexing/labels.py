@@ -26,7 +26,7 @@ class ForeignLabelsWarning(UserWarning):
 def resolve_labels(
     index: Index, folder: str, *, classes: Sequence[str] | None, require_labels: bool
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Class names, and one label per sample.
+    """Return the class names, and one label per sample.
 
     folder: of the shards, for messages. classes: the list that the caller asked for; empty: none.
     require_labels: False for a caller who needs none: a label outside the list of classes is then -1.

@@ -27,7 +27,7 @@ class Manifest:
 
 
 def read_manifest(shards: list[Path], *, whole_folder: bool) -> Manifest:
-    """What the `dataset.json` files beside the shards say; nothing where there are none.
+    """Return what the `dataset.json` files beside the shards say; nothing where there are none.
 
     Raises ValueError where a folder's manifest names a shard that is absent or of another size.
     """

@@ -38,7 +38,7 @@ Check = Callable[[str, bytes], str | None]
 
 
 class UnusableSampleError(ValueError):
-    """One sample cannot be used; the message names shard and key. `reason` is the message without them."""
+    """One sample cannot be used. The message names shard and key; `reason` is it without them."""
 
     def __init__(self, path: Path, key: str, reason: str, advice: str) -> None:
         super().__init__(f"{path}: sample {key!r} {reason}; {advice}")
