@@ -65,7 +65,7 @@ def convert_csv(
 
 
 def _read(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Listed], dict[str, list[str]]]:
-    """Split -> what it lists, and notes on it."""
+    """Return what is listed for each split, and notes on each split."""
     splits: dict[str, Listed] = {}
     written: dict[str, str] = {}
     try:
@@ -108,13 +108,13 @@ def _read(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Listed], di
 
 
 def _delimiter(text: str) -> str:
-    """The one of comma, semicolon and tab that stands most often in the head line."""
+    """Return the sign among comma, semicolon, tab and bar that stands most often in the head line."""
     head = text.lstrip("\r\n").partition("\n")[0]
     return max(",;\t|", key=head.count)
 
 
 def _columns(written: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
-    """Role -> the name of its column in the list: as chosen, else its own name, else a usual other one."""
+    """Return the name of each role's column: the chosen one, else its own, else a usual other one."""
     plain = {name: name.strip().casefold().replace(" ", "_") for name in written if name is not None}
     found = {}
     for role, others in _COLUMNS.items():

@@ -91,7 +91,7 @@ def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dic
 
 
 def _list_pictures(src: Path, root: Path, class_of: dict[str, str], options: ConversionOptions) -> _Listing:
-    """Every picture below the class folders of `root`, by path, and the files that are none."""
+    """Return every picture below the class folders of `root`, by path, and the files that are none."""
     top = look_into(root)
     loose = [path.name for path in top.files if is_picture(path)]
     if loose:

@@ -105,7 +105,7 @@ def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type
 
 
 def _categories(path: str | Path, values: dict[str, Any]) -> dict[int, str]:
-    """Number -> class name."""
+    """Return the class name of each category's number."""
     categories: dict[int, str] = {}
     for number, name in _entries(path, values, "categories", id=int, name=str):
         class_name = f"{number:05d}_{normal_name(name).replace('/', '-')}"
@@ -135,7 +135,7 @@ def _listed(
 
 
 def _left_out(path: str | Path, values: dict[str, Any]) -> list[str]:
-    """A note on annotations whose picture is not listed."""
+    """Return a note on annotations whose picture is not listed."""
     known = {image for (image,) in _entries(path, values, "images", id=str)}
     annotated = [image for (image,) in _entries(path, values, "annotations", image_id=str)]
     foreign = [image for image in annotated if image not in known]

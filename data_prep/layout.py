@@ -47,7 +47,7 @@ def find_splits(src: Path, layout: Layout) -> tuple[dict[str, Path], list[str]]:
 
 
 def _as_told(src: Path, folders: list[Path], called: dict[Path, str]) -> tuple[dict[str, Path], list[str]]:
-    """Every folder that is called like a split; two for one split keep their own names."""
+    """Take every folder that is called like a split; two for one split keep their own names."""
     if not called:
         raise ValueError(
             f"{src} has no folder that is called like a split (train, val, test);\n{tree_text(src)}"

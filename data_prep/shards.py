@@ -115,9 +115,9 @@ def write_split(
 
 
 def publish(conversions: list[Conversion]) -> list[Conversion]:
-    """Show what `write_split` wrote, once every split is there: swap earlier conversions for the new ones.
+    """Give what `write_split` wrote its visible names, in place of earlier conversions, and return it.
 
-    Returns them with notes on what the splits have in common; see `comparison`.
+    To be called once every split is there: notes on what they have in common are added; see `comparison`.
     """
     for conversion in conversions:
         target = conversion.folder
@@ -223,7 +223,7 @@ def member_name(name: str) -> str:
 
 
 def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Picture, Read]]:
-    """The wanted pictures of a tar in its own order, with their bytes."""
+    """Yield the wanted pictures of a tar in its own order, with their bytes or why there are none."""
     try:
         with tarfile.open(archive, "r|*") as tar:
             for info in tar:

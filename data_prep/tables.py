@@ -121,7 +121,7 @@ def _plan(
 
 
 def _resolve(split: str, written: str, root: Path | None) -> tuple[str, Path | None]:
-    """The path of a picture inside the image root, and its file; None where it is a member of an archive."""
+    """Return a picture's path inside the image root, and its file; None for a member of an archive."""
     name = posixpath.normpath(written)
     if root is not None and posixpath.isabs(name):
         for start in (os.path.abspath(root), os.path.realpath(root)):

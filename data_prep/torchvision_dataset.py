@@ -78,7 +78,7 @@ def convert_torchvision(
 
 
 class _EncodedPictures:
-    """Encoded bytes of the i-th picture, or why there are none."""
+    """Gives the encoded bytes of the i-th picture, or says why there are none."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -135,7 +135,7 @@ def _labels(dataset: Any) -> Sequence[int]:
 
 
 def _numbers(split: str, dataset: Any) -> list[int]:
-    """The labels as numbers; raises ValueError where they are none."""
+    """Return the labels as numbers. Raises ValueError where they are none."""
     try:
         return [int(label) for label in _labels(dataset)]
     except (TypeError, ValueError) as error:
@@ -145,7 +145,7 @@ def _numbers(split: str, dataset: Any) -> list[int]:
 
 
 def _classes(dataset: Any, labels: Iterable[Sequence[int]]) -> tuple[str, ...]:
-    """The data set's own names, else the numbers up to the largest label of any split."""
+    """Return the data set's own names, else the numbers up to the largest label of any split."""
     most = max((max(part, default=-1) for part in labels), default=-1)
     names = getattr(dataset, "classes", None) or [str(number) for number in range(most + 1)]
     if len(set(names)) != len(names):

@@ -134,7 +134,7 @@ def _encode_all(
 
 
 def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[str, bytes]:
-    """The picture's extension by content, and its bytes, after decoding it as a check. Raises ValueError."""
+    """Decode a picture as a check, and return its extension by content and its bytes. Raises ValueError."""
     if isinstance(data, str):
         raise ValueError(data)
     if data is None:

@@ -124,7 +124,7 @@ def _checked_classes(classes: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _lost_classes(index: Index, rejects: Sequence[Reject]) -> list[Reject]:
-    """A remark for each class folder of which no picture is left."""
+    """Return a remark for each class folder of which no picture is left."""
     folders = {normal_name(reject.key.rpartition("/")[0]) for reject in rejects if reject.is_lost}
     lost = sorted(folders - {"", *(index.folders or ())}) if index.folders is not None else []
     return [Reject("", name, "is a class of which no picture can be used", is_lost=False) for name in lost]
@@ -267,7 +267,7 @@ def _scan_shard(job: tuple[int, Path, bool, bool]) -> tuple[SampleTable, list[Pr
 
 
 def _starts_well(extension: str, data: bytes) -> str | None:
-    """A remark where the name promises another kind of picture. Raises ValueError where it is none."""
+    """Return a remark where the name promises another kind. Raises ValueError where it is no picture."""
     try:
         image = open_picture(data)
     except NoPictureError:

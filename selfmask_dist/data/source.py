@@ -99,7 +99,7 @@ def open_source(
     cache: str | Path | None = None,
     cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
-    """A source over a folder of `*.tar` files, one tar, a pattern or a list of these; shards by name.
+    """Return a source over a folder of `*.tar` files, one tar, a pattern or a list; shards by name.
 
     path: may hold braces and glob signs (`{000000..000041}.tar`, `*.tar`; see `indexing.patterns`), or be the
         address of a remote folder (s3://..., https://...) that holds its index. An index is used where the
@@ -137,7 +137,7 @@ def _open_remote(
     cache: str | Path | None,
     cache_bytes: int,
 ) -> TarSource:
-    """The index is small: it is copied to this node, and mapped there."""
+    """Open a remote folder. Its index is small: it is copied to this node, and mapped there."""
     if is_pattern(url) or url.endswith(".tar"):
         raise ValueError(
             f"{url}: of tars that are elsewhere, name their folder, which holds their index; patterns and"
@@ -172,7 +172,7 @@ def common_folder(shards: Sequence[Path]) -> Path:
 
 
 def walk_shards(path: str, shards: list[Path], *, require_labels: bool = True) -> Index:
-    """The index that the headers alone give, without checksums. Raises ValueError at the first damage."""
+    """Return the index that headers alone give, without checksums. Raises ValueError at the first damage."""
     manifest = read_manifest(shards, whole_folder=os.path.isdir(path))
     table = SampleTable(require_labels=require_labels)
     for number, shard in enumerate(shards):

@@ -47,8 +47,8 @@ def notes_on_splits(train: Source, test: Source) -> list[str]:
         places = {name: place for place, name in enumerate(test.classes)}
         affected = int(np.isin(test.labels, [places[name] for name in untrained]).sum())
         notes.append(
-            f"{len(untrained)} of {len(test.classes)} classes, with {affected} of {len(test)} test images, have"
-            f" no training image: {some(untrained)}. Are their names written in another way there?"
+            f"{len(untrained)} of {len(test.classes)} classes, with {affected} of {len(test)} test images,"
+            f" have no training image: {some(untrained)}. Are their names written in another way there?"
         )
     if train.identity == test.identity:
         return notes
@@ -62,7 +62,7 @@ def notes_on_splits(train: Source, test: Source) -> list[str]:
 
 
 def _contents(source: Source) -> npt.NDArray[np.uint64] | None:
-    """A number for the bytes of each sample; None where nothing is known of them."""
+    """Return a number for the bytes of each sample; None where nothing is known of them."""
     if isinstance(source, Subset):
         whole = _contents(source.source)
         return None if whole is None else whole[source.indices]

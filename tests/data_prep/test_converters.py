@@ -170,7 +170,7 @@ def test_csv(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"list\.csv: {message}"):
             convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
     table.write_text("nr,label\n0.jpg,cat\n")
-    with pytest.raises(ValueError, match="no column path .*--path-column"):
+    with pytest.raises(ValueError, match=r"no column path .*--path-column"):
         convert_csv(table, tmp_path / "src", tmp_path / "two", progress=False)
     table.write_text("path,label\n0.jpg,\n")
     with pytest.raises(ValueError, match=r"list\.csv: line 2: a field is empty"):

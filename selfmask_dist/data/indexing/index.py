@@ -204,7 +204,7 @@ def index_of_table(
 def _classes_of_folders(
     table: SampleTable, where: Path, classes: Sequence[str], similar: Similar
 ) -> list[str]:
-    """The class of each of the table's folders."""
+    """Return the class of each of the table's folders."""
     groups = [group for group in similar_names(table.folders) if not set(group) <= set(classes)]
     if similar == "keep" or not groups:
         return list(table.folders)

@@ -46,7 +46,7 @@ class UnusableSampleError(ValueError):
 
 
 class SampleTable:
-    """The walk's result in flat arrays: a list of Python objects would cost ten times as much.
+    """Keeps the walk's result in flat arrays: a list of Python objects would take ten times the memory.
 
     require_labels: whether a label that is no class number makes its sample unusable; where labels are not
         asked for, such a sample has none.
@@ -146,9 +146,7 @@ class SampleTable:
         return extension
 
     def _given_label(self, path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
-        """The integer in `.cls` or under "label" in `.json`, or -1; and the picture's crc32, where
-        `.json` has it.
-        """
+        """Return the integer in `.cls` or under "label" in `.json`, else -1; and `.json`'s crc32."""
         try:
             values = _json_of(path, sample, descriptor)
         except UnusableSampleError:
@@ -189,7 +187,7 @@ class SampleTable:
 
 
 def _image_member(path: Path, sample: TarSample, seen: set[str], descriptor: int) -> tuple[str, int, int]:
-    """Extension, offset and length of the picture, by its name, or by its content where no name promises one.
+    """Return extension, offset and length of the picture, by its name, or by content where no name says it.
 
     Raises:
         UnusableSampleError: there is none, or several, or an empty one, or its name has a dot inside.
@@ -243,7 +241,7 @@ def _holds_picture(sample: TarSample, extension: str, descriptor: int) -> bool:
 
 
 def _json_of(path: Path, sample: TarSample, descriptor: int) -> dict[str, Any]:
-    """The values of the `.json` member; nothing where there is none. Reads those few bytes and no others."""
+    """Return the values of `.json`, none where it is absent. Reads those few bytes and no others."""
     if "json" not in sample.members:
         return {}
     offset, length = sample.members["json"]
