@@ -59,5 +59,6 @@ def run_converter(
         print(f"{conversion.folder}: {counts}{rejected}")
         for note in conversion.notes:
             print(f"  note: {note}")
-        print(f"  next: selfmask data index {conversion.folder}")
+        is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
+        print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
     return 0

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from selfmask_dist.common.pictures import extension_of, is_deep, read_picture, to_rgb
+from selfmask_dist.common.pictures import check_shape, extension_of, is_deep, read_picture, to_rgb
 
 from .options import ConversionOptions
 
@@ -144,6 +144,7 @@ def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[
         except OSError as error:
             raise ValueError(f"cannot be read ({error.strerror})") from error
     image = read_picture(data)
+    check_shape(image.size)  # no view can be made of it
     extension = extension_of(image)
     if is_deep(image) or image.mode not in ("L", "RGB", "RGBA", "P", "CMYK"):
         to_rgb(image)  # raises where the reader would: its values have no known scale

@@ -83,7 +83,8 @@ def _index(options: argparse.Namespace) -> None:
         similar=options.similar_classes,
     )
     for reject in built.rejects:
-        print(f"{'left out' if reject.is_lost else 'note'}: {reject.shard}: {reject.key!r} {reject.reason}")
+        where = ": ".join(part for part in (reject.shard, reject.key and repr(reject.key)) if part)
+        print(f"{'left out' if reject.is_lost else 'note'}: {where or options.path} {reject.reason}")
     print(f"{built.path}: {len(built.index)} samples, {built.index.num_rejected} left out")
 
 

@@ -91,7 +91,7 @@ def open_picture(data: bytes) -> Image.Image:
     """Return a picture of which the header alone was read: its size, mode and format.
 
     Raises:
-        ValueError: PIL cannot read it, or it is a drawing or a film, or its shape is beyond `MAX_ASPECT`.
+        ValueError: PIL cannot read it, it is a drawing or a film, or it has more pixels than PIL allows.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -102,7 +102,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise ValueError(f"cannot be decoded ({type(error).__name__}: {error})") from error
     if image.format in _NO_PICTURES:
         raise ValueError(f"is {image.format} inside, a drawing or a film; convert it to JPEG or PNG")
-    check_shape(image.size)
+    check_size(image.size)
     return image
 
 
@@ -116,20 +116,28 @@ def read_picture(data: bytes) -> Image.Image:
     return image
 
 
-def check_shape(size: tuple[int, int]) -> None:
-    """Check a (width, height) before work is done on it.
+def check_size(size: tuple[int, int]) -> None:
+    """Check a (width, height) before pixels are decoded.
 
     Raises:
-        ShapeError: its sides differ more than `MAX_ASPECT` times, or it has more pixels than PIL allows.
+        ShapeError: it has more pixels than PIL allows, a limit that other decoders do not have.
     """
-    width, height = size
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and size[0] * size[1] > 2 * most:
+        raise ShapeError(f"is {size[0]} x {size[1]} pixels, more than {2 * most:,}; resize it")
+
+
+def check_shape(size: tuple[int, int]) -> None:
+    """Check a (width, height) before a view is made of it.
+
+    Raises:
+        ShapeError: its sides differ more than `MAX_ASPECT` times.
+    """
     if max(size) > MAX_ASPECT * min(size):
         raise ShapeError(
-            f"is {width} x {height} pixels; its sides may differ {MAX_ASPECT} times at most, cut or resize it"
+            f"is {size[0]} x {size[1]} pixels; its sides may differ {MAX_ASPECT} times at most, cut or resize"
+            " it"
         )
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and width * height > 2 * most:  # PIL's own limit, which other decoders do not have
-        raise ShapeError(f"is {width} x {height} pixels, more than {2 * most:,}; resize it")
 
 
 def kind_of(data: bytes) -> str | None:

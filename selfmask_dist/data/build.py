@@ -24,7 +24,7 @@ from PIL import Image
 
 from selfmask_dist.common.class_names import normal_name
 from selfmask_dist.common.files import write_text
-from selfmask_dist.common.pictures import EXTENSION_OF_FORMAT, NoPictureError, open_picture
+from selfmask_dist.common.pictures import EXTENSION_OF_FORMAT, NoPictureError, check_shape, open_picture
 from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, Similar, index_of_table
 from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest
@@ -100,6 +100,7 @@ def build_index(
     )
     rejects += _lost_classes(index, rejects)
     index = _drop_bad_labels(index, rejects, require_labels)
+    rejects += _several_labels(index)
     _write_rejects(target, rejects)
     lost = {(reject.shard, reject.key) for reject in rejects if reject.is_lost}
     total = len(index) + len(lost)
@@ -128,6 +129,20 @@ def _lost_classes(index: Index, rejects: Sequence[Reject]) -> list[Reject]:
     folders = {normal_name(reject.key.rpartition("/")[0]) for reject in rejects if reject.is_lost}
     lost = sorted(folders - {"", *(index.folders or ())}) if index.folders is not None else []
     return [Reject("", name, "is a class of which no picture can be used", is_lost=False) for name in lost]
+
+
+def _several_labels(index: Index) -> list[Reject]:
+    """Return a remark where the same bytes are there under several labels, by length and crc32."""
+    contents = index.length.astype(np.uint64) << np.uint64(32) | index.crc32.astype(np.uint64)
+    order = np.lexsort((index.label, contents))
+    same = contents[order][1:] == contents[order][:-1]
+    labelled = (index.label[order][:-1] >= 0) & (index.label[order][1:] != index.label[order][:-1])
+    places = np.flatnonzero(same & labelled)
+    if not len(places):
+        return []
+    shown = [" and ".join(index.where(int(order[i + k])) for k in (0, 1)) for i in places.tolist()[:6]]
+    reason = f"{len(places)} pictures are there under several labels, byte for byte: {some(shown)}"
+    return [Reject("", "", reason, is_lost=False)]
 
 
 def rejects_path(index_file: Path) -> Path:
@@ -272,6 +287,7 @@ def _starts_well(extension: str, data: bytes) -> str | None:
         image = open_picture(data)
     except NoPictureError:
         raise ValueError("is no picture by its first bytes") from None
+    check_shape(image.size)  # no view can be made of it
     promised = Image.registered_extensions().get(f".{extension}")
     kind = EXTENSION_OF_FORMAT.get(str(image.format), str(image.format))
     if promised is None or EXTENSION_OF_FORMAT.get(promised, promised) == kind:

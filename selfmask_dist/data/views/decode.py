@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from selfmask_dist.common.pictures import check_shape, read_picture, to_rgb
+from selfmask_dist.common.pictures import check_size, read_picture, to_rgb
 
 try:
     import simplejpeg
@@ -31,8 +31,7 @@ def decode(data: bytes) -> Image.Image:
     readers. Of a file with several pictures the first is read.
 
     Raises:
-        ValueError: the bytes are not a whole, readable picture, its shape is beyond
-            `common.pictures.MAX_ASPECT`, or its pixels have no known scale.
+        ValueError: the bytes are not a whole, readable picture, or its pixels have no known scale.
     """
     if simplejpeg is not None and data.startswith(_JPEG_START):
         pixels = _decode_jpeg(data)
@@ -49,7 +48,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
         raise ValueError(f"cannot be decoded ({error})") from error
-    check_shape((width, height))
+    check_size((width, height))
     if space not in ("YCbCr", "Gray", "RGB"):
         return None
     try:

@@ -95,6 +95,7 @@ class TrainTransform:
     flip: bool
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(image.size)
         size = self.pre.image_size
         box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
