@@ -61,7 +61,7 @@ def _data(config: Config) -> Iterator[str]:
     for key, text in (("data.train", config.data.train), ("data.test", config.data.test)):
         if text is None:
             yield f"{key} is not set; give a folder of tars, as `selfmask data convert` writes them"
-        elif any(sign in text for sign in "*?["):
+        elif any(sign in text for sign in "*?[{") or "::" in text:
             continue  # a pattern, which the reader resolves
         elif "://" in text:
             continue  # elsewhere; opening it says what is wrong
