@@ -49,7 +49,8 @@ def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]
     if numbers.min() < 0 or numbers.max() >= num_samples:
         whole = "data.test" if key == "data.test_subset" else "data.train"
         raise ValueError(
-            f"{key} {path} names samples {numbers.min()} to {numbers.max()}; {whole} has 0 to {num_samples - 1}"
+            f"{key} {path} names samples {numbers.min()} to {numbers.max()}; "
+            f"{whole} has 0 to {num_samples - 1}"
         )
     return numbers.astype(np.int64)
 
