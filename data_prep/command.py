@@ -11,7 +11,7 @@ from .shards import Conversion
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that shape the output."""
+    """Add the options that shape the output, the same for every converter."""
     parser.add_argument(
         "--max-samples-per-shard", type=int, default=ConversionOptions.max_samples_per_shard, metavar="N"
     )
@@ -37,7 +37,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_converter(
     fn: Callable[..., list[Conversion]], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
-    """Convert and say what was written; returns the exit status."""
+    """Convert, print what was written, and return the exit status.
+
+    Args:
+        fn: the converter; its parameters are called as the parser's arguments.
+    """
     try:
         done = fn(**vars(parser.parse_args(argv)))
     except ValueError as error:

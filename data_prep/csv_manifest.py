@@ -44,7 +44,7 @@ def convert_csv(
 
 
 def _read(path: Path) -> dict[str, Listed]:
-    """Split -> what it lists."""
+    """Return for each split what is listed for it."""
     splits: dict[str, Listed] = {}
     try:
         # -sig: spreadsheets write a byte order mark, which would be part of the first column's name

@@ -36,7 +36,7 @@ def convert_image_folder(
     split: str | None = None,
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert `src` into tars under `out`, one `Conversion` per split.
+    """Convert `src` into tars under `out`, and return a `Conversion` for each split.
 
     split: with split folders in `src`, convert only this one; without, the folder to write to (`out/split`).
     Raises ValueError naming the file or folder: nothing to convert, a class without pictures, a file that is
@@ -57,7 +57,7 @@ def convert_image_folder(
 
 
 def _find_splits(src: Path) -> dict[str, Path]:
-    """Split name -> its folder of class folders; the name is "" where `src` itself is that folder."""
+    """Return each split's folder of class folders, by its name; "" where `src` itself is that folder."""
     if not src.is_dir():
         raise ValueError(f"{src}: no such folder")
     folders = _subfolders(src)
@@ -89,7 +89,7 @@ def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dic
 def _list_pictures(
     src: Path, root: Path, options: ConversionOptions
 ) -> tuple[list[Picture], list[RejectedFile]]:
-    """Every picture below the class folders of `root`, by path, and the files that are none."""
+    """Return every picture below the class folders of `root`, by path, and the files that are none."""
     loose = [path.name for path in _files(root, deep=False) if path.suffix.lower() in EXTENSIONS]
     if loose:
         raise ValueError(f"{root} has pictures outside of class folders ({some(loose)}); move them into one")
@@ -119,7 +119,7 @@ def _list_pictures(
 
 
 def _free_key(path: Path, taken: set[str]) -> str:
-    """The file's key: a WebDataset key ends at the first dot, and `a.jpg` and `a.png` need two."""
+    """Return a key for the file: WebDataset's end at the first dot, and `a.jpg` and `a.png` need two."""
     stem = path.with_name(path.stem.replace(".", "_")).as_posix()
     key, number = stem, 1
     while key in taken:
@@ -129,12 +129,15 @@ def _free_key(path: Path, taken: set[str]) -> str:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Its folders by name, hidden ones left out."""
+    """Return the folders in a folder by name, hidden ones left out."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _files(folder: Path, *, deep: bool) -> list[Path]:
-    """Its files by path, hidden ones left out; deep: those of its subfolders too, links followed."""
+    """Return the files in a folder by path, hidden ones left out.
+
+    deep: those of its subfolders too; links are followed.
+    """
     found: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=True):
         found += [Path(root, name) for name in names if not name.startswith(".")]

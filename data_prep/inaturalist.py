@@ -38,7 +38,7 @@ def convert_inaturalist(
     max_classes: int | None = None,
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert the splits whose JSON is given. All are numbered by the categories of the first one.
+    """Convert the splits whose JSON is given; the categories of the first one number all of them.
 
     max_classes: keep that many categories, evenly spaced by id: a subset such as iNat500.
     Raises ValueError naming the JSON and what is wrong in it, and what `tables.convert_lists` raises.
@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type) -> Iterator[Any]:
-    """The fields of each entry of a part, as the types that are asked for."""
+    """Yield the fields of each entry of a part, as the types that are asked for."""
     entries = values[part] if isinstance(values[part], list) else [values[part]]
     for place, entry in enumerate(entries):
         try:
@@ -102,7 +102,7 @@ def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type
 
 
 def _categories(path: str | Path, values: dict[str, Any]) -> dict[int, str]:
-    """Number -> class name."""
+    """Return the class name of each category's number."""
     return {
         number: f"{number:05d}_{name.replace('/', '-')}"
         for number, name in _entries(path, values, "categories", id=int, name=str)

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 
 class OptionValues(TypedDict, total=False):
-    """What every converter takes by name; see `ConversionOptions`."""
+    """The keyword arguments of every converter; see `ConversionOptions`."""
 
     max_samples_per_shard: int
     short_side: int | None
@@ -39,7 +39,7 @@ class ConversionOptions:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Those that change what is written."""
+        """The options that change what is written; a conversion goes on only under the same ones."""
         names = ("max_samples_per_shard", "short_side", "quality", "skip_broken")
         return {name: getattr(self, name) for name in names}
 

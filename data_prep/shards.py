@@ -47,7 +47,7 @@ class Conversion:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
+    """Raise ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder to write to")
     present = sorted(path.name for path in target.iterdir()) if target.exists() else []
@@ -103,7 +103,10 @@ def write_split(
 
 
 def publish(conversions: list[Conversion]) -> list[Conversion]:
-    """Show what `write_split` wrote, once every split is there: swap earlier conversions for the new ones."""
+    """Give what `write_split` wrote its visible names, in place of earlier conversions, and return it.
+
+    To be called once every split is there.
+    """
     for conversion in conversions:
         target = conversion.folder
         # the plan goes first, since shards that have their names already could not be gone on with
@@ -156,7 +159,7 @@ def _write_shards(
     archive: Path | None,
     read: Callable[[Picture], bytes] | None,
 ) -> Iterator[dict[str, Any]]:
-    """A report for each shard, in order; those of finished shards are read back."""
+    """Yield a report for each shard, in order; the reports of finished shards are read back."""
     size = options.max_samples_per_shard
     label = {name: number for number, name in enumerate(classes)}
     if archive is not None:
@@ -184,7 +187,7 @@ def _write_shards(
 
 
 def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Picture, bytes]]:
-    """The wanted pictures of a tar in its own order, with their bytes."""
+    """Yield the wanted pictures of a tar in its own order, with their bytes."""
     try:
         with tarfile.open(archive, "r|*") as tar:
             for info in tar:
@@ -198,7 +201,7 @@ def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Pic
 def _digest_of_plan(
     classes: tuple[str, ...], pictures: list[Picture], options: ConversionOptions, archive: Path | None
 ) -> str:
-    """What a resumed conversion must have in common with the one that was killed."""
+    """Return a digest of what a conversion must have in common with the killed one that it goes on with."""
     about = [classes, options.shape, str(archive), _stamp(archive)]
     digest = hashlib.sha256(json.dumps(about).encode())
     for picture in pictures:
@@ -208,7 +211,7 @@ def _digest_of_plan(
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
-    """What tells that a file is still the one it was."""
+    """Return size and time, which tell that a file is still the one it was."""
     stat = path.stat() if path is not None else None
     return (stat.st_size, stat.st_mtime_ns) if stat is not None else None
 

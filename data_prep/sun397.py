@@ -56,7 +56,7 @@ def convert_sun397(
 
 
 def _class_name(path: str) -> str:
-    """a/apartment_building/outdoor -> apartment_building/outdoor."""
+    """Return a path without its first letter: a/apartment_building/outdoor is apartment_building/outdoor."""
     first, _, rest = path.partition("/")
     return rest if len(first) == 1 and rest else path
 

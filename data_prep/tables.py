@@ -24,7 +24,7 @@ def convert_lists(
     classes: Iterable[str] | None = None,
     options: ConversionOptions,
 ) -> list[Conversion]:
-    """One folder of tars for each split, under one list of classes.
+    """Write a folder of tars for each split, under one list of classes, and return what was written.
 
     images: the folder that names start from, or a tar or tar.gz with members of those names.
     classes: in the order of their numbers; default: all that occur, sorted.

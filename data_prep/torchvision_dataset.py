@@ -58,7 +58,7 @@ def convert_torchvision(
 
 
 class _EncodedPictures:
-    """Encoded bytes of the i-th picture."""
+    """Reads a picture of the data set as encoded bytes; a picture's name is its number."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

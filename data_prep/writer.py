@@ -28,8 +28,9 @@ _EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp
 
 @dataclass(frozen=True)
 class Picture:
-    """A file to convert. name: its path inside the source, as recorded in key.json. path: None where it is a
-    member of an archive.
+    """A file to convert.
+
+    name: its path inside the source, which key.json records. path: None where it is a member of an archive.
     """
 
     path: Path | None
@@ -40,7 +41,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class RejectedFile:
-    """A file left out; a line of `rejects.jsonl`. path: inside the source."""
+    """A file that was left out; a line of `rejects.jsonl`. path: inside the source."""
 
     path: str
     reason: str
@@ -118,7 +119,7 @@ def write_shard(job: Job) -> dict[str, Any]:
 def _encode_all(
     pictures: Iterable[tuple[Picture, bytes | None]], options: ConversionOptions, rejects: list[RejectedFile]
 ) -> Iterator[tuple[Picture, str, bytes]]:
-    """(picture, extension, bytes) of the readable ones; the others go to `rejects`, or raise."""
+    """Yield picture, extension and bytes of the readable ones; the others go to `rejects`, or raise."""
     for picture, data in pictures:
         try:
             extension, encoded = _encode(picture.path, data, options)
@@ -134,7 +135,7 @@ def _encode_all(
 
 
 def _encode(path: Path | None, data: bytes | None, options: ConversionOptions) -> tuple[str, bytes]:
-    """The picture's extension by content, and its bytes, after decoding it as a check. Raises ValueError."""
+    """Decode a picture as a check, and return its extension by content and its bytes. Raises ValueError."""
     try:
         if data is None:
             assert path is not None

@@ -95,8 +95,8 @@ def _files(config: Config) -> Iterator[str]:
 
 
 def _looks_like_weights(path: Path) -> bool:
-    """By the first bytes: a state dict is a zip file or a pickle; safetensors begins with its
-    header's length.
+    """Tell by the first bytes: a state dict is a zip file or a pickle; safetensors begins with its header's
+    length.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -195,7 +195,10 @@ def _slurm(config: Config, num_nodes: int, is_dry: bool) -> Iterator[str]:
 
 
 def _partitions() -> dict[str, int]:
-    """Partition names, the default one with a star, and how many nodes each has; empty where none answers."""
+    """Return how many nodes each partition has, by its name; the default one's ends in a star.
+
+    It is empty where the cluster does not answer.
+    """
     command = ["sinfo", "--noheader", "--format=%P %D"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)

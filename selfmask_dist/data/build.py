@@ -109,13 +109,16 @@ def build_index(
 
 
 def rejects_path(index_file: Path) -> Path:
-    """Where the rejects of an index are listed."""
+    """Return the path of the file that lists the rejects of an index."""
     whole_folder = index_file.name == INDEX_NAME
     return index_file.with_name(REJECTS_NAME if whole_folder else f"{index_file.name}_rejects.jsonl")
 
 
 def verify(path: str | Path, *, num_workers: int = 1) -> list[str]:
-    """Every way in which the tars differ from their index now: one message per sample, read in full."""
+    """Read every sample and return a message for each whose bytes are not those that were indexed.
+
+    Raises ValueError where the tars have no saved index.
+    """
     source = open_source(path, require_labels=False)
     if not source.index.has_crc32:
         raise ValueError(f"{path} has no index to verify; make one with: selfmask data index {path}")
@@ -129,7 +132,7 @@ def verify(path: str | Path, *, num_workers: int = 1) -> list[str]:
 
 
 def describe(path: str | Path) -> str:
-    """Counts of the data set at `path`, for people."""
+    """Return the counts, sizes and classes of the data set at `path`, as lines for people."""
     source = open_source(path, require_labels=False)
     index = source.index
     lengths = index.length.astype(np.int64)
@@ -154,7 +157,7 @@ def describe(path: str | Path) -> str:
 
 
 def _manifest_of(shards: list[Path]) -> Manifest:
-    """The description beside the shards; sizes are not held against it here, damage is found in detail."""
+    """Return the description beside the shards. Sizes may differ here: the walk says what is damaged."""
     try:
         return read_manifest(shards, whole_folder=False)
     except ValueError as error:
@@ -171,7 +174,9 @@ def _manifest_of(shards: list[Path]) -> Manifest:
 def _hold_against_manifest(
     shards: list[Path], manifest: Manifest, table: SampleTable, rejects: list[Reject]
 ) -> None:
-    """A shard with fewer samples than were packed lost some without a trace: cut at a header, for one."""
+    """Note the samples that are gone without a trace: a shard that was cut exactly at a header looks whole,
+    and has fewer samples than were packed.
+    """
     found = np.bincount(np.array(table.shard, dtype=np.int64), minlength=len(shards))
     folder = common_folder(shards)
     absent = sorted(manifest.samples.keys() - set(shards)) if len({s.parent for s in shards}) == 1 else []

@@ -143,7 +143,7 @@ class BatchLoader:
         self._plans.epoch, self._plans.first_step, self._step = epoch, first_step, first_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in a few integers, and what data it was. The same on every rank.
+        """Return where the next batch is, in a few integers, and what data it was; the same on every rank.
 
         Batches count when they are handed out, whatever the workers prepared beyond them.
         """
@@ -159,8 +159,8 @@ class BatchLoader:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where data, seed or batch size are not what they were when `state` was saved,
-        naming the difference.
+        """Raise ValueError where data, seed or batch size are not what they were when `state` was saved; the
+        message names the difference.
         """
         changed = difference(state["data"], self._identity)
         if changed is not None:
@@ -202,7 +202,7 @@ class BatchLoader:
             return naming_lost_workers(self._dataloader)
 
     def _load(self, plan: RankBatch) -> Batch | SampleError:
-        """In a thread, which pins too where the DataLoader has a thread of its own for it."""
+        """Make one batch in a thread and pin it, as the DataLoader, which is not used here, would do."""
         batch = self._dataset[plan]
         return batch.pin_memory() if self._workers.pin_memory and isinstance(batch, Batch) else batch
 
@@ -237,7 +237,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _Plans(Sampler[RankBatch]):
-    """The epoch's plans for one rank, made in the parent as the DataLoader asks for them."""
+    """Makes the epoch's plans for one rank, in the parent, as the DataLoader asks for them."""
 
     def __init__(
         self,
@@ -280,8 +280,9 @@ class _Plans(Sampler[RankBatch]):
 class _PlannedBatches(Dataset["Batch | SampleError"]):
     """Carries out plans; lives in the workers.
 
-    A broken sample is returned and not raised: the DataLoader would bury its message under a traceback.
-    is_tolerant: broken samples become rows of weight 0 instead.
+    A sample that cannot be read is returned as an error and not raised: the DataLoader would bury its message
+    under a traceback.
+    is_tolerant: such samples become rows of weight 0 instead.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
@@ -321,12 +322,12 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         )
 
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
-        """Views of the right shapes, where no sample of a batch can be read."""
+        """Return views of the right shapes, for a batch of which no sample can be read."""
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
         return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
 
     def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:
-        """Few pictures at a time: their encoded bytes are then never all in memory."""
+        """Yield each sample with its bytes, read a few at a time so that they are never all in memory."""
         for start in range(0, len(ids), READ_TOGETHER):
             part = ids[start : start + READ_TOGETHER]
             yield from zip(part.tolist(), self.source.read_many(part), strict=True)

@@ -56,9 +56,12 @@ class Source(Protocol):
     labels: npt.NDArray[np.int64]  # (len,), -1 = none
 
     def __len__(self) -> int: ...
-    def key(self, index: int) -> str: ...
+    def key(self, index: int) -> str:
+        """Return the sample's key, which is unique within its shard."""
+        ...
+
     def where(self, index: int) -> str:
-        """Shard and key, for messages."""
+        """Return the names of shard and sample, for messages."""
         ...
 
     @property
@@ -67,13 +70,14 @@ class Source(Protocol):
         ...
 
     def read_many(self, indices: npt.NDArray[np.int64]) -> list[bytes | SampleError]:
-        """The encoded pictures of the samples `indices`, or why they cannot be had. Ten times faster than one
-        by one.
+        """Return the encoded picture of each of the samples `indices`, or why it cannot be had.
+
+        It is ten times as fast as reading one by one.
         """
         ...
 
     def read(self, index: int) -> Sample:
-        """Raises SampleError where the bytes cannot be had."""
+        """Return one sample. Raises SampleError where its bytes cannot be had."""
         ...
 
     @property
@@ -82,7 +86,7 @@ class Source(Protocol):
         ...
 
     def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
-        """The captions of the samples `indices`, or why they cannot be had; where `has_captions`."""
+        """Return the caption of each of the samples `indices`, or why there is none; needs `has_captions`."""
         ...
 
 
@@ -94,7 +98,7 @@ def open_source(
     cache: str | Path | None = None,
     cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
-    """A source over a folder of `*.tar` files, one tar, or a glob pattern; shards in order of their names.
+    """Return a source over a folder of `*.tar` files, one tar, or a pattern; shards are ordered by name.
 
     path: may be the address of a remote folder (s3://..., https://...) that holds its index.
     cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
@@ -128,7 +132,7 @@ def _open_remote(
     cache: str | Path | None,
     cache_bytes: int,
 ) -> TarSource:
-    """The index is small: it is copied to this node, and mapped there."""
+    """Open a remote folder. Its index is small: it is copied to this node, and mapped there."""
     content = fetch_bytes(f"{url}/{INDEX_NAME}")
     folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,19 +150,19 @@ def _open_remote(
 
 
 def index_path(path: str) -> Path | None:
-    """Where the saved index of `path` lies: in the folder, or beside one tar; a pattern has none."""
+    """Return where the saved index of `path` lies: in the folder, or beside one tar; None for a pattern."""
     if os.path.isdir(path):
         return Path(path) / INDEX_NAME
     return Path(f"{path}.index") if os.path.isfile(path) else None
 
 
 def common_folder(shards: Sequence[Path]) -> Path:
-    """The folder that shards are named from."""
+    """Return the folder that shards are named from."""
     return Path(os.path.commonpath([shard.parent for shard in shards]))
 
 
 def walk_shards(path: str, shards: list[Path]) -> Index:
-    """The index that the headers alone give, without checksums. Raises ValueError at the first damage."""
+    """Return the index that headers alone give, without checksums. Raises ValueError at the first damage."""
     manifest = read_manifest(shards, whole_folder=os.path.isdir(path))
     table = SampleTable()
     for number, shard in enumerate(shards):
@@ -179,7 +183,7 @@ def walk_shards(path: str, shards: list[Path]) -> Index:
 
 
 def check_same_classes(train: Source, test: Source) -> None:
-    """Raises ValueError unless both sources number the same classes in the same way."""
+    """Raise ValueError unless both sources number the same classes in the same way."""
     if train.classes == test.classes:
         return
     lacking = sorted(set(train.classes) - set(test.classes))
@@ -194,8 +198,10 @@ def check_same_classes(train: Source, test: Source) -> None:
 
 
 class TarSource:
-    """Random access to the pictures of tars; see `open_source`. 36 bytes and the key per sample, of which
-    the labels (8) are memory of this process and the rest is the mapped file.
+    """Reads the pictures of tars in any order; see `open_source`, and `Source` for what each method returns.
+
+    A sample takes 36 bytes and its key. The 8 bytes of its label are memory of this process, the others are
+    the mapped file.
 
     verify: hold each picture against the index's crc32, where it has one (a third of a microsecond for
         each KB, and a tenth of that with the package isal).
@@ -300,7 +306,7 @@ class TarSource:
 
 
 def _check_fits(index: Index, shards: list[Path], saved: Path) -> None:
-    """Raises ValueError unless the tars are those that were indexed, by name and size."""
+    """Raise ValueError unless the tars are those that were indexed, by name and size."""
     sizes = {shard.name: shard.size for shard in index.shards}
     found = {shard.name: shard.stat().st_size for shard in shards}
     lacking, extra = sorted(sizes.keys() - found.keys()), sorted(found.keys() - sizes.keys())

@@ -10,7 +10,7 @@ from selfmask_dist.data.source import Sample, SampleError, Source
 
 
 class Subset:
-    """The samples of `source` at `indices`, renumbered from 0."""
+    """A source of the samples of `source` at `indices`, renumbered from 0; see `Source`."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self._source = source
@@ -47,7 +47,7 @@ class Subset:
 
 
 def evenly_spaced(source: Source, limit: int) -> Source:
-    """At most `limit` samples at equal distances through the source, the same ones every time."""
+    """Return a source of at most `limit` samples at equal distances through `source`, the same every time."""
     if len(source) <= limit:
         return source
     return Subset(source, np.linspace(0, len(source) - 1, limit).round().astype(np.int64))

@@ -69,7 +69,7 @@ def start_worker_server() -> None:
 
 
 def die_with_parent(worker: int) -> None:
-    """Runs in a new worker: makes it leave when the training process is gone, however that went.
+    """Make a new worker, in which this runs, leave when the training process is gone, however that went.
 
     torch's workers watch their parent process, which is the server here, and the server lives as long as one
     of its workers. Without this a rank that is killed leaves them all behind for ever.
@@ -93,7 +93,7 @@ def without_worker_advice() -> Iterator[None]:
 
 
 def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iterator[R]:
-    """`fn(plan)` for each plan, in order, computed by threads.
+    """Yield `fn(plan)` for each plan, in order, computed by threads.
 
     At most `2 * num_threads` results are in the making or wait to be taken: a slow consumer holds the
     threads up, and memory stays bounded. An error in `fn` is raised in its turn; closing the iterator ends
@@ -113,8 +113,10 @@ def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iter
 
 
 def naming_lost_workers(loader: DataLoader[T]) -> Iterator[T]:
-    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly, or
-    that a tensor whose sender is gone cannot be received.
+    """Yield a loader's batches.
+
+    Raises WorkerLostError where torch says only that a worker exited unexpectedly, or that a tensor whose
+    sender is gone cannot be received.
     """
     try:
         yield from loader

@@ -82,7 +82,7 @@ def _shape_by_name(name: str) -> tuple[int, ...]:
 def _kinds_table(shown: Sequence[_Shown], most: float) -> CellTable:
     by_mask = [(mask, {kind.name: kind for kind in kinds_of(mask.layers)}) for mask in shown]
     names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
-    lines = []
+    lines: list[list[Text]] = []
     for mask, kinds in by_mask:
         cells: list[Text] = [_heat(mask.everything, most, mask.is_exact)]
         cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
@@ -116,7 +116,7 @@ def _layer_map(mask: _Shown, most: float) -> CellTable:
             block, name = split_name(layer.name)
             cells.setdefault(block, {})[name] = layer
     columns = dict.fromkeys(name for row in cells.values() for name in row)
-    lines = [
+    lines: list[list[Text]] = [
         [block or NONE, *(_heat(row.get(name), most, mask.is_exact) for name in columns)]
         for block, row in cells.items()
     ]
@@ -172,7 +172,7 @@ def _matrix(found: MaskResults, labels: Sequence[str]) -> CellTable:
     assert found.tree is not None
     order = found.tree.order
     values = {name: matrix(labels, found.pairs, name) for name in _WITH_CHANCE}
-    lines = []
+    lines: list[list[Text]] = []
     for row, i in enumerate(order):
         cells: list[Text] = []
         for column, j in enumerate(order):
@@ -200,7 +200,7 @@ def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
         "group", "masks", "phi, mean of its pairs", "by chance", "with other tasks",
         "pruned by all / by some", "by chance",
     ]  # fmt: skip
-    lines = []
+    lines: list[list[Text]] = []
     for group in groups:
         numbers = (group.phi, group.phi_chance, group.phi_outside)
         shares = (group.agreement.unanimous, group.agreement.unanimous_chance)
@@ -215,7 +215,7 @@ def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
 
 
 def _changes(group: MaskGroup) -> CellTable:
-    lines = [
+    lines: list[list[Text]] = [
         [label, numeric(percent(share, 2)), numeric(_alike(label, group.changes))]
         for label, share in group.changed.items()
     ]

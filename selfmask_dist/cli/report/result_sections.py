@@ -12,6 +12,7 @@ from selfmask_dist.cli.report.parts import (
     PageSection,
     Paragraph,
     Part,
+    Text,
     in_order,
     mapping,
     measure_name,
@@ -80,7 +81,7 @@ def results(runs: Sequence[Run]) -> PageSection | None:
         for name, value in run.views[view].items():
             found.setdefault((_data(run), name), []).append(value)
     best = {key: max(values) for key, values in found.items() if len(values) > 1}
-    lines = []
+    lines: list[list[Text]] = []
     for run, view in rows:
         frozen = {} if view == "frozen" else run.views.get("frozen", {})
         values = run.views[view]
@@ -111,7 +112,7 @@ def _value(
     """
     if value is None:
         return Cell(NONE, "n")
-    beside = ()
+    beside: tuple[tuple[str, str], ...] = ()
     if frozen is not None:
         beside = ((_delta(value - frozen), _sign(value - frozen) if signed else ""),)
     text = percent(value) if share else _shown(value)
@@ -144,7 +145,7 @@ def _standard_error(runs: Sequence[Run]) -> str:
 
 
 def _paper_table(runs: Sequence[Run]) -> Part:
-    lines = []
+    lines: list[list[Text]] = []
     titles: dict[str, None] = {}
     for run in runs:
         for entry in paper.expected(run.config, run.views):
@@ -183,7 +184,7 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> CellTable:
         (row["values"] for row in rows if row.get("name") == found.get("baseline")), {}
     )
     kind = str(found.get("kind"))
-    lines = []
+    lines: list[list[Text]] = []
     for row in rows:
         before = {} if row["values"] is baseline else baseline
         cells = []
@@ -196,7 +197,7 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> CellTable:
                 cell = replace(cell, beside=(*cell.beside, (f"± {spread:.3f}", "")))
             cells.append(cell)
         lines.append([Cell(str(row.get("name"))), *cells])
-    caption = [Cell(kind, is_bold=True), f" of {run.label}{_settings(found.get('settings'))}"]
+    caption: list[Text] = [Cell(kind, is_bold=True), f" of {run.label}{_settings(found.get('settings'))}"]
     return table(["", *map(measure_name, columns)], lines, caption=caption, css="values")
 
 

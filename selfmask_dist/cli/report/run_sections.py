@@ -58,7 +58,7 @@ def clusters(runs: Sequence[Run]) -> PageSection | None:
         total = sum(run.clusters) or 1
         planned = next((e.get("steps") for e in reversed(run.events) if e.get("event") == "experts"), None)
         steps = dict(enumerate(planned)) if isinstance(planned, list) else {}
-        lines = []
+        lines: list[list[Text]] = []
         for k, images in enumerate(run.clusters):
             share = bar(images / total, percent(images / total))
             lines.append([f"expert {k}", numeric(count(images)), share, numeric(count(steps.get(k)))])
@@ -112,7 +112,7 @@ def _timeline(run: Run) -> Fold | None:
     if not events:
         return None
     first = events[0]["time"]
-    lines = []
+    lines: list[list[Text]] = []
     for event in events[-200:]:
         rest = {key: value for key, value in event.items() if key not in ("event", "time")}
         text = ", ".join(f"{key} {_brief(value)}" for key, value in rest.items())
@@ -128,7 +128,7 @@ def _brief(value: Any) -> str:
 def sizes(runs: Sequence[Run]) -> PageSection | None:
     """Return what is stored for the task, and what a checkpoint takes."""
     every = [one for run in runs for one in (run, *run.stages)]
-    lines = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
+    lines: list[list[Text]] = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
     if not lines:
         return None
     head = [
@@ -167,8 +167,10 @@ def settings(runs: Sequence[Run]) -> PageSection | None:
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     apart = [key for key in keys if len({str(values.get(key, NONE)) for values in flat}) > 1]
-    lines = [[key, *(Cell(str(values.get(key, NONE)), "text") for values in flat)] for key in apart]
-    head = ["setting", *map(named, runs)]
+    lines: list[list[Text]] = [
+        [key, *(Cell(str(values.get(key, NONE)), "text") for values in flat)] for key in apart
+    ]
+    head: list[Text] = ["setting", *map(named, runs)]
     return section(
         "Settings",
         table(head, lines, caption="Where they differ") if lines else None,
@@ -178,7 +180,9 @@ def settings(runs: Sequence[Run]) -> PageSection | None:
 
 
 def _environment(run: Run) -> CellTable:
-    rows = [[key, Cell(_plain(value), "text")] for key, value in _flat(run.environment).items()]
+    rows: list[list[Text]] = [
+        [key, Cell(_plain(value), "text")] for key, value in _flat(run.environment).items()
+    ]
     return table(["", ""], rows)
 
 

@@ -55,8 +55,7 @@ class Index:
     crc32: of the pictures, zeros where `has_crc32` is False (headers alone were read).
     classes: names in the order of their numbers, None where no description lists them.
     caption_offset, caption_length: of the sample's `.txt` in its shard, 0 and 0 where it has none; None where
-    no
-        sample has one.
+        no sample has one.
     """
 
     shards: tuple[Shard, ...]
@@ -86,11 +85,13 @@ class Index:
         return Index, tuple(getattr(self, field.name) for field in fields(self))
 
     def key(self, row: int) -> str:
+        """Return the WebDataset key of the sample at `row`."""
         start = int(self.key_end[row - 1]) if row > 0 else 0
         return self.keys[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
 
     @property
     def has_captions(self) -> bool:
+        """Whether any sample has a caption."""
         return self.caption_length is not None
 
     @property
@@ -98,11 +99,11 @@ class Index:
         return _COLUMNS | (_CAPTIONS if self.has_captions else {})
 
     def where(self, row: int) -> str:
-        """Shard and key, for messages."""
+        """Return the names of shard and sample, for messages."""
         return f"{self.shards[self.shard[row]].name}: sample {self.key(row)!r}"
 
     def keep(self, rows: npt.NDArray[np.bool_], *, num_rejected: int) -> Index:
-        """The index of the rows where `rows`, shape (len,), is true."""
+        """Return an index of the rows where `rows`, of shape (len,), is true."""
         ends = self.key_end.astype(np.int64)
         lengths = ends - np.append(0, ends)[:-1]
         columns = {name: getattr(self, name)[rows] for name in self._columns if name != "key_end"}
@@ -166,7 +167,7 @@ def index_of_table(
     classes: tuple[str, ...] | None,
     has_crc32: bool,
 ) -> Index:
-    """The index of a walk's result: labels by number where any sample has one, else by folder.
+    """Return the index of a walk's result, with labels by number where any sample has one, else by folder.
 
     folder: where shards are named from.
     """
@@ -205,7 +206,7 @@ def _captions_of(table: SampleTable) -> dict[str, Any]:
 
 
 def load_index(path: Path) -> Index:
-    """Map a saved index. Raises ValueError naming the file where it is none, or was cut short."""
+    """Map a saved index and return it. Raises ValueError naming a file that is none, or was cut short."""
     try:
         # a plain array over the mapping: each indexing of a memmap costs microseconds
         data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
@@ -240,7 +241,7 @@ def load_index(path: Path) -> Index:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How two identities differ, in words; None where they are the same data.
+    """Return in words how two identities differ; None where they are the same data.
 
     Contents are compared only where both have checksums.
     """

@@ -20,7 +20,7 @@ from selfmask_dist.data.indexing.index import Index
 def resolve_labels(
     index: Index, folder: str, *, classes: Sequence[str] | None, require_labels: bool
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
-    """Class names, and one label per sample.
+    """Return the class names, and one label per sample.
 
     folder: of the shards, for messages. classes: the list that the caller asked for.
     labels: (samples,) int64, -1 = none. Raises ValueError naming shard, key and the way out.

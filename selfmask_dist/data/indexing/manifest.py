@@ -26,7 +26,7 @@ class Manifest:
 
 
 def read_manifest(shards: list[Path], *, whole_folder: bool) -> Manifest:
-    """What the `dataset.json` files beside the shards say; nothing where there are none.
+    """Return what the `dataset.json` files beside the shards say; nothing where there are none.
 
     Raises ValueError where a folder's manifest names a shard that is absent or of another size.
     """
@@ -69,7 +69,7 @@ def read_manifest(shards: list[Path], *, whole_folder: bool) -> Manifest:
 
 
 def find_shards(path: str) -> list[Path]:
-    """The tars that a path means: a folder's, one tar, or a pattern's; by name.
+    """Return the tars that a path means, by name: a folder's, one tar, or those that match a pattern.
 
     Raises ValueError with the way out where there are none.
     """

@@ -34,7 +34,7 @@ Check = Callable[[str, bytes], str | None]
 
 
 class UnusableSampleError(ValueError):
-    """One sample cannot be used; the message names shard and key. `reason` is the message without them."""
+    """One sample cannot be used. The message names shard and key; `reason` is it without them."""
 
     def __init__(self, path: Path, key: str, reason: str, advice: str) -> None:
         super().__init__(f"{path}: sample {key!r} {reason}; {advice}")
@@ -42,7 +42,7 @@ class UnusableSampleError(ValueError):
 
 
 class SampleTable:
-    """The walk's result in flat arrays: a list of Python objects would cost ten times as much."""
+    """Keeps the walk's result in flat arrays: a list of Python objects would take ten times the memory."""
 
     def __init__(self) -> None:
         self.shard, self.offset, self.length = array("i"), array("q"), array("q")
@@ -145,7 +145,7 @@ class SampleTable:
 
 
 def _image_member(path: Path, sample: TarSample, seen: set[str]) -> tuple[str, int, int] | None:
-    """Extension, offset and length of the picture; None for a file that is no sample, such as a read-me."""
+    """Return the picture's extension, offset and length; None for a file that is no sample, as a read-me."""
     found = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
     if len(found) > 1:
         raise UnusableSampleError(path, sample.key, f"has several pictures ({', '.join(found)})", "keep one")
@@ -174,8 +174,9 @@ def _image_member(path: Path, sample: TarSample, seen: set[str]) -> tuple[str, i
 
 
 def _given_label(path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
-    """The integer in `.cls` or under "label" in `.json`, or -1; and the picture's crc32, where `.json` has
-    it. Reads those few bytes and no others.
+    """Return the label and the stated crc32 of the picture; reads those few bytes and no others.
+
+    The label is the integer in `.cls` or under "label" in `.json`, else -1. The crc32 may be None.
     """
     values: dict[str, Any] = {}
     if "json" in sample.members:

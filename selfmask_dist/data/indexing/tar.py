@@ -32,7 +32,7 @@ class TarSample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something found in a shard. key: the sample it hit, "" where that is unknown.
+    """Something wrong in a shard. key: the sample that it hit, "" where that is unknown.
 
     is_lost: False for a remark about a sample that is delivered all the same.
     """
@@ -43,7 +43,7 @@ class Problem:
 
 
 def walk_samples(path: Path, problems: list[Problem] | None = None) -> Iterator[TarSample]:
-    """The samples of one uncompressed tar, in file order.
+    """Yield the samples of one uncompressed tar, in file order.
 
     problems: where given, damage is noted in it and the walk goes on behind the damage.
     Raises ValueError naming the file and the last good member, unless `problems` is given: not a tar,
@@ -80,19 +80,19 @@ class _Member:
 
     @property
     def end(self) -> int:
-        """Where the next header is: members fill whole blocks."""
+        """The byte at which the next header starts: members fill whole blocks."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
 def _walk_members(path: Path, problems: list[Problem] | None) -> Iterator[_Member]:
-    """Every regular file's header."""
+    """Yield the header of every regular file."""
     with open(path, "rb", buffering=0) as file:
         walk = _Walk(path, file.fileno(), problems)
         yield from walk.members()
 
 
 class _Walk:
-    """The state of one walk: where it is, and the member that it met last."""
+    """Keeps the state of one walk: where it is, and the member that it met last."""
 
     def __init__(self, path: Path, descriptor: int, problems: list[Problem] | None) -> None:
         self.path, self.problems = path, problems
@@ -130,7 +130,7 @@ class _Walk:
                 yield found
 
     def _meet(self, member: _Member) -> _Member | None:
-        """The member under its full name, where it is a regular file; None for what only describes others."""
+        """Return a regular file's member under its full name; None for what only describes others."""
         if member.kind in _LONG_NAME + _PAX:
             data = os.pread(self.file, member.size, member.offset)
             if member.kind == _LONG_NAME:
@@ -167,7 +167,7 @@ class _Walk:
             self._complain("the file ends without the end-of-archive mark")
 
     def _skip_zeros(self) -> bool:
-        """Past the end mark there should be zeros only; stands at what follows where something does."""
+        """Skip the zeros behind the end mark; return whether something follows them, and stand at it."""
         start = self.offset
         while block := os.pread(self.file, _SCAN, self.offset):
             rest = block.lstrip(b"\0")
@@ -180,7 +180,7 @@ class _Walk:
         return False
 
     def _skip_damage(self, block: bytes) -> bool:
-        """Look for the next whole header, and stand at it; False where there is none."""
+        """Look for the next whole header and stand at it; return False where there is none."""
         start = self.offset
         while True:
             self.offset += BLOCK
@@ -224,7 +224,7 @@ class _Walk:
 
 
 def _parse_header(block: bytes, at: int) -> _Member | None:
-    """The member whose header is `block`; None where its checksum says that it is no header."""
+    """Return the member whose header is `block`; None where its checksum says that it is no header."""
     try:
         stated = int(block[148:156].strip(b"\0 "), 8)
         size = _number(block[124:136])
@@ -245,7 +245,7 @@ def _number(field: bytes) -> int:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """`length key=value\\n`, where length counts the whole record."""
+    """Return the records `length key=value\\n` of a pax header; length counts the whole record."""
     records: dict[str, str] = {}
     while data.strip(b"\0"):
         length, _, _ = data.partition(b" ")

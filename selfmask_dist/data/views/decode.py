@@ -33,7 +33,7 @@ _STARTS = {
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded picture as RGB. Raises ValueError for bytes that are not a whole, readable picture.
+    """Return an encoded picture as RGB. Raises ValueError for bytes that are not a whole, readable picture.
 
     Grey, palette, CMYK and transparent pictures are converted (transparency is dropped), 16-bit grey is
     scaled to 8 bits. EXIF orientation is not applied, as in torchvision's and timm's own readers.
@@ -56,7 +56,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def kind_of(data: bytes) -> str | None:
-    """The usual extension of what the first bytes promise, or None: not a picture."""
+    """Return the usual extension of what the first bytes promise; None where that is no picture."""
     for extension, starts in _STARTS.items():
         if data.startswith(starts):
             return extension
@@ -64,7 +64,7 @@ def kind_of(data: bytes) -> str | None:
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """(height, width, 3) uint8; None for a colour space that is PIL's to convert."""
+    """Return pixels (height, width, 3) in uint8; None for a colour space that PIL has to convert."""
     try:
         _, _, space, _ = simplejpeg.decode_jpeg_header(data)
         if space not in ("YCbCr", "Gray", "RGB"):

@@ -27,7 +27,7 @@ Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
-    """Resize, centre crop, normalise: one view, equal to timm's evaluation transform; draws nothing."""
+    """Return the transform that resizes, crops the centre and normalises as timm's does; it draws nothing."""
     return EvalTransform(pre)
 
 
@@ -38,7 +38,7 @@ def train_transform(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
 ) -> Transform:
-    """A random resized crop and a horizontal flip with probability 1/2: one view, torchvision's distribution.
+    """Return the transform to one random resized crop, flipped with probability 1/2, drawn as torchvision's.
 
     crop_scale: range of the crop's area as a fraction of the picture's. crop_ratio: range of width / height.
     flip: False where mirrored pictures mean something else (digits, text).
@@ -55,7 +55,7 @@ def train_transform(
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """See `eval_transform`. A class and not a closure because worker processes receive it by pickle."""
+    """Makes the view of `eval_transform`. It is no closure because worker processes receive it by pickle."""
 
     pre: Preprocessing
 
@@ -75,7 +75,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """See `train_transform`."""
+    """Makes the view of `train_transform`."""
 
     pre: Preprocessing
     crop_scale: tuple[float, float]
@@ -95,7 +95,7 @@ class TrainTransform:
 def random_crop_box(
     size: tuple[int, int], *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A random crop (left, top, right, bottom) of a (width, height) picture, in pixels.
+    """Return a random crop (left, top, right, bottom) of a (width, height) picture, in pixels.
 
     The distribution is `torchvision.transforms.RandomResizedCrop.get_params`'s: area uniform, aspect ratio
     log-uniform, ten attempts, then the largest central crop inside the ratio range. Draws only uniform
@@ -111,7 +111,7 @@ def crop_box(
     ratio: tuple[float, float],
     u: npt.NDArray[np.float64],
 ) -> tuple[int, int, int, int]:
-    """`random_crop_box` from a row of at least 22 uniforms: ten attempts of two, and the place."""
+    """Return what `random_crop_box` does, from at least 22 uniforms: ten attempts of two, and the place."""
     draws = iter(u[:20].tolist())
     place = iter(u[20:22].tolist())
     return _crop_box(size, scale, ratio, lambda: next(draws), lambda: next(place))
@@ -148,8 +148,7 @@ def _resample(pre: Preprocessing) -> Image.Resampling:
 
 
 def _centre(length: int, size: int) -> int:
-    """Where a centred window of `size` pixels starts; negative (black padding) where the picture is
-    smaller."""
+    """Return where a centred window of `size` pixels starts; below 0 (black padding) in a smaller picture."""
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
