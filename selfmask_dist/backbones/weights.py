@@ -4,8 +4,6 @@
 `convert` knows something, through timm; nothing here knows hubs, masks or process groups.
 """
 
-import hashlib
-import json
 import math
 import pickle
 import sys
@@ -14,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.mapping import FilePages
+from selfmask_dist.common.fingerprint import digest
 
 _NESTED_UNDER = ("state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -31,14 +29,7 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
     The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
     """
-    digest = hashlib.sha256()
-    for name, tensor in FilePages().one_by_one(dict(named)):
-        if name.endswith(_COUNTER):
-            continue
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        values = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
-        digest.update(np.ascontiguousarray(values, dtype="<f4").reshape(-1).data)
-    return digest.hexdigest()
+    return digest(FilePages().one_by_one(dict(named)))
 
 
 def read_state_dict(
