@@ -159,7 +159,8 @@ def fit(model: nn.Module, mask: Mask, *, known: str | None = None) -> Fit:
         own = set(names.values())
         if written := {name: text for name, text in marks.left_over(model).items() if name in own}:
             raise MaskFileError(
-                f"{describe_left_over(written)}. A mask goes on the pretrained weights, with no mask applied yet"
+                f"{describe_left_over(written)}. A mask goes on the pretrained weights, with no mask applied "
+                f"yet"
             )
         raise MaskFileError(wrong_backbone(weights, found, mask.weights_fingerprint))
     return Fit(names, {name: held[place] for name, place in names.items()}, found)

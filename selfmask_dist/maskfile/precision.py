@@ -54,8 +54,8 @@ def wrong_backbone(weights: Mapping[str, Tensor], found: str, expected: str) -> 
     if all(tensor.dtype in HALVES.values() for tensor in weights.values()):
         return (
             f"{text}. The model is {_dtypes(weights)}: rounded weights have another fingerprint, and this "
-            f"file does not say which. Apply the mask to the same pretrained weights in float32, with no mask "
-            f"applied yet, and convert the model then"
+            f"file does not say which. Apply the mask to the same pretrained weights in float32, with no "
+            f"mask applied yet, and convert the model then"
         )
     return f"{text}; load the same pretrained weights, with no mask applied yet"
 

@@ -29,7 +29,7 @@ from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.pieces import Shards
 from selfmask_dist.masking.reading import FINGERPRINT, STEP, MaskSet
-from selfmask_dist.masking.selection import Selection
+from selfmask_dist.masking.selection import Coverage, Selection, measure_coverage
 
 _LOG = logging.getLogger(__name__)
 
@@ -253,8 +253,13 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%}), "
             f"family {self.family.name}\n"
             f"frozen   {frozen:,} weights\n"
+            f"matrices {self.coverage().describe_matrices()}\n"
             f"trained  {others:,} weights"
         )
+
+    def coverage(self) -> Coverage:
+        """Return which share of the model's matrices carries a mask."""
+        return measure_coverage(self._model, [entry.name for entry in self.entries])
 
     def __repr__(self) -> str:
         state = "detached" if not self._attached else "attached"
@@ -317,6 +322,8 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         """
         if not self._attached:
             raise ValueError("these masks are detached already")
+        if restore and self._guard is not None:
+            self._guard.check_in_place()
         self._attached = False
         if self._guard is not None:
             self._guard.stop()

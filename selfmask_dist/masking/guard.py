@@ -119,6 +119,21 @@ class Guard:
                 "or masks.rewrite() after scores were changed by other means"
             )
 
+    def check_in_place(self) -> None:
+        """Check that each theta is the model's own parameter still.
+
+        Raises:
+            ValueError: another one is in its place.
+        """
+        own = {id(parameter) for parameter in self._model.parameters()}
+        if lost := [entry.name for entry in self._entries if id(entry.theta) not in own]:
+            raise ValueError(
+                f"{some(lost)} carry masks, and the model has other parameters in their place: after attach, "
+                f"it was loaded with load_state_dict(assign=True), converted, or its modules were "
+                f"replaced or sharded. Do that first and attach then; masks.load_state_dict() brings scores "
+                f"back, and detach(restore=False) takes these masks off"
+            )
+
     def _check_scores(self, so: str) -> None:
         changed = [
             entry.name
@@ -172,14 +187,7 @@ class Guard:
         trained = [entry for entry in self._entries if any(id(p) in held for p in _trained(entry))]
         if not trained or num_pulled == len(self._entries):
             return
-        own = {id(parameter) for parameter in self._model.parameters()}
-        if lost := [entry.name for entry in trained if id(entry.theta) not in own]:
-            raise ValueError(
-                f"{some(lost)} carry masks, and the model has other parameters in their place: after "
-                f"attach, it was loaded with load_state_dict(assign=True), converted, or its modules were "
-                f"replaced or sharded. Do that first and attach then; masks.load_state_dict() brings scores "
-                f"back"
-            )
+        self.check_in_place()
         if not any(entry.theta.requires_grad for entry in trained):
             raise ValueError(
                 f"no score of these {len(trained)} tensors can get a gradient: requires_grad of "

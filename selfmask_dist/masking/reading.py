@@ -206,10 +206,6 @@ class MaskSet(Generic[E]):
     def check_current(self) -> None:
         """Raise a ValueError where the scores are not what training made of them; here they always are."""
 
-    def coverage(self) -> selection.Coverage:
-        """Return which share of the model's matrices carries a mask."""
-        return selection.measure_coverage(self._model, [entry.name for entry in self.entries])
-
 
 def norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers of normalisation layers, by name."""

@@ -188,7 +188,11 @@ class Coverage:
         return self.masked / self.total if self.total else 1.0
 
     def __str__(self) -> str:
-        text = f"{self.num_tensors} tensors, {self.num_weights:,} weights, {self.share:.1%} of the matrices"
+        return f"{self.num_tensors} tensors, {self.num_weights:,} weights, {self.describe_matrices()}"
+
+    def describe_matrices(self) -> str:
+        """Return the share of the matrices, and what is left out, as a part of a line."""
+        text = f"{self.share:.1%} of the matrices' weights masked"
         return f"{text}; left out {_some(self.left_out, 3)}" if self.left_out else text
 
 
