@@ -160,15 +160,15 @@ def _contains(steps: Sequence[str], wanted: Sequence[str]) -> bool:
     return any(tuple(steps[at : at + len(wanted)]) == tuple(wanted) for at in range(len(steps)))
 
 
-def open_known(content: Any, keys: Sequence[str], *, source: str) -> Any:
-    """Return the innermost dict below known keys, where nothing has the model's names or they are not known."""
+def open_known(content: Any, known: Sequence[str], *, source: str) -> Any:
+    """Return the innermost dict below known keys, where the model's names do not tell."""
     for _ in range(_MAX_DEPTH):
-        keys = [
-            key for key in KNOWN if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)
-        ]
-        if not there:
+        if not isinstance(content, Mapping):
             break
-        if there[1:]:
-            _LOG.warning("%s holds %s: taken is %s", source, some(there), there[0])
-        content = content[there[0]]
+        keys = [key for key in known if isinstance(content.get(key), Mapping)]
+        if not keys:
+            break
+        if keys[1:]:
+            _LOG.warning("%s holds %s: taken is %s", source, some(keys), keys[0])
+        content = content[keys[0]]
     return content

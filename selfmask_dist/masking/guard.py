@@ -45,7 +45,7 @@ class Guard:
         self.bound_to = ""  # the kind of the newest bound optimizer
         self._stepped_by = ""  # an optimizer that is not bound and holds scores
         self._num_pulled = -1  # thetas with a gradient, since the last step; -1: no backward
-        self._is_pending = False  # scores had a gradient, and neither a step nor a writing followed
+        self._num_backwards = 0  # in which scores had a gradient, since theta was written
         self._is_fresh = False  # scores had a gradient since another optimizer's last step
         self._num_foreign_steps = 0
         self._num_steps = 0
@@ -73,13 +73,13 @@ class Guard:
     def written(self) -> None:
         """Take note that theta follows from the scores now."""
         self._versions = [(_versions_of(entry), entry.theta._version) for entry in self._entries]
-        self._stepped_by, self._is_pending, self._num_foreign_steps = "", False, 0
+        self._stepped_by, self._num_backwards, self._num_foreign_steps = "", 0, 0
 
     def pulled(self, num_entries: int) -> None:
         """Take note that so many thetas had a gradient in a backward."""
         self._num_pulled = max(self._num_pulled, num_entries)
         self._is_fresh = num_entries > 0
-        self._is_pending = self._is_pending or self._is_fresh
+        self._num_backwards += self._is_fresh
 
     def cleared(self) -> None:
         """Take note that gradients were cleared."""
@@ -112,11 +112,11 @@ class Guard:
             ValueError: scores changed and theta did not follow, or they had gradients and nothing was bound.
         """
         self._check_scores("; a mask of them would not be what was trained")
-        if self._is_pending and not self._bound:
+        if self._num_backwards > 1 and not self._bound:
             raise ValueError(
-                "these masks had gradients in a backward, and no optimizer is bound that would step their "
-                "scores: the mask would be as it was attached. Call masks.bind(optimizer) before the loop, "
-                "or masks.rewrite() after scores were changed by other means"
+                f"these masks had gradients in {self._num_backwards} backwards, and no optimizer is bound "
+                f"that would step their scores: the mask would be as it was attached. Call masks.bind(optimizer) before the loop, "
+                f"or masks.rewrite() after scores were changed by other means"
             )
 
     def check_in_place(self) -> None:
