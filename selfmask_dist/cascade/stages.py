@@ -64,6 +64,11 @@ class Stages:
     def _bank(self) -> MaskBank:
         return MaskBank(self._backbone.encoder)
 
+    @property
+    def num_test_images(self) -> int:
+        """How many images accuracies are of."""
+        return len(self._sources["test"])
+
     def check(self) -> None:
         """What would fail only after the dispatcher has been trained.
 
