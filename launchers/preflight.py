@@ -12,7 +12,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from selfmask_dist.config import Config, flat_science, load_config
+from selfmask_dist.config import Config
+from selfmask_dist.runs.folder import check_start
+from selfmask_dist.runs.owner import check_free
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
@@ -43,18 +45,13 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"{parent} is not writable; set run.dir to a folder that is"
     if shutil.disk_usage(parent).free < _FREE_BYTES:
         yield f"less than 1 GiB is free at {parent}; make room, or set run.dir to another disk"
-    if not (run / "config.yaml").exists() or config.run.overwrite:
-        return
-    if not config.run.resume:
-        yield (
-            f"{run} holds a run already; set run.name to another name, run.resume=true to go on with it, or "
-            f"run.overwrite=true"
-        )
-        return
-    before, now = flat_science(load_config(run / "config.yaml")), flat_science(config)
-    for key in now:
-        if before[key] != now[key]:
-            yield f"{run} was started with {key}={before[key]!r} and not {now[key]!r}; put it back to resume"
+    # a launcher that was itself started again, as a job that SLURM requeued, goes on with its run
+    is_restart = os.environ.get("SELFMASK_RESTARTS", "0") != "0"
+    try:
+        check_free(run)
+        check_start(config, is_restart=is_restart)
+    except ValueError as error:
+        yield str(error)
 
 
 def _data(config: Config) -> Iterator[str]:
