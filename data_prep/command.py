@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .options import ConversionOptions
+from .options import SIMILAR, ConversionOptions
 from .shards import Conversion
 
 
@@ -30,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
     parser.add_argument(
+        "--similar-classes",
+        choices=SIMILAR,
+        default=ConversionOptions.similar_classes,
+        help="what classes are whose names differ only by case or the like: an error, one class, or several",
+    )
+    parser.add_argument(
         "--num-workers", type=int, default=ConversionOptions.num_workers, metavar="N", help="processes (1)"
     )
 
@@ -51,5 +57,8 @@ def run_converter(
         rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
         counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
         print(f"{conversion.folder}: {counts}{rejected}")
-        print(f"  next: selfmask data index {conversion.folder}")
+        for note in conversion.notes:
+            print(f"  note: {note}")
+        is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
+        print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
     return 0

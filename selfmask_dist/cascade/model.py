@@ -45,7 +45,7 @@ class Cascade:
 
     @torch.no_grad()
     def embed(self, images: Tensor, *, mode: str = "conditional") -> Tensor:
-        """Embeddings (n, dim) of images (n, 3, H, W), on their device.
+        """Return embeddings (n, dim) of images (n, 3, H, W), on their device.
 
         Args:
             mode: `conditional`: dispatcher and the expert that the router chose, two forwards an image.
@@ -74,7 +74,7 @@ class Cascade:
 
     @torch.no_grad()
     def route(self, images: Tensor) -> Tensor:
-        """The cluster (n,) int64 of each image."""
+        """Return the cluster (n,) int64 of each image."""
         return self.router.to(images.device).assign(self._encode(DISPATCHER, images))
 
     def _encode(self, name: str, images: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def save_cascade(
     combinations: Mapping[str, Combination],
     **about: Any,
 ) -> int:
-    """Write a cascade to one mask file; returns its bytes.
+    """Write a cascade to one mask file and return its bytes.
 
     Experts are stored as flips of the dispatcher's bits where that is smaller, combinations as
     `Combination.rounded` has them.
@@ -110,7 +110,7 @@ def save_cascade(
 
 
 def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str = "cascade") -> Cascade:
-    """A cascade from its file, on a backbone that holds the frozen weights (a timm or open_clip encoder).
+    """Return a cascade from its file, on a backbone with the frozen weights (a timm or open_clip encoder).
 
     Args:
         backbone: or a bank, which takes the masks in as `NAME/dispatcher`, `NAME/expert-0`, ...
@@ -134,13 +134,13 @@ def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str 
 
 
 def modes_of(file: MaskFile) -> list[str]:
-    """The combinations that a cascade's file holds."""
+    """Return the modes of the combinations that a cascade's file holds."""
     parts = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
     return [part for part in parts if part in MODES]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
-    """Masks, router and combinations by mode; errors as in `load_cascade`."""
+    """Return masks, router and combinations by mode; raises as `load_cascade`."""
     file = maskfile.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():

@@ -146,5 +146,5 @@ def _normalized(embeddings: Tensor) -> Iterator[Tensor]:
 
 
 def _reduce(embeddings: Tensor, pca: PCA) -> Tensor:
-    """(n, num_components) float64."""
+    """Return the whitened components (n, num_components), float64."""
     return torch.cat([pca.transform(block, whiten=True) for block in _normalized(embeddings)])

@@ -73,7 +73,7 @@ class CurrentWorld:
 def run_cascade(
     config: Config, stop: StopRequest, *, is_restart: bool, part: str | None = None
 ) -> dict[str, Any]:
-    """Run a cascade to its end; returns what its `result.json` holds. Every process of the run calls this.
+    """Run a cascade to its end and return what its `result.json` holds. Every process of the run calls this.
 
     Args:
         part: only `router` (and all before it), `expert-K`, or `combination` (and all after it). Returns
@@ -131,7 +131,7 @@ def _check_part(part: str, directory: Path) -> None:
 
 
 def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
-    """Everything up to the router; returns in how many groups experts train."""
+    """Do everything up to the router; return in how many groups experts train."""
     directory = run_path(config)
     _start(config, world, stop)
     Chain(config, world, stop).run(dispatcher_config(config))
@@ -174,12 +174,12 @@ def _finish(config: Config, context: RunContext) -> dict[str, Any]:
 
 
 def dispatcher_config(config: Config) -> Config:
-    """The dispatcher's run: all of the training images, no measurement at its end."""
+    """Return the dispatcher's run: all of the training images, no measurement at its end."""
     return stage_config(config, names.DISPATCHER, method="mask", changes={"eval": _NO_EVALUATION})
 
 
 def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
-    """An expert's run: its cluster's images, from the dispatcher's scores, as long as the plan says."""
+    """Return an expert's run: its cluster's images, from the dispatcher's scores, as long as planned."""
     directory, section = run_path(config), config.cascade
     epochs = expert_epochs(sum(sizes), sizes[k], config.train.epochs, kind=section.expert_epochs)
     longer = epochs / config.train.epochs
@@ -196,7 +196,7 @@ def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
 
 
 def _train_expert(config: Config, k: int, world: World, stop: StopRequest) -> dict[str, Any]:
-    """One expert by itself; its status is its own, as others may train at the same time."""
+    """Train one expert by itself; its status is its own, because others may train at the same time."""
     sizes = read_sizes(run_path(config))
     if k >= len(sizes):
         return {}
@@ -204,7 +204,7 @@ def _train_expert(config: Config, k: int, world: World, stop: StopRequest) -> di
 
 
 def expert_costs(config: Config, sizes: list[int]) -> list[float]:
-    """Steps of each expert."""
+    """Return the steps of each expert."""
     batch = config.train.global_batch_size
     return [
         expert_config(config, k, sizes).train.epochs * np.ceil(size / batch) for k, size in enumerate(sizes)
@@ -212,7 +212,7 @@ def expert_costs(config: Config, sizes: list[int]) -> list[float]:
 
 
 def _plan_experts(config: Config, context: RunContext) -> int:
-    """In how many groups the experts train. Equal on every process, and after every restart."""
+    """Return in how many groups the experts train: equal on every process, and after every restart."""
     sizes = read_sizes(context.directory)
     costs = expert_costs(config, sizes)
     number = 1
@@ -241,7 +241,7 @@ def _plan_experts(config: Config, context: RunContext) -> int:
 
 
 def _train_experts(config: Config, world: World, stop: StopRequest, num_groups: int) -> None:
-    """This process's group trains its experts, then waits for the others'."""
+    """Train the experts of this process's group, then wait for the others'."""
     directory = run_path(config)
     sizes = read_sizes(directory)
     groups = share_out(expert_costs(config, sizes), num_groups)

@@ -36,7 +36,7 @@ from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.context import RunContext
-from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data
 
 SPLITS = ("train", "test")
 _ROUTER = "router.safetensors"  # in the router's folder
@@ -70,12 +70,13 @@ class Stages:
         return len(self._sources["test"])
 
     def check(self) -> None:
-        """What would fail only after the dispatcher has been trained.
+        """Check what would otherwise fail only after the dispatcher has been trained.
 
         Raises:
-            ValueError: naming it.
+            ValueError: the message names it, and the way out.
         """
         config, count = self._config, len(self._sources["train"])
+        check_run(config, self._backbone, *self._sources.values())  # the dispatcher says its notes
         if config.cascade.components > self._backbone.spec.dim:
             raise ValueError(
                 f"cascade.components is {config.cascade.components}; {self._backbone.spec.name} has "
@@ -94,7 +95,7 @@ class Stages:
     # ---- embeddings
 
     def embed(self, view: str) -> None:
-        """Embeddings of both splits: `frozen`, or under the mask of the run `view`."""
+        """Write the embeddings of both splits: `frozen`, or under the mask of the run `view`."""
         mask_path = None if view == "frozen" else self._directory / view / names.MASK
         if mask_path is not None and view not in self._bank:
             self._bank.add(view, mask_path)
@@ -181,7 +182,7 @@ class Stages:
         self._say(names.ROUTER, f"{router.num_clusters} clusters of {sizes}")
 
     def _assign(self, router: Router, split: str) -> np.ndarray:
-        """The cluster of every image of a split, on every rank."""
+        """Return the cluster of every image of a split, on every rank."""
         store = self._open(names.DISPATCHER, split)
         found = torch.zeros(len(store), dtype=torch.int64, device=self._world.device)
         for rows in store.chunks(self._world.rank, self._world.size):
@@ -193,7 +194,7 @@ class Stages:
     # ---- combination
 
     def combine(self) -> None:
-        """One embedding out of dispatcher and experts, for each mode; stores like any other view's."""
+        """Write one embedding out of dispatcher and experts for each mode, to stores like any view's."""
         folder, num_experts = self._directory / names.COMBINATION, len(read_sizes(self._directory))
         folder.mkdir(exist_ok=True)
         for mode in self._modes:
@@ -227,7 +228,7 @@ class Stages:
     def _chunks(
         self, split: str, read_fn: Callable[[EmbeddingStore], Iterator[Any]]
     ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-        """Dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
+        """Yield dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
         num_experts = len(read_sizes(self._directory))
         views = [names.DISPATCHER, *map(names.expert, range(num_experts))]
         clusters = torch.from_numpy(np.load(self._directory / names.ROUTER / f"{split}.npy"))
@@ -239,7 +240,7 @@ class Stages:
     # ---- results
 
     def evaluate(self) -> dict[str, Any]:
-        """k-NN and probe of every view, from the stores alone; each rank reads and searches its part."""
+        """Return k-NN and probe of every view, from the stores alone; each rank searches its part."""
         path = self._directory / names.VIEWS
         exists = torch.tensor([int(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
@@ -281,11 +282,11 @@ class Stages:
         return values
 
     def _part(self, view: str, split: str) -> Embeddings:
-        """This rank's samples, on its device."""
+        """Return this rank's samples, on its device."""
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Write `cascade.mask`; returns its sizes."""
+        """Write `cascade.mask` and return its sizes."""
         folders = [names.DISPATCHER, *map(names.expert, range(len(read_sizes(self._directory))))]
         paths = {name: self._directory / name / names.MASK for name in folders}
         files = {name: maskfile.read_mask_file(path) for name, path in paths.items()}
@@ -329,6 +330,7 @@ class Stages:
         self._world.barrier()
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`, by which the run is finished."""
         if self._world.is_main:
             write_json(self._directory / names.RESULT, result)
 
@@ -342,7 +344,7 @@ class Stages:
 
 
 def read_sizes(directory: Path) -> list[int]:
-    """Training images of each cluster, as the router found them."""
+    """Return the training images of each cluster, as the router found them."""
     sizes: list[int] = json.loads((directory / names.ROUTER / names.CLUSTER_SIZES).read_text())
     return sizes
 

@@ -215,9 +215,9 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _interpolate(options: argparse.Namespace) -> None:
     from selfmask_dist.maskfile import MaskFile, write_mask_file
-    from selfmask_dist.procedures.interpolation import interpolate, read_trained
+    from selfmask_dist.procedures.interpolation import interpolate, read_scored_mask
 
-    first, second = read_trained(options.first), read_trained(options.second)
+    first, second = read_scored_mask(options.first), read_scored_mask(options.second)
     masks = {f"{at:g}": interpolate(first, second, at) for at in options.at}
     if len(masks) == 1:
         masks = {"default": next(iter(masks.values()))}

@@ -16,6 +16,7 @@ from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
+from selfmask_dist.data.splits import notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, multicrop_transform
@@ -44,7 +45,10 @@ __all__ = [
     "eval_transform",
     "evenly_spaced",
     "multicrop_transform",
+    "notes_on_splits",
     "open_source",
+    "shared_samples",
     "train_loader",
     "train_transform",
+    "untrained_classes",
 ]

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from selfmask_dist.common.pictures import ShapeError
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import Ids, RankBatch, epoch_order, num_steps, rank_batch, sample_generator
@@ -342,6 +343,8 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
         try:
             return self.transform(image, rng)
+        except ShapeError as error:
+            raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         except Exception as error:
             error.add_note(f"in the transform of {self.source.where(index)}")
             raise

@@ -29,7 +29,8 @@ from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
 from selfmask_dist.data.indexing.labels import resolve_labels
 from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest
-from selfmask_dist.data.indexing.table import IMAGE_EXTENSIONS, SampleTable, crc32_of
+from selfmask_dist.data.indexing.patterns import is_pattern, written
+from selfmask_dist.data.indexing.table import SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
 
@@ -91,27 +92,31 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     classes: Sequence[str] | None = None,
     require_labels: bool = True,
     cache: str | Path | None = None,
     cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
-    """Return a source over a folder of `*.tar` files, one tar, or a pattern; shards are ordered by name.
+    """Return a source over a folder of `*.tar` files, one tar, a pattern or a list; shards by name.
 
-    path: may be the address of a remote folder (s3://..., https://...) that holds its index.
+    path: may hold braces and glob signs (`{000000..000041}.tar`, `*.tar`; see `indexing.patterns`), or be the
+        address of a remote folder (s3://..., https://...) that holds its index. An index is used where the
+        path is one folder or one tar.
     cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
         read in ranges.
 
     classes: the class list to number by, for a split that may lack classes: pass the training source's
         `classes`.
-    require_labels: False accepts samples without a label (-1), for training that reads none.
+    require_labels: False is for training that reads none: a sample without a label has -1, and so has one
+        whose label is no number, or is not of the class list.
     Raises ValueError naming shard, key and the way out: nothing found, a damaged shard, a sample without
     picture or label, a label that the class list does not have, an index that does not fit its tars.
     """
-    if is_remote(str(path)):
-        return _open_remote(str(path).rstrip("/"), classes, require_labels, cache, cache_bytes)
+    path = written(path)
+    if is_remote(path):
+        return _open_remote(path.rstrip("/"), classes, require_labels, cache, cache_bytes)
     path = os.path.expanduser(path)
     shards = find_shards(path)
     saved = index_path(path)
@@ -119,7 +124,7 @@ def open_source(
         index = load_index(saved)
         _check_fits(index, shards, saved)
     else:
-        index = walk_shards(path, shards)
+        index = walk_shards(path, shards, require_labels=require_labels)
     folder = common_folder(shards)
     names, labels = resolve_labels(index, str(folder), classes=classes, require_labels=require_labels)
     return TarSource(index, folder, LocalStorage(shards), labels, names)
@@ -133,6 +138,11 @@ def _open_remote(
     cache_bytes: int,
 ) -> TarSource:
     """Open a remote folder. Its index is small: it is copied to this node, and mapped there."""
+    if is_pattern(url) or url.endswith(".tar"):
+        raise ValueError(
+            f"{url}: of tars that are elsewhere, name their folder, which holds their index; patterns and"
+            " single tars work on this machine only"
+        )
     content = fetch_bytes(f"{url}/{INDEX_NAME}")
     folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,24 +171,27 @@ def common_folder(shards: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([shard.parent for shard in shards]))
 
 
-def walk_shards(path: str, shards: list[Path]) -> Index:
+def walk_shards(path: str, shards: list[Path], *, require_labels: bool = True) -> Index:
     """Return the index that headers alone give, without checksums. Raises ValueError at the first damage."""
     manifest = read_manifest(shards, whole_folder=os.path.isdir(path))
-    table = SampleTable()
+    table = SampleTable(require_labels=require_labels)
     for number, shard in enumerate(shards):
         before = len(table)
         table.add_shard(number, shard)
         found, promised = len(table) - before, manifest.samples.get(shard)
         if found == 0:
-            raise ValueError(
-                f"{shard}: no pictures in it (looked for {', '.join(IMAGE_EXTENSIONS)}); move it away"
-            )
+            raise ValueError(f"{shard}: no pictures in it; move it away")
         if promised is not None and promised != found:
             raise ValueError(
                 f"{shard}: holds {found} samples, {MANIFEST_NAME} promises {promised}; convert again"
             )
     return index_of_table(
-        table, shards, folder=common_folder(shards), classes=manifest.classes, has_crc32=False
+        table,
+        shards,
+        folder=common_folder(shards),
+        classes=manifest.classes,
+        has_crc32=False,
+        similar="refuse" if require_labels else "keep",
     )
 
 

@@ -61,7 +61,7 @@ def measure_curve(
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> list[Point]:
-    """`measure_fn(model)` all along the line. The model's own state is put back at the end.
+    """Return `measure_fn(model)` all along the line. The model's own state is put back at the end.
 
     Args:
         first, second: tensors of `model` by name: all of its state, or the part that differs.
@@ -81,7 +81,7 @@ def measure_curve(
 
 
 def best_point(points: Sequence[Point], key: str) -> Point:
-    """The point with the largest value of `key`; of equal ones the one nearest to alpha = 0."""
+    """Return the point with the largest value of `key`; of equal ones the one nearest to alpha = 0."""
     if not points or any(key not in point.values for point in points):
         raise ValueError(f"not every point of the curve has a value {key!r}")
     return max(points, key=lambda point: (point.values[key], -point.alpha))
@@ -129,8 +129,10 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
 
 
 def choose_by(config: Config, *, num_neighbours: int) -> str:
-    """The measure that alpha is chosen by. A linear head is trained for one end of the line alone, so that it
-    is neighbours that are asked; CLIP's text head is of both.
+    """Return the measure that alpha is chosen by.
+
+    A linear head is trained for one end of the line alone, so neighbours are asked; CLIP's text head fits
+    both ends.
     """
     return (
         "head" if config.objective.head == "clip_text" else f"knn{min(config.eval.knn_k[0], num_neighbours)}"

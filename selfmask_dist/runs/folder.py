@@ -44,9 +44,7 @@ def create_run_directory(config: Config, *, is_restart: bool = False) -> Path:
     if (directory / names.CONFIG).exists():
         if is_restart or config.run.resume:
             return directory
-        for pattern in _OWN_FILES:
-            for path in directory.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _delete_own_files(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / names.CONFIG).write_text(to_yaml(config))
     write_json(directory / names.ENVIRONMENT, environment())
@@ -85,6 +83,25 @@ def is_finished(config: Config, *, is_restart: bool = False) -> bool:
     """Return whether a run that is to go on has nothing left to do."""
     goes_on = is_restart or config.run.resume
     return goes_on and (run_path(config) / names.RESULT).exists()
+
+
+def forget_start(config: Config) -> None:
+    """Delete what a start that came to nothing left in its folder, so that it does not block the run's name.
+
+    Nothing is deleted where the run, or a stage of it, has measured or trained anything.
+    """
+    directory = run_path(config)
+    results = (names.METRICS, names.FROZEN, names.RESULT, f"{names.CHECKPOINTS}/step-*", "*.mask")
+    made = [path for name in results for place in ("", "*/") for path in directory.glob(place + name)]
+    if any(path.is_dir() or path.stat().st_size for path in made) or (directory / names.EMBEDDINGS).exists():
+        return
+    _delete_own_files(directory)
+
+
+def _delete_own_files(directory: Path) -> None:
+    for pattern in _OWN_FILES:
+        for path in directory.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def drop_metrics_after(directory: Path, step: int) -> None:

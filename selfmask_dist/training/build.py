@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
+from selfmask_dist.masking.selection import select
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
-    """The train and test sources, with one list of classes."""
+    """Return the train and test sources, with one list of classes."""
     paths = {"data.train": config.data.train, "data.test": config.data.test}
     missing = [key for key, path in paths.items() if path is None]
     if missing:
@@ -39,37 +41,125 @@ def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
 
 def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]:
     try:
-        places = np.load(path, allow_pickle=False)
+        numbers = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} {path} cannot be read as a .npy file: {error}") from error
-    if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer) or not len(places):
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not len(numbers):
         raise ValueError(
-            f"{key} {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
+            f"{key} {path} holds {numbers.dtype} {numbers.shape}; it needs a list of sample numbers"
         )
-    if places.min() < 0 or places.max() >= num_samples:
+    if numbers.min() < 0 or numbers.max() >= num_samples:
         whole = "data.test" if key == "data.test_subset" else "data.train"
         raise ValueError(
-            f"{key} {path} names samples {places.min()} to {places.max()}; {whole} has 0 to {num_samples - 1}"
+            f"{key} {path} names samples {numbers.min()} to {numbers.max()}; "
+            f"{whole} has 0 to {num_samples - 1}"
         )
-    return places.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
-    """The frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
+    """Return the frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
 
     Args:
         in_file: leave the weights in their file, for an engine that takes its share of them.
     """
     backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file)
+    check_patches(backbone, {"backbone.image_size": backbone.spec.preprocessing.image_size})
     if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
 
-        sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
-        accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
+        crops = crop_sizes(config, backbone.spec.preprocessing)
+        keys = ("crops.global_size", "crops.local_size")
+        check_patches(backbone, {key: one.size for key, one in zip(keys, crops, strict=False)})
+        accept_sizes(backbone.encoder, {one.size for one in crops}, name=backbone.spec.name)
     if config.engine.channels_last:
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
     return backbone
+
+
+# ---- checked before anything is measured or trained
+
+
+def check_run(config: Config, backbone: Backbone, train: data.Source, test: data.Source) -> list[str]:
+    """Return sentences on what a person should know of the data before a run begins, mostly none.
+
+    Raises:
+        ValueError: what would fail later, or be passed over: patterns of masks that match nothing, more
+            neighbours than there are images, crops that patches do not cover.
+    """
+    if config.method in ("mask", "cascade"):
+        section = config.mask
+        select(
+            backbone.encoder,
+            section.include,
+            exclude=section.exclude,
+            first_layers=section.first_layers,
+            allow_norm=section.allow_norm,
+        )
+    check_neighbours(config, len(train))
+    return data.notes_on_splits(train, test) if len(train.classes) else []
+
+
+def check_neighbours(config: Config, num_train: int) -> None:
+    """Do nothing where every k of `eval.knn_k` that will be measured has as many neighbours.
+
+    Raises:
+        ValueError: a k is larger than its bank.
+    """
+    section = config.eval
+    is_measured = config.method not in ("mask", "finetune") or section.final or section.frozen_baseline
+    if is_measured:
+        too_many = [k for k in section.knn_k if k > num_train]
+        if too_many:
+            raise ValueError(
+                f"eval.knn_k has {some([str(k) for k in too_many])}, and the bank is the {num_train} images "
+                f"of data.train: there are not so many neighbours. Leave it out, or take more images"
+            )
+    bank = min(section.monitor_samples, num_train)
+    if section.knn_every and config.method in ("mask", "finetune", "cascade") and section.knn_k[0] > bank:
+        raise ValueError(
+            f"eval.knn_k begins with {section.knn_k[0]}, which is measured while training, and that bank has "
+            f"{bank} images (eval.monitor_samples={section.monitor_samples}, data.train={num_train}). Put a "
+            f"smaller one first, or set eval.knn_every=0"
+        )
+
+
+def check_patches(backbone: Backbone, sizes: dict[str, int]) -> None:
+    """Do nothing where patches cover images of all these sizes.
+
+    Libraries cut off what is left at the right and the lower edge, without a word.
+
+    Args:
+        sizes: pixels, by the key that sets them.
+
+    Raises:
+        ValueError: a size is no multiple of the patch's.
+    """
+    patch = _patch_size(backbone.encoder)
+    for key, size in sizes.items():
+        if patch > 1 and size % patch:
+            near = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+            raise ValueError(
+                f"{key}={size} is not a multiple of {patch}, the patch size of {backbone.spec.name}: the "
+                f"last {size % patch} pixels of each side would never be seen. Set {key} to "
+                f"{' or '.join(map(str, near))}"
+            )
+
+
+def _patch_size(encoder: nn.Module) -> int:
+    """Return the side of the patches that a transformer cuts images into; 1 where it cuts into none."""
+    for module in encoder.modules():
+        size = getattr(module, "patch_size", None)
+        size = size[0] if isinstance(size, tuple | list) and size else size
+        is_covering = getattr(module, "dynamic_img_pad", False)  # images are filled up to whole patches
+        if (
+            isinstance(size, int)
+            and not is_covering
+            and any(isinstance(m, nn.Conv2d) for m in module.children())
+        ):
+            return size
+    return 1
 
 
 def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -77,6 +167,7 @@ def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:
+    """Return the large crops and, where there are any, the small ones."""
     section = config.crops
     large = data.Crops(
         section.global_count, section.global_size or preprocessing.image_size, section.global_scale
@@ -87,8 +178,8 @@ def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops
 
 
 def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    """The views of training: crops for objectives without labels, else one crop, or the evaluation's where
-    `data.augment` is off.
+    """Return what makes the views of training: crops for objectives without labels; else one crop, or the
+    evaluation's where `data.augment` is off.
     """
     section = config.data
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
@@ -142,7 +233,7 @@ def build_objective(
 
 
 def lora_options(config: Config) -> dict[str, Any]:
-    """The arguments of `add_lora`."""
+    """Return the arguments of `add_lora`."""
     section = config.finetune
     return {
         "rank": section.lora_rank,

@@ -28,13 +28,13 @@ from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, 
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
-from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data
 
 
 def run_in(
     config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
 ) -> dict[str, Any]:
-    """Run a configuration to its end within a world that is there; returns what `result.json` holds.
+    """Run a configuration to its end within a world that is there, and return what `result.json` holds.
 
     Collective: every rank must call.
 
@@ -65,7 +65,7 @@ def run_in(
 
 
 def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, the same on every rank. Collective: every rank must call."""
+    """Return a run's newest valid checkpoint, the same on every rank. Collective: every rank must call."""
     name: list[str | None] = [None]
     if world.is_main:
         found = load_newest(directory / names.CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
@@ -82,12 +82,16 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
     train, test = open_data(config, require_labels=not trains or _needs_labels(config))
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
+    notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)
     evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     writer = context.writer
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=len(test))
     writer.message(_describe(config, backbone, train, test, context.world))
+    for note in notes if config.data.subset is None else ():  # a part need not have all classes
+        writer.event("note", text=note)
+        writer.message(f"note     {note}")
 
     result: dict[str, Any] = {
         "method": config.method,
@@ -120,13 +124,13 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
 
 
 def _needs_labels(config: Config) -> bool:
-    """Whether training or any measurement does; image-text data, for one, may have none."""
+    """Return whether training or any measurement needs labels, which image-text data may lack."""
     measures = config.eval.final or config.eval.frozen_baseline or config.eval.knn_every > 0
     return measures or config.objective.name == "supervised"
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Numbers that a restart finds in a file. Collective: every rank must call."""
+    """Return numbers that a restart finds in a file. Collective: every rank must call."""
     exists = torch.tensor([float(world.is_main and path.exists())], device=world.device)
     if world.sum(exists).item():
         known: dict[str, float] = json.loads(path.read_text())

@@ -50,7 +50,6 @@ def test_pca_equals_scikit_learn(num_components):
         theirs = decomposition.PCA(num_components, whiten=whiten, svd_solver="full").fit(samples.numpy())
         assert np.allclose(pca.components, theirs.components_, rtol=0, atol=1e-10)
         assert np.allclose(pca.explained_variance, theirs.explained_variance_, rtol=1e-11, atol=0)
-        assert np.allclose(pca.singular_values, theirs.singular_values_, rtol=1e-11, atol=0)
         mine = pca.transform(samples, whiten=whiten)
         assert np.allclose(mine, theirs.transform(samples.numpy()), rtol=0, atol=1e-9)
 

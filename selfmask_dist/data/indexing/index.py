@@ -17,15 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from selfmask_dist.common.class_names import similar_names, similar_text
 from selfmask_dist.common.files import replacing
 from selfmask_dist.data.indexing.table import SampleTable
 
 INDEX_NAME = "samples.index"
+Similar = Literal["refuse", "merge", "keep"]  # what is done with classes whose names look like one
 _MAGIC = b"selfmask index 1\n"
 _ALIGN = 64
 _COLUMNS: dict[str, str] = {
@@ -166,18 +168,21 @@ def index_of_table(
     folder: Path,
     classes: tuple[str, ...] | None,
     has_crc32: bool,
+    similar: Similar = "keep",
 ) -> Index:
     """Return the index of a walk's result, with labels by number where any sample has one, else by folder.
 
-    folder: where shards are named from.
+    folder: where shards are named from. similar: what folders are whose names look like one class.
+    Raises ValueError naming them, with "refuse", unless `classes` lists them all.
     """
     numbers = np.array(table.number, dtype=np.int32)
     folders: tuple[str, ...] | None = None
     if not (numbers >= 0).any() and table.folders:
-        folders = tuple(sorted(table.folders))
+        of_folder = _classes_of_folders(table, folder, classes or (), similar)
+        folders = tuple(sorted(set(of_folder)))
         place = {name: number for number, name in enumerate(folders)}
         # a sample without a folder has -1, which takes the last place
-        numbers = np.array([*(place[name] for name in table.folders), -1], dtype=np.int32)[
+        numbers = np.array([*(place[name] for name in of_folder), -1], dtype=np.int32)[
             np.array(table.folder, dtype=np.int64)
         ]
     return Index(
@@ -194,6 +199,28 @@ def index_of_table(
         has_crc32=has_crc32,
         **_captions_of(table),
     )
+
+
+def _classes_of_folders(
+    table: SampleTable, where: Path, classes: Sequence[str], similar: Similar
+) -> list[str]:
+    """Return the class of each of the table's folders."""
+    groups = [group for group in similar_names(table.folders) if not set(group) <= set(classes)]
+    if similar == "keep" or not groups:
+        return list(table.folders)
+    if similar == "refuse":
+        raise ValueError(
+            f"{where}: folders have names that look like one class ({similar_text(groups)}); say what they"
+            " are with: selfmask data index --similar-classes merge, or keep"
+        )
+    counts = np.bincount(np.array(table.folder, dtype=np.int64) + 1, minlength=len(table.folders) + 1)[1:]
+    # the spelling that most samples have; of equals the first by name
+    chosen = {
+        name: min(group, key=lambda one: (-int(counts[table.folders[one]]), one))
+        for group in groups
+        for name in group
+    }
+    return [chosen.get(name, name) for name in table.folders]
 
 
 def _captions_of(table: SampleTable) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selfmask_dist.common.pictures import is_about_the_data, is_system_file
+from selfmask_dist.common.text import some
+
 BLOCK = 512
-# folder/name . extension, as webdataset splits it; hidden files and names without an extension are no members
-_MEMBER_NAME = re.compile(r"^(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]*)$")
+# folder/name . extension, as webdataset splits it; hidden files are no members, files without extension are
+_MEMBER_NAME = re.compile(r"^(?:\./)*((?:.*/)?[^./][^./]*)(?:\.([^/]*))?$")
 _SCAN = 1 << 20  # bytes read at a time while looking for the next whole header
 _REGULAR, _FOLDER = b"0\x007", b"5"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"xX", b"g"
@@ -24,7 +27,10 @@ _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"xX", b"g"
 
 @dataclass
 class TarSample:
-    """Consecutive members that share a key. members: extension in lower case -> (offset, length) in bytes."""
+    """Consecutive members that share a key.
+
+    members: extension in lower case ("" where a name has none) -> (offset, length) in bytes.
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -45,17 +51,21 @@ class Problem:
 def walk_samples(path: Path, problems: list[Problem] | None = None) -> Iterator[TarSample]:
     """Yield the samples of one uncompressed tar, in file order.
 
-    problems: where given, damage is noted in it and the walk goes on behind the damage.
+    problems: where given, damage is noted in it and the walk goes on behind the damage. What systems leave
+        behind (hidden files, `Thumbs.db`, `__MACOSX`) and read-mes are left out, and noted with their number.
     Raises ValueError naming the file and the last good member, unless `problems` is given: not a tar,
     compressed, damaged, cut short, two tars joined, a link or a sparse member, a sample with two members of
     one extension.
     """
     sample: TarSample | None = None
+    left_out: list[str] = []
     for member in _walk_members(path, problems):
         match = _MEMBER_NAME.match(member.name)
-        if match is None:
+        is_about = is_about_the_data(member.name) and not (sample and match and match.group(1) == sample.key)
+        if match is None or is_about or is_system_file(member.name):
+            left_out.append(member.name)
             continue
-        key, extension = match.group(1), match.group(2).lower()
+        key, extension = match.group(1), (match.group(2) or "").lower()
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
@@ -69,6 +79,9 @@ def walk_samples(path: Path, problems: list[Problem] | None = None) -> Iterator[
         sample.members.setdefault(extension, (member.offset, member.size))
     if sample is not None:
         yield sample
+    if left_out and problems is not None:
+        reason = f"{len(left_out)} hidden files, files of a system or texts about the data are no samples"
+        problems.append(Problem("", f"{reason} ({some(left_out)})", is_lost=False))
 
 
 @dataclass(frozen=True)

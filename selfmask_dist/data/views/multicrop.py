@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.common.pictures import check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.views.distortion import (
     COLOR,
@@ -88,6 +89,7 @@ class MultiCrop:
         return self.finisher if self.on_device else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(image.size)
         sizes = [group for group in self.crops for _ in range(group.count)]
         draws = rng.random((len(sizes), _DRAWS))
         # channels last, as pictures are decoded: resizing that way takes half the time

@@ -21,13 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 
+MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
-    """Return the transform that resizes, crops the centre and normalises as timm's does; it draws nothing."""
+    """Resize, centre crop, normalise: one view, equal to timm's evaluation transform; draws nothing.
+
+    The view raises ShapeError for a picture whose sides differ more than `common.pictures.MAX_ASPECT` times,
+    or that would have more than `MAX_RESIZED` pixels once its short side is resized.
+    """
     return EvalTransform(pre)
 
 
@@ -61,6 +67,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         size, short = self.pre.image_size, self.pre.resize_size
+        check_shape(image.size)  # before the work, which grows with the ratio of the sides
         width, height = image.size
         if self.pre.crop_mode == "squash":
             width, height = short, short
@@ -68,6 +75,11 @@ class EvalTransform:
             width, height = short, int(short * height / width)
         else:
             width, height = int(short * width / height), short
+        if width * height > MAX_RESIZED:
+            raise ShapeError(
+                f"is {image.width} x {image.height} pixels and would be resized to {width} x {height}, more"
+                f" than {MAX_RESIZED:,}; cut or resize it"
+            )
         image = image.resize((width, height), _resample(self.pre))
         left, top = _centre(width, size), _centre(height, size)
         return (_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
@@ -83,6 +95,7 @@ class TrainTransform:
     flip: bool
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(image.size)
         size = self.pre.image_size
         box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
