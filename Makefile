@@ -55,6 +55,8 @@ clean:  ## remove the environment, caches and builds (runs are kept)
 
 # uv installs in seconds what pip installs in minutes. Where it is missing, pip (or else a private environment's pip) puts
 # it into .uv, so nothing outside this folder changes. Where there is no home to keep uv's cache in, it is kept there too.
+# Certificates are the system's, as pip's are: a company's proxy may bring its own.
+# deepspeed's build asks `bash` for the type of a command, which sh knows as well.
 .venv/.installed: pyproject.toml constraints.txt
 	@set -eu; \
 	python=; \
@@ -75,5 +77,14 @@ clean:  ## remove the environment, caches and builds (runs are kept)
 	cache=$${XDG_CACHE_HOME:-$${HOME:-/nowhere}/.cache}; \
 	mkdir -p "$$cache/uv" 2>/dev/null && [ -w "$$cache/uv" ] || export UV_CACHE_DIR="$${UV_CACHE_DIR:-.uv/cache}"; \
 	[ -x .venv/bin/python ] || $$uv venv --python "$$python" .venv; \
+	for bundle in /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/cert.pem; do \
+	  [ ! -r $$bundle ] || export UV_SYSTEM_CERTS="$${UV_SYSTEM_CERTS:-1}"; \
+	done; \
+	if ! command -v bash >/dev/null; then \
+	  mkdir -p .uv/shims; \
+	  printf '#!/bin/sh\nexec /bin/sh "$$@"\n' >.uv/shims/bash; \
+	  chmod +x .uv/shims/bash; \
+	  export PATH="$(CURDIR)/.uv/shims:$$PATH"; \
+	fi; \
 	$$uv pip install --python .venv/bin/python --editable '.[dev]' --constraints constraints.txt; \
 	touch $@

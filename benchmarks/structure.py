@@ -135,7 +135,8 @@ def public_functions(file: File) -> Iterator[tuple[str, AnyFunction]]:
 
 def comments_and_code(file: File) -> tuple[int, int]:
     """Return the number of comments written for readers and the number of lines of code."""
-    comments, code = 0, set()
+    comments = 0
+    code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(file.text).readline):
         if token.type == tokenize.COMMENT:
             comments += not token.string.lstrip("#").strip().startswith(FOR_TOOLS)

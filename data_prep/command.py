@@ -6,12 +6,12 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .options import ConversionOptions
+from .options import SIMILAR, ConversionOptions
 from .shards import Conversion
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that shape the output."""
+    """Add the options that shape the output, the same for every converter."""
     parser.add_argument(
         "--max-samples-per-shard", type=int, default=ConversionOptions.max_samples_per_shard, metavar="N"
     )
@@ -30,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUT")
     parser.add_argument(
+        "--similar-classes",
+        choices=SIMILAR,
+        default=ConversionOptions.similar_classes,
+        help="what classes are whose names differ only by case or the like: an error, one class, or several",
+    )
+    parser.add_argument(
         "--num-workers", type=int, default=ConversionOptions.num_workers, metavar="N", help="processes (1)"
     )
 
@@ -37,7 +43,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run_converter(
     fn: Callable[..., list[Conversion]], parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> int:
-    """Convert and say what was written; returns the exit status."""
+    """Convert, print what was written, and return the exit status.
+
+    Args:
+        fn: the converter; its parameters are called as the parser's arguments.
+    """
     try:
         done = fn(**vars(parser.parse_args(argv)))
     except ValueError as error:
@@ -47,5 +57,8 @@ def run_converter(
         rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
         counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
         print(f"{conversion.folder}: {counts}{rejected}")
-        print(f"  next: selfmask data index {conversion.folder}")
+        for note in conversion.notes:
+            print(f"  note: {note}")
+        is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
+        print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
     return 0

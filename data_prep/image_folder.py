@@ -3,16 +3,16 @@
     SRC/<class>/**/*.jpg          ->  OUT/shard-000000.tar ..., OUT/dataset.json
     SRC/<split>/<class>/**/*.jpg  ->  OUT/<split>/shard-000000.tar ..., one class list for all splits
 
-Pictures may lie deeper inside a class folder; hidden files are left out. `shards` says what a tar holds.
-Knows folders, and nothing of torch, backbones or training.
+`layout` says which of the two a folder is. Pictures may lie deeper inside a class folder; hidden files are
+left out. `shards` says what a tar holds. Knows folders, and nothing of torch, backbones or training.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -20,13 +20,24 @@ if not __package__:  # started by its path: Python put this file's folder on the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "data_prep"
 
+from selfmask_dist.common.text import some
+
 from .command import add_options, run_converter
+from .folder_tree import is_picture, look_below, look_into
+from .layout import LAYOUTS, Layout, find_splits
 from .options import ConversionOptions, OptionValues
 from .shards import Conversion, check_target, publish, write_split
-from .writer import Picture, RejectedFile, some
+from .split_names import settle_classes, split_of
+from .writer import Picture, RejectedFile
 
-SPLITS = ("train", "val", "valid", "validation", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+@dataclass
+class _Listing:
+    """What a split's folder holds. pictures: by path. rejects: what cannot be read, or is no picture."""
+
+    pictures: list[Picture] = field(default_factory=list)
+    rejects: list[RejectedFile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def convert_image_folder(
@@ -34,44 +45,36 @@ def convert_image_folder(
     out: str | Path,
     *,
     split: str | None = None,
+    layout: Layout = "auto",
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert `src` into tars under `out`, one `Conversion` per split.
+    """Convert `src` into tars under `out`, and return a `Conversion` for each split.
 
     split: with split folders in `src`, convert only this one; without, the folder to write to (`out/split`).
-    Raises ValueError naming the file or folder: nothing to convert, a class without pictures, a file that is
-    no picture, an output folder that is not empty.
+    layout: what the folders in `src` are; "auto" reads it from their names and depth.
+    Raises ValueError naming the file or folder: nothing to convert, a tree that can be read in two ways, a
+    class without pictures, a file that is no picture, an output folder that is not empty.
     """
     src, out = Path(src), Path(out)
     chosen = ConversionOptions(**options)
     if out.resolve().is_relative_to(src.resolve()):
         raise ValueError(f"{out} lies inside {src}, where it would be taken for a class; write elsewhere")
-    folders = _find_splits(src)
-    classes = tuple(sorted({folder.name for root in folders.values() for folder in _subfolders(root)}))
+    folders, notes = find_splits(src, layout)
+    # the training split's spelling of a class comes first
+    roots = sorted(folders, key=lambda name: name != "train")
+    named = [folder.name for name in roots for folder in look_into(folders[name]).folders]
+    class_of, told = settle_classes(named, chosen.similar_classes)
+    classes = tuple(sorted(set(class_of.values())))
     folders = _choose_split(src, folders, split)
     targets = {name: out / name for name in folders}
     for target in targets.values():
         check_target(target, chosen.overwrite)
-    listed = {name: _list_pictures(src, root, chosen) for name, root in folders.items()}
-    return publish([write_split(targets[name], classes, *listed[name], chosen) for name in folders])
-
-
-def _find_splits(src: Path) -> dict[str, Path]:
-    """Split name -> its folder of class folders; the name is "" where `src` itself is that folder."""
-    if not src.is_dir():
-        raise ValueError(f"{src}: no such folder")
-    folders = _subfolders(src)
-    # a folder called "train" that holds pictures and no folders is a class (of vehicles)
-    splits = {folder.name: folder for folder in folders if folder.name in SPLITS and _subfolders(folder)}
-    if not splits:
-        return {"": src}
-    others = [folder.name for folder in folders if folder.name not in splits]
-    if others:
-        raise ValueError(
-            f"{src} holds splits ({', '.join(splits)}) and other folders ({some(others)});"
-            " move the others away"
-        )
-    return splits
+    listed = {name: _list_pictures(src, root, class_of, chosen) for name, root in folders.items()}
+    done = []
+    for name, found in listed.items():
+        conversion = write_split(targets[name], classes, found.pictures, found.rejects, chosen)
+        done.append(replace(conversion, notes=(*notes, *told, *found.notes, *conversion.notes)))
+    return publish(done)
 
 
 def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dict[str, Path]:
@@ -81,65 +84,69 @@ def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dic
         raise ValueError(f"split is {split!r}; it must be the name of a folder")
     if "" in folders:
         return {split: folders[""]}
-    if split not in folders:
+    name = split if split in folders else split_of(split) or split
+    if name not in folders:
         raise ValueError(f"{src} has no split {split!r}, it has {', '.join(folders)}")
-    return {split: folders[split]}
+    return {name: folders[name]}
 
 
-def _list_pictures(
-    src: Path, root: Path, options: ConversionOptions
-) -> tuple[list[Picture], list[RejectedFile]]:
-    """Every picture below the class folders of `root`, by path, and the files that are none."""
-    loose = [path.name for path in _files(root, deep=False) if path.suffix.lower() in EXTENSIONS]
+def _list_pictures(src: Path, root: Path, class_of: dict[str, str], options: ConversionOptions) -> _Listing:
+    """Return every picture below the class folders of `root`, by path, and the files that are none."""
+    top = look_into(root)
+    loose = [path.name for path in top.files if is_picture(path)]
     if loose:
         raise ValueError(f"{root} has pictures outside of class folders ({some(loose)}); move them into one")
-    pictures: list[Picture] = []
-    rejects: list[RejectedFile] = []
-    for folder in _subfolders(root):
+    listing = _Listing(rejects=_broken(src, top.broken), notes=top.notes(src))
+    if top.files:
+        names = some([path.name for path in top.files])
+        listing.notes.append(f"{len(top.files)} files outside of class folders are left out ({names})")
+    for folder in top.folders:
+        found = look_below(folder, src, root)
+        pictures = [path for path in found.files if is_picture(path)]
+        foreign = [(path, "not a picture by its name or its first bytes") for path in found.files]
+        listing.rejects += _broken(src, found.broken)
+        listing.rejects += _broken(src, [entry for entry in foreign if entry[0] not in {*pictures}])
+        listing.notes += [f"{folder.name}: {note}" for note in found.notes(src)]
+        if not pictures and not found.broken:
+            raise ValueError(f"{folder}: a class folder without pictures; add some or remove the folder")
         taken: set[str] = set()
-        found = len(pictures)
-        for path in _files(folder, deep=True):
-            name = path.relative_to(src).as_posix()
-            if path.suffix.lower() not in EXTENSIONS:
-                rejects.append(RejectedFile(name, f"not a picture by its name ({', '.join(EXTENSIONS)})"))
-                continue
+        for path in pictures:
             key = _free_key(path.relative_to(root), taken)
             taken.add(key)
-            pictures.append(Picture(path, name, key, folder.name))
-        if len(pictures) == found:
-            raise ValueError(f"{folder}: a class folder without pictures; add some or remove the folder")
-    if not pictures:
+            name = path.relative_to(src).as_posix()
+            listing.pictures.append(Picture(path, name, key, class_of[folder.name]))
+    if not options.skip_broken:
+        _refuse(root, listing.rejects)
+    if not listing.pictures:
         raise ValueError(f"{root}: no class folders with pictures; expected {root}/CLASS/PICTURE.jpg")
-    if rejects and not options.skip_broken:
+    return listing
+
+
+def _broken(src: Path, entries: Iterable[tuple[Path, str]]) -> list[RejectedFile]:
+    return [RejectedFile(path.relative_to(src).as_posix(), reason) for path, reason in entries]
+
+
+def _refuse(root: Path, rejects: list[RejectedFile]) -> None:
+    foreign = [reject.path for reject in rejects if reject.reason.startswith("not a picture")]
+    unreadable = [f"{reject.path} {reject.reason}" for reject in rejects if reject.path not in {*foreign}]
+    told = [
+        *([f"files that are not pictures ({some(foreign)})"] if foreign else []),
+        *([f"what cannot be read ({some(unreadable)})"] if unreadable else []),
+    ]
+    if told:
         raise ValueError(
-            f"{root} holds files that are not pictures ({some([reject.path for reject in rejects])});"
-            " remove them, or list and leave them out with --skip-broken"
+            f"{root} holds {' and '.join(told)}; remove them, or list and leave them out with --skip-broken"
         )
-    return pictures, rejects
 
 
 def _free_key(path: Path, taken: set[str]) -> str:
-    """The file's key: a WebDataset key ends at the first dot, and `a.jpg` and `a.png` need two."""
+    """Return a key for the file: WebDataset's end at the first dot, and `a.jpg` and `a.png` need two."""
     stem = path.with_name(path.stem.replace(".", "_")).as_posix()
     key, number = stem, 1
     while key in taken:
         number += 1
         key = f"{stem}-{number}"
     return key
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Its folders by name, hidden ones left out."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _files(folder: Path, *, deep: bool) -> list[Path]:
-    """Its files by path, hidden ones left out; deep: those of its subfolders too, links followed."""
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-        folders[:] = [name for name in folders if deep and not name.startswith(".")]
-    return sorted(found)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "image_folder.py") -> int:
@@ -149,6 +156,12 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "image_folder.py") ->
         "src", help="folder of CLASS/PICTURE, or of SPLIT/CLASS/PICTURE with splits train, val, test"
     )
     parser.add_argument("out", help="folder to write; must be empty or absent")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="auto",
+        help="what the folders in SRC are, where their names and depth leave it open",
+    )
     parser.add_argument(
         "--split", help="convert only this split; for a SRC without splits, the name of OUT's subfolder"
     )

@@ -21,11 +21,13 @@ if not __package__:  # started by its path: Python put this file's folder on the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "data_prep"
 
+from selfmask_dist.common.class_names import normal_name
+from selfmask_dist.common.text import some
+
 from .command import add_options, run_converter
 from .options import ConversionOptions, OptionValues
 from .shards import Conversion
 from .tables import Listed, convert_lists
-from .writer import some
 
 
 def convert_inaturalist(
@@ -38,7 +40,7 @@ def convert_inaturalist(
     max_classes: int | None = None,
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert the splits whose JSON is given. All are numbered by the categories of the first one.
+    """Convert the splits whose JSON is given; the categories of the first one number all of them.
 
     max_classes: keep that many categories, evenly spaced by id: a subset such as iNat500.
     Raises ValueError naming the JSON and what is wrong in it, and what `tables.convert_lists` raises.
@@ -67,12 +69,13 @@ def convert_inaturalist(
         out,
         classes=kept.values(),
         options=ConversionOptions(**options),
+        notes={split: _left_out(paths[split], values) for split, values in contents.items()},
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from error
     lacking = [
@@ -86,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type) -> Iterator[Any]:
-    """The fields of each entry of a part, as the types that are asked for."""
+    """Yield the fields of each entry of a part, as the types that are asked for."""
     entries = values[part] if isinstance(values[part], list) else [values[part]]
     for place, entry in enumerate(entries):
         try:
@@ -102,11 +105,15 @@ def _entries(path: str | Path, values: dict[str, Any], part: str, **fields: type
 
 
 def _categories(path: str | Path, values: dict[str, Any]) -> dict[int, str]:
-    """Number -> class name."""
-    return {
-        number: f"{number:05d}_{name.replace('/', '-')}"
-        for number, name in _entries(path, values, "categories", id=int, name=str)
-    }
+    """Return the class name of each category's number."""
+    categories: dict[int, str] = {}
+    for number, name in _entries(path, values, "categories", id=int, name=str):
+        class_name = f"{number:05d}_{normal_name(name).replace('/', '-')}"
+        if categories.setdefault(number, class_name) != class_name:
+            raise ValueError(
+                f"{path}: category {number} has two names, {categories[number]} and {class_name}; keep one"
+            )
+    return categories
 
 
 def _listed(
@@ -118,13 +125,23 @@ def _listed(
             raise ValueError(f"{path}: image {image} is of category {category}, which is not listed")
         if category_of.setdefault(image, category) != category:
             raise ValueError(f"{path}: image {image} has two categories, {category_of[image]} and {category}")
-    listed = []
+    listed: Listed = []
     for image, file_name in _entries(path, values, "images", id=str, file_name=str):
         if image not in category_of:
             raise ValueError(f"{path}: image {image} ({file_name}) has no annotation")
         if category_of[image] in kept:
             listed.append((file_name, kept[category_of[image]]))
     return listed
+
+
+def _left_out(path: str | Path, values: dict[str, Any]) -> list[str]:
+    """Return a note on annotations whose picture is not listed."""
+    known = {image for (image,) in _entries(path, values, "images", id=str)}
+    annotated = [image for (image,) in _entries(path, values, "annotations", image_id=str)]
+    foreign = [image for image in annotated if image not in known]
+    if not foreign:
+        return []
+    return [f"{len(foreign)} annotations are of images that are not listed ({some(foreign)})"]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "inaturalist.py") -> int:

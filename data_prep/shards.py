@@ -14,20 +14,25 @@ import json
 import lzma
 import multiprocessing
 import os
+import posixpath
 import re
 import tarfile
+import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from selfmask_dist.common.text import some
+
+from .comparison import Contents, notes_on_classes, notes_on_pair, notes_on_split
 from .options import ConversionOptions
-from .writer import Picture, RejectedFile, partial_path, some, write_shard
+from .writer import Picture, Read, RejectedFile, partial_path, write_shard
 
 _OWN_FILES = re.compile(
     r"shard-\d{6}\.tar|dataset\.json|rejects\.jsonl|samples\.index|index_rejects\.jsonl"
@@ -38,16 +43,18 @@ _PLAN = ".plan.report"
 
 @dataclass(frozen=True)
 class Conversion:
-    """One folder of tars that was written."""
+    """One folder of tars that was written. notes: what a person should know of it. contents: its pictures."""
 
     folder: Path
     classes: tuple[str, ...]
     num_samples: int
     num_rejected: int
+    notes: tuple[str, ...] = ()
+    contents: Contents = field(default=(), repr=False, compare=False)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
+    """Raise ValueError unless `target` is absent, empty, or an earlier conversion that may be replaced."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; name a folder to write to")
     present = sorted(path.name for path in target.iterdir()) if target.exists() else []
@@ -66,7 +73,7 @@ def write_split(
     options: ConversionOptions,
     *,
     archive: Path | None = None,
-    read: Callable[[Picture], bytes] | None = None,
+    read: Callable[[Picture], Read] | None = None,
 ) -> Conversion:
     """Convert one split's pictures into the tars and the `dataset.json` of the folder `target`.
 
@@ -89,12 +96,17 @@ def write_split(
                 reports.append(report)
                 bar.update(report["pictures"])
         found = sum(report["pictures"] for report in reports)
-        if found < len(pictures):
-            raise ValueError(
-                f"{archive}: only {found} of the {len(pictures)} pictures are in it; is it the right archive,"
-                " and whole?"
-            )
         rejects = rejects + [RejectedFile(**reject) for report in reports for reject in report["rejects"]]
+        if found < len(pictures):
+            met = {name for report in reports for _, _, name in report["contents"]}
+            met |= {reject.path for reject in rejects}
+            absent = [picture.name for picture in pictures if picture.name not in met]
+            if not options.skip_broken or not found:
+                raise ValueError(
+                    f"{archive}: only {found} of the {len(pictures)} pictures are in it, without"
+                    f" {some(absent)}; is it the right archive, and whole? --skip-broken leaves them out"
+                )
+            rejects += [RejectedFile(name, "listed, and not in the archive") for name in absent]
         conversion = _describe(target, classes, reports, rejects, options)
     except Exception:  # a mistake to mend; after a kill, what is done is still there
         _remove_hidden(target)
@@ -103,7 +115,10 @@ def write_split(
 
 
 def publish(conversions: list[Conversion]) -> list[Conversion]:
-    """Show what `write_split` wrote, once every split is there: swap earlier conversions for the new ones."""
+    """Give what `write_split` wrote its visible names, in place of earlier conversions, and return it.
+
+    To be called once every split is there: notes on what they have in common are added; see `comparison`.
+    """
     for conversion in conversions:
         target = conversion.folder
         # the plan goes first, since shards that have their names already could not be gone on with
@@ -116,7 +131,23 @@ def publish(conversions: list[Conversion]) -> list[Conversion]:
         for name in sorted(names, key=lambda name: (name == "dataset.json", name)):
             partial_path(target, name).rename(target / name)
         _remove_hidden(target)
-    return conversions
+    return _compare(conversions)
+
+
+def _compare(conversions: list[Conversion]) -> list[Conversion]:
+    trained = next((one.contents for one in conversions if one.folder.name == "train"), None)
+    noted = []
+    for place, one in enumerate(conversions):
+        notes = [*one.notes, *notes_on_split(one.contents)]
+        for number, other in enumerate(conversions):
+            # once for each pair: beside the split that is not trained on, or comes later
+            is_due = other.contents is trained or (number < place and one.contents is not trained)
+            if is_due and other is not one:
+                notes += notes_on_pair(one.contents, other.folder.name, other.contents)
+        if trained is not None and one.contents is not trained:
+            notes += notes_on_classes(one.contents, (class_name for _, class_name, _ in trained))
+        noted.append(replace(one, notes=tuple(notes)))
+    return noted
 
 
 def _describe(
@@ -134,9 +165,10 @@ def _describe(
     shards = [report["shard"] for report in reports if report["shard"] is not None]
     if not shards:
         raise ValueError(f"{target}: none of the {len(rejects)} pictures can be read; {rejects[-1].reason}")
+    contents = [tuple(entry) for report in reports for entry in report["contents"]]
     description = {
         "classes": classes,
-        "num_samples": sum(counts.values()),
+        "num_samples": len(contents),
         "samples_per_class": counts,
         "shards": shards,
         "options": options.shape,
@@ -145,7 +177,9 @@ def _describe(
     if rejects:
         lines = [json.dumps(asdict(reject)) + "\n" for reject in sorted(rejects, key=lambda r: r.path)]
         partial_path(target, "rejects.jsonl").write_text("".join(lines))
-    return Conversion(target, classes, sum(counts.values()), len(rejects))
+    unlabelled = len(contents) - sum(counts.values())
+    notes = (f"{unlabelled} of {len(contents)} pictures have no label",) if unlabelled else ()
+    return Conversion(target, classes, len(contents), len(rejects), notes, contents)
 
 
 def _write_shards(
@@ -154,13 +188,13 @@ def _write_shards(
     pictures: list[Picture],
     options: ConversionOptions,
     archive: Path | None,
-    read: Callable[[Picture], bytes] | None,
+    read: Callable[[Picture], Read] | None,
 ) -> Iterator[dict[str, Any]]:
-    """A report for each shard, in order; those of finished shards are read back."""
+    """Yield a report for each shard, in order; the reports of finished shards are read back."""
     size = options.max_samples_per_shard
     label = {name: number for number, name in enumerate(classes)}
     if archive is not None:
-        members = _members_of(archive, {picture.name: picture for picture in pictures})
+        members = _members_of(archive, {member_name(picture.name): picture for picture in pictures})
         number = 0
         while (first := next(members, None)) is not None:
             part = itertools.chain([first], itertools.islice(members, size - 1))
@@ -183,14 +217,27 @@ def _write_shards(
         yield from pool.map(write_shard, jobs)
 
 
-def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Picture, bytes]]:
-    """The wanted pictures of a tar in its own order, with their bytes."""
+def member_name(name: str) -> str:
+    """Return the one form of a path inside a source that lists and archives are compared in."""
+    return posixpath.normpath(unicodedata.normalize("NFC", name))
+
+
+def _members_of(archive: Path, wanted: dict[str, Picture]) -> Iterator[tuple[Picture, Read]]:
+    """Yield the wanted pictures of a tar in its own order, with their bytes or why there are none."""
     try:
         with tarfile.open(archive, "r|*") as tar:
             for info in tar:
-                name = info.name.removeprefix("./")
-                if name in wanted and (file := tar.extractfile(info)) is not None:
-                    yield wanted.pop(name), file.read()  # once: an archive may hold a name twice
+                name = member_name(info.name)
+                if name not in wanted:
+                    continue
+                picture = wanted.pop(name)  # once: an archive may hold a name twice
+                if not info.isreg():
+                    yield (
+                        picture,
+                        "is a link or a special file in the archive; pack it with links followed",
+                    )
+                elif (file := tar.extractfile(info)) is not None:
+                    yield picture, file.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{archive}: damaged or cut short ({error}); fetch it again") from error
 
@@ -199,7 +246,7 @@ def _digest_of_plan(
     classes: tuple[str, ...], pictures: list[Picture], options: ConversionOptions, archive: Path | None
 ) -> str:
     """What a resumed conversion must have in common with the one that was killed."""
-    about = [classes, options.shape, str(archive), _stamp(archive)]
+    about = [2, classes, options.shape, str(archive), _stamp(archive)]  # 2: of the reports' form
     digest = hashlib.sha256(json.dumps(about).encode())
     for picture in pictures:
         values = (picture.name, picture.key, picture.class_name, _stamp(picture.path))
@@ -208,7 +255,7 @@ def _digest_of_plan(
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
-    """What tells that a file is still the one it was."""
+    """Return size and time, which tell that a file is still the one it was."""
     stat = path.stat() if path is not None else None
     return (stat.st_size, stat.st_mtime_ns) if stat is not None else None
 

@@ -10,7 +10,9 @@ first letter: `apartment_building/outdoor`. Knows nothing of torch or training.
 from __future__ import annotations
 
 import argparse
+import posixpath
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -40,7 +42,7 @@ def convert_sun397(
     if not 1 <= partition <= 10:
         raise ValueError(f"partition is {partition}; there are 1 to 10")
     src, folder = Path(src), Path(lists or src)
-    paths = [line.strip("/") for line in _lines(src / "ClassName.txt")]
+    paths = [_path(line) for line in _lines(src / "ClassName.txt")]
     classes = {path: _class_name(path) for path in paths}
     splits = {
         "train": _listed(folder / f"Training_{partition:02d}.txt", classes),
@@ -56,15 +58,20 @@ def convert_sun397(
 
 
 def _class_name(path: str) -> str:
-    """a/apartment_building/outdoor -> apartment_building/outdoor."""
+    """Return a path without its first letter: a/apartment_building/outdoor is apartment_building/outdoor."""
     first, _, rest = path.partition("/")
     return rest if len(first) == 1 and rest else path
 
 
+def _path(line: str) -> str:
+    """/a/abbey/sun_1.jpg -> a/abbey/sun_1.jpg, in one Unicode form and with one kind of separator."""
+    return posixpath.normpath(unicodedata.normalize("NFC", line.replace("\\", "/")).strip("/"))
+
+
 def _listed(path: Path, classes: dict[str, str]) -> Listed:
-    listed = []
+    listed: Listed = []
     for line in _lines(path):
-        name = line.strip("/")
+        name = _path(line)
         folder = name.rpartition("/")[0]
         if folder not in classes:
             raise ValueError(f"{path}: {line} is of no class in ClassName.txt")
@@ -76,7 +83,7 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable list ({error})") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -13,7 +13,8 @@ import argparse
 import inspect
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,7 +25,8 @@ if not __package__:  # started by its path: Python put this file's folder on the
 from .command import add_options, run_converter
 from .options import ConversionOptions, OptionValues
 from .shards import Conversion, check_target, publish, write_split
-from .writer import Picture
+from .split_names import settle_classes
+from .writer import Picture, Read
 
 
 def convert_torchvision(
@@ -38,27 +40,45 @@ def convert_torchvision(
 ) -> list[Conversion]:
     """Convert the named splits of `torchvision.datasets.NAME`; data sets with `train=` have train and test.
 
-    Raises ValueError for a data set or split that does not exist, or is not there.
+    A label below 0, as STL-10's unlabelled split has it, is none.
+    Raises ValueError for a data set or split that does not exist, or is not there, and for a label that is no
+    class number.
     """
     chosen = ConversionOptions(**options)
-    done = []
     for split in splits:
-        target = Path(out) / split
-        check_target(target, chosen.overwrite)
-        dataset = _open(name, root, split, download)
-        labels = [int(label) for label in _labels(dataset)]
-        classes = _classes(dataset, labels)
-        width = len(str(len(labels)))
+        check_target(Path(out) / split, chosen.overwrite)
+    datasets = {split: _open(name, root, split, download) for split in splits}
+    labels = {split: _numbers(split, dataset) for split, dataset in datasets.items()}
+    named = {split: _classes(dataset, labels.values()) for split, dataset in datasets.items()}
+    done = []
+    for split, dataset in datasets.items():
+        class_of, notes = settle_classes((), chosen.similar_classes, order=named[split])
+        classes = tuple(dict.fromkeys(class_of[one] for one in named[split]))
+        if named[split] != named[splits[0]]:
+            notes.append(f"its classes are not those of {splits[0]}: the splits are numbered on their own")
+        outside = sorted({label for label in labels[split] if label >= len(named[split])})
+        if outside:
+            raise ValueError(
+                f"{name}, split {split}: label {outside[0]}, and there are only {len(named[split])} classes"
+            )
+        width = len(str(len(labels[split])))
         pictures = [
-            Picture(None, f"{index:0{width}d}", f"{index:0{width}d}", classes[label])
-            for index, label in enumerate(labels)
+            Picture(
+                None,
+                f"{index:0{width}d}",
+                f"{index:0{width}d}",
+                class_of[named[split][label]] if label >= 0 else None,
+            )
+            for index, label in enumerate(labels[split])
         ]
-        done.append(write_split(target, classes, pictures, [], chosen, read=_EncodedPictures(dataset)))
+        read = _EncodedPictures(dataset)
+        one = write_split(Path(out) / split, classes, pictures, [], chosen, read=read)
+        done.append(replace(one, notes=(*notes, *one.notes)))
     return publish(done)
 
 
 class _EncodedPictures:
-    """Encoded bytes of the i-th picture."""
+    """Gives the encoded bytes of the i-th picture, or says why there are none."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -71,13 +91,19 @@ class _EncodedPictures:
             None,
         )
 
-    def __call__(self, picture: Picture) -> bytes:
+    def __call__(self, picture: Picture) -> Read:
         index = int(picture.name)
-        if self.files is not None:
-            file = self.files[index]
-            return Path(file[0] if isinstance(file, tuple) else file).read_bytes()
-        buffer = io.BytesIO()
-        self.dataset[index][0].save(buffer, "PNG")
+        try:
+            if self.files is not None:
+                file = self.files[index]
+                path = Path(file[0] if isinstance(file, tuple) else file)
+                if path.exists() and not path.is_file():
+                    return "is a pipe, a socket or a device, and no file"
+                return path.read_bytes()
+            buffer = io.BytesIO()
+            self.dataset[index][0].save(buffer, "PNG")
+        except (OSError, ValueError) as error:
+            return f"cannot be read ({error})"
         return buffer.getvalue()
 
 
@@ -108,10 +134,22 @@ def _labels(dataset: Any) -> Sequence[int]:
     return [dataset[index][1] for index in range(len(dataset))]
 
 
-def _classes(dataset: Any, labels: Sequence[int]) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None) or [str(number) for number in range(max(labels) + 1)]
+def _numbers(split: str, dataset: Any) -> list[int]:
+    """Return the labels as numbers. Raises ValueError where they are none."""
+    try:
+        return [int(label) for label in _labels(dataset)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"split {split}: its labels are no class numbers ({error}); convert a folder or a list instead"
+        ) from error
+
+
+def _classes(dataset: Any, labels: Iterable[Sequence[int]]) -> tuple[str, ...]:
+    """Return the data set's own names, else the numbers up to the largest label of any split."""
+    most = max((max(part, default=-1) for part in labels), default=-1)
+    names = getattr(dataset, "classes", None) or [str(number) for number in range(most + 1)]
     if len(set(names)) != len(names):
-        raise ValueError("a class name appears twice in it; convert a folder or a CSV list instead")
+        raise ValueError("a class name appears twice in it; convert a folder or a list instead")
     return tuple(map(str, names))
 
 

@@ -1,8 +1,8 @@
 """One shard: pictures -> a tar under a hidden name, and a report that says what is in it.
 
-A sample is `key.jpg` (the original bytes, unless shrunk), `key.cls` (class number) and `key.json` (class
-name, original path, crc32). The same pictures in the same order give the same bytes: no time, no owner. Knows
-no splits and no torch.
+A sample is `key.jpg` (the original bytes, unless shrunk), `key.cls` (class number, absent where there is no
+label) and `key.json` (class name, original path, crc32). The same pictures in the same order give the same
+bytes: no time, no owner. Knows no splits and no torch.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from selfmask_dist.common.pictures import check_shape, extension_of, is_deep, read_picture, to_rgb
 
 from .options import ConversionOptions
-
-# by content, not by name; MPO is the JPEG of cameras that append a second picture
-_EXTENSION_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
 class Picture:
     """A file to convert. name: its path inside the source, as recorded in key.json. path: None where it is a
-    member of an archive.
+    member of an archive. class_name: None where it has no label.
     """
 
     path: Path | None
     name: str
     key: str
-    class_name: str
+    class_name: str | None
 
 
 @dataclass(frozen=True)
 class RejectedFile:
-    """A file left out; a line of `rejects.jsonl`. path: inside the source."""
+    """A file that was left out; a line of `rejects.jsonl`. path: inside the source."""
 
     path: str
     reason: str
@@ -54,8 +53,10 @@ class _ShardEntry:
     sha256: str
 
 
-# folder, number of the shard, pictures (with their bytes where these are read), class numbers, options
-Job = tuple[Path, int, Iterable[tuple[Picture, bytes | None]], dict[str, int], ConversionOptions]
+# a picture's bytes where they were read already; a text says why they cannot be had
+Read = bytes | str | None
+# folder, number of the shard, pictures, class numbers, options
+Job = tuple[Path, int, Iterable[tuple[Picture, Read]], dict[str, int], ConversionOptions]
 
 
 def write_shard(job: Job) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def write_shard(job: Job) -> dict[str, Any]:
         done: dict[str, Any] = json.loads(report_path.read_text())
         return done
     rejects: list[RejectedFile] = []
-    counts: Counter[str] = Counter()
+    contents: list[tuple[str, str | None, str]] = []
     writing = target / f".{name}.writing"
     with open(writing, "wb") as file:
         hashing = _HashingFile(file)
@@ -87,22 +88,21 @@ def write_shard(job: Job) -> dict[str, Any]:
                     "path": picture.name,
                     "crc32": zlib.crc32(data),
                 }
-                writer.write(
-                    {
-                        "__key__": picture.key,
-                        extension: data,
-                        "cls": str(label[picture.class_name]).encode(),
-                        "json": json.dumps(about).encode(),
-                    }
-                )
-                counts[picture.class_name] += 1
+                sample: dict[str, Any] = {"__key__": picture.key, extension: data}
+                if picture.class_name is not None:
+                    sample["cls"] = str(label[picture.class_name]).encode()
+                writer.write(sample | {"json": json.dumps(about).encode()})
+                digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+                contents.append((digest, picture.class_name, picture.name))
         file.flush()
         os.fsync(file.fileno())
-    shard = _ShardEntry(name, counts.total(), hashing.size, hashing.sha256.hexdigest())
+    counts = Counter(class_name for _, class_name, _ in contents if class_name is not None)
+    shard = _ShardEntry(name, len(contents), hashing.size, hashing.sha256.hexdigest())
     report = {
-        "pictures": counts.total() + len(rejects),
+        "pictures": len(contents) + len(rejects),
         "shard": asdict(shard) if shard.samples else None,
         "counts": counts,
+        "contents": contents,
         "rejects": [asdict(reject) for reject in rejects],
     }
     if shard.samples:
@@ -116,9 +116,9 @@ def write_shard(job: Job) -> dict[str, Any]:
 
 
 def _encode_all(
-    pictures: Iterable[tuple[Picture, bytes | None]], options: ConversionOptions, rejects: list[RejectedFile]
+    pictures: Iterable[tuple[Picture, Read]], options: ConversionOptions, rejects: list[RejectedFile]
 ) -> Iterator[tuple[Picture, str, bytes]]:
-    """(picture, extension, bytes) of the readable ones; the others go to `rejects`, or raise."""
+    """Yield picture, extension and bytes of the readable ones; the others go to `rejects`, or raise."""
     for picture, data in pictures:
         try:
             extension, encoded = _encode(picture.path, data, options)
@@ -133,29 +133,28 @@ def _encode_all(
         yield picture, extension, encoded
 
 
-def _encode(path: Path | None, data: bytes | None, options: ConversionOptions) -> tuple[str, bytes]:
-    """The picture's extension by content, and its bytes, after decoding it as a check. Raises ValueError."""
-    try:
-        if data is None:
-            assert path is not None
+def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[str, bytes]:
+    """Decode a picture as a check, and return its extension by content and its bytes. Raises ValueError."""
+    if isinstance(data, str):
+        raise ValueError(data)
+    if data is None:
+        assert path is not None
+        try:
             data = path.read_bytes()
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UnidentifiedImageError:
-        raise ValueError("not a picture that PIL can read") from None
-    except Exception as error:
-        # broken files make PIL's plug-ins raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from error
-    extension = _EXTENSION_OF_FORMAT.get(str(image.format))
-    if extension is None:
-        raise ValueError(f"is {image.format} inside; convert it to JPEG, PNG or WebP")
+        except OSError as error:
+            raise ValueError(f"cannot be read ({error.strerror})") from error
+    image = read_picture(data)
+    check_shape(image.size)  # no view can be made of it
+    extension = extension_of(image)
+    if is_deep(image) or image.mode not in ("L", "RGB", "RGBA", "P", "CMYK"):
+        to_rgb(image)  # raises where the reader would: its values have no known scale
     if options.short_side is None or min(image.size) <= options.short_side:
         return extension, data
-    if image.mode.startswith("I"):
-        raise ValueError("has 16 bits per pixel, which JPEG cannot hold; convert it to 8 bits first")
+    if is_deep(image):
+        raise ValueError("has more than 8 bits per pixel, which JPEG cannot hold; convert it to 8 bits first")
     scale = options.short_side / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    plain = image if image.mode in ("L", "RGB") else image.convert("RGBA").convert("RGB")
+    plain = image if image.mode in ("L", "RGB") else to_rgb(image)
     buffer = io.BytesIO()
     plain.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=options.quality)
     return "jpg", buffer.getvalue()
@@ -178,8 +177,3 @@ class _HashingFile:
 def partial_path(target: Path, name: str) -> Path:
     """Return the hidden path of a file that is whole and waits to get its name; see `shards.publish`."""
     return target / f".{name}.partial"
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few of many names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -39,7 +39,7 @@ _NUM_TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Process:
-    """One training process: its place, its command, and environment variables beside this process's."""
+    """One training process: its place, its command, and variables on top of this process's."""
 
     rank: int
     node: int
@@ -59,7 +59,7 @@ def plan_processes(
     restart: int = 0,
     environment: Mapping[str, str] | None = None,
 ) -> list[Process]:
-    """Every process of the run, by rank.
+    """Return every process of the run, by rank.
 
     Args:
         train_arguments: of `selfmask train`.
@@ -111,7 +111,7 @@ def run_processes(
     logs: Path,
     max_restarts: int = 0,
 ) -> int:
-    """Run all processes to their end; returns 0, or the exit status of the first that failed.
+    """Run all processes to their end, and return 0 or the exit status of the first that failed.
 
     SIGTERM and SIGINT stop the run: every process is asked to save and end, a second signal kills.
     SIGUSR2 announces a preemption: the processes save, end, and are started again. No process is left behind.
@@ -146,7 +146,7 @@ def run_processes(
 
 @dataclass
 class _Signals:
-    """What this process was told, kept for the waiting loop: handlers only take notes."""
+    """Keeps what this process was told for the waiting loop: signal handlers only take notes."""
 
     stop: int = 0
     num_stops: int = 0
@@ -171,7 +171,7 @@ class _Signals:
 
 
 class _Group:
-    """The processes of one start."""
+    """Starts the processes of one start of the run, waits for them and ends them."""
 
     def __init__(self, processes: Sequence[Process], logs: Path, restart: int) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -188,9 +188,7 @@ class _Group:
             raise
 
     def wait(self, signals: _Signals) -> int:
-        """0 when all have ended well, else the status that says why the run ended, once all have ended or
-        their time is up.
-        """
+        """Wait until all have ended or their time is up; return 0, or the status that says why it ended."""
         deadline = float("inf")
         sent_stops = sent_preemptions = 0
         while None in (statuses := [child.poll() for child in self._children]):
@@ -212,9 +210,7 @@ class _Group:
         return self._status(statuses)
 
     def report(self, status: int) -> None:
-        """Say which process ended the run, and show the end of its log where it is not on the screen
-        already.
-        """
+        """Print which process ended the run, and the end of its log unless that is on the screen already."""
         if (process := self._failed) is None:
             return
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
@@ -255,13 +251,13 @@ class _Group:
         return child
 
     def _dump_stacks(self) -> None:
-        """Make the processes that are left, stopped ones too, write where they are, to their logs."""
+        """Make the processes that are left, stopped ones too, write to their logs where they are."""
         self._send(signal.SIGABRT)
         self._send(signal.SIGCONT)
         time.sleep(_DUMP_SECONDS)
 
     def _status(self, statuses: Sequence[int | None]) -> int:
-        """The status that says why the run ended, not LOST or FAILED of those whose connections it broke."""
+        """Return the status that says why the run ended, not that of a peer whose connection it broke."""
         failed = [(s, p) for s, p in zip(statuses, self._processes, strict=True) if s]
         if not failed:
             return 0
@@ -276,11 +272,12 @@ class _Group:
 
 
 def log_path(logs: Path, rank: int) -> Path:
+    """Return the file that holds what a rank prints."""
     return logs / f"rank-{rank}.log"
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in listed.split(",") if gpu.strip()]
     if shutil.which("nvidia-smi") is None:
@@ -290,13 +287,14 @@ def visible_gpus() -> list[str]:
 
 
 def free_port() -> int:
+    """Return a port that is free now; another program may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def _seconds_left(statuses: Sequence[int | None]) -> float:
-    """How long the others may take once some process has failed."""
+    """Return how long the others may take once some process has failed."""
     if REQUEUE in statuses:  # all had agreed to save: the others are about to
         return _STOP_SECONDS
     if {status for status in statuses if status} == {LOST}:
@@ -305,14 +303,14 @@ def _seconds_left(statuses: Sequence[int | None]) -> float:
 
 
 def _rank_of(status: int) -> int:
-    """The lower, the more a status says about why a run ended."""
+    """Return a rank for a status: the lower, the more it says about why a run ended."""
     if status in (FAILED, LOST):
         return (FAILED, LOST).index(status) + 2
     return 0 if is_restartable(status) else 1
 
 
 def _copy(child: subprocess.Popen[bytes], path: Path) -> None:
-    """What the child prints, to this process's standard error and to its log."""
+    """Copy what the child prints to this process's standard error and to its log."""
     assert child.stdout is not None
     with child.stdout, open(path, "ab", buffering=0) as log:
         for line in child.stdout:

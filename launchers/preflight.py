@@ -61,7 +61,7 @@ def _data(config: Config) -> Iterator[str]:
     for key, text in (("data.train", config.data.train), ("data.test", config.data.test)):
         if text is None:
             yield f"{key} is not set; give a folder of tars, as `selfmask data convert` writes them"
-        elif any(sign in text for sign in "*?["):
+        elif any(sign in text for sign in "*?[{") or "::" in text:
             continue  # a pattern, which the reader resolves
         elif "://" in text:
             continue  # elsewhere; opening it says what is wrong
@@ -95,8 +95,8 @@ def _files(config: Config) -> Iterator[str]:
 
 
 def _looks_like_weights(path: Path) -> bool:
-    """By the first bytes: a state dict is a zip file or a pickle; safetensors begins with its
-    header's length.
+    """Tell by the first bytes: a state dict is a zip file or a pickle; safetensors begins with its header's
+    length.
     """
     with open(path, "rb") as file:
         start = file.read(9)
@@ -195,7 +195,10 @@ def _slurm(config: Config, num_nodes: int, is_dry: bool) -> Iterator[str]:
 
 
 def _partitions() -> dict[str, int]:
-    """Partition names, the default one with a star, and how many nodes each has; empty where none answers."""
+    """Return how many nodes each partition has, by its name; the default one's ends in a star.
+
+    It is empty where the cluster does not answer.
+    """
     command = ["sinfo", "--noheader", "--format=%P %D"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)

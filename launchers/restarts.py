@@ -16,7 +16,7 @@ _PATTERNS = ("checkpoints/step-*", "*/checkpoints/step-*", "embeddings/*/*/*", "
 
 
 def is_fruitless(logs: Path, start: str) -> bool:
-    """Take note of a failed start; whether it was the last of `MAX_FRUITLESS` that left nothing new.
+    """Take note of a failed start. Return whether `MAX_FRUITLESS` starts in a row have left nothing new.
 
     Args:
         logs: the folder in the run's folder, where the note is kept.

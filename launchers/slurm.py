@@ -44,7 +44,7 @@ _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", 
 
 @dataclass
 class TrainTask:
-    """What submitit runs in every task of the job."""
+    """What submitit runs in every task of the job: one training process, watched to its end."""
 
     train_arguments: tuple[str, ...]
     logs: Path
@@ -128,13 +128,13 @@ class TrainTask:
             _wait_until(requeued.exists, _END_SECONDS)
 
     def _note(self, name: str) -> Path:
-        """A file by which the tasks of this start of the job tell each other something."""
+        """Return the file by which the tasks of this start of the job tell each other something."""
         start = f"{own_job_id(os.environ)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         return self.logs / f".{name}-{start}"
 
 
 def _claim(path: Path) -> bool:
-    """Whether this task is the first to ask."""
+    """Return whether this task is the first to ask."""
     try:
         path.touch(exist_ok=False)
     except FileExistsError:
@@ -149,14 +149,14 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def own_job_id(environment: Mapping[str, str]) -> str:
-    """What SLURM's commands call this job: of an array, the id alone would mean all of its tasks."""
+    """Return what SLURM's commands call this job: the id of an array alone would mean all of its tasks."""
     if "SLURM_ARRAY_TASK_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
 
 
 def requeue(job_id: str, *, is_announced: bool) -> bool:
-    """Ask SLURM to run this job again; returns whether it will.
+    """Ask SLURM to run this job again, and return whether it will.
 
     A job that got SIGTERM only was either cancelled by its user, who does not want it back, or preempted on a
     cluster that does not announce preemptions: while it is being cancelled its state is no longer RUNNING.
@@ -170,7 +170,7 @@ def requeue(job_id: str, *, is_announced: bool) -> bool:
 
 
 def rank_environment(environment: Mapping[str, str], *, master_port: int | None = None) -> dict[str, str]:
-    """torchrun's variables for this task, from SLURM's. Asks nobody: every rank finds the same by itself."""
+    """Return torchrun's variables for this task, from SLURM's. Every rank finds the same without asking."""
     job_id = int(environment["SLURM_JOB_ID"])
     restarts = environment.get("SLURM_RESTART_COUNT", "0")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
@@ -189,7 +189,7 @@ def rank_environment(environment: Mapping[str, str], *, master_port: int | None 
 
 
 def first_host(nodes: str) -> str:
-    """The first host of SLURM's compressed list: `gpu[03-05,9],login` -> `gpu03`."""
+    """Return the first host of SLURM's compressed list: `gpu03` of `gpu[03-05,9],login`."""
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
     if first is None:
         raise ValueError(f"SLURM's node list {nodes!r} names no host")
@@ -197,20 +197,20 @@ def first_host(nodes: str) -> str:
 
 
 def port_of(job_id: int, restart: int = 0) -> int:
-    """The rendezvous port of a job's start: the same on all its nodes, another one for the next start."""
+    """Return the port where the ranks meet: the same on all nodes, another one for the next start."""
     return _FIRST_PORT + (31 * job_id + restart) % _NUM_PORTS
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit: the runs or parts of one that it makes, several as the tasks of an array."""
+    """A job to submit: the parts of a run that it makes, several as the tasks of an array."""
 
     folders: tuple[Path, ...]  # in which `logs` are written
     parts: tuple[str, ...] = ()  # of a cascade; empty for all of it
 
 
 def jobs_of(config: Config, *, experts_array: bool) -> list[Job]:
-    """The jobs of a run, each to start when the one before has ended well."""
+    """Return the jobs of a run, each to start when the one before has ended well."""
     run = run_path(config).resolve()
     if not experts_array:
         return [Job((run,))]
@@ -225,7 +225,7 @@ def jobs_of(config: Config, *, experts_array: bool) -> list[Job]:
 def submit(
     config: Config, *, num_nodes: int, train_arguments: Sequence[str], experts_array: bool = False
 ) -> str:
-    """Submit the run's jobs and print where they write; returns the id of the last one."""
+    """Submit the run's jobs, print where they write, and return the id of the last one."""
     run = run_path(config).resolve()
     if config.launch.snapshot:
         take_snapshot(run)
@@ -268,7 +268,7 @@ def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False
 
 
 def wait_for(job_id: str) -> int:
-    """Wait until the job has ended; returns 0 where it completed, else 1."""
+    """Wait until the job has ended, and return 0 where it completed, else 1."""
     while (state := job_state(job_id)) in _OPEN_STATES:
         time.sleep(_POLL_SECONDS)
     print(f"job {job_id} ended: {state}", flush=True)
@@ -276,7 +276,7 @@ def wait_for(job_id: str) -> int:
 
 
 def job_state(job_id: str) -> str:
-    """The job's state as squeue names it; UNKNOWN for one that SLURM has forgotten."""
+    """Return the job's state as squeue names it; UNKNOWN for one that SLURM has forgotten."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout.split() or ["UNKNOWN"])[0]

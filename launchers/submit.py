@@ -37,7 +37,7 @@ _ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One of the runs to start, and the arguments of `selfmask train` that give its configuration."""
+    """One of the runs to start, with the arguments of `selfmask train` that give its configuration."""
 
     config: Config
     arguments: tuple[str, ...]
@@ -67,8 +67,10 @@ def launch(options: argparse.Namespace) -> int:
 
 
 def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[PlannedRun]:
-    """A run for each file and seed. Their names tell them apart: the file's name without its ending is added
-    where there are several files, `seed<n>` where seeds are given.
+    """Return a run for each file and seed.
+
+    Their names tell them apart: the file's name without its ending is added where there are several files,
+    and `seed<n>` where seeds are given.
 
     Raises:
         ValueError: a configuration is wrong, or two runs would share a folder.
@@ -93,7 +95,7 @@ def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
 
 
 def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
-    """Start the runs that `options` ask for; returns the exit status, the first that is not 0.
+    """Start the runs as `options` say, and return the exit status: the first that is not 0.
 
     Raises:
         ValueError: something would fail later; the message names all of it, and nothing was started.
@@ -148,7 +150,7 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
 
 
 def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:
-    """What would run, the configuration, and once for each file what the planner reckons."""
+    """Print what would run, the configuration, and once for each file what the planner reckons."""
     planned: set[str] = set()
     for run in runs:
         if cluster == "slurm":
@@ -171,7 +173,7 @@ def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace)
 
 
 def _reckon(run: PlannedRun, cluster: str, options: argparse.Namespace) -> str:
-    """Memory, traffic and time of each engine from `selfmask plan`: another process, as it imports torch."""
+    """Return each engine's memory, traffic and time from `selfmask plan`, a process that imports torch."""
     launch = run.config.launch
     if cluster == "slurm":
         per_node = launch.processes_per_node or launch.gpus_per_node or 1
@@ -193,7 +195,7 @@ def _reckon(run: PlannedRun, cluster: str, options: argparse.Namespace) -> str:
 
 
 def _has_slurm_configuration() -> bool:
-    """Whether sbatch would find its cluster; packages alone, as on a laptop, make none."""
+    """Return whether sbatch would find its cluster; SLURM's packages alone, as on a laptop, make none."""
     places = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
     if "SLURM_CONF" in os.environ or any(Path(place).exists() for place in places):
         return True

@@ -42,7 +42,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "cascade",
     ),  # the public names, each imported when it is asked for
     "launchers": ("common", "config", "runs.folder", "runs.exit_status"),
-    "data_prep": ("data",),
+    "data_prep": ("common", "data"),
 }
 
 TRAINING = ("torch", "torchvision", "timm", "open_clip", "deepspeed")  # what takes seconds to import

@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import BatchLoader, multicrop_transform, open_source, train_loader
+from selfmask_dist.data import BatchLoader, Workers, multicrop_transform, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.views.multicrop import Crops
 
@@ -73,7 +73,7 @@ def make_loader(folder: Path, *, rank: int, world_size: int, num_workers: int) -
         seed=SEED,
         rank=rank,
         world_size=world_size,
-        num_workers=num_workers,
+        workers=Workers(num_workers),
     )
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.harness import Benchmark, _high_water, interleave
-from selfmask_dist.evals import Plan, global_knn, knn_vote, search
+from selfmask_dist.evals import Embeddings, Plan, global_knn, knn_vote, search
 from selfmask_dist.evals.search import MEMORY_MIB
 from selfmask_dist.parallel import World
 
@@ -84,11 +84,8 @@ def _rank(store: str, rank: int, size: int, sizes: tuple[int, int, int, int], ou
     Path("/proc/self/clear_refs").write_text("5")
     before, world.sent = _high_water(), 0
     result = global_knn(
-        bank,
-        labels,
-        ids,
-        queries,
-        query_labels,
+        Embeddings(bank, labels, ids),
+        Embeddings(queries, query_labels, query_ids),
         num_classes=CLASSES,
         ks=(k,),
         temperatures=(TEMPERATURE,),

@@ -24,18 +24,16 @@ from selfmask_dist import cli, evals
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.evals.probe import prepare
+from selfmask_dist.evals.probe_heads import LENGTHS
 
 
-def embeddings(settings: list[str]) -> tuple[Any, Any, Any, Any]:
+def embeddings(settings: list[str]) -> list[evals.Embeddings]:
     """Frozen embeddings and labels of both splits."""
-    train, test = embed_splits(load_config(None, settings))
-    return train.features, train.labels, test.features, test.labels
+    return embed_splits(load_config(None, settings))
 
 
-def measure(
-    bench: Benchmark, name: str, parts: tuple[Any, Any, Any, Any], *, epochs: int, rounds: int
-) -> None:
-    train, train_labels, test, test_labels = parts
+def measure(bench: Benchmark, name: str, parts: list[evals.Embeddings], *, epochs: int, rounds: int) -> None:
+    train, test, train_labels, test_labels = *(p.features for p in parts), *(p.labels for p in parts)
     bench.figure(f"{name}: samples, dim, classes", [*train.shape, int(train_labels.max()) + 1])
     start = time.perf_counter()
     probe = evals.linear_probe(*parts)
@@ -49,8 +47,7 @@ def measure(
 
     heads = evals.probe_heads(*parts, epochs=epochs)
     one: dict[str, Any] = {
-        "learning_rates": (heads.lr,),
-        "weight_decays": (heads.weight_decay,),
+        "grid": ((heads.lr,), (heads.weight_decay,)),
         "epochs": epochs,
     }
     seconds = interleave(
@@ -79,12 +76,10 @@ def measure(
     )
 
 
-def measure_longer_choice(
-    bench: Benchmark, name: str, parts: tuple[Any, Any, Any, Any], *, epochs: int
-) -> None:
+def measure_longer_choice(bench: Benchmark, name: str, parts: list[evals.Embeddings], *, epochs: int) -> None:
     """What choosing early gives up: one head for each decay trained to the end before one is chosen."""
     start = time.perf_counter()
-    full = evals.probe_heads(*parts, epochs=epochs, choose=1.0)
+    full = evals.probe_heads(*parts, epochs=epochs, lengths=(LENGTHS[0], 1.0))
     bench.figure(f"{name}: decays to the end, seconds", time.perf_counter() - start)
     bench.figure(f"{name}: decays to the end, accuracy", full.accuracy)
 

@@ -1,14 +1,13 @@
 """The cascade's numerics: which expert a sample belongs to, and one embedding out of several.
 
-    pca -> kmeans -> mixture -> router        pca -> combine
+    pca -> clusters -> router        pca -> combine
 
 Tensors in, tensors out. Knows no models, no files, no scheduler and no process groups: an `all_reduce` that
 sums over ranks is passed in, and is handed tensors on the device of the embeddings.
 """
 
+from selfmask_dist.cascade.clusters import KMeans, Mixture, fit_kmeans, fit_mixture
 from selfmask_dist.cascade.combine import MODES, Combination
-from selfmask_dist.cascade.kmeans import KMeans, kmeans
-from selfmask_dist.cascade.mixture import Mixture, fit_mixture
 from selfmask_dist.cascade.pca import PCA, AllReduce, fit_pca
 from selfmask_dist.cascade.router import Router
 
@@ -20,7 +19,7 @@ __all__ = [
     "KMeans",
     "Mixture",
     "Router",
+    "fit_kmeans",
     "fit_mixture",
     "fit_pca",
-    "kmeans",
 ]

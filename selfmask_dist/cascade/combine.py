@@ -50,7 +50,9 @@ class Combination:
     def fit(
         chunks: Iterable[Chunk], *, mode: str, num_experts: int, all_reduce: AllReduce = alone
     ) -> Combination:
-        """Fit on the training samples of all ranks, chunk by chunk. Collective if `all_reduce` is.
+        """Return a combination fitted on the training samples of all ranks, chunk by chunk.
+
+        Collective if `all_reduce` is.
 
         The dimension stays the backbone's; only where the samples span fewer dimensions (fewer samples than
         dimensions), the result has as many as they span. Memory is that of one chunk and of (dim (1 + K))^2
@@ -90,7 +92,7 @@ class Combination:
         return self.dim * (1 + self.num_experts) if MODES[self.mode][1] == "concat" else self.dim
 
     def transform(self, dispatcher: Tensor, experts: Sequence[Tensor] | Tensor, clusters: Tensor) -> Tensor:
-        """The combined embeddings (n, output_dim), on the device of the inputs.
+        """Return the combined embeddings (n, output_dim), on the device of the inputs.
 
         Args:
             dispatcher: (n, dim).
@@ -108,7 +110,7 @@ class Combination:
     def _joined(
         self, dispatcher: Tensor, experts: Sequence[Tensor] | Tensor, clusters: Tensor
     ) -> Iterator[Tensor]:
-        """Joined embeddings in blocks of rows, so that [D, E_1 ... E_K] never exists whole."""
+        """Yield joined embeddings in blocks of rows, so that [D, E_1 ... E_K] never exists whole."""
         self._check(dispatcher, experts, clusters)
         width = self.dim * (1 + self.num_experts)
         rows = len(next(row_blocks(dispatcher, width)))
@@ -162,18 +164,20 @@ class Combination:
             )
 
     def rounded(self) -> Combination:
-        """With components of 11 significant bits, which float16 holds, and the rest as float32: what is kept
-        in a file, so a run's results are of this too."""
+        """Return it with components of 11 significant bits, which float16 holds, and the rest as float32.
+
+        That is what a file keeps, so a run's results are of this too.
+        """
         if self.pca is None:
             return self
         return replace(self, pca=self.pca.rounded())
 
     def to(self, device: torch.device | str) -> Combination:
-        """The same on another device: that of the embeddings it is to be given."""
+        """Return the same on another device: that of the embeddings it is to be given."""
         return self if self.pca is None else replace(self, pca=self.pca.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name; `from_tensors` makes the same combination of it."""
+        """Return everything, by name; `from_tensors` makes the same combination of it."""
         pca = {} if self.pca is None else self.pca.tensors()
         return {
             "mode": torch.tensor(list(self.mode.encode()), dtype=torch.uint8),
@@ -184,6 +188,7 @@ class Combination:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Combination:
+        """Return the combination that `tensors()` was asked of. Raises ValueError for an unknown mode."""
         mode = bytes(tensors["mode"].tolist()).decode()
         if mode not in MODES:
             raise ValueError(f"combination {mode!r} is unknown; choose from {', '.join(MODES)}")

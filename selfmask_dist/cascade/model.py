@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 from selfmask_dist import maskfile
 from selfmask_dist.cascade import MODES, Combination, Router
+from selfmask_dist.common.names import DISPATCHER, ROUTER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.bank import MaskBank
-
-DISPATCHER = "dispatcher"
-
-
-def expert_name(k: int | str) -> str:
-    return f"expert-{k}"
 
 
 class Cascade:
@@ -50,7 +45,7 @@ class Cascade:
 
     @torch.no_grad()
     def embed(self, images: Tensor, *, mode: str = "conditional") -> Tensor:
-        """Embeddings (n, dim) of images (n, 3, H, W), on their device.
+        """Return embeddings (n, dim) of images (n, 3, H, W), on their device.
 
         Args:
             mode: `conditional`: dispatcher and the expert that the router chose, two forwards an image.
@@ -69,17 +64,17 @@ class Cascade:
         combination = self.combinations[mode].to(images.device)
         clusters = self.router.to(images.device).assign(features)
         if combination.needs_all_experts:
-            experts = [self._encode(expert_name(k), images) for k in range(self.router.num_clusters)]
+            experts = [self._encode(expert(k), images) for k in range(self.router.num_clusters)]
             return combination.transform(features, experts, clusters)
         chosen = torch.empty_like(features)
         for k in clusters.unique().tolist():
             rows = (clusters == k).nonzero().flatten()
-            chosen[rows] = self._encode(expert_name(k), images[rows])
+            chosen[rows] = self._encode(expert(k), images[rows])
         return combination.transform(features, chosen, clusters)
 
     @torch.no_grad()
     def route(self, images: Tensor) -> Tensor:
-        """The cluster (n,) int64 of each image."""
+        """Return the cluster (n,) int64 of each image."""
         return self.router.to(images.device).assign(self._encode(DISPATCHER, images))
 
     def _encode(self, name: str, images: Tensor) -> Tensor:
@@ -93,7 +88,7 @@ def save_cascade(
     combinations: Mapping[str, Combination],
     **about: Any,
 ) -> int:
-    """Write a cascade to one mask file; returns its bytes.
+    """Write a cascade to one mask file and return its bytes.
 
     Experts are stored as flips of the dispatcher's bits where that is smaller, combinations as
     `Combination.rounded` has them.
@@ -104,7 +99,7 @@ def save_cascade(
     ordered = {DISPATCHER: masks[DISPATCHER]} | {
         name: replace(mask, against=DISPATCHER) for name, mask in masks.items() if name != DISPATCHER
     }
-    tensors = {f"router.{name}": tensor for name, tensor in router.tensors().items()}
+    tensors = {f"{ROUTER}.{name}": tensor for name, tensor in router.tensors().items()}
     for mode, combination in combinations.items():
         for name, tensor in combination.tensors().items():
             # its matrix is the largest part of the file
@@ -115,7 +110,7 @@ def save_cascade(
 
 
 def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str = "cascade") -> Cascade:
-    """A cascade from its file, on a backbone that holds the frozen weights (a timm or open_clip encoder).
+    """Return a cascade from its file, on a backbone with the frozen weights (a timm or open_clip encoder).
 
     Args:
         backbone: or a bank, which takes the masks in as `NAME/dispatcher`, `NAME/expert-0`, ...
@@ -139,22 +134,22 @@ def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str 
 
 
 def modes_of(file: MaskFile) -> list[str]:
-    """The combinations that a cascade's file holds."""
+    """Return the modes of the combinations that a cascade's file holds."""
     parts = dict.fromkeys(name.partition(".")[0] for name in file.tensors)
     return [part for part in parts if part in MODES]
 
 
 def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
-    """Masks, router and combinations by mode; errors as in `load_cascade`."""
+    """Return masks, router and combinations by mode; raises as `load_cascade`."""
     file = maskfile.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor.double() if tensor.is_floating_point() else tensor
-    if "router" not in parts or DISPATCHER not in file.masks:
+    if ROUTER not in parts or DISPATCHER not in file.masks:
         raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
-    router = Router.from_tensors(parts.pop("router"))
-    missing = [k for k in range(router.num_clusters) if expert_name(k) not in file.masks]
+    router = Router.from_tensors(parts.pop(ROUTER))
+    missing = [k for k in range(router.num_clusters) if expert(k) not in file.masks]
     if missing:
         raise MaskFileError(f"{path} lacks the masks of experts {missing}")
     combinations = {mode: Combination.from_tensors(tensors) for mode, tensors in parts.items()}

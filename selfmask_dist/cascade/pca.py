@@ -23,12 +23,12 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 def alone(tensor: Tensor) -> Tensor:
-    """The `all_reduce` of a single process."""
+    """Return the tensor itself: the `all_reduce` of a single process."""
     return tensor
 
 
 def row_blocks(tensor: Tensor, width: int) -> Iterator[Tensor]:
-    """`tensor` in blocks of rows such that (rows, width) float64 takes at most 32 MiB."""
+    """Yield `tensor` in blocks of rows such that (rows, width) float64 takes at most 32 MiB."""
     return iter(tensor.split(max(1, _BLOCK_BYTES // (8 * width))))
 
 
@@ -46,18 +46,13 @@ class PCA:
     num_samples: int
 
     @property
-    def singular_values(self) -> Tensor:
-        """(num_components,): of the centred data matrix, sqrt(lambda_i (n - 1))."""
-        return (self.explained_variance * (self.num_samples - 1)).sqrt()
-
-    @property
     def rank(self) -> int:
         """How many of the components have a variance that is more than rounding."""
         floor = 10 * len(self.mean) * _EPS * self.explained_variance[0]
         return int((self.explained_variance > floor).sum())
 
     def truncated(self, num_components: int) -> PCA:
-        """Its first `num_components` components."""
+        """Return its first `num_components` components."""
         return replace(
             self,
             components=self.components[:num_components].clone(),
@@ -65,8 +60,8 @@ class PCA:
         )
 
     def transform(self, samples: Tensor, *, whiten: bool) -> Tensor:
-        """Components (n, num_components) of `samples` (n, dim); whitened ones have variance 1 in the data of
-        the fit. Computed in float64, returned as float64 for float64 samples and else as float32.
+        """Return components (n, num_components) of `samples` (n, dim); whitened ones have variance 1 in the
+        data of the fit. Computed in float64, returned as float64 for float64 samples and else as float32.
 
         Raises ValueError where whitening would blow up rounding: a component without variance.
         """
@@ -93,7 +88,7 @@ class PCA:
             )
 
     def rounded(self) -> PCA:
-        """Components as float16 holds them, mean and variance as float32 does; still float64 tensors."""
+        """Return it with components as float16 and the rest as float32 hold them; still float64 tensors."""
         return replace(
             self,
             mean=self.mean.float().double(),
@@ -102,7 +97,7 @@ class PCA:
         )
 
     def to(self, device: torch.device | str) -> PCA:
-        """The same on another device."""
+        """Return the same on another device."""
         return replace(
             self,
             mean=self.mean.to(device),
@@ -111,7 +106,7 @@ class PCA:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name; `from_tensors` makes the same PCA of it."""
+        """Return everything, by name; `from_tensors` makes the same PCA of it."""
         return {
             "mean": self.mean,
             "components": self.components,
@@ -121,6 +116,7 @@ class PCA:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> PCA:
+        """Return the PCA that `tensors()` was asked of."""
         return PCA(
             tensors["mean"],
             tensors["components"],
@@ -132,7 +128,7 @@ class PCA:
 def fit_pca(
     chunks: Iterable[Tensor], *, num_components: int, all_reduce: AllReduce = alone, at_most: bool = False
 ) -> PCA:
-    """The first `num_components` principal components of all ranks' chunks (n, dim), of any float type.
+    """Return the first `num_components` principal components of all ranks' chunks (n, dim) of any float type.
 
     Collective if `all_reduce` is: every rank gives at least one chunk, of no rows where it has no samples.
     Ranks get equal results where their hardware is alike.
@@ -165,7 +161,7 @@ def fit_pca(
 
 
 def _moments(chunks: Iterable[Tensor], all_reduce: AllReduce) -> tuple[int, Tensor, Tensor]:
-    """Number, mean (dim,) and covariance (dim, dim) of all ranks' samples."""
+    """Return number, mean (dim,) and covariance (dim, dim) of all ranks' samples."""
     iterator = iter(chunks)
     chunk = next(iterator, None)
     if chunk is None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def expert_epochs(num_samples: int, cluster_size: int, epochs: float, *, kind: str) -> float:
-    """Epochs over a cluster of `cluster_size` of `num_samples` images; at least one.
+    """Return the epochs over a cluster of `cluster_size` of `num_samples` images; at least one.
 
     kind: `equal_steps` (the paper's formula) or `equal_epochs`.
     """
@@ -19,7 +19,7 @@ def expert_epochs(num_samples: int, cluster_size: int, epochs: float, *, kind: s
 
 
 def share_out(costs: Sequence[float], num_groups: int) -> list[list[int]]:
-    """The experts of each group, in the order in which it trains them."""
+    """Return the experts of each group, in the order in which it trains them."""
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     loads = [0.0] * num_groups
     for expert in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
@@ -30,7 +30,7 @@ def share_out(costs: Sequence[float], num_groups: int) -> list[list[int]]:
 
 
 def utilisation(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> float:
-    """The share of all processes' time that is spent training, until the last group is done."""
+    """Return the share of all processes' time that is spent training until the last group is done."""
     loads = [sum(costs[k] for k in group) for group in groups]
     return sum(loads) / (len(loads) * max(loads))
 
@@ -38,7 +38,7 @@ def utilisation(costs: Sequence[float], groups: Sequence[Sequence[int]]) -> floa
 def choose_num_groups(
     costs: Sequence[float], world_size: int, global_batch_size: int, *, wanted: int = 0, at_least: float = 0.9
 ) -> int:
-    """The largest number of groups that keeps a share `at_least` of the processes busy; 1 always does.
+    """Return the largest number of groups that keeps a share `at_least` of the processes busy, or 1.
 
     Args:
         wanted: this many; 0 to choose.

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfmask_dist.cascade.kmeans import KMeans, kmeans
-from selfmask_dist.cascade.mixture import Mixture, fit_mixture
+from selfmask_dist.cascade.clusters import KMeans, Mixture, fit_kmeans, fit_mixture
 from selfmask_dist.cascade.pca import PCA, AllReduce, alone, fit_pca, row_blocks
 
 METHODS: dict[str, type[Mixture] | type[KMeans]] = {"gmm": Mixture, "kmeans": KMeans}
+REG_COVAR = 0.05
+"""Added to the variances of the mixture, whose data have variance 1. The authors' data have variance 1/n and
+scikit-learn's 1e-6 is added: 0.05 of the variance at their n of 50,000."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +42,9 @@ class Router:
         method: str = "gmm",
         seed: int = 0,
         restarts: int = 5,
-        reg_covar: float = 0.05,
-        min_cluster_size: int = 1,
         all_reduce: AllReduce = alone,
     ) -> Router:
-        """Fit on the embeddings of all ranks. Collective if `all_reduce` is.
+        """Return a router fitted on the embeddings of all ranks. Collective if `all_reduce` is.
 
         Args:
             embeddings: (n, dim), this rank's part, of any float type.
@@ -52,12 +52,9 @@ class Router:
             num_clusters: or several, of which the Bayesian information criterion chooses (gmm only).
             method: gmm or kmeans.
             restarts: of which the best is taken.
-            reg_covar: added to the variances of the mixture, whose data have variance 1. The authors' data
-                have variance 1/n and scikit-learn's 1e-6 is added: 0.05 of the variance at their n of 50,000.
-            min_cluster_size: a cluster with fewer samples is an error.
 
         Raises:
-            ValueError: on every rank alike, for NaN, wrong ids, too few samples, or a cluster too small.
+            ValueError: on every rank alike, for NaN, wrong ids, too few samples, or an empty cluster.
         """
         if method not in METHODS:
             raise ValueError(f"router method {method!r} is unknown; choose from {', '.join(METHODS)}")
@@ -72,44 +69,56 @@ class Router:
                 num_clusters=num_clusters,
                 seed=seed,
                 restarts=restarts,
-                reg_covar=reg_covar,
+                reg_covar=REG_COVAR,
                 all_reduce=all_reduce,
             )
         else:
             if not isinstance(num_clusters, int):
                 raise ValueError(f"k-means takes one number of clusters, got {tuple(num_clusters)}; use gmm")
-            clusters = kmeans(
+            clusters = fit_kmeans(
                 reduced, ids, num_clusters=num_clusters, seed=seed, restarts=restarts, all_reduce=all_reduce
             )
         sizes = all_reduce(torch.bincount(clusters.assign(reduced), minlength=len(clusters.means)))
         keys = zip((-sizes).tolist(), clusters.means[:, 0].tolist(), strict=True)
         ranking = [index for _, index in sorted((key, index) for index, key in enumerate(keys))]
         order = torch.tensor(ranking, device=sizes.device)
-        _check_sizes(sizes[order].tolist(), min_cluster_size)
-        return Router(pca, clusters.reordered(order), sizes[order])
+        router = Router(pca, clusters.reordered(order), sizes[order])
+        router.check_sizes(at_least=1)
+        return router
+
+    def check_sizes(self, *, at_least: int) -> None:
+        """Raise a ValueError where a cluster has fewer samples than `at_least`."""
+        sizes = self.sizes.tolist()
+        if sizes[-1] < at_least:
+            what = "is empty" if sizes[-1] == 0 else f"has {sizes[-1]} samples, fewer than {at_least}"
+            raise ValueError(
+                f"the router's smallest cluster {what} (sizes: {', '.join(map(str, sizes))}); "
+                "ask for fewer clusters, or give more images"
+            )
 
     @property
     def num_clusters(self) -> int:
+        """How many clusters, and so experts, there are."""
         return len(self.sizes)
 
     def reduce(self, embeddings: Tensor) -> Tensor:
-        """What is clustered: the whitened components (n, num_components) float64."""
+        """Return what is clustered: the whitened components (n, num_components) float64."""
         return _reduce(embeddings, self.pca)
 
     def assign(self, embeddings: Tensor) -> Tensor:
-        """The cluster (n,) int64 of each embedding (n, dim)."""
+        """Return the cluster (n,) int64 of each embedding (n, dim)."""
         return self.clusters.assign(self.reduce(embeddings))
 
     def probabilities(self, embeddings: Tensor) -> Tensor:
-        """(n, K) float64, rows summing to 1; zeros and ones with k-means."""
+        """Return (n, K) float64, rows summing to 1; zeros and ones with k-means."""
         return self.clusters.probabilities(self.reduce(embeddings))
 
     def to(self, device: torch.device | str) -> Router:
-        """The same on another device: that of the embeddings it is to be given."""
+        """Return the same on another device: that of the embeddings it is to be given."""
         return Router(self.pca.to(device), self.clusters.to(device), self.sizes.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, by name; `from_tensors` makes the same router of it."""
+        """Return everything, by name; `from_tensors` makes the same router of it."""
         method = next(name for name, kind in METHODS.items() if isinstance(self.clusters, kind))
         return {
             **{f"pca.{name}": tensor for name, tensor in self.pca.tensors().items()},
@@ -119,6 +128,7 @@ class Router:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Router:
+        """Return the router that `tensors()` was asked of. Raises ValueError for other tensors."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -136,14 +146,5 @@ def _normalized(embeddings: Tensor) -> Iterator[Tensor]:
 
 
 def _reduce(embeddings: Tensor, pca: PCA) -> Tensor:
-    """(n, num_components) float64."""
+    """Return the whitened components (n, num_components), float64."""
     return torch.cat([pca.transform(block, whiten=True) for block in _normalized(embeddings)])
-
-
-def _check_sizes(sizes: list[int], minimum: int) -> None:
-    if sizes[-1] < max(1, minimum):
-        what = "is empty" if sizes[-1] == 0 else f"has {sizes[-1]} samples, fewer than {minimum}"
-        raise ValueError(
-            f"the router's smallest cluster {what} (sizes: {', '.join(map(str, sizes))}); "
-            "ask for fewer clusters, or give more images"
-        )

@@ -7,7 +7,7 @@ Dispatcher and experts are ordinary runs in folders of their own, with configura
 (`dispatcher/config.yaml`, `expert-0/config.yaml`, ...). Experts train at the same time on groups of
 processes. Every stage goes on where it was when the run is started again, and is skipped when it is done. One
 part of the cascade can be run by itself: up to the router, one expert, or what comes after the experts. The
-stages themselves are in `cascade_stages`.
+stages themselves are in `cascade.stages`.
 """
 
 import json
@@ -20,23 +20,27 @@ from typing import Any
 
 import numpy as np
 
-from selfmask_dist.cascade.model import DISPATCHER, expert_name
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade.stages import Stages, read_sizes
+from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import World, join_world
 from selfmask_dist.parallel.world import group_of, num_processes
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, run_path
 from selfmask_dist.runs.preempt import Preempted, StopRequest
-from selfmask_dist.training.run import run_in
+from selfmask_dist.training.chain import Chain, stage_config
 
-ROUTER, COMBINATION = "router", "combination"  # parts of a cascade, beside expert-K
 _POLL_SECONDS = 0.2
+_NO_EVALUATION = {"final": False, "frozen_baseline": False}  # views are measured once, at the end
 
 
-class Worlds:
-    """The world that this process is in: of all processes, or of its group of them."""
+class CurrentWorld:
+    """The world that this process is in: of all processes, or of its group of them.
+
+    Args:
+        stack: leaves it at its end.
+    """
 
     def __init__(self, config: Config, stack: ExitStack) -> None:
         self._config = config
@@ -46,7 +50,10 @@ class Worlds:
         stack.callback(lambda: self._open.close())
 
     def join(self, num_groups: int = 1) -> World:
-        """Leave the world of before where it is another one. Every process calls with the same number."""
+        """Return the world of this process's group, and leave the one of before where it is another.
+
+        Every process calls with the same number.
+        """
         if self._world is None or num_groups != self._num_groups:
             self._open.close()
             section = self._config.engine
@@ -65,7 +72,7 @@ class Worlds:
 def run_cascade(
     config: Config, stop: StopRequest, *, is_restart: bool, part: str | None = None
 ) -> dict[str, Any]:
-    """Run a cascade to its end; returns what its `result.json` holds. Every process of the run calls this.
+    """Run a cascade to its end and return what its `result.json` holds. Every process of the run calls this.
 
     Args:
         part: only `router` (and all before it), `expert-K`, or `combination` (and all after it). Returns
@@ -82,52 +89,54 @@ def run_cascade(
     if part is not None:
         _check_part(part, directory)
     with ExitStack() as stack:
-        worlds = Worlds(config, stack)
-        world = worlds.join()
+        current = CurrentWorld(config, stack)
+        world = current.join()
         if world.is_main:
-            create_run_directory(config, is_restart=is_restart or part not in (None, ROUTER))
+            create_run_directory(config, is_restart=is_restart or part not in (None, names.ROUTER))
         world.barrier()
-        if (directory / "result.json").exists():  # requeued after its end
-            finished: dict[str, Any] = json.loads((directory / "result.json").read_text())
+        if (directory / names.RESULT).exists():  # requeued after its end
+            finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
             return finished
-        if part is not None and part.startswith(expert_name("")):
-            return _train_expert(config, int(part.removeprefix(expert_name(""))), world, stop)
-        if part != COMBINATION:
+        if part is not None and part.startswith(names.expert("")):
+            return _train_expert(config, int(part.removeprefix(names.expert(""))), world, stop)
+        if part != names.COMBINATION:
             if world.is_main:
                 stop_path.unlink(missing_ok=True)
             num_groups = _prepare_experts(config, world, stop)
-            if part == ROUTER:
+            if part == names.ROUTER:
                 return {}
             stop.watch(stop_path)
             try:
-                _train_experts(config, worlds.join(num_groups), stop, num_groups)
+                _train_experts(config, current.join(num_groups), stop, num_groups)
             except Preempted:
                 stop_path.touch()  # groups share no step in which they could agree
                 raise
             stop.watch(None)
-        with open_run(config, directory, worlds.join(), stop) as context:
+        with open_run(config, directory, current.join(), stop) as context:
             return _finish(config, context)
 
 
 def _check_part(part: str, directory: Path) -> None:
-    if part != ROUTER and part != COMBINATION and not re.fullmatch(expert_name(r"\d+"), part):
-        raise ValueError(f"a cascade has no part {part!r}; it has {ROUTER}, expert-0, ..., {COMBINATION}")
-    if part != ROUTER and not (directory / "router" / "sizes.json").exists():
-        raise ValueError(f"{directory} has no router yet; run the part {ROUTER} first")
-    if part == COMBINATION:
-        names = [expert_name(k) for k in range(len(read_sizes(directory)))]
-        if missing := [name for name in names if not (directory / name / "result.json").exists()]:
+    if part != names.ROUTER and part != names.COMBINATION and not re.fullmatch(names.expert(r"\d+"), part):
+        raise ValueError(
+            f"a cascade has no part {part!r}; it has {names.ROUTER}, expert-0, ..., {names.COMBINATION}"
+        )
+    if part != names.ROUTER and not (directory / names.ROUTER / names.CLUSTER_SIZES).exists():
+        raise ValueError(f"{directory} has no router yet; run the part {names.ROUTER} first")
+    if part == names.COMBINATION:
+        experts = [names.expert(k) for k in range(len(read_sizes(directory)))]
+        if missing := [name for name in experts if not (directory / name / names.RESULT).exists()]:
             raise ValueError(f"{directory}: {', '.join(missing)} must be trained before they are combined")
 
 
 def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
-    """Everything up to the router; returns in how many groups experts train."""
+    """Do everything up to the router; return in how many groups experts train."""
     directory = run_path(config)
     _start(config, world, stop)
-    _train(dispatcher_config(config), world, stop, parent=directory)
+    Chain(config, world, stop).run(dispatcher_config(config))
     with open_run(config, directory, world, stop, ends_as="training experts") as context:
         stages = Stages(config, context)
-        stages.embed(DISPATCHER)
+        stages.embed(names.DISPATCHER)
         stages.route()
         return _plan_experts(config, context)
 
@@ -146,7 +155,7 @@ def _finish(config: Config, context: RunContext) -> dict[str, Any]:
     stages = Stages(config, context)
     sizes = read_sizes(context.directory)
     for k in range(len(sizes)):
-        stages.embed(expert_name(k))
+        stages.embed(names.expert(k))
     stages.combine()
     result = {"method": "cascade", "clusters": sizes, **stages.evaluate()}
     result["mask"] = stages.bundle(result["views"])
@@ -160,47 +169,37 @@ def _finish(config: Config, context: RunContext) -> dict[str, Any]:
 
 
 def dispatcher_config(config: Config) -> Config:
-    """The dispatcher's run: all of the training images, no measurement at its end."""
-    return _changed(config, DISPATCHER, {"eval": {"final": False, "frozen_baseline": False}})
+    """Return the dispatcher's run: all of the training images, no measurement at its end."""
+    return stage_config(config, names.DISPATCHER, method="mask", changes={"eval": _NO_EVALUATION})
 
 
 def expert_config(config: Config, k: int, sizes: list[int]) -> Config:
-    """An expert's run: its cluster's images, from the dispatcher's scores, as long as the plan says."""
+    """Return an expert's run: its cluster's images, from the dispatcher's scores, as long as planned."""
     directory, section = run_path(config), config.cascade
     epochs = expert_epochs(sum(sizes), sizes[k], config.train.epochs, kind=section.expert_epochs)
     longer = epochs / config.train.epochs
     changes: dict[str, dict[str, Any]] = {
-        "data": {"subset": str(directory / "router" / f"{expert_name(k)}.npy")},
+        "data": {"subset": str(directory / names.ROUTER / f"{names.expert(k)}.npy")},
         # a schedule of the kept share is over with the dispatcher: an expert goes on from what it pruned
-        "mask": {"init_from": str(directory / DISPATCHER), "keep_schedule": "constant"},
+        "mask": {"init_from": str(directory / names.DISPATCHER), "keep_schedule": "constant"},
         "train": {"epochs": epochs},
         "optim": {"warmup_epochs": config.optim.warmup_epochs * longer, "head_first_epochs": 0.0},
         "swav": {"queue_start_epoch": section.expert_queue_start * epochs},
-        "eval": {"final": False, "frozen_baseline": False, "knn_every": 0.0},
+        "eval": {**_NO_EVALUATION, "knn_every": 0.0},
     }
-    return _changed(config, expert_name(k), changes)
-
-
-def _changed(config: Config, name: str, changes: dict[str, dict[str, Any]]) -> Config:
-    values = config.model_dump(mode="json")
-    common = {"run": {"dir": str(run_path(config)), "name": name, "overwrite": False, "resume": False}}
-    for section, keys in {**changes, **common}.items():
-        values[section] = {**values[section], **keys}
-    return Config.model_validate({**values, "method": "mask"})
-
-
-def _train(config: Config, world: World, stop: StopRequest, *, parent: Path | None = None) -> dict[str, Any]:
-    return run_in(config, world, stop, is_restart=True, parent=parent)
+    return stage_config(config, names.expert(k), method="mask", changes=changes)
 
 
 def _train_expert(config: Config, k: int, world: World, stop: StopRequest) -> dict[str, Any]:
-    """One expert by itself; its status is its own, as others may train at the same time."""
+    """Train one expert by itself; its status is its own, because others may train at the same time."""
     sizes = read_sizes(run_path(config))
-    return _train(expert_config(config, k, sizes), world, stop) if k < len(sizes) else {}
+    if k >= len(sizes):
+        return {}
+    return Chain(config, world, stop).run(expert_config(config, k, sizes), is_part=False)
 
 
 def expert_costs(config: Config, sizes: list[int]) -> list[float]:
-    """Steps of each expert."""
+    """Return the steps of each expert."""
     batch = config.train.global_batch_size
     return [
         expert_config(config, k, sizes).train.epochs * np.ceil(size / batch) for k, size in enumerate(sizes)
@@ -208,7 +207,7 @@ def expert_costs(config: Config, sizes: list[int]) -> list[float]:
 
 
 def _plan_experts(config: Config, context: RunContext) -> int:
-    """In how many groups the experts train. Equal on every process, and after every restart."""
+    """Return in how many groups the experts train: equal on every process, and after every restart."""
     sizes = read_sizes(context.directory)
     costs = expert_costs(config, sizes)
     number = 1
@@ -237,15 +236,15 @@ def _plan_experts(config: Config, context: RunContext) -> int:
 
 
 def _train_experts(config: Config, world: World, stop: StopRequest, num_groups: int) -> None:
-    """This process's group trains its experts, then waits for the others'."""
+    """Train the experts of this process's group, then wait for the others'."""
     directory = run_path(config)
     sizes = read_sizes(directory)
     groups = share_out(expert_costs(config, sizes), num_groups)
     mine = groups[group_of(num_groups)]
+    chain = Chain(config, world, stop)
     for k in mine:
-        # one group speaks for the whole cascade in its status
-        _train(expert_config(config, k, sizes), world, stop, parent=directory)
-    results = [directory / expert_name(k) / "result.json" for k in range(len(sizes))]
+        chain.run(expert_config(config, k, sizes))
+    results = [directory / names.expert(k) / names.RESULT for k in range(len(sizes))]
     while not all(path.exists() for path in results):
         if stop.requested:
             raise Preempted

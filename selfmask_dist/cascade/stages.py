@@ -10,7 +10,6 @@ Each leaves files in the run's folder and does nothing where they are there alre
 No process holds the embeddings of all images.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,19 +25,22 @@ from torch import Tensor
 from selfmask_dist import data, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
-from selfmask_dist.cascade.model import DISPATCHER, expert_name, save_cascade
+from selfmask_dist.cascade.model import save_cascade
 from selfmask_dist.cascade.plot import draw_cascade
-from selfmask_dist.common.files import write_json
+from selfmask_dist.common import names, text
+from selfmask_dist.common.files import replacing, sha256, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
-from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, open_data
 
 SPLITS = ("train", "test")
-TITLES = {"frozen": "frozen", DISPATCHER: "self-masked"}  # a combination's is its mode
-_BUNDLE = "cascade.mask"
+_ROUTER = "router.safetensors"  # in the router's folder
+TITLES = {"frozen": "frozen", names.DISPATCHER: "self-masked"}  # a combination's is its mode
 
 
 class Stages:
@@ -63,10 +65,10 @@ class Stages:
         return MaskBank(self._backbone.encoder)
 
     def check(self) -> None:
-        """What would fail only after the dispatcher has been trained.
+        """Check what would otherwise fail only after the dispatcher has been trained.
 
         Raises:
-            ValueError: naming it.
+            ValueError: the message names it, and the way out.
         """
         config, count = self._config, len(self._sources["train"])
         if config.cascade.components > self._backbone.spec.dim:
@@ -87,8 +89,8 @@ class Stages:
     # ---- embeddings
 
     def embed(self, view: str) -> None:
-        """Embeddings of both splits: `frozen`, or under the mask of the run `view`."""
-        mask_path = None if view == "frozen" else self._directory / view / "final.mask"
+        """Write the embeddings of both splits: `frozen`, or under the mask of the run `view`."""
+        mask_path = None if view == "frozen" else self._directory / view / names.MASK
         if mask_path is not None and view not in self._bank:
             self._bank.add(view, mask_path)
         for split in SPLITS:
@@ -115,12 +117,12 @@ class Stages:
     ) -> EmbeddingStore:
         source = self._sources[split]
         # that of the first start: a smaller one after a restart goes on with the chunks that are there
-        batch = load_config(self._directory / "config.yaml").eval.batch_size
+        batch = load_config(self._directory / names.CONFIG).eval.batch_size
         provenance = {
             "backbone": self._backbone.spec.fingerprint,
             "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),
             "data": json.dumps(source.identity, sort_keys=True),
-            "made with": "" if made_with is None else _sha256(made_with),
+            "made with": "" if made_with is None else sha256(made_with),
         }
         return EmbeddingStore.create(
             self._store_path(view, split),
@@ -133,7 +135,7 @@ class Stages:
         )
 
     def _store_path(self, view: str, split: str) -> Path:
-        return self._directory / "embeddings" / view / split
+        return self._directory / names.EMBEDDINGS / view / split
 
     def _open(self, view: str, split: str) -> EmbeddingStore:
         return EmbeddingStore.open(self._store_path(view, split))
@@ -142,10 +144,10 @@ class Stages:
 
     def route(self) -> None:
         """Fit the router on the dispatcher's embeddings, and list each expert's images."""
-        folder, section = self._directory / "router", self._config.cascade
-        if (folder / "sizes.json").exists():
+        folder, section = self._directory / names.ROUTER, self._config.cascade
+        if (folder / names.CLUSTER_SIZES).exists():
             return
-        rows = self._open(DISPATCHER, "train").read_slice(self._world.rank, self._world.size)
+        rows = self._open(names.DISPATCHER, "train").read_slice(self._world.rank, self._world.size)
         clusters = section.clusters if len(section.clusters) > 1 else section.clusters[0]
         router = Router.fit(
             rows.features.to(self._world.device),
@@ -155,25 +157,27 @@ class Stages:
             method=section.router,
             seed=self._config.seed,
             restarts=section.restarts,
-            min_cluster_size=2,
             all_reduce=self._sum,
         )
+        router.check_sizes(at_least=2)  # a batch of one image has no statistics
         self._context.check()
-        places = {split: self._assign(router, split) for split in SPLITS}
+        clusters_of = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
             folder.mkdir(exist_ok=True)
-            save_file(_plain(router.tensors()), folder / "router.safetensors")
-            for split, assigned in places.items():
+            with replacing(folder / _ROUTER) as partial:
+                save_file(_plain(router.tensors()), partial)
+            for split, assigned in clusters_of.items():
                 np.save(folder / f"{split}.npy", assigned)
             for k in range(router.num_clusters):
-                np.save(folder / f"{expert_name(k)}.npy", np.flatnonzero(places["train"] == k))
-            write_json(folder / "sizes.json", router.sizes.tolist())  # last: the stage is done
+                np.save(folder / f"{names.expert(k)}.npy", np.flatnonzero(clusters_of["train"] == k))
+            write_json(folder / names.CLUSTER_SIZES, router.sizes.tolist())  # last: the stage is done
         self._world.barrier()
-        self._say("router", f"{router.num_clusters} clusters of {', '.join(map(str, router.sizes.tolist()))}")
+        sizes = ", ".join(map(str, router.sizes.tolist()))
+        self._say(names.ROUTER, f"{router.num_clusters} clusters of {sizes}")
 
     def _assign(self, router: Router, split: str) -> np.ndarray:
-        """The cluster of every image of a split, on every rank."""
-        store = self._open(DISPATCHER, split)
+        """Return the cluster of every image of a split, on every rank."""
+        store = self._open(names.DISPATCHER, split)
         found = torch.zeros(len(store), dtype=torch.int64, device=self._world.device)
         for rows in store.chunks(self._world.rank, self._world.size):
             if len(rows.ids):
@@ -184,8 +188,8 @@ class Stages:
     # ---- combination
 
     def combine(self) -> None:
-        """One embedding out of dispatcher and experts, for each mode; stores like any other view's."""
-        folder, num_experts = self._directory / "combination", len(read_sizes(self._directory))
+        """Write one embedding out of dispatcher and experts for each mode, to stores like any view's."""
+        folder, num_experts = self._directory / names.COMBINATION, len(read_sizes(self._directory))
         folder.mkdir(exist_ok=True)
         for mode in self._modes:
             path = folder / f"{mode}.safetensors"
@@ -196,9 +200,8 @@ class Stages:
                 ).rounded()  # as the bundle holds it: both then give the same embeddings
                 self._context.check()
                 if self._world.is_main:
-                    partial = path.with_name(f".{path.name}.partial")
-                    save_file(_plain(fitted.tensors()), partial)
-                    partial.rename(path)
+                    with replacing(path) as partial:
+                        save_file(_plain(fitted.tensors()), partial)
                 self._world.barrier()
             combination = Combination.from_tensors(load_file(path))
             for split in SPLITS:
@@ -212,17 +215,17 @@ class Stages:
             one = self._chunks(split, lambda part, chunk=chunk: iter([part.read_chunk(chunk)]))  # type: ignore[misc]
             dispatcher, experts, clusters = next(one)
             combined = combination.transform(dispatcher, experts, clusters)
-            store.write_chunk(chunk, combined, self._open(DISPATCHER, split).read_chunk(chunk).labels)
+            store.write_chunk(chunk, combined, self._open(names.DISPATCHER, split).read_chunk(chunk).labels)
             self._context.watchdog.beat()
         self._context.check()
 
     def _chunks(
         self, split: str, read_fn: Callable[[EmbeddingStore], Iterator[Any]]
     ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-        """Dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
+        """Yield dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
         num_experts = len(read_sizes(self._directory))
-        views = [DISPATCHER, *map(expert_name, range(num_experts))]
-        clusters = torch.from_numpy(np.load(self._directory / "router" / f"{split}.npy"))
+        views = [names.DISPATCHER, *map(names.expert, range(num_experts))]
+        clusters = torch.from_numpy(np.load(self._directory / names.ROUTER / f"{split}.npy"))
         device = self._world.device
         for parts in zip(*(read_fn(self._open(view, split)) for view in views), strict=True):
             first, *others = [part.features.to(device) for part in parts]
@@ -231,15 +234,17 @@ class Stages:
     # ---- results
 
     def evaluate(self) -> dict[str, Any]:
-        """k-NN and probe of every view, from the stores alone; each rank reads and searches its part."""
-        path = self._directory / "views.json"
+        """Return k-NN and probe of every view, from the stores alone; each rank searches its part."""
+        path = self._directory / names.VIEWS
         exists = torch.tensor([int(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
             views = ["frozen"] if self._config.eval.frozen_baseline else []
-            shown = (*views, DISPATCHER, *self._modes)
+            shown = (*views, names.DISPATCHER, *self._modes)
             values = {TITLES.get(view, view): self._measure(view) for view in shown}
             # the combinations end in a whitened PCA: the same without experts, to compare them with
-            values |= {f"{TITLES[v]}, whitened": self._measure(v, whiten=True) for v in (*views, DISPATCHER)}
+            values |= {
+                f"{TITLES[v]}, whitened": self._measure(v, whiten=True) for v in (*views, names.DISPATCHER)
+            }
             if self._world.is_main:
                 write_json(path, values)
         self._world.barrier()
@@ -270,21 +275,22 @@ class Stages:
             values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values
 
-    def _part(self, view: str, split: str) -> Rows:
-        """This rank's samples, on its device."""
+    def _part(self, view: str, split: str) -> Embeddings:
+        """Return this rank's samples, on its device."""
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Write `cascade.mask`; returns its sizes."""
-        names = [DISPATCHER, *map(expert_name, range(len(read_sizes(self._directory))))]
-        files = {name: maskfile.read_mask_file(self._directory / name / "final.mask") for name in names}
+        """Write `cascade.mask` and return its sizes."""
+        folders = [names.DISPATCHER, *map(names.expert, range(len(read_sizes(self._directory))))]
+        paths = {name: self._directory / name / names.MASK for name in folders}
+        files = {name: maskfile.read_mask_file(path) for name, path in paths.items()}
         masks = {name: next(iter(file.masks.values())) for name, file in files.items()}
         if self._world.is_main:
             spec = self._backbone.spec
             save_cascade(
-                self._directory / _BUNDLE,
+                self._directory / names.CASCADE_MASK,
                 masks,
-                Router.from_tensors(load_file(self._directory / "router" / "router.safetensors")),
+                Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER)),
                 {mode: self._combination(mode) for mode in self._modes},
                 backbone=spec.name,
                 backbone_fingerprint=spec.fingerprint,
@@ -294,29 +300,33 @@ class Stages:
                 },
             )
         self._world.barrier()
-        size = (self._directory / _BUNDLE).stat().st_size
-        alone = sum((self._directory / name / "final.mask").stat().st_size for name in names)
+        size = (self._directory / names.CASCADE_MASK).stat().st_size
+        alone = sum(path.stat().st_size for path in paths.values())
         return {"bytes": size, "bytes_of_masks_apart": alone, "masks": len(masks)}
 
     def _combination(self, mode: str) -> Combination:
-        return Combination.from_tensors(load_file(self._directory / "combination" / f"{mode}.safetensors"))
+        path = self._directory / names.COMBINATION / f"{mode}.safetensors"
+        return Combination.from_tensors(load_file(path))
 
     def draw(self) -> None:
-        """The map of the test images by cluster, and what the masks prune."""
-        if self._world.is_main:
-            router = Router.from_tensors(load_file(self._directory / "router" / "router.safetensors"))
+        """Draw the map of the test images by cluster, and what the masks prune, if pictures can be drawn."""
+        if reason := why_no_pictures():
+            self._say("picture", f"is left out: {reason}")
+        elif self._world.is_main:
+            router = Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER))
             draw_cascade(
-                router.reduce(self._open(DISPATCHER, "test").read_slice().features).numpy(),
-                np.load(self._directory / "router" / "test.npy"),
-                maskfile.read_mask_file(self._directory / _BUNDLE).masks,
-                self._directory / "cascade.png",
+                router.reduce(self._open(names.DISPATCHER, "test").read_slice().features).numpy(),
+                np.load(self._directory / names.ROUTER / "test.npy"),
+                maskfile.read_mask_file(self._directory / names.CASCADE_MASK).masks,
+                self._directory / names.CASCADE_PICTURE,
                 self._config.seed,
             )
         self._world.barrier()
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`, by which the run is finished."""
         if self._world.is_main:
-            write_json(self._directory / "result.json", result)
+            write_json(self._directory / names.RESULT, result)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         self._context.watchdog.beat()  # a fit of minutes sums again and again
@@ -328,24 +338,17 @@ class Stages:
 
 
 def read_sizes(directory: Path) -> list[int]:
-    """Training images of each cluster, as the router found them."""
-    sizes: list[int] = json.loads((directory / "router" / "sizes.json").read_text())
+    """Return the training images of each cluster, as the router found them."""
+    sizes: list[int] = json.loads((directory / names.ROUTER / names.CLUSTER_SIZES).read_text())
     return sizes
 
 
 def table(values: dict[str, dict[str, float]]) -> str:
-    """Views by measure, as text."""
-    names = list(next(iter(values.values())))
-    lines = ["".join([f"{'':24s}", *(f"{name:>9s}" for name in names)])]
-    lines += [
-        "".join([f"{view:24s}", *(f"{row[name]:9.4f}" for name in names)]) for view, row in values.items()
-    ]
-    return "\n".join(lines)
+    """Return the measures of each view, as text."""
+    measures = list(next(iter(values.values())))
+    rows = [[view, *(f"{row[name]:.4f}" for name in measures)] for view, row in values.items()]
+    return text.table([["", *measures], *rows])
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

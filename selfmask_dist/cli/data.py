@@ -29,6 +29,12 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     index.add_argument("--classes", metavar="A,B,...", help="class names in the order of their numbers")
     index.add_argument("--unlabelled", action="store_true", help="take samples without a label")
+    index.add_argument(
+        "--similar-classes",
+        choices=("refuse", "merge", "keep"),
+        default="refuse",
+        help="what folders are whose names differ only by case or the like: an error, one class, or several",
+    )
     index.set_defaults(command=_index)
     verify = actions.add_parser("verify", help="read every picture and compare it with the index")
     verify.set_defaults(command=_verify)
@@ -74,9 +80,11 @@ def _index(options: argparse.Namespace) -> None:
         num_workers=options.workers,
         classes=options.classes.split(",") if options.classes else None,
         require_labels=not options.unlabelled,
+        similar=options.similar_classes,
     )
     for reject in built.rejects:
-        print(f"{'left out' if reject.is_lost else 'note'}: {reject.shard}: {reject.key!r} {reject.reason}")
+        where = ": ".join(part for part in (reject.shard, reject.key and repr(reject.key)) if part)
+        print(f"{'left out' if reject.is_lost else 'note'}: {where or options.path} {reject.reason}")
     print(f"{built.path}: {len(built.index)} samples, {built.index.num_rejected} left out")
 
 

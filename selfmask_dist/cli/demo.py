@@ -1,5 +1,6 @@
-"""The whole method in minutes on a laptop: a small ViT learns digits 0-4, is frozen, and a mask adapts it to
-digits 5-9.
+"""`selfmask demo`: the whole method in minutes on a laptop.
+
+A small ViT learns digits 0-4, is frozen, and a mask adapts it to digits 5-9.
 
     real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
     picture
@@ -18,8 +19,7 @@ from typing import Any
 
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_text
-from selfmask_dist.common.optional import MissingLibraryError
-from selfmask_dist.common.plots import pyplot
+from selfmask_dist.common.plots import pyplot, why_no_pictures
 from selfmask_dist.common.shipped import shipped_module
 
 OLD_DIGITS, NEW_DIGITS = range(5), range(5, 10)
@@ -73,10 +73,10 @@ def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
         return status
 
     result = json.loads((out / "mask" / names.RESULT).read_text())
-    try:
+    if reason := why_no_pictures():
+        ending = f"The picture is left out: {reason}"
+    else:
         ending = f"Picture: {draw(result, _metrics(out / 'mask'), out / 'demo.png')}"
-    except MissingLibraryError as error:
-        ending = f"The picture is left out: {error}"
     print(f"\n{table(result)}\n\n{ending}\n{time.perf_counter() - started:.0f} seconds in all.")
     return 0
 

@@ -87,7 +87,7 @@ def add_command(commands: Any) -> None:
 
 
 def _add_with_backbone(actions: Any) -> None:
-    """The commands that write or read whole networks."""
+    """Add the commands that write or read whole networks."""
     export = actions.add_parser(
         "export", help="weights, mask, model card and picture in a folder, ready for a model hub"
     )
@@ -124,7 +124,7 @@ def _add_config(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _load(name: str) -> tuple[str, Any, Any]:
-    """(a name for it, the mask, the file) of `FILE` or `FILE:MASK`."""
+    """Return (a name for the mask, the mask, its file) of `FILE` or `FILE:MASK`."""
     from selfmask_dist.maskfile import MaskFileError, read_mask_file
 
     path, _, wanted = name.rpartition(":") if not Path(name).exists() and ":" in name else (name, "", "")
@@ -184,7 +184,7 @@ _NOTES = {
 
 
 def _positive(mask: Any) -> dict[str, Any]:
-    """Where a sign mask is positive; it keeps every weight, so its bits tell nothing."""
+    """Return where a sign mask is positive; it keeps every weight, so that its bits say nothing."""
     return {name: ~signs for name, signs in mask.signs.items()} if mask.kind == "sign" else {}
 
 
@@ -215,9 +215,9 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _interpolate(options: argparse.Namespace) -> None:
     from selfmask_dist.maskfile import MaskFile, write_mask_file
-    from selfmask_dist.procedures.interpolation import interpolate, read_trained
+    from selfmask_dist.procedures.interpolation import interpolate, read_scored_mask
 
-    first, second = read_trained(options.first), read_trained(options.second)
+    first, second = read_scored_mask(options.first), read_scored_mask(options.second)
     masks = {f"{at:g}": interpolate(first, second, at) for at in options.at}
     if len(masks) == 1:
         masks = {"default": next(iter(masks.values()))}

@@ -19,7 +19,7 @@ from selfmask_dist.masking import select
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What counts of a model, from meta tensors; sizes in numbers, not bytes."""
+    """What a plan needs to know of a model; sizes are counts of numbers, not bytes."""
 
     masked: int
     frozen: int
@@ -30,7 +30,7 @@ class ModelSize:
 
 
 def build_on_meta(config: Config) -> tuple[nn.Module, int]:
-    """The encoder without storage, and the side of its images.
+    """Return the encoder without storage, and the side of its images in pixels.
 
     Raises:
         ValueError: the backbone's name is not one of timm's or open_clip's.
@@ -62,7 +62,11 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
 def measure_size(
     encoder: nn.Module, image_size: int, include: Sequence[str] | str, **options: Any
 ) -> ModelSize:
-    """Count a model on the meta device by one forward in train mode."""
+    """Return the size of a model on the meta device, counted by one forward of two images in train mode.
+
+    Args:
+        include, options: which parameters are masked, as in `masking.select`.
+    """
     names = set(select(encoder, include, **options))
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name in names)
@@ -86,7 +90,7 @@ def measure_size(
 
 
 class _Ledger(torch.autograd.graph.saved_tensors_hooks):
-    """Numbers that autograd keeps, block by block; a tensor kept twice counts once."""
+    """Counts the numbers that autograd keeps for backward, by block; a tensor kept twice counts once."""
 
     def __init__(self, encoder: nn.Module, blocks: Sequence[str]) -> None:
         super().__init__(self._keep, lambda tensor: tensor)

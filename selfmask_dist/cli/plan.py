@@ -39,7 +39,11 @@ _CROPS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is assumed of the machines; bandwidths are what one GPU can send, in GB/s."""
+    """What is assumed of the machines.
+
+    memory_gib: of a GPU. tflops: what training reaches on one. The bandwidths are what one GPU can send, in
+    GB/s.
+    """
 
     nodes: int = 1
     gpus_per_node: int = 1
@@ -50,16 +54,18 @@ class Hardware:
 
     @property
     def world_size(self) -> int:
+        """The number of processes, one for each GPU."""
         return self.nodes * self.gpus_per_node
 
     @property
     def bandwidth(self) -> float:
+        """Bytes per second over the slowest link that a rank sends on."""
         return 1e9 * (self.within_node_gbs if self.nodes == 1 else self.between_nodes_gbs)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One engine. Bytes for each rank, seconds for each step."""
+    """What one engine needs: bytes for each rank, seconds for each step."""
 
     engine: str
     weights: float
@@ -74,18 +80,19 @@ class Estimate:
 
     @property
     def memory(self) -> float:
+        """Bytes of a rank, all parts together."""
         parts = (self.weights, self.scores, self.momentum, self.gradients, self.gathered, self.activations)
         return sum(parts)
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Lower and upper bound of a step."""
+        """Lower and upper bound of a step: compute and traffic wholly overlapped, or one after the other."""
         both = (self.compute_seconds, self.send_seconds)
         return max(both), sum(both)
 
 
 def plan(config: Config, hardware: Hardware) -> list[Estimate]:
-    """An estimate for each engine, for a configuration on given hardware.
+    """Return an estimate for each engine, for a configuration on given hardware.
 
     Raises:
         ValueError: no such backbone, or nothing of it is masked.
@@ -106,7 +113,7 @@ def plan(config: Config, hardware: Hardware) -> list[Estimate]:
 
 
 def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estimate]:
-    """The arithmetic of `plan`, for a model that has been measured."""
+    """Return the estimates of `plan` for a model that has been measured: the arithmetic alone."""
     engine, w = config.engine, hardware.world_size
     n, f, full = size.masked, size.frozen, 4.0
     gathered_bytes = 2.0 if engine.precision == "bf16" else full
@@ -129,20 +136,9 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estima
         """Scores get their gradients when backward is over: they may lie where `gone` bytes were."""
         return max(scores_gradients - gone, 0.0)
 
-    def one(name: str, *, weights: float, scores: float, momentum: float, gradients: float, sent: float,
-            gathered: float = 0.0) -> Estimate:  # fmt: skip
-        return Estimate(
-            name,
-            weights,
-            scores,
-            momentum,
-            gradients,
-            gathered,
-            activations,
-            sent,
-            compute,
-            sent / hardware.bandwidth,
-        )
+    def one(name: str, **needs: float) -> Estimate:
+        needs = {"gathered": 0.0, **needs, "activations": activations, "compute_seconds": compute}
+        return Estimate(name, **needs, send_seconds=needs["sent"] / hardware.bandwidth)
 
     buckets = full * n if w > 1 else 0.0  # DistributedDataParallel's copies of gradients
     sending = reduced * min(3 * bucket, n)  # bits: one bucket being filled, two on their way
@@ -170,7 +166,11 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estima
 
 
 def choose(estimates: Sequence[Estimate], memory_gib: float) -> Estimate | None:
-    """The engine to take: of those that fit, the least upper bound of time; the simpler one where alike."""
+    """Return the engine to take, or None where none fits into the memory of a GPU.
+
+    Of those that fit it is the one with the smallest upper bound of time; where several are within 3 % of it,
+    the simplest, which stands first.
+    """
     fitting = [e for e in estimates if e.memory <= 0.9 * memory_gib * GIB]  # a tenth for the allocator
     if not fitting:
         return None

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.common import names
+
 
 def add_commands(commands: Any) -> None:
     """Add `embed` and `serve` to the command line."""
@@ -35,7 +37,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
-    """(bank, preprocessing); masks are called by their files, `runs/pets/final.mask` by its folder."""
+    """Return (bank, preprocessing). Masks are named after their files, `runs/pets/final.mask` after its
+    folder.
+    """
     import torch
 
     from selfmask_dist.maskfile.bank import MaskBank
@@ -45,12 +49,12 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:
-        bank.add(path.parent.name if path.name == "final.mask" else path.stem, path)
+        bank.add(path.parent.name if path.name == names.MASK else path.stem, path)
     return bank, backbone.spec.preprocessing
 
 
 def _config(options: argparse.Namespace) -> Any:
-    """The settings of the backbone; whether it is the masks' is told by their fingerprints."""
+    """Return the settings of the backbone; the masks' fingerprints tell later whether it is theirs."""
     from selfmask_dist.config import load_config
     from selfmask_dist.maskfile import read_backbone_name
 
@@ -59,8 +63,8 @@ def _config(options: argparse.Namespace) -> Any:
     if not options.masks:
         raise ValueError("which backbone? give masks with --masks, or a run's config.yaml with --config")
     first: Path = options.masks[0]
-    if (first.parent / "config.yaml").exists():
-        return load_config(first.parent / "config.yaml")
+    if (first.parent / names.CONFIG).exists():
+        return load_config(first.parent / names.CONFIG)
     name = read_backbone_name(first)
     if not name:
         raise ValueError(f"{first} does not name its backbone; give a run's config.yaml with --config")

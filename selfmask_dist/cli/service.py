@@ -39,7 +39,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the service takes on.
+    """The limits of what the service takes on.
 
     max_bytes: of one picture as it is sent. max_pixels: of it decoded. max_waiting: requests at once, those
     being computed included. max_batch: pictures in one pass. wait_ms: how long a pass waits for company.
@@ -95,6 +95,7 @@ class _Service:
 
     @asynccontextmanager
     async def running(self, _app: Starlette) -> AsyncIterator[None]:
+        """Keep the encoder's worker going for as long as the application lives."""
         self._worker = asyncio.create_task(self._work())
         try:
             yield
@@ -106,6 +107,7 @@ class _Service:
     # ---- requests
 
     async def embed(self, request: Request) -> Response:
+        """Answer `POST /embed` with an embedding, or with a reason and the status that goes with it."""
         mask = request.query_params.get("mask")
         try:
             embedding = await self._embed(request, mask)
@@ -140,7 +142,7 @@ class _Service:
         return bytes(body)
 
     def _prepare(self, data: bytes) -> Tensor:
-        """(3, size, size), decoded only once its size is known to be allowed."""
+        """Return the picture as (3, size, size); it is decoded only when its size is known to be allowed."""
         most = self._limits.max_pixels
         try:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -161,13 +163,16 @@ class _Service:
             raise _RefusedError(400, f"the picture {error}") from error
 
     async def masks(self, _request: Request) -> Response:
+        """Answer `GET /masks` with the names of the masks."""
         return JSONResponse({"masks": self._bank.names})
 
     async def health(self, _request: Request) -> Response:
+        """Answer `GET /health`: 200 while the encoder's worker is alive, else 500."""
         is_alive = self._worker is not None and not self._worker.done()
         return JSONResponse({"status": "ok" if is_alive else "stopped"}, 200 if is_alive else 500)
 
     async def metrics(self, _request: Request) -> Response:
+        """Answer `GET /metrics` in Prometheus' text format."""
         return PlainTextResponse(self._counts.text(self._waiting, self._bank))
 
     def _answer(self, content: object, status: int, headers: dict[str, str] | None = None) -> Response:
@@ -177,7 +182,7 @@ class _Service:
     # ---- the encoder
 
     async def _work(self) -> None:
-        """One pass after another, each of what has come together by then."""
+        """Run one pass after another, each over the requests that have come together by then."""
         while True:
             jobs = [await self._jobs.get()]
             if len(jobs) < self._limits.max_batch:
@@ -214,7 +219,7 @@ class _Service:
 
 
 def create_app(bank: MaskBank, preprocessing: Preprocessing, limits: Limits | None = None) -> Starlette:
-    """The ASGI application over a bank, whose masks may be added and removed while it serves."""
+    """Return the ASGI application over a bank, whose masks may be added and removed while it serves."""
     service = _Service(bank, preprocessing, limits or Limits())
     return Starlette(
         routes=[

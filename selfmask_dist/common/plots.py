@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from selfmask_dist.common.optional import require
+from selfmask_dist.common.optional import MissingLibraryError, require
 
 _FEW_TICKS = 12  # numbers along an axis that still can be read
 
@@ -22,6 +22,18 @@ def pyplot() -> Any:
     matplotlib = require("matplotlib", "matplotlib", extra="report", needed_by="drawing a picture")
     matplotlib.use("Agg")
     return require("matplotlib.pyplot", "matplotlib", extra="report")
+
+
+def why_no_pictures() -> str | None:
+    """Return why nothing can be drawn here, as the end of a sentence; None where pictures can be drawn.
+
+    A run asks before it draws: a library that is missing leaves out a picture, and never ends a training.
+    """
+    try:
+        pyplot()
+    except MissingLibraryError as error:
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -8,13 +8,14 @@ NONE = "–"  # noqa: RUF001 (an en dash: nothing was measured)
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a damaged file may hold."""
+    """Return a finite number as a float; None for whatever else a damaged file may hold."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def accuracy(value: Any) -> str:
+    """Return a number from 0 to 1 with three digits, or the sign for nothing."""
     found = number(value)
     return NONE if found is None else f"{found:.3f}"
 
@@ -31,12 +32,13 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def count(value: Any) -> str:
+    """Return a whole number with commas between thousands, or the sign for nothing."""
     found = number(value)
     return NONE if found is None else f"{found:,.0f}"
 
 
 def size(value: Any) -> str:
-    """Bytes with a unit of 1024."""
+    """Return bytes with a unit of 1024, for example `17.3 KiB`."""
     found = number(value)
     if found is None:
         return NONE
@@ -46,6 +48,7 @@ def size(value: Any) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Return a time in the two units that matter, for example `3 min 20 s`, or the sign for nothing."""
     if seconds is None or seconds < 0:
         return NONE
     if seconds < 1:
@@ -69,7 +72,7 @@ def age(seconds: float) -> str:
 
 
 def compact(value: Any) -> str:
-    """Four digits that count."""
+    """Return a number with four digits that count."""
     found = number(value)
     if found is None:
         return NONE

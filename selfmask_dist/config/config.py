@@ -34,7 +34,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Return the configuration of a run: defaults, then the YAML file, then `key=value` overrides.
 
     Args:
-        path: a YAML file: one of `configs/`, or the `config.yaml` of an earlier run; None for the defaults.
+        path: a YAML file, such as the `config.yaml` of an earlier run, or the name of a configuration that
+            ships; None for the defaults.
         overrides: dotted keys with YAML values, `optim.score_lr=10` or `eval.knn_k=[20]`; a later one wins.
 
     Raises:

@@ -4,9 +4,9 @@ Each key has its default, effect, unit and bounds, and the group it belongs to (
 the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, field_validator
 
 from selfmask_dist.config.fields import (
     Counts,
@@ -22,7 +22,7 @@ from selfmask_dist.config.fields import (
 
 
 class DataConfig(Section):
-    """The images: folders of WebDataset tars."""
+    """The images: folders of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, or a list."""
 
     train: NonEmpty | None = science(
         None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
@@ -49,6 +49,13 @@ class DataConfig(Section):
         ge=0,
         lt=1,
     )
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """Take a list of paths too, kept as one text with `::` between them, as the reader takes it."""
+        is_list = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+        return "::".join(value) if is_list else value
 
 
 class ObjectiveConfig(Section):

@@ -16,11 +16,12 @@ from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
+from selfmask_dist.data.splits import notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
-from selfmask_dist.data.workers import WorkerLostError
+from selfmask_dist.data.workers import WorkerLostError, Workers
 
 __all__ = [
     "Batch",
@@ -37,13 +38,17 @@ __all__ = [
     "Subset",
     "Transform",
     "WorkerLostError",
+    "Workers",
     "check_same_classes",
     "decode",
     "eval_loader",
     "eval_transform",
     "evenly_spaced",
     "multicrop_transform",
+    "notes_on_splits",
     "open_source",
+    "shared_samples",
     "train_loader",
     "train_transform",
+    "untrained_classes",
 ]

@@ -1,6 +1,7 @@
 """What the loader hands to training: one rank's part of a global batch.
 
-Knows neither sources nor transforms. Rows of weight 0 count for nothing: padding, or samples that broke.
+Knows neither sources nor transforms. Rows of weight 0 do not count: they are padding, or samples that cannot
+be read.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ class Batch:
     views: one tensor per view, each (rows, 3, height, width) float32, normalised.
     labels: (rows,) int64, -1 = none. weights: (rows,) float32, 1 for a sample and 0 for padding.
     ids: (rows,) int64, sample indices in the source; a padding row repeats a sample of the same global batch.
-    global_count: samples in the global batch over all ranks, padding not counted. One that broke counts: its
-        part of the loss is 0, and each other sample weighs what it always does. Not counting it would need a
-        sum over ranks at each step, and would make a gradient depend on a reading error elsewhere.
+    global_count: samples in the global batch over all ranks, padding not counted. A sample that cannot be
+        read counts: its part of the loss is 0, and each other sample weighs what it always does. Not counting
+        it would need a sum over ranks at each step, and a gradient would depend on a reading error elsewhere.
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
-    captions: one text per row where they were asked for, else none; that of a row of weight 0 means nothing.
+    captions: one text per row where they were asked for, else empty; the text of a row of weight 0 means
+        nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it.
     """
 
@@ -42,14 +44,15 @@ class Batch:
     captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on `device`, its views finished there; `non_blocking` overlaps the copy where the
-        batch is pinned.
+        """Return the batch on `device`, with its views finished there.
+
+        non_blocking: the copy overlaps with computing where the batch is pinned.
         """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return moved if moved.finish is None else replace(moved, views=moved.finish(moved.views), finish=None)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory. The DataLoader's pinning thread calls this."""
+        """Return the batch in page-locked memory. The DataLoader's pinning thread calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, fn: Any) -> Batch:

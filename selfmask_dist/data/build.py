@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from selfmask_dist.common.class_names import normal_name
 from selfmask_dist.common.files import write_text
+from selfmask_dist.common.pictures import EXTENSION_OF_FORMAT, NoPictureError, check_shape, open_picture
 from selfmask_dist.common.text import some
-from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table
+from selfmask_dist.data.indexing.index import INDEX_NAME, Index, Similar, index_of_table
 from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, Manifest, find_shards, read_manifest
 from selfmask_dist.data.indexing.table import SampleTable
 from selfmask_dist.data.indexing.tar import Problem
@@ -35,7 +38,7 @@ from selfmask_dist.data.source import (
     index_path,
     open_source,
 )
-from selfmask_dist.data.views.decode import decode, kind_of
+from selfmask_dist.data.views.decode import decode
 
 REJECTS_NAME = "index_rejects.jsonl"
 
@@ -67,13 +70,16 @@ def build_index(
     num_workers: int = 1,
     classes: Sequence[str] | None = None,
     require_labels: bool = True,
+    similar: Similar = "refuse",
 ) -> BuiltIndex:
     """Walk, read and check all shards of a folder (or one tar), and write the index beside them.
 
     decode_check: decode every picture; False checks only that each starts like one (ten times faster).
     budget: share of the samples that may be unusable.
     classes: names in the order of their numbers, where no dataset.json lists them.
-    require_labels: False takes samples without a label.
+    require_labels: False takes samples without a label, and looks at no label that is there.
+    similar: what class folders are whose names differ only by case, width or the like: an error that names
+        them, one class ("merge"), or as many as there are names ("keep").
     Raises ValueError where more than the budget is unusable, with the first ones named, after writing the
     rejects file; where there are no shards; where `path` is a pattern.
     """
@@ -82,16 +88,19 @@ def build_index(
     if target is None:
         raise ValueError(f"{path} is a pattern; an index belongs to a folder of tars, or to one tar")
     manifest = _manifest_of(shards)
-    table, rejects = _scan(shards, decode_check, num_workers)
+    table, rejects = _scan(shards, decode_check, num_workers, require_labels)
     _hold_against_manifest(shards, manifest, table, rejects)
     index = index_of_table(
         table,
         shards,
         folder=common_folder(shards),
-        classes=manifest.classes or (tuple(classes) if classes else None),
+        classes=manifest.classes or _checked_classes(classes),
         has_crc32=True,
+        similar=similar if require_labels else "keep",
     )
+    rejects += _lost_classes(index, rejects)
     index = _drop_bad_labels(index, rejects, require_labels)
+    rejects += _several_labels(index)
     _write_rejects(target, rejects)
     lost = {(reject.shard, reject.key) for reject in rejects if reject.is_lost}
     total = len(index) + len(lost)
@@ -108,14 +117,45 @@ def build_index(
     return BuiltIndex(target, index, tuple(rejects))
 
 
+def _checked_classes(classes: Sequence[str] | None) -> tuple[str, ...] | None:
+    names = tuple(normal_name(name) for name in classes or ())
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"the list of classes names {some(twice)} twice; name each class once")
+    return names or None
+
+
+def _lost_classes(index: Index, rejects: Sequence[Reject]) -> list[Reject]:
+    """Return a remark for each class folder of which no picture is left."""
+    folders = {normal_name(reject.key.rpartition("/")[0]) for reject in rejects if reject.is_lost}
+    lost = sorted(folders - {"", *(index.folders or ())}) if index.folders is not None else []
+    return [Reject("", name, "is a class of which no picture can be used", is_lost=False) for name in lost]
+
+
+def _several_labels(index: Index) -> list[Reject]:
+    """Return a remark where the same bytes are there under several labels, by length and crc32."""
+    contents = index.length.astype(np.uint64) << np.uint64(32) | index.crc32.astype(np.uint64)
+    order = np.lexsort((index.label, contents))
+    same = contents[order][1:] == contents[order][:-1]
+    labelled = (index.label[order][:-1] >= 0) & (index.label[order][1:] != index.label[order][:-1])
+    places = np.flatnonzero(same & labelled)
+    if not len(places):
+        return []
+    shown = [" and ".join(index.where(int(order[i + k])) for k in (0, 1)) for i in places.tolist()[:6]]
+    reason = f"{len(places)} pictures are there under several labels, byte for byte: {some(shown)}"
+    return [Reject("", "", reason, is_lost=False)]
+
+
 def rejects_path(index_file: Path) -> Path:
-    """Where the rejects of an index are listed."""
+    """Return the path of the file that lists the rejects of an index."""
     whole_folder = index_file.name == INDEX_NAME
     return index_file.with_name(REJECTS_NAME if whole_folder else f"{index_file.name}_rejects.jsonl")
 
 
 def verify(path: str | Path, *, num_workers: int = 1) -> list[str]:
-    """Every way in which the tars differ from their index now: one message per sample, read in full."""
+    """Read every sample and return a message for each whose bytes are not those that were indexed.
+
+    Raises ValueError where the tars have no saved index.
+    """
     source = open_source(path, require_labels=False)
     if not source.index.has_crc32:
         raise ValueError(f"{path} has no index to verify; make one with: selfmask data index {path}")
@@ -129,7 +169,7 @@ def verify(path: str | Path, *, num_workers: int = 1) -> list[str]:
 
 
 def describe(path: str | Path) -> str:
-    """Counts of the data set at `path`, for people."""
+    """Return the counts, sizes and classes of the data set at `path`, as lines for people."""
     source = open_source(path, require_labels=False)
     index = source.index
     lengths = index.length.astype(np.int64)
@@ -154,7 +194,7 @@ def describe(path: str | Path) -> str:
 
 
 def _manifest_of(shards: list[Path]) -> Manifest:
-    """The description beside the shards; sizes are not held against it here, damage is found in detail."""
+    """Return the description beside the shards. Sizes may differ here: the walk says what is damaged."""
     try:
         return read_manifest(shards, whole_folder=False)
     except ValueError as error:
@@ -171,7 +211,9 @@ def _manifest_of(shards: list[Path]) -> Manifest:
 def _hold_against_manifest(
     shards: list[Path], manifest: Manifest, table: SampleTable, rejects: list[Reject]
 ) -> None:
-    """A shard with fewer samples than were packed lost some without a trace: cut at a header, for one."""
+    """Note the samples that are gone without a trace: a shard that was cut exactly at a header looks whole,
+    and has fewer samples than were packed.
+    """
     found = np.bincount(np.array(table.shard, dtype=np.int64), minlength=len(shards))
     folder = common_folder(shards)
     absent = sorted(manifest.samples.keys() - set(shards)) if len({s.parent for s in shards}) == 1 else []
@@ -193,14 +235,14 @@ def _drop_bad_labels(index: Index, rejects: list[Reject], require_labels: bool) 
     bad: dict[int, str] = {}
     if require_labels:
         bad |= {int(row): "has no label" for row in np.flatnonzero(index.label < 0)}
-    if index.classes is not None and index.folders is None:
+    if require_labels and index.classes is not None and index.folders is None:
         outside = np.flatnonzero(index.label >= len(index.classes))
         bad |= {
             int(row): f"has label {index.label[row]}, and there are only {len(index.classes)} classes"
             for row in outside
         }
-    if index.classes is not None and index.folders is not None:
-        known = set(index.classes)
+    if require_labels and index.classes is not None and index.folders is not None:
+        known = {normal_name(name) for name in index.classes}
         foreign = [n for n, name in enumerate(index.folders) if name not in known]
         bad |= {
             int(row): f"is of class {index.folders[index.label[row]]!r}, which is not among the classes"
@@ -214,11 +256,13 @@ def _drop_bad_labels(index: Index, rejects: list[Reject], require_labels: bool) 
     return index.keep(keep, num_rejected=len(lost))
 
 
-def _scan(shards: list[Path], decode_check: bool, num_workers: int) -> tuple[SampleTable, list[Reject]]:
+def _scan(
+    shards: list[Path], decode_check: bool, num_workers: int, require_labels: bool
+) -> tuple[SampleTable, list[Reject]]:
     folder = common_folder(shards)
     whole = SampleTable()
     rejects: list[Reject] = []
-    jobs = [(number, shard, decode_check) for number, shard in enumerate(shards)]
+    jobs = [(number, shard, decode_check, require_labels) for number, shard in enumerate(shards)]
     scans = _map(_scan_shard, jobs, num_workers)
     for shard, (table, problems) in zip(shards, scans, strict=True):
         whole.extend(table)
@@ -227,9 +271,9 @@ def _scan(shards: list[Path], decode_check: bool, num_workers: int) -> tuple[Sam
     return whole, rejects
 
 
-def _scan_shard(job: tuple[int, Path, bool]) -> tuple[SampleTable, list[Problem]]:
-    number, shard, decode_check = job
-    table = SampleTable()
+def _scan_shard(job: tuple[int, Path, bool, bool]) -> tuple[SampleTable, list[Problem]]:
+    number, shard, decode_check, require_labels = job
+    table = SampleTable(require_labels=require_labels)
     problems: list[Problem] = []
     table.add_shard(number, shard, problems=problems, check=_decodes if decode_check else _starts_well)
     if not len(table) and not problems:
@@ -237,15 +281,18 @@ def _scan_shard(job: tuple[int, Path, bool]) -> tuple[SampleTable, list[Problem]
     return table, problems
 
 
-_SAME_KIND = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "tiff": "tif"}
-
-
 def _starts_well(extension: str, data: bytes) -> str | None:
-    kind = kind_of(data)
-    if kind is None:
-        raise ValueError("is no picture by its first bytes")
-    named = _SAME_KIND.get(extension, extension)
-    return None if kind == named else f"is named .{extension} and is {kind} inside; it is read by its content"
+    """Return a remark where the name promises another kind. Raises ValueError where it is no picture."""
+    try:
+        image = open_picture(data)
+    except NoPictureError:
+        raise ValueError("is no picture by its first bytes") from None
+    check_shape(image.size)  # no view can be made of it
+    promised = Image.registered_extensions().get(f".{extension}")
+    kind = EXTENSION_OF_FORMAT.get(str(image.format), str(image.format))
+    if promised is None or EXTENSION_OF_FORMAT.get(promised, promised) == kind:
+        return None
+    return f"is named .{extension} and is {kind} inside; it is read by its content"
 
 
 def _decodes(extension: str, data: bytes) -> str | None:

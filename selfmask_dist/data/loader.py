@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from selfmask_dist.common.pictures import ShapeError
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import Ids, RankBatch, epoch_order, num_steps, rank_batch, sample_generator
@@ -28,13 +29,15 @@ from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
-    WorkerKind,
+    Workers,
     ahead,
     die_with_parent,
     naming_lost_workers,
     start_worker_server,
     without_worker_advice,
 )
+
+IN_THIS_PROCESS = Workers()
 
 
 def train_loader(
@@ -43,25 +46,16 @@ def train_loader(
     *,
     global_batch_size: int,
     seed: int,
-    epoch: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
-    worker_kind: WorkerKind = "process",
-    pin_memory: bool = False,
+    workers: Workers = IN_THIS_PROCESS,
     quarantine: Quarantine | None = None,
-    captions: bool = False,
 ) -> BatchLoader:
-    """Shuffled batches of one epoch; `set_epoch` moves on with the same workers.
+    """Return a loader of shuffled batches, at epoch 0; `set_epoch` moves on with the same workers.
 
     global_batch_size: samples per step over all ranks; a multiple of world_size.
-    num_workers: processes or threads per rank that decode; 0 decodes when a batch is asked for. Changes no
-        pixel. At most two batches each wait to be taken. Processes import the main script again, which so
-        needs its `if __name__ == "__main__":`.
     quarantine: takes samples that cannot be read, whose rows get weight 0; without it they raise.
-    captions: read each sample's caption as well; one without counts as a sample that cannot be read.
-    Raises ValueError for a batch size that the ranks cannot share equally, a negative seed, or captions that
-    no sample has.
+    Raises ValueError for a batch size that the ranks cannot share equally, or a negative seed.
     """
     if global_batch_size < 1 or global_batch_size % world_size:
         near = max(1, round(global_batch_size / world_size)) * world_size
@@ -71,24 +65,8 @@ def train_loader(
         )
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or above")
-    if captions and not source.has_captions:
-        raise ValueError(
-            "no training image has a caption; image-text shards hold a .txt beside each picture. Where they "
-            "do, make their index again: selfmask data index"
-        )
     plans = _Plans(len(source), global_batch_size, rank, world_size, seed, shuffle=True)
-    loader = BatchLoader(
-        source,
-        transform,
-        plans,
-        num_workers=num_workers,
-        worker_kind=worker_kind,
-        pin_memory=pin_memory,
-        quarantine=quarantine,
-        captions=captions,
-    )
-    loader.set_epoch(epoch)
-    return loader
+    return BatchLoader(source, transform, plans, workers=workers, quarantine=quarantine)
 
 
 def eval_loader(
@@ -98,20 +76,17 @@ def eval_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
-    worker_kind: WorkerKind = "process",
-    pin_memory: bool = False,
+    workers: Workers = IN_THIS_PROCESS,
 ) -> BatchLoader:
-    """Each sample exactly once over all ranks, in the source's order; rank r gets samples r, r+W, r+2W, ...
+    """Return a loader of each sample exactly once over all ranks, in the source's order. Rank r of W gets the
+    samples r, r+W, r+2W, ...
 
     batch_size: rows per rank. Rows of weight 0 pad the last batch and are to be left out.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=0, shuffle=False)
-    return BatchLoader(
-        source, transform, plans, num_workers=num_workers, worker_kind=worker_kind, pin_memory=pin_memory
-    )
+    return BatchLoader(source, transform, plans, workers=workers)
 
 
 class BatchLoader:
@@ -128,30 +103,37 @@ class BatchLoader:
         transform: Transform,
         plans: _Plans,
         *,
-        num_workers: int,
-        worker_kind: WorkerKind = "process",
-        pin_memory: bool,
+        workers: Workers,
         quarantine: Quarantine | None = None,
-        captions: bool = False,
     ) -> None:
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 or above")
-        self._dataset = _PlannedBatches(
-            source, transform, plans.seed, is_tolerant=quarantine is not None, captions=captions
-        )
+        self._dataset = _PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
         self._identity = source.identity
         self._quarantine = quarantine
         self._plans = plans
         self._step = 0  # of the next batch
-        self._num_workers = num_workers
-        self._num_threads = num_workers if worker_kind == "thread" else 0
-        self._pin_memory = pin_memory
+        self._workers = workers
+        self._num_threads = workers.num if workers.kind == "thread" else 0
         self._dataloader: DataLoader[Batch | SampleError] | None = None
-        if num_workers > self._num_threads:
+        if workers.num > self._num_threads:
             start_worker_server()
 
     def __len__(self) -> int:
         return len(self._plans)
+
+    def with_captions(self) -> BatchLoader:
+        """Make the batches hold each sample's caption, and return this loader. To be called before the first
+        iteration. A sample without a caption then counts as one that cannot be read.
+
+        Raises ValueError where no sample has a caption.
+        """
+        if not self._dataset.source.has_captions:
+            raise ValueError(
+                "no training image has a caption; image-text shards hold a .txt beside each picture. Where "
+                "they do, make their index again: selfmask data index"
+            )
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        self._dataset.captions = True
+        return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
         """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
@@ -162,7 +144,7 @@ class BatchLoader:
         self._plans.epoch, self._plans.first_step, self._step = epoch, first_step, first_step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is, in a few integers, and what data it was. The same on every rank.
+        """Return where the next batch is, in a few integers, and what data it was; the same on every rank.
 
         Batches count when they are handed out, whatever the workers prepared beyond them.
         """
@@ -178,8 +160,8 @@ class BatchLoader:
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError where data, seed or batch size are not what they were when `state` was saved,
-        naming the difference.
+        """Raise ValueError where data, seed or batch size are not what they were when `state` was saved; the
+        message names the difference.
         """
         changed = difference(state["data"], self._identity)
         if changed is not None:
@@ -221,9 +203,9 @@ class BatchLoader:
             return naming_lost_workers(self._dataloader)
 
     def _load(self, plan: RankBatch) -> Batch | SampleError:
-        """In a thread, which pins too where the DataLoader has a thread of its own for it."""
+        """Make one batch in a thread and pin it, as the DataLoader, which is not used here, would do."""
         batch = self._dataset[plan]
-        return batch.pin_memory() if self._pin_memory and isinstance(batch, Batch) else batch
+        return batch.pin_memory() if self._workers.pin_memory and isinstance(batch, Batch) else batch
 
     def close(self) -> None:
         """Stop the workers; a later iteration starts new ones."""
@@ -235,17 +217,17 @@ class BatchLoader:
         self._dataloader = None
 
     def _make_dataloader(self) -> DataLoader[Batch | SampleError]:
-        with_workers = self._num_workers > 0
+        with_workers = self._workers.num > 0
         return DataLoader(
             self._dataset,
             batch_size=None,  # a plan is a whole batch: the worker assembles it, nothing is left to collate
             sampler=self._plans,
             collate_fn=_unchanged,
-            num_workers=self._num_workers,
+            num_workers=self._workers.num,
             persistent_workers=with_workers,
             multiprocessing_context=START_METHOD if with_workers else None,
             worker_init_fn=die_with_parent,
-            pin_memory=self._pin_memory,
+            pin_memory=self._workers.pin_memory,
             # its own: the DataLoader would draw its workers' base seed from the global generator
             generator=torch.Generator(),
         )
@@ -256,7 +238,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 class _Plans(Sampler[RankBatch]):
-    """The epoch's plans for one rank, made in the parent as the DataLoader asks for them."""
+    """Makes the epoch's plans for one rank, in the parent, as the DataLoader asks for them."""
 
     def __init__(
         self,
@@ -299,16 +281,15 @@ class _Plans(Sampler[RankBatch]):
 class _PlannedBatches(Dataset["Batch | SampleError"]):
     """Carries out plans; lives in the workers.
 
-    A broken sample is returned and not raised: the DataLoader would bury its message under a traceback.
-    is_tolerant: broken samples become rows of weight 0 instead.
+    A sample that cannot be read is returned as an error and not raised: the DataLoader would bury its message
+    under a traceback.
+    is_tolerant: such samples become rows of weight 0 instead.
     """
 
-    def __init__(
-        self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool, captions: bool = False
-    ) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
         self.source, self.transform, self.seed = source, transform, seed
         self.is_tolerant = is_tolerant
-        self.captions = captions
+        self.captions = False
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []
@@ -342,12 +323,12 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         )
 
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
-        """Views of the right shapes, where no sample of a batch can be read."""
+        """Return views of the right shapes, for a batch of which no sample can be read."""
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
         return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
 
     def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:
-        """Few pictures at a time: their encoded bytes are then never all in memory."""
+        """Yield each sample with its bytes, read a few at a time so that they are never all in memory."""
         for start in range(0, len(ids), READ_TOGETHER):
             part = ids[start : start + READ_TOGETHER]
             yield from zip(part.tolist(), self.source.read_many(part), strict=True)
@@ -362,6 +343,8 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
         try:
             return self.transform(image, rng)
+        except ShapeError as error:
+            raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         except Exception as error:
             error.add_note(f"in the transform of {self.source.where(index)}")
             raise

@@ -43,7 +43,9 @@ class RankBatch:
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, global_batch_size: int = 1) -> Ids:
-    """A permutation of 0..num_samples-1 for this epoch. Shape (num_samples,); 0.3 s for 2.7 million samples.
+    """Return a permutation of 0..num_samples-1 for this epoch, of shape (num_samples,).
+
+    It takes 0.3 s for 2.7 million samples.
 
     Small data sets have small blocks, down to single samples, and are shuffled as a whole; a million samples
     have blocks of 256. What G leaves over at the end of the epoch comes last.
@@ -72,12 +74,12 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, global_batch_size: i
 
 
 def num_streams(global_batch_size: int) -> int:
-    """C: the largest divisor of the global batch up to 64. A function of the batch alone, not of ranks."""
+    """Return C, the largest divisor of the global batch up to 64: a function of the batch, not of ranks."""
     return max(c for c in range(1, min(64, global_batch_size) + 1) if global_batch_size % c == 0)
 
 
 def _permuted_blocks(num_samples: int, words: np.random.Philox) -> Ids:
-    """All samples, neighbours within a block still together, blocks in random order."""
+    """Return all samples with the blocks in random order, and neighbours within a block still together."""
     length = min(_BLOCK, max(1, num_samples // _MIN_BLOCKS))
     count = -(-num_samples // length)
     starts = np.argsort(words.random_raw(count), kind="stable") * length
@@ -86,22 +88,22 @@ def _permuted_blocks(num_samples: int, words: np.random.Philox) -> Ids:
 
 
 def sample_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """The generator of one sample's augmentation in one epoch; about 10 us."""
+    """Return the generator of one sample's augmentation in one epoch; takes about 10 us."""
     return np.random.Generator(_philox(seed, epoch, _AUGMENTATION, sample))
 
 
 def num_steps(num_samples: int, *, global_batch_size: int) -> int:
-    """Global batches in an epoch; the last one may be ragged."""
+    """Return the number of global batches in an epoch; the last one may be smaller."""
     return -(-num_samples // global_batch_size)
 
 
 def rank_batch(
     order: Ids, step: int, *, epoch: int, global_batch_size: int, rank: int, world_size: int
 ) -> RankBatch:
-    """Rank `rank`'s rows of step `step`'s global batch.
+    """Return the rows of `rank` in the global batch of `step`.
 
     order: (num_samples,) as from `epoch_order`, or 0..num_samples-1 for an evaluation.
-    A ragged last batch is padded to equal rows on all ranks, and no further: one rank alone never pads.
+    A smaller last batch is padded to equal rows on all ranks, and no further: one rank alone never pads.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     batch = order[step * global_batch_size : (step + 1) * global_batch_size]

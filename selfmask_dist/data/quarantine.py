@@ -51,7 +51,7 @@ class Quarantine:
 
     @property
     def failed(self) -> int:
-        """Failures of this rank in the current epoch; on rank 0 those of all ranks before a resume too."""
+        """The failures of this rank in the current epoch; on rank 0 also all before a resume."""
         return self._before + len(self._failures)
 
     def start_epoch(self, epoch: int, *, first_step: int = 0) -> None:
@@ -60,7 +60,7 @@ class Quarantine:
         self._before = self._count_before(first_step) if self.rank == 0 and first_step > 0 else 0
 
     def _count_before(self, first_step: int) -> int:
-        """Each once: what followed a checkpoint is read again after a resume, and listed again."""
+        """Count each sample once: after a resume, what followed the checkpoint is read and listed again."""
         found: set[int] = set()
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):  # a line that a kill or a full disk cut short
@@ -90,7 +90,7 @@ class Quarantine:
         self.check(self.failed)
 
     def check(self, total: int) -> None:
-        """Raises QuarantineError where `total`, the sum of all ranks' `failed`, exceeds the budget."""
+        """Raise QuarantineError where `total`, the sum of `failed` over all ranks, exceeds the budget."""
         if total <= self.allowed:
             return
         named = some([failure.reason for failure in self._failures]) or "they are other ranks', or of before"

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is an address such as s3://bucket/folder."""
+    """Return whether a path is an address such as s3://bucket/folder."""
     return "://" in path
 
 
@@ -43,7 +43,10 @@ class RangeStorage:
     def read_many(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
-        """All at once: a network's latency is then waited for once, where its file system allows it."""
+        """Ask for all ranges at once: where fsspec can do that, the network's latency is waited for once.
+
+        What fails is asked for again, up to three times. Returns the bytes, or the last error, of each.
+        """
         found: list[bytes | OSError] = [OSError("not read")] * len(shards)
         waiting = list(range(len(shards)))
         for attempt in range(_ATTEMPTS):
@@ -102,6 +105,7 @@ class CachedStorage:
     def read_many(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
+        """Read from local copies, each fetched first where it is absent; returns bytes or an error each."""
         found: list[bytes | OSError] = []
         for place in zip(shards, offsets, lengths, strict=True):
             try:
@@ -126,7 +130,7 @@ class CachedStorage:
         """Nothing is held open."""
 
     def path(self, shard: int) -> Path:
-        """The local copy, fetched first where it is absent."""
+        """Return the path of the local copy, which is fetched first where it is absent."""
         path = self.folder / self._name(shard)
         if not path.exists():
             self._fetch(shard, path)
@@ -180,7 +184,7 @@ class CachedStorage:
 
 
 def fetch_bytes(url: str, options: dict[str, Any] | None = None) -> bytes:
-    """A whole small file. Raises ValueError where it cannot be had."""
+    """Return the bytes of a whole small file. Raises ValueError where it cannot be had."""
 
     def fetch() -> bytes:
         files, path = _file_system(url, options or {})
@@ -217,7 +221,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _checked(url: str, answer: Any, length: int) -> bytes | OSError:
-    """What a file system answered, in the two ways that a storage may."""
+    """Return what a file system answered in one of the two ways that a storage may: bytes, or an OSError."""
     if isinstance(answer, OSError):
         return answer
     if isinstance(answer, BaseException):  # such as aiohttp's, which are no OSErrors
@@ -228,7 +232,7 @@ def _checked(url: str, answer: Any, length: int) -> bytes | OSError:
 
 
 def _is_worth_another_attempt(answer: bytes | OSError) -> bool:
-    """Networks fail now and then. A file that is absent is not asked for again."""
+    """Return whether to ask again: networks fail now and then, but a file that is absent stays absent."""
     return isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError)
 
 

@@ -29,7 +29,8 @@ from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
 from selfmask_dist.data.indexing.labels import resolve_labels
 from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest
-from selfmask_dist.data.indexing.table import IMAGE_EXTENSIONS, SampleTable, crc32_of
+from selfmask_dist.data.indexing.patterns import is_pattern, written
+from selfmask_dist.data.indexing.table import SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
 
@@ -56,9 +57,12 @@ class Source(Protocol):
     labels: npt.NDArray[np.int64]  # (len,), -1 = none
 
     def __len__(self) -> int: ...
-    def key(self, index: int) -> str: ...
+    def key(self, index: int) -> str:
+        """Return the sample's key, which is unique within its shard."""
+        ...
+
     def where(self, index: int) -> str:
-        """Shard and key, for messages."""
+        """Return the names of shard and sample, for messages."""
         ...
 
     @property
@@ -67,13 +71,14 @@ class Source(Protocol):
         ...
 
     def read_many(self, indices: npt.NDArray[np.int64]) -> list[bytes | SampleError]:
-        """The encoded pictures of the samples `indices`, or why they cannot be had. Ten times faster than one
-        by one.
+        """Return the encoded picture of each of the samples `indices`, or why it cannot be had.
+
+        It is ten times as fast as reading one by one.
         """
         ...
 
     def read(self, index: int) -> Sample:
-        """Raises SampleError where the bytes cannot be had."""
+        """Return one sample. Raises SampleError where its bytes cannot be had."""
         ...
 
     @property
@@ -82,32 +87,36 @@ class Source(Protocol):
         ...
 
     def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
-        """The captions of the samples `indices`, or why they cannot be had; where `has_captions`."""
+        """Return the caption of each of the samples `indices`, or why there is none; needs `has_captions`."""
         ...
 
 
 def open_source(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     *,
     classes: Sequence[str] | None = None,
     require_labels: bool = True,
     cache: str | Path | None = None,
     cache_bytes: int = 100 * 2**30,
 ) -> TarSource:
-    """A source over a folder of `*.tar` files, one tar, or a glob pattern; shards in order of their names.
+    """Return a source over a folder of `*.tar` files, one tar, a pattern or a list; shards by name.
 
-    path: may be the address of a remote folder (s3://..., https://...) that holds its index.
+    path: may hold braces and glob signs (`{000000..000041}.tar`, `*.tar`; see `indexing.patterns`), or be the
+        address of a remote folder (s3://..., https://...) that holds its index. An index is used where the
+        path is one folder or one tar.
     cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
         read in ranges.
 
     classes: the class list to number by, for a split that may lack classes: pass the training source's
         `classes`.
-    require_labels: False accepts samples without a label (-1), for training that reads none.
+    require_labels: False is for training that reads none: a sample without a label has -1, and so has one
+        whose label is no number, or is not of the class list.
     Raises ValueError naming shard, key and the way out: nothing found, a damaged shard, a sample without
     picture or label, a label that the class list does not have, an index that does not fit its tars.
     """
-    if is_remote(str(path)):
-        return _open_remote(str(path).rstrip("/"), classes, require_labels, cache, cache_bytes)
+    path = written(path)
+    if is_remote(path):
+        return _open_remote(path.rstrip("/"), classes, require_labels, cache, cache_bytes)
     path = os.path.expanduser(path)
     shards = find_shards(path)
     saved = index_path(path)
@@ -115,7 +124,7 @@ def open_source(
         index = load_index(saved)
         _check_fits(index, shards, saved)
     else:
-        index = walk_shards(path, shards)
+        index = walk_shards(path, shards, require_labels=require_labels)
     folder = common_folder(shards)
     names, labels = resolve_labels(index, str(folder), classes=classes, require_labels=require_labels)
     return TarSource(index, folder, LocalStorage(shards), labels, names)
@@ -128,7 +137,12 @@ def _open_remote(
     cache: str | Path | None,
     cache_bytes: int,
 ) -> TarSource:
-    """The index is small: it is copied to this node, and mapped there."""
+    """Open a remote folder. Its index is small: it is copied to this node, and mapped there."""
+    if is_pattern(url) or url.endswith(".tar"):
+        raise ValueError(
+            f"{url}: of tars that are elsewhere, name their folder, which holds their index; patterns and"
+            " single tars work on this machine only"
+        )
     content = fetch_bytes(f"{url}/{INDEX_NAME}")
     folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,40 +160,43 @@ def _open_remote(
 
 
 def index_path(path: str) -> Path | None:
-    """Where the saved index of `path` lies: in the folder, or beside one tar; a pattern has none."""
+    """Return where the saved index of `path` lies: in the folder, or beside one tar; None for a pattern."""
     if os.path.isdir(path):
         return Path(path) / INDEX_NAME
     return Path(f"{path}.index") if os.path.isfile(path) else None
 
 
 def common_folder(shards: Sequence[Path]) -> Path:
-    """The folder that shards are named from."""
+    """Return the folder that shards are named from."""
     return Path(os.path.commonpath([shard.parent for shard in shards]))
 
 
-def walk_shards(path: str, shards: list[Path]) -> Index:
-    """The index that the headers alone give, without checksums. Raises ValueError at the first damage."""
+def walk_shards(path: str, shards: list[Path], *, require_labels: bool = True) -> Index:
+    """Return the index that headers alone give, without checksums. Raises ValueError at the first damage."""
     manifest = read_manifest(shards, whole_folder=os.path.isdir(path))
-    table = SampleTable()
+    table = SampleTable(require_labels=require_labels)
     for number, shard in enumerate(shards):
         before = len(table)
         table.add_shard(number, shard)
         found, promised = len(table) - before, manifest.samples.get(shard)
         if found == 0:
-            raise ValueError(
-                f"{shard}: no pictures in it (looked for {', '.join(IMAGE_EXTENSIONS)}); move it away"
-            )
+            raise ValueError(f"{shard}: no pictures in it; move it away")
         if promised is not None and promised != found:
             raise ValueError(
                 f"{shard}: holds {found} samples, {MANIFEST_NAME} promises {promised}; convert again"
             )
     return index_of_table(
-        table, shards, folder=common_folder(shards), classes=manifest.classes, has_crc32=False
+        table,
+        shards,
+        folder=common_folder(shards),
+        classes=manifest.classes,
+        has_crc32=False,
+        similar="refuse" if require_labels else "keep",
     )
 
 
 def check_same_classes(train: Source, test: Source) -> None:
-    """Raises ValueError unless both sources number the same classes in the same way."""
+    """Raise ValueError unless both sources number the same classes in the same way."""
     if train.classes == test.classes:
         return
     lacking = sorted(set(train.classes) - set(test.classes))
@@ -194,8 +211,10 @@ def check_same_classes(train: Source, test: Source) -> None:
 
 
 class TarSource:
-    """Random access to the pictures of tars; see `open_source`. 36 bytes and the key per sample, of which
-    the labels (8) are memory of this process and the rest is the mapped file.
+    """Reads the pictures of tars in any order; see `open_source`, and `Source` for what each method returns.
+
+    A sample takes 36 bytes and its key. The 8 bytes of its label are memory of this process, the others are
+    the mapped file.
 
     verify: hold each picture against the index's crc32, where it has one (a third of a microsecond for
         each KB, and a tenth of that with the package isal).
@@ -300,7 +319,7 @@ class TarSource:
 
 
 def _check_fits(index: Index, shards: list[Path], saved: Path) -> None:
-    """Raises ValueError unless the tars are those that were indexed, by name and size."""
+    """Raise ValueError unless the tars are those that were indexed, by name and size."""
     sizes = {shard.name: shard.size for shard in index.shards}
     found = {shard.name: shard.stat().st_size for shard in shards}
     lacking, extra = sorted(sizes.keys() - found.keys()), sorted(found.keys() - sizes.keys())

@@ -21,13 +21,15 @@ _SLOW = 1e-4  # seconds; a read from the page cache takes less, one from a disk 
 
 
 class Storage(Protocol):
-    """Where shards are. Picklable, and safe to read from any process that received it and all its threads."""
+    """Reads bytes of shards. Picklable, and safe in all threads of any process that received it."""
 
     def read_many(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
-        """`lengths[i]` bytes of shard `shards[i]` for each i, fewer where the shard ends; or why they cannot
+        """Return for each i the `lengths[i]` bytes from `offsets[i]` of shard `shards[i]`, or why they cannot
         be had.
+
+        They are fewer where the shard ends.
         """
         ...
 
@@ -37,7 +39,7 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """Shards on a local or shared file system. A shard that changes after this was made is an OSError."""
+    """Reads shards on a local or shared file system. One that changed after this was made is an OSError."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(paths)
@@ -48,6 +50,7 @@ class LocalStorage:
     def read_many(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
+        """Read as `Storage` says; where the first read is slow, the kernel is asked for the others ahead."""
         start = perf_counter()
         found = self._read(shards[:1], offsets[:1], lengths[:1])
         rest = (shards[1:], offsets[1:], lengths[1:])
@@ -68,7 +71,7 @@ class LocalStorage:
     def _read_each(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
-        """Where some cannot be read."""
+        """Read one by one, where some cannot be read."""
         found: list[bytes | OSError] = []
         for shard, offset, length in zip(shards, offsets, lengths, strict=True):
             try:
@@ -86,6 +89,7 @@ class LocalStorage:
                 os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
+        """Close this process's files; a later read opens them again."""
         self._files.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class LocalStorage:
 
 
 class _File:
-    """A descriptor that closes when nobody reads from it any more: another thread may have just begun to."""
+    """A descriptor that closes when nobody reads from it any more: another thread may just have begun."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -10,44 +10,44 @@ from selfmask_dist.data.source import Sample, SampleError, Source
 
 
 class Subset:
-    """The samples of `source` at `indices`, renumbered from 0."""
+    """A source of the samples of `source` at `indices`, renumbered from 0; see `Source`."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self._source = source
-        self._indices = indices
+        self.source = source
+        self.indices = indices
         self.classes = source.classes
         self.labels = source.labels[indices]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     @property
     def identity(self) -> dict[str, Any]:
-        chosen = hashlib.sha256(np.ascontiguousarray(self._indices, dtype=np.int64).data).hexdigest()[:16]
-        return self._source.identity | {"samples": len(self), "places": chosen}
+        chosen = hashlib.sha256(np.ascontiguousarray(self.indices, dtype=np.int64).data).hexdigest()[:16]
+        return self.source.identity | {"samples": len(self), "places": chosen}
 
     def key(self, index: int) -> str:
-        return self._source.key(int(self._indices[index]))
+        return self.source.key(int(self.indices[index]))
 
     def where(self, index: int) -> str:
-        return self._source.where(int(self._indices[index]))
+        return self.source.where(int(self.indices[index]))
 
     def read_many(self, indices: npt.NDArray[np.int64]) -> list[bytes | SampleError]:
-        return self._source.read_many(self._indices[indices])
+        return self.source.read_many(self.indices[indices])
 
     def read(self, index: int) -> Sample:
-        return self._source.read(int(self._indices[index]))
+        return self.source.read(int(self.indices[index]))
 
     @property
     def has_captions(self) -> bool:
-        return self._source.has_captions
+        return self.source.has_captions
 
     def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
-        return self._source.read_captions(self._indices[indices])
+        return self.source.read_captions(self.indices[indices])
 
 
 def evenly_spaced(source: Source, limit: int) -> Source:
-    """At most `limit` samples at equal distances through the source, the same ones every time."""
+    """Return a source of at most `limit` samples at equal distances through `source`, the same every time."""
     if len(source) <= limit:
         return source
     return Subset(source, np.linspace(0, len(source) - 1, limit).round().astype(np.int64))

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
 
@@ -31,6 +32,25 @@ _PRELOAD = ["__main__", "torch", "PIL.Image", "selfmask_dist.data.loader"]
 T = TypeVar("T")
 P = TypeVar("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What decodes pictures beside this process. Changes no pixel.
+
+    num: processes or threads for each rank; 0 decodes when a batch is asked for. At most two batches of each
+        wait to be taken.
+    kind: processes import the main script again, which so needs its `if __name__ == "__main__":`.
+    pin_memory: put batches into page-locked memory, from which copies to a GPU overlap with computing.
+    """
+
+    num: int = 0
+    kind: WorkerKind = "process"
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num < 0:
+            raise ValueError(f"the number of data workers is {self.num}; it must be 0 or above")
 
 
 class WorkerLostError(RuntimeError):
@@ -49,7 +69,7 @@ def start_worker_server() -> None:
 
 
 def die_with_parent(worker: int) -> None:
-    """Runs in a new worker: makes it leave when the training process is gone, however that went.
+    """Make a new worker, in which this runs, leave when the training process is gone, however that went.
 
     torch's workers watch their parent process, which is the server here, and the server lives as long as one
     of its workers. Without this a rank that is killed leaves them all behind for ever.
@@ -73,7 +93,7 @@ def without_worker_advice() -> Iterator[None]:
 
 
 def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iterator[R]:
-    """`fn(plan)` for each plan, in order, computed by threads.
+    """Yield `fn(plan)` for each plan, in order, computed by threads.
 
     At most `2 * num_threads` results are in the making or wait to be taken: a slow consumer holds the
     threads up, and memory stays bounded. An error in `fn` is raised in its turn; closing the iterator ends
@@ -93,8 +113,10 @@ def ahead(fn: Callable[[P], R], plans: Iterable[P], *, num_threads: int) -> Iter
 
 
 def naming_lost_workers(loader: DataLoader[T]) -> Iterator[T]:
-    """A loader's batches; raises WorkerLostError where torch says only that a worker exited unexpectedly, or
-    that a tensor whose sender is gone cannot be received.
+    """Yield a loader's batches.
+
+    Raises WorkerLostError where torch says only that a worker exited unexpectedly, or that a tensor whose
+    sender is gone cannot be received.
     """
     try:
         yield from loader

@@ -6,7 +6,7 @@ knn, probe, probe_heads, low_shot, label_free    embeddings -> numbers; these kn
 measure          all of it, for a run in training
 """
 
-from selfmask_dist.evals.embed import mean_embedding
+from selfmask_dist.evals.embeddings import Embeddings, mean_embedding
 from selfmask_dist.evals.knn import KNNResult, global_knn, knn_vote, zero_shot
 from selfmask_dist.evals.label_free import kept, measure_shape, neighbours
 from selfmask_dist.evals.low_shot import LowShotResult, low_shot
@@ -17,6 +17,7 @@ from selfmask_dist.evals.search import Plan, search
 
 __all__ = [
     "Alone",
+    "Embeddings",
     "HeadsResult",
     "KNNResult",
     "LowShotResult",

@@ -3,28 +3,16 @@
 Knows nothing of masks, objectives or what the embeddings are for.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfmask_dist.data import Batch
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.parallel import World
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """This rank's samples on its device: features (n, dim) float32, labels (n,) int64, ids (n,) int64,
-    which are their places in the source, ascending.
-    """
-
-    features: Tensor
-    labels: Tensor
-    ids: Tensor
 
 
 @torch.no_grad()
@@ -66,18 +54,6 @@ def _check_finite(found: Embeddings, world: World) -> None:
             f"embeddings of {int(numbers.sum())} samples are not finite, the first is sample "
             f"{int(firsts[numbers > 0].min())}"
         )
-
-
-def mean_embedding(members: Sequence[Tensor]) -> Tensor:
-    """The mean of the unit vectors of embeddings (n, dim) of the same samples.
-
-    Raises:
-        ValueError: they differ in shape.
-    """
-    shapes = {tuple(member.shape) for member in members}
-    if len(shapes) != 1:
-        raise ValueError(f"an ensemble is of embeddings of one shape, got {sorted(shapes)}")
-    return torch.stack([F.normalize(member.float()) for member in members]).mean(dim=0)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.ranks import (
     Alone,
     Ranks,
@@ -47,23 +48,19 @@ class KNNResult:
 
 
 def global_knn(
-    bank: Tensor,
-    bank_labels: Tensor,
-    bank_ids: Tensor,
-    queries: Tensor,
-    query_labels: Tensor,
+    bank: Embeddings,
+    queries: Embeddings,
     *,
     num_classes: int,
     ks: Sequence[int] = KS,
     temperatures: Sequence[float] = TEMPERATURES,
     **options: Unpack[SearchOptions],
 ) -> KNNResult:
-    """Accuracies of all ranks' queries by their neighbours in all ranks' banks, the same on every rank.
+    """Return the accuracies of all ranks' queries by their neighbours in all ranks' banks, on every rank.
     Collective: every rank must call.
 
     Args:
-        bank: (n, dim), bank_labels (n,), bank_ids (n,) ascending, each id on one rank: this rank's part.
-        queries: (m, dim), query_labels (m,): this rank's part.
+        bank, queries: this rank's parts; every sample has a label. The ids of queries are not looked at.
         options: of `search_rounds`. `query_ids` (m,), for queries out of the bank itself, leaves each out of
             its own neighbours.
 
@@ -71,18 +68,17 @@ def global_knn(
         ValueError: on every rank alike: labels missing, or what `search_rounds` cannot search.
     """
     ranks = options.get("ranks") or Alone()
-    named = {"bank_labels": (bank_labels, bank), "query_labels": (query_labels, queries)}
-    raise_together(_complaint(named, num_classes), ranks, bank.device)
+    raise_together(_complaint(bank, queries, num_classes), ranks, bank.features.device)
     settings = [(k, temperature) for k in ks for temperature in temperatures]
-    correct = torch.zeros(len(settings), num_classes, dtype=torch.int64, device=bank.device)
-    rounds = search_rounds(bank, queries, k=max(ks), bank_ids=bank_ids, **options)
-    for sims, neighbours, truth in _labelled(rounds, bank_labels, bank_ids, query_labels, ranks):
+    correct = torch.zeros(len(settings), num_classes, dtype=torch.int64, device=bank.features.device)
+    rounds = search_rounds(bank.features, queries.features, k=max(ks), bank_ids=bank.ids, **options)
+    for sims, neighbours, truth in _labelled(rounds, bank, queries.labels, ranks):
         for row, (k, temperature) in enumerate(settings):
             predicted = knn_vote(
                 sims[:, :k], neighbours[:, :k], temperature=temperature, num_classes=num_classes
             )
             correct[row] += torch.bincount(truth[predicted == truth], minlength=num_classes)
-    counts = torch.bincount(query_labels, minlength=num_classes)[None]
+    counts = torch.bincount(queries.labels, minlength=num_classes)[None]
     *hits, total = ranks.sum(torch.cat([correct, counts])).double().cpu()
     per_class = {setting: hit / total for setting, hit in zip(settings, hits, strict=True)}
     return KNNResult(
@@ -92,29 +88,26 @@ def global_knn(
     )
 
 
-def _complaint(named: dict[str, tuple[Tensor, Tensor]], num_classes: int) -> str | None:
+def _complaint(bank: Embeddings, queries: Embeddings, num_classes: int) -> str | None:
+    """Return what is wrong with this rank's labels, if anything; a rank may have no samples."""
     try:
-        for name, (labels, features) in named.items():
-            if len(features):
-                check_labels(name, labels, len(features), num_classes)
+        for name, part in (("bank_labels", bank), ("query_labels", queries)):
+            if len(part.features):
+                check_labels(name, part.labels, len(part.features), num_classes)
     except ValueError as error:
         return str(error)
     return None
 
 
 def _labelled(
-    rounds: Iterator[tuple[Tensor, Tensor]],
-    bank_labels: Tensor,
-    bank_ids: Tensor,
-    query_labels: Tensor,
-    ranks: Ranks,
+    rounds: Iterator[tuple[Tensor, Tensor]], bank: Embeddings, query_labels: Tensor, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Similarities and labels of the neighbours (m, k), and the queries' own labels (m,), of each round."""
+    """Yield each round's similarities and labels of the neighbours (m, k), and the queries' labels (m,)."""
     place = 0
     table: Tensor | None = None
     for sims, ids in rounds:
         if table is None:  # the search has checked the ids by now
-            table = gather_labels(bank_labels, bank_ids, ranks)
+            table = gather_labels(bank.labels, bank.ids, ranks)
         truth = query_labels[place : place + len(ids)]
         place += len(ids)
         if len(ids):
@@ -122,7 +115,7 @@ def _labelled(
 
 
 def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_classes: int) -> Tensor:
-    """The class with the largest softmax-weighted vote; of equal votes the smallest class.
+    """Return the class with the largest softmax-weighted vote; of equal votes the smallest class.
 
     Args:
         sims: (m, k), nearest first.
@@ -150,9 +143,8 @@ def knn_vote(sims: Tensor, neighbour_labels: Tensor, *, temperature: float, num_
 
 def _vote_block(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     votes = weights.new_zeros(len(weights), num_classes)
-    for neighbour in range(
-        weights.shape[1]
-    ):  # one at a time: the order of the sum, and so the result, is fixed on a GPU too
+    # one at a time: the order of the sum, and so the result, is fixed on a GPU too
+    for neighbour in range(weights.shape[1]):
         column = slice(neighbour, neighbour + 1)
         votes.scatter_add_(1, labels[:, column], weights[:, column])
     return votes.argmax(dim=1)  # the first of equal ones
@@ -161,8 +153,8 @@ def _vote_block(weights: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def zero_shot(
     features: Tensor, labels: Tensor, text: Tensor, *, top: int = 5, ranks: Ranks | None = None
 ) -> tuple[float, float]:
-    """Accuracy of the nearest class, and how often the right one is among the `top` nearest (or among all,
-    where there are fewer). Collective if `ranks` is.
+    """Return how often the class of the nearest text is right, and how often the right one is among the `top`
+    nearest (or among all, where there are fewer). Collective if `ranks` is.
 
     Args:
         features: (n, dim), labels (n,): this rank's images. text: (classes, dim), class c in row c.

@@ -18,8 +18,10 @@ from selfmask_dist.evals.search import BankOptions, search
 
 @dataclass(frozen=True)
 class Shape:
-    """effective_rank: from 1 to the dimension. mean_cosine: from 0 to 1. spectrum: (dim,) shares of the
-    variance, largest first.
+    """How embeddings lie in their space.
+
+    effective_rank: from 1 to the dimension. mean_cosine: from 0 to 1, where 1 is collapse. spectrum: (dim,)
+    shares of the variance, largest first.
     """
 
     effective_rank: float
@@ -28,7 +30,8 @@ class Shape:
 
 
 def measure_shape(features: Tensor, ranks: Ranks | None = None) -> Shape:
-    """Of all ranks' embeddings; features (n, dim) are this rank's. Collective if `ranks` is.
+    """Return the shape of all ranks' embeddings, of which features (n, dim) are this rank's. Collective if
+    `ranks` is.
 
     Raises:
         ValueError: features that are not finite.
@@ -49,13 +52,13 @@ def measure_shape(features: Tensor, ranks: Ranks | None = None) -> Shape:
 
 
 def neighbours(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[BankOptions]) -> Tensor:
-    """(m, k) ids of the nearest, sorted by id, for `kept`. Collective if `ranks` is."""
+    """Return the ids (m, k) of the nearest neighbours, sorted by id, for `kept`. Collective if `ranks` is."""
     return search(bank, queries, k=k, **options)[1].sort(dim=1).values
 
 
 def kept(here: Tensor, there: Tensor, ranks: Ranks | None = None) -> float:
-    """The share of `there`'s neighbours (m, k) that are `here`'s too; both sorted. Collective if
-    `ranks` is.
+    """Return the share of the neighbours `there` (m, k) that are among those `here`, over all ranks. Both are
+    sorted, as `neighbours` has them. Collective if `ranks` is.
     """
     ranks = ranks or Alone()
     if not len(here):

@@ -38,14 +38,14 @@ _ID = 2**32 - 1
 
 
 def encode(sims: Tensor, ids: Tensor) -> Tensor:
-    """Keys, int64, of similarities (float32) and ids from 0 to `NO_ID`."""
+    """Return keys, int64, of similarities (float32) and ids from 0 to `NO_ID`."""
     bits = (sims + 0.0).view(torch.int32)  # -0 and 0 are equal
     rising = bits ^ ((bits >> 31) & _MAGNITUDE)  # the larger a negative number's bits, the smaller it is
     return ((~rising).long() << 32) | ids
 
 
 def decode(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Similarities, float32, and ids, int64."""
+    """Return the similarities (float32) and ids (int64) of keys."""
     rising = ~(keys >> 32).int()
     bits = rising ^ ((rising >> 31) & _MAGNITUDE)
     return bits.view(torch.float32), keys & _ID
@@ -66,7 +66,7 @@ NO_KEY = int(encode(torch.tensor([-torch.inf]), torch.tensor([NO_ID])))  # farth
 def nearest(
     bank: Tensor, bank_ids: Tensor, queries: Tensor, k: int, *, block: int, precision: Precision
 ) -> Tensor:
-    """Keys (m, k) of the k nearest of this part, nearest first; `NO_KEY` where it has fewer than k rows.
+    """Return the keys (m, k) of the k nearest rows of this part, nearest first; `NO_KEY` where it has fewer.
 
     Args:
         bank: (n, dim) of any float type, ids (n,) ascending. queries: (m, dim) float32, at unit length or 0.
@@ -91,7 +91,8 @@ def _scan(
     *,
     guesses: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Keys (m, k) of the k nearest of what was kept, and for which queries (m,) that is not sure to be all.
+    """Return the keys (m, k) of the k nearest of what was kept, and for which queries (m,) more may be
+    missing.
 
     Args:
         guesses: whether a bar may be higher than the k-th nearest so far.
@@ -127,15 +128,18 @@ def _scan(
 
 
 def _guess(k: int, share: float) -> int:
-    """The rank among that share of the bank whose similarity k rows of all the bank reach, near to certain:
-    of the k nearest, k * share are expected there, and hardly ever more by five deviations.
+    """Return a rank among that share of the bank, so low that k rows of the whole bank nearly always reach
+    its similarity: of the k nearest, k * share are expected in the share, and hardly ever five deviations
+    more.
     """
     return min(k, math.ceil(k * share + 5 * math.sqrt(k * share * (1 - share)) + 2))
 
 
 def _spread(start: int, stop: int, length: int, device: torch.device) -> Tensor:
-    """Rows of the bank for a block; all blocks together have each row once. A step by the golden section
-    spreads a block over the bank, so that it is a fair sample however the bank is sorted.
+    """Return the numbers of the rows in a block; all blocks together have each row once.
+
+    A step by the golden section spreads a block over the bank, so that it is a fair sample however the bank
+    is sorted.
     """
     step = max(1, round(length * _GOLDEN))
     while math.gcd(step, length) > 1:
@@ -149,7 +153,7 @@ def _multiply(queries: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
 
 
 def _error_of_sums(rows: Tensor) -> float:
-    """How far apart two float32 sums can be of the same products, for unit vectors."""
+    """Return how far apart two float32 sums of the same products can be, for unit vectors."""
     return 2.1 * rows.shape[1] * 2.0**-24
 
 

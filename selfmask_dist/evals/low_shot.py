@@ -9,11 +9,12 @@ fixed (scikit-learn's C): a handful of labels leaves none to choose it with.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.probe import linear_probe, prepare
 from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels
 
@@ -22,13 +23,16 @@ SHARES = (0.1, 0.04, 0.02, 0.01, 0.005, 0.0025)
 
 @dataclass(frozen=True)
 class LowShotResult:
-    """Of one share: labels per class (fewer where a class has fewer), and the accuracy of each try."""
+    """What one share of the labels gives: labels per class (fewer where a class has fewer), and the accuracy
+    of each try.
+    """
 
     per_class: int
     accuracies: tuple[float, ...]
 
     @property
     def mean(self) -> float:
+        """The mean accuracy of the tries."""
         return statistics.mean(self.accuracies)
 
     @property
@@ -38,11 +42,8 @@ class LowShotResult:
 
 
 def low_shot(
-    train: Tensor,
-    train_labels: Tensor,
-    train_ids: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Embeddings,
+    test: Embeddings,
     *,
     shares: Sequence[float] = SHARES,
     tries: int = 5,
@@ -50,11 +51,11 @@ def low_shot(
     seed: int = 0,
     ranks: Ranks | None = None,
 ) -> dict[float, LowShotResult]:
-    """Accuracies by share of the labels; a share of less than one label per class is left out. Collective if
-    `ranks` is: the same result on every rank, and under any number of ranks.
+    """Return the accuracies by share of the labels; a share of less than one label per class is left out.
+    Collective if `ranks` is: the result is the same on every rank, and under any number of ranks.
 
     Args:
-        train: (n, dim), train_labels (n,), train_ids (n,): this rank's part; test (m, dim) alike.
+        train, test: this rank's parts.
         c: strength of the regularisation as scikit-learn counts it, 1 / (labels * l2).
         seed: of the draws.
 
@@ -66,8 +67,9 @@ def low_shot(
         raise ValueError(f"low-shot takes a strength C above 0, got {c}")
     if not shares or min(shares) <= 0 or max(shares) > 1 or tries < 1:
         raise ValueError(f"low-shot takes shares above 0 and up to 1, and a try; got {shares} and {tries}")
-    everyone = gather_labels(train_labels, train_ids, ranks).cpu()
-    train, test = prepare(train.double(), test.double(), True, ranks)
+    everyone = gather_labels(train.labels, train.ids, ranks).cpu()
+    features, queries = prepare(train.features.double(), test.features.double(), True, ranks)
+    train, test = replace(train, features=features), replace(test, features=queries)
     results = {}
     for share in shares:
         per_class = labels_per_class(everyone, share)
@@ -76,13 +78,10 @@ def low_shot(
         accuracies = []
         for number in range(tries):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            chosen = balanced_subset(everyone, per_class, generator).to(train_ids.device)
-            rows = chosen[train_ids]
+            chosen = balanced_subset(everyone, per_class, generator).to(train.ids.device)
             result = linear_probe(
-                train[rows],
-                train_labels[rows],
+                train.where(chosen[train.ids]),
                 test,
-                test_labels,
                 l2=(1 / (c * int(chosen.sum())),),
                 standardize=False,
                 ranks=ranks,
@@ -93,13 +92,13 @@ def low_shot(
 
 
 def labels_per_class(labels: Tensor, share: float) -> int:
-    """Of labels (n,), where -1 is none: how many of each class `share` of them is."""
+    """Return how many labels of each class `share` of the labels (n,) are; -1 stands for no label."""
     labels = labels[labels >= 0]
     return int(share * len(labels) / len(labels.unique()) + 1e-9)
 
 
 def balanced_subset(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
-    """Bool (n,): `per_class` samples of each class, all of them where it has fewer."""
+    """Return which samples are drawn, bool (n,): `per_class` of each class, all where it has fewer."""
     chosen = torch.zeros_like(labels, dtype=torch.bool)
     order = torch.randperm(len(labels), generator=generator)
     for label in labels[labels >= 0].unique():

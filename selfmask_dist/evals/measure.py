@@ -4,49 +4,36 @@ Glue between `embed` (models) and `evals` (numbers), so that those two need not 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.evals.embed import Embeddings, embed, eval_mode
+from selfmask_dist.evals.embed import embed, eval_mode
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import World
 
 
-class Labelled(Protocol):
-    """This rank's features (n, dim), labels (n,) and ids (n,), ascending, from memory or from a store."""
-
-    @property
-    def features(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def ids(self) -> Tensor: ...
-
-
 def measure_knn(
-    bank: Labelled,
-    queries: Labelled,
+    bank: Embeddings,
+    queries: Embeddings,
     ks: tuple[int, ...],
     temperature: float,
     *,
     num_classes: int,
     world: World,
 ) -> dict[str, float]:
-    """Accuracy for each k, by name; a bank of fewer than k samples gives all of them a vote. Bank and queries
-    stay on their ranks. Collective: every rank must call.
+    """Return the accuracy for each k, by name; where the bank has fewer than k samples, all of them vote.
+    Bank and queries stay on their ranks. Collective: every rank must call.
     """
     size = int(world.sum(torch.tensor([len(bank.ids)], device=world.device)))
     result = evals.global_knn(
-        bank.features,
-        bank.labels,
-        bank.ids,
-        queries.features,
-        queries.labels,
+        bank,
+        queries,
         num_classes=num_classes,
         ks=sorted({min(k, size) for k in ks}),
         temperatures=(temperature,),
@@ -55,17 +42,9 @@ def measure_knn(
     return {f"knn{k}": accuracy for (k, _), accuracy in result.accuracy.items()}
 
 
-def measure_probe(bank: Labelled, queries: Labelled, *, seed: int, world: World) -> float:
-    """Accuracy of a linear probe. Collective: every rank must call."""
-    return evals.linear_probe(
-        bank.features,
-        bank.labels,
-        queries.features,
-        queries.labels,
-        seed=seed,
-        ranks=world,
-        train_ids=bank.ids,
-    ).accuracy
+def measure_probe(bank: Embeddings, queries: Embeddings, *, seed: int, world: World) -> float:
+    """Return the accuracy of a linear probe. Collective: every rank must call."""
+    return evals.linear_probe(bank, queries, seed=seed, ranks=world).accuracy
 
 
 class Evaluation:
@@ -93,7 +72,7 @@ class Evaluation:
         self._num_classes = len(train.classes)
 
     def full(self, *, probe: bool) -> dict[str, float]:
-        """k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
+        """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
         bank, queries = self._embed(self._train), self._embed(self._test)
         values = self._knn(bank, queries, self._config.eval.knn_k)
         if probe:
@@ -101,7 +80,7 @@ class Evaluation:
         return values
 
     def monitor(self, _step: int) -> dict[str, Any]:
-        """k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
+        """Measure k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
         limit = self._config.eval.monitor_samples
         bank = self._embed(data.evenly_spaced(self._train, limit))
         queries = self._embed(data.evenly_spaced(self._test, limit))
@@ -111,7 +90,7 @@ class Evaluation:
         }
 
     def head(self, objective: Objective) -> dict[str, float]:
-        """Accuracy of the objective's own head on the test split."""
+        """Measure the accuracy of the objective's own head on the test split."""
         counts = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), eval_mode(self._backbone.encoder), eval_mode(objective):
             for batch in self._loader(self._test):
@@ -138,8 +117,7 @@ class Evaluation:
             batch_size=self._config.eval.batch_size,
             rank=self._world.rank,
             world_size=self._world.size,
-            num_workers=self._config.engine.workers,
-            worker_kind=self._config.engine.worker_kind,
+            workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
         )
         for batch in loader:
             yield batch

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.ranks import (
     Alone,
     Ranks,
@@ -25,6 +26,7 @@ from selfmask_dist.evals.ranks import (
 )
 
 L2_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+HELD_OUT = 0.2  # share of each class's training samples that settings are chosen on
 _TOLERANCE = 1e-6  # of the largest entry of the gradient
 _GOOD_ENOUGH = 1e-4  # a solution that stopped above it has not converged
 
@@ -53,35 +55,27 @@ class ProbeResult:
 
 
 def linear_probe(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Embeddings,
+    test: Embeddings,
     *,
     l2: Sequence[float] = L2_GRID,
     standardize: bool = True,
-    validation_fraction: float = 0.2,
     seed: int = 0,
     max_iterations: int = 5000,
-    dtype: torch.dtype = torch.float64,
     ranks: Ranks | None = None,
-    train_ids: Tensor | None = None,
 ) -> ProbeResult:
     """Train a linear classifier on embeddings and test it; the regularisation is chosen on held-out data.
     Collective if `ranks` is: every rank must call; the accuracies are the same on every rank.
 
     Args:
-        train, test: (samples, dim) embeddings, any float type, on one device: this rank's part.
-        train_labels, test_labels: (samples,) class ids; need not be consecutive.
-        l2: strengths to choose from. With one there is no validation split.
+        train, test: this rank's parts, on one device; class ids need not be consecutive. The validation split
+            is drawn by the ids of `train`; those of `test` are not looked at.
+        l2: strengths to choose from, on a fifth of each class's training samples; the final fit uses all of
+            them. With one strength there is no validation split.
         standardize: give each dimension mean 0 and deviation 1 over the training samples, so that `l2` means
             the same for every backbone.
-        validation_fraction: held out of each class to choose the strength; the final fit uses all samples.
         seed: of the validation split.
         max_iterations: of L-BFGS, for each fit.
-        dtype: of the computation; float32 halves its memory.
-        train_ids: (samples,) numbers from 0 to n - 1 over all ranks, by which the validation split is drawn;
-            without it those of one rank.
 
     Raises:
         ValueError: on every rank alike: features that are not finite, fewer than two classes, or nothing to
@@ -90,18 +84,17 @@ def linear_probe(
     ranks = ranks or Alone()
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2 must be strengths above 0, got {tuple(l2)}")
-    classes = check_probe(train, train_labels, test, test_labels, ranks)
-    targets = torch.searchsorted(classes, train_labels)
-    train, test = train.to(dtype), test.to(dtype)
+    classes = check_probe(train, test, ranks)
+    targets = torch.searchsorted(classes, train.labels)
+    features = train.features.double()
 
     validation: dict[float, float] = {}
     if len(l2) > 1:
-        is_held_out = held_out(targets, train_ids, validation_fraction, seed, ranks)
-        fit, held = prepare(train[~is_held_out], train[is_held_out], standardize, ranks)
+        is_held_out = held_out(targets, train.ids, seed, ranks)
+        fit, held = prepare(features[~is_held_out], features[is_held_out], standardize, ranks)
         solution: Tensor | None = None
-        for strength in sorted(
-            l2, reverse=True
-        ):  # from the easiest problem to the hardest, each from the last one's solution
+        # from the easiest problem to the hardest, each from the last one's solution
+        for strength in sorted(l2, reverse=True):
             solution, _ = _fit(
                 fit, targets[~is_held_out], len(classes), strength, max_iterations, solution, ranks=ranks
             )
@@ -109,11 +102,11 @@ def linear_probe(
             validation[strength] = share(hits, ranks)
     best = max(validation, key=lambda strength: (validation[strength], strength)) if validation else l2[0]
 
-    fit, test = prepare(train, test, standardize, ranks)
+    fit, queries = prepare(features, test.features.double(), standardize, ranks)
     solution, is_converged = _fit(fit, targets, len(classes), best, max_iterations, ranks=ranks)
-    logits = logits_of(test, solution)
+    logits = logits_of(queries, solution)
     predictions = classes[logits.argmax(dim=1)]
-    accuracy = share(predictions == test_labels, ranks)
+    accuracy = share(predictions == test.labels, ranks)
     return ProbeResult(
         accuracy, best, validation, is_converged, predictions, logits.log_softmax(dim=1), classes
     )
@@ -122,8 +115,11 @@ def linear_probe(
 def mean_logits_accuracy(
     members: Sequence[ProbeResult], test_labels: Tensor, ranks: Ranks | None = None
 ) -> float:
-    """Accuracy of the mean of the probes' logits, on the test samples that all of them predicted. Log
-    probabilities stand for logits: a sample's constant does not move its largest. Collective if `ranks` is.
+    """Return the accuracy of the mean of the probes' logits, on the test samples that all of them predicted.
+    Collective if `ranks` is.
+
+    Log probabilities stand for logits: they differ by a constant of the sample, which does not move its
+    largest.
 
     Raises:
         ValueError: the probes are of different classes.
@@ -135,23 +131,27 @@ def mean_logits_accuracy(
     return share(first.classes[logits.argmax(dim=1)] == test_labels, ranks or Alone())
 
 
-def check_probe(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, ranks: Ranks
-) -> Tensor:
-    """The class ids (classes,) that occur among all ranks' training labels, in order; errors as above."""
+def check_probe(train: Embeddings, test: Embeddings, ranks: Ranks) -> Tensor:
+    """Return the class ids (classes,) that occur among all ranks' training labels, in order.
+
+    Raises:
+        ValueError: on every rank alike: what `linear_probe` cannot use.
+    """
     complaint = None
     try:
-        for name, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
-            if len(features) or ranks.size == 1:  # a rank may have no samples
-                check_features(name, features)
-                check_labels(f"{name}_labels", labels, len(features))
-        if train.shape[1] != test.shape[1]:
-            raise ValueError(f"train has {train.shape[1]} dimensions and test has {test.shape[1]}")
+        for name, part in (("train", train), ("test", test)):
+            if len(part.features) or ranks.size == 1:  # a rank may have no samples
+                check_features(name, part.features)
+                check_labels(f"{name}_labels", part.labels, len(part.features))
+        dim, test_dim = train.features.shape[1], test.features.shape[1]
+        if dim != test_dim:
+            raise ValueError(f"train has {dim} dimensions and test has {test_dim}")
     except ValueError as error:
         complaint = str(error)
-    raise_together(complaint, ranks, train.device)
-    length = largest(int(train_labels.max()) + 1 if len(train_labels) else 0, ranks, train.device)
-    counts = ranks.sum(torch.bincount(train_labels, minlength=length))
+    labels, device = train.labels, train.features.device
+    raise_together(complaint, ranks, device)
+    length = largest(int(labels.max()) + 1 if len(labels) else 0, ranks, device)
+    counts = ranks.sum(torch.bincount(labels, minlength=length))
     classes = counts.nonzero().flatten()
     if not len(classes):
         raise ValueError("no rank has any training samples")
@@ -160,21 +160,16 @@ def check_probe(
     return classes
 
 
-def held_out(targets: Tensor, ids: Tensor | None, fraction: float, seed: int, ranks: Ranks) -> Tensor:
-    """Bool (samples,): of each class with at least two samples that fraction, at least one and never all; the
-    same samples under any number of ranks.
+def held_out(targets: Tensor, ids: Tensor, seed: int, ranks: Ranks, *, share: float = HELD_OUT) -> Tensor:
+    """Return which samples choose between settings, bool (samples,): `share` of each class that has at
+    least two, at least one of them and never all; the same samples under any number of ranks.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must be between 0 and 1, got {fraction}")
-    if ids is None:
-        assert ranks.size == 1, "samples of several ranks have ids"
-        ids = torch.arange(len(targets), device=targets.device)
     everyone = gather_labels(targets, ids, ranks)  # -1 where an id is not used
     order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(seed)).to(targets.device)
     is_held_out = torch.zeros_like(everyone, dtype=torch.bool)
     for target in range(int(everyone.max()) + 1):
         members = order[everyone[order] == target]
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
         is_held_out[members[: max(count, 0)]] = True
     if not is_held_out.any():
         raise ValueError(
@@ -185,7 +180,7 @@ def held_out(targets: Tensor, ids: Tensor | None, fraction: float, seed: int, ra
 
 
 def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Both with mean 0 and deviation 1 in each dimension, by the statistics of `fit` over all ranks."""
+    """Return both with mean 0 and deviation 1 in each dimension, by the statistics of all ranks' `fit`."""
     if not standardize:
         return fit, other
     sums = ranks.sum(torch.cat([fit.double().sum(dim=0), fit.new_full((1,), len(fit)).double()]))
@@ -197,7 +192,7 @@ def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tupl
 
 
 def logits_of(features: Tensor, solution: Tensor) -> Tensor:
-    """(n, dim) and (dim + 1, classes), the bias last -> (n, classes)."""
+    """Return logits (n, classes) of features (n, dim) by a solution (dim + 1, classes), the bias last."""
     return features @ solution[:-1] + solution[-1]
 
 

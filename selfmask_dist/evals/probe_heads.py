@@ -28,18 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.probe import L2_GRID, check_probe, held_out, prepare
 from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, share
 
 # below 1 for batches that are a small part of the samples
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 EPOCHS = 300
-TUNE, CHOOSE = 0.01, 0.12  # lengths, as shares of the final fit's epochs
+LENGTHS = (0.01, 0.12)  # of tuning and choosing, as shares of the final fit's epochs
 _MOMENTUM = 0.9
 _LEAST = 1e-7  # variances below it are rounding of float32
 _BATCH = 8192
 _LOGITS = 2**23  # at a time
 Pair = tuple[float, float]  # learning rate, weight decay
+Grid = tuple[Sequence[float], Sequence[float]]  # learning rates, weight decays; each is tried with each
+GRID: Grid = (LEARNING_RATES, L2_GRID)
 
 
 @dataclass(frozen=True)
@@ -63,75 +66,73 @@ class HeadsResult:
 
 
 def probe_heads(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Embeddings,
+    test: Embeddings,
     *,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    weight_decays: Sequence[float] = L2_GRID,
+    grid: Grid = GRID,
     epochs: int = EPOCHS,
     batch_size: int | None = None,
-    tune: float = TUNE,
-    choose: float = CHOOSE,
-    validation_fraction: float = 0.2,
+    lengths: tuple[float, float] = LENGTHS,
     seed: int = 0,
     ranks: Ranks | None = None,
-    train_ids: Tensor | None = None,
 ) -> HeadsResult:
-    """The best of len(learning_rates) * len(weight_decays) linear probes. Collective if `ranks` is.
+    """Train a linear probe for every learning rate and weight decay, and return what the best one finds.
+    Collective if `ranks` is.
 
     Features are standardised. A weight decay is `linear_probe`'s l2, chosen on the same held-out samples.
 
     Args:
-        train, test, their labels, seed, ranks, train_ids: as in `linear_probe`.
+        train, test, seed, ranks: as in `linear_probe`.
+        grid: learning rates, and weight decays.
         epochs: of the final fit.
         batch_size: samples of a step, over all ranks; None for all of them, up to 8,192.
-        tune, choose: how long, as shares of `epochs`, all pairs are trained, and the best one of each decay.
+        lengths: how long, as shares of `epochs`, all pairs are trained, and then the best one of each decay.
 
     Raises:
         ValueError: as `linear_probe`; or no positive learning rate.
     """
     ranks = ranks or Alone()
+    learning_rates, weight_decays = grid
     pairs = list(itertools.product(learning_rates, weight_decays))
     if not pairs or min(learning_rates) <= 0 or min(weight_decays) < 0:
         raise ValueError(
             f"learning rates must be above 0 and weight decays 0 or more, got {tuple(learning_rates)} and "
             f"{tuple(weight_decays)}"
         )
-    classes = check_probe(train, train_labels, test, test_labels, ranks)
-    targets = torch.searchsorted(classes, train_labels)
-    ids = train_ids if train_ids is not None else torch.arange(len(train), device=train.device)
-    train, test = train.float(), test.float()
+    classes = check_probe(train, test, ranks)
+    targets, ids = torch.searchsorted(classes, train.labels), train.ids
+    features = train.features.float()
 
     validation: dict[Pair, float] = {}
-    lengths: dict[Pair, int] = dict.fromkeys(pairs, 0)
+    trained: dict[Pair, int] = dict.fromkeys(pairs, 0)  # epochs
     best = pairs[0]
     if len(pairs) > 1:
-        is_held_out = held_out(targets, ids, validation_fraction, seed, ranks)
-        fit, held, variances = _components(train[~is_held_out], train[is_held_out], ranks)
+        is_held_out = held_out(targets, ids, seed, ranks)
+        fit, held, variances = _components(features[~is_held_out], features[is_held_out], ranks)
         fit_targets, held_targets = targets[~is_held_out], targets[is_held_out]
         batches = _Batches(fit, fit_targets, ids[~is_held_out], batch_size, seed, ranks)
         heads = _Heads(pairs, variances, len(classes))
-        for share_of_epochs in (tune, choose):
+        for stage, share_of_epochs in enumerate(lengths):
             length = max(1, round(share_of_epochs * epochs))
             heads.train(batches, length)
             for pair, score in zip(heads.pairs, heads.accuracies(held, held_targets, ranks), strict=True):
-                validation[pair], lengths[pair] = score, lengths[pair] + length
-            if share_of_epochs == tune:
+                validation[pair], trained[pair] = score, trained[pair] + length
+            if stage == 0:
                 heads = heads.best_of_each_decay(heads.losses(fit, fit_targets, ranks))
         best = max(heads.pairs, key=lambda pair: (validation[pair], pair[1]))
 
-    fit, test, variances = _components(train, test, ranks)
+    fit, queries, variances = _components(features, test.features.float(), ranks)
     final = _Heads([best], variances, len(classes))
     final.train(_Batches(fit, targets, ids, batch_size, seed, ranks), epochs)
-    predictions = classes[final.logits(test)[:, 0].argmax(dim=1)]
-    accuracy = share(predictions == test_labels, ranks)
-    return HeadsResult(accuracy, *best, validation, lengths, predictions)
+    predictions = classes[final.logits(queries)[:, 0].argmax(dim=1)]
+    accuracy = share(predictions == test.labels, ranks)
+    return HeadsResult(accuracy, *best, validation, trained, predictions)
 
 
 def _components(fit: Tensor, other: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Both standardised and in the principal components of `fit` over all ranks, and its variances (dim,)."""
+    """Return both standardised and in the principal components of `fit` over all ranks, whose variances
+    (dim,) come last.
+    """
     fit, other = prepare(fit, other, True, ranks)
     double = fit.double()
     sums = ranks.sum(torch.cat([double.T @ double, double.new_full((1, fit.shape[1]), len(fit))]))
@@ -163,11 +164,11 @@ class _Batches:
 
     @property
     def steps(self) -> int:
-        """In an epoch."""
+        """Batches of an epoch."""
         return math.ceil(len(self._used) / self._batch_size)
 
     def epoch(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Features, targets and the global size of each batch."""
+        """Yield this rank's features and targets of each batch, and the batch's size over all ranks."""
         order = self._used[torch.randperm(len(self._used), generator=self._generator)]
         for chosen in order.split(self._batch_size):
             places = self._place[chosen]
@@ -175,6 +176,7 @@ class _Batches:
             yield self._features[mine], self._targets[mine], len(chosen)
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over ranks."""
         return self._ranks.sum(tensor)
 
 
@@ -196,7 +198,7 @@ class _Heads:
         self._step = self._lr / curvature.clamp(min=_LEAST)
 
     def best_of_each_decay(self, losses: list[float]) -> "_Heads":
-        """Of each decay the head of the smallest loss."""
+        """Return, for each decay, the head with the smallest loss."""
         by_decay: dict[float, int] = {}
         for index, (_, decay) in enumerate(self.pairs):
             if decay not in by_decay or losses[index] < losses[by_decay[decay]]:
@@ -206,12 +208,12 @@ class _Heads:
         return _Heads([self.pairs[i] for i in chosen], self._variances, weights.shape[2], weights)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(n, heads, classes)."""
+        """Return the logits (n, heads, classes) of features (n, dim)."""
         flat = self._weights.flatten(1)
         return torch.addmm(flat[-1], features, flat[:-1]).view(len(features), *self._weights.shape[1:])
 
     def train(self, batches: _Batches, epochs: int) -> None:
-        """SGD with Nesterov's momentum under a cosine from each head's rate to 0."""
+        """Train by SGD with Nesterov's momentum, under a cosine from each head's rate to 0."""
         velocity = torch.zeros_like(self._weights)
         total, step = epochs * batches.steps, 0
         for _ in range(epochs):
@@ -225,7 +227,7 @@ class _Heads:
                 step += 1
 
     def _gradient(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Of the sum of these samples' losses, without the decay."""
+        """Return the gradient of the sum of these samples' losses, without the decay."""
         gradient = torch.zeros_like(self._weights)
         flat = gradient.flatten(1)
         for part, classes in self._parts(features, targets):
@@ -240,7 +242,7 @@ class _Heads:
         return zip(features.split(size), targets.split(size), strict=True)
 
     def losses(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
-        """What each head's training minimises, over all ranks' samples; infinite where it diverged."""
+        """Return what each head's training minimises, over all ranks' samples; infinity where it diverged."""
         sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
         for part, classes in self._parts(features, targets):
             log_p = self.logits(part).log_softmax(dim=2)
@@ -252,7 +254,7 @@ class _Heads:
         return [loss if math.isfinite(loss) else math.inf for loss in found]
 
     def accuracies(self, features: Tensor, targets: Tensor, ranks: Ranks) -> list[float]:
-        """Of each head over all ranks' samples; 0 where it diverged."""
+        """Return the accuracy of each head over all ranks' samples; 0 where it diverged."""
         sums = features.new_zeros(len(self.pairs) + 1, dtype=torch.float64)
         for part, classes in self._parts(features, targets):
             logits = self.logits(part)

@@ -15,32 +15,43 @@ class Ranks(Protocol):
     """This process among those that share the samples; `parallel.World` is one."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of processes."""
+        ...
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; may be in place."""
+        """Return the sum over ranks; it may be in place."""
         ...
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
-        """(size, ...) -> (size, ...): row r goes to rank r, and row r of the answer is from rank r."""
+        """Send row r of (size, ...) to rank r, and return (size, ...) whose row r is from rank r."""
         ...
 
 
 class Alone:
-    """A process without others."""
+    """A process without others: what would go over the network comes straight back."""
 
     rank, size = 0, 1
 
     def sum(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as it is."""
         return tensor
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Return the tensor as it is."""
         return tensor
 
 
 def raise_together(complaint: str | None, ranks: Ranks, device: torch.device) -> None:
-    """No rank is left waiting for one that raised. Collective: every rank must call."""
+    """Raise ValueError on every rank where any has a complaint, so that none waits for one that raised.
+
+    Collective: every rank must call.
+    """
     complaints = torch.zeros(ranks.size, dtype=torch.int64, device=device)
     complaints[ranks.rank] = complaint is not None
     complaints = ranks.sum(complaints)
@@ -51,15 +62,16 @@ def raise_together(complaint: str | None, ranks: Ranks, device: torch.device) ->
 
 
 def largest(value: int, ranks: Ranks, device: torch.device) -> int:
-    """The largest of all ranks' values, 0 or more. Collective."""
+    """Return the largest of all ranks' values, which are 0 or more. Collective."""
     values = torch.zeros(ranks.size, dtype=torch.int64, device=device)
     values[ranks.rank] = value
     return int(ranks.sum(values).max())
 
 
 def gather_labels(labels: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
-    """The labels of all ranks' samples, at their ids; -1 where no rank has that id. 8 bytes a sample.
-    Collective.
+    """Return the labels of all ranks' samples at their ids, -1 where no rank has that id. Collective.
+
+    It takes 8 bytes for each sample of all ranks.
     """
     length = largest(int(ids.max()) + 1 if len(ids) else 0, ranks, ids.device)
     table = torch.zeros(length, dtype=torch.int64, device=ids.device)
@@ -68,7 +80,7 @@ def gather_labels(labels: Tensor, ids: Tensor, ranks: Ranks) -> Tensor:
 
 
 def share(hits: Tensor, ranks: Ranks) -> float:
-    """The share of true entries among those of all ranks. Collective."""
+    """Return the share of true entries among those of all ranks. Collective."""
     counts = ranks.sum(torch.stack([hits.sum(), hits.sum().new_full((), hits.numel())]))
     return float(counts[0].double() / counts[1])
 
@@ -84,9 +96,8 @@ def check_features(name: str, features: Tensor) -> None:
         )
     if not features.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {features.dtype}")
-    if features.sum(
-        dtype=torch.float32
-    ).isfinite():  # a fiftieth of the time, and no number is hidden in a sum
+    # a sum takes a fiftieth of the time, and NaN and infinity show in it
+    if features.sum(dtype=torch.float32).isfinite():
         return
     rows = (~torch.isfinite(features)).any(dim=1).nonzero().flatten()
     if len(rows):

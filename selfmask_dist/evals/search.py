@@ -53,7 +53,7 @@ class Plan:
         memory_mib: float = MEMORY_MIB,
         element_size: int = 4,
     ) -> Plan:
-        """The plan for `num_bank` samples in the bank and `num_queries` queries over all ranks.
+        """Return the plan for `num_bank` samples in the bank and `num_queries` queries over all ranks.
 
         Raises:
             ValueError: the memory is too small for one query of each rank.
@@ -106,7 +106,7 @@ class BankOptions(SearchOptions, total=False):
 
 
 def search(bank: Tensor, queries: Tensor, *, k: int, **options: Unpack[BankOptions]) -> tuple[Tensor, Tensor]:
-    """The k nearest neighbours of this rank's queries in the whole bank; see `search_rounds`.
+    """Return the k nearest neighbours of this rank's queries in the whole bank; see `search_rounds`.
 
     Returns:
         Similarities (m, k) float32, nearest first, and ids (m, k) int64.
@@ -126,9 +126,9 @@ def search_rounds(
     memory_mib: float = MEMORY_MIB,
     precision: Precision = "float32",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The k nearest neighbours of a block of this rank's queries at a time, in their order; on every rank
-    equally often, with blocks of no rows where a rank has fewer queries. Collective: every rank must call,
-    and go through to the end.
+    """Yield the k nearest neighbours of a block of this rank's queries at a time, in their order:
+    similarities (m, k) and ids (m, k). Every rank gets equally many blocks, without rows where it has fewer
+    queries. Collective: every rank must call, and go through to the end.
 
     Args:
         bank: (n, dim), this rank's part, of any float type; a row of zeros has similarity 0 to everything.
@@ -177,7 +177,7 @@ def search_rounds(
 
 
 def _complaint(bank: Tensor, bank_ids: Tensor, queries: Tensor, ranks: Ranks) -> str | None:
-    """What is wrong with this rank's part, if anything; a rank may have no bank or no queries."""
+    """Return what is wrong with this rank's part, if anything; a rank may have no bank or no queries."""
     try:
         for name, features in (("bank", bank), ("queries", queries)):
             if features.ndim != 2 or len(features) or ranks.size == 1:
@@ -202,7 +202,7 @@ def _round(
     ranks: Ranks,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
-    """The neighbours of one block of queries of this rank, while it helps with everybody's."""
+    """Return the neighbours of one block of this rank's queries, while it helps with every other rank's."""
     sent = mine.new_zeros(plan.queries, mine.shape[1])  # ranks that have no more queries send zeros
     sent[: len(mine)] = mine
     everyone = ranks.all_to_all(sent.expand(ranks.size, *sent.shape)).flatten(0, 1)
@@ -215,7 +215,7 @@ def _round(
 
 
 def _without(query_ids: Tensor, sims: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """One neighbour less of each query: itself, or the last one where it is not among them."""
+    """Return one neighbour less of each query: without itself, or the last one where it is not among them."""
     is_self = ids == query_ids[:, None]
     order = is_self.sort(dim=1, stable=True).indices[:, :-1]  # itself goes last
     return sims.gather(1, order), ids.gather(1, order)

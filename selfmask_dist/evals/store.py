@@ -30,25 +30,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from selfmask_dist.data import Source, Subset, Transform, eval_loader
+from selfmask_dist.data import Source, Subset, Transform, Workers, eval_loader
+from selfmask_dist.evals.embeddings import Embeddings
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class StoreError(ValueError):
     """A store that is not what is asked for, not complete, or damaged."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Samples of a store: features (n, dim) in the store's dtype, labels (n,), -1 = none, and ids (n,)."""
-
-    features: Tensor
-    labels: Tensor
-    ids: Tensor
-
-    def to(self, device: torch.device | str) -> Rows:
-        return Rows(self.features.to(device), self.labels.to(device), self.ids.to(device))
 
 
 @dataclass(frozen=True)
@@ -98,14 +87,14 @@ class EmbeddingStore:
 
     @staticmethod
     def describe(path: str | Path) -> EmbeddingStore | None:
-        """What a store says of itself, complete or not; None where there is none."""
+        """Return what a store says of itself, complete or not; None where there is none."""
         return _read_manifest(Path(path)) if (Path(path) / "manifest.json").exists() else None
 
     @staticmethod
     def open(
         path: str | Path, *, dim: int | None = None, provenance: Mapping[str, str] | None = None
     ) -> EmbeddingStore:
-        """A complete store for reading; chunks are verified as they are read.
+        """Open a complete store for reading; chunks are verified as they are read.
 
         Args:
             dim: what it must be, where given. provenance: the same, for the entries that are given.
@@ -129,17 +118,20 @@ class EmbeddingStore:
 
     @property
     def num_chunks(self) -> int:
+        """How many chunks the whole store has, made or not."""
         return math.ceil(self.num_samples / self.chunk_size)
 
     def chunk_range(self, chunk: int) -> range:
-        """The ids of a chunk's samples."""
+        """Return the ids of a chunk's samples."""
         assert 0 <= chunk < self.num_chunks, (chunk, self.num_chunks)
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, self.num_samples))
 
     def missing(
         self, rank: int = 0, world_size: int = 1, *, report: Callable[[str], None] = lambda _: None
     ) -> list[int]:
-        """Which of this rank's chunks are to be made; damaged ones are reported. Reads the others whole."""
+        """Return which of this rank's chunks are to be made; damaged ones are reported. It reads the others
+        whole.
+        """
         chunks = []
         for chunk in range(rank, self.num_chunks, world_size):
             if not self._chunk_path(chunk).exists():
@@ -177,8 +169,8 @@ class EmbeddingStore:
         # always the same name: what a killed run left behind is written over by whoever makes the chunk
         _write(self._chunk_path(chunk), save(tensors), partial=f".{chunk:05d}.partial")
 
-    def read_chunk(self, chunk: int) -> Rows:
-        """A chunk's samples, verified.
+    def read_chunk(self, chunk: int) -> Embeddings:
+        """Return a chunk's samples, verified.
 
         Raises:
             StoreError: naming the file, where it is missing or damaged.
@@ -193,25 +185,25 @@ class EmbeddingStore:
             is_good = False
         if not is_good:
             raise StoreError(f"chunk {path} is damaged or of another store (its checksum does not match)")
-        return Rows(tensors["features"], tensors["labels"], tensors["ids"])
+        return Embeddings(tensors["features"], tensors["labels"], tensors["ids"])
 
-    def chunks(self, rank: int = 0, world_size: int = 1) -> Iterator[Rows]:
-        """This rank's samples as in `read_slice`, a chunk or less at a time."""
+    def chunks(self, rank: int = 0, world_size: int = 1) -> Iterator[Embeddings]:
+        """Yield this rank's samples as in `read_slice`, a chunk or less at a time."""
         start, stop = (self.num_samples * place // world_size for place in (rank, rank + 1))
         for chunk in range(start // self.chunk_size, math.ceil(stop / self.chunk_size)):
             first = self.chunk_range(chunk).start
             part = slice(max(0, start - first), stop - first)
             rows = self.read_chunk(chunk)
-            yield Rows(rows.features[part], rows.labels[part], rows.ids[part])
+            yield Embeddings(rows.features[part], rows.labels[part], rows.ids[part])
 
-    def read_slice(self, rank: int = 0, world_size: int = 1) -> Rows:
-        """This rank's samples: the same number on every rank but for one, neighbours together."""
+    def read_slice(self, rank: int = 0, world_size: int = 1) -> Embeddings:
+        """Return this rank's samples: the same number on every rank but for one, neighbours together."""
         parts = list(self.chunks(rank, world_size))
         if not parts:
             dtype = DTYPES[self.dtype]
             none = torch.empty(0, dtype=torch.int64)
-            return Rows(torch.empty(0, self.dim, dtype=dtype), none, none)
-        return Rows(
+            return Embeddings(torch.empty(0, self.dim, dtype=dtype), none, none)
+        return Embeddings(
             torch.cat([part.features for part in parts]),
             torch.cat([part.labels for part in parts]),
             torch.cat([part.ids for part in parts]),
@@ -302,7 +294,7 @@ def embed_to_store(
     # a rank with less to do first encodes some samples again, for encoders that are collective (fsdp)
     again = np.arange(padding * batch_size, dtype=np.int64) % len(source)
     ids = np.concatenate([again, *(np.array(store.chunk_range(chunk)) for chunk in missing)])
-    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, num_workers=num_workers)
+    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, workers=Workers(num_workers))
     chunks, chunk = iter(missing), -1
     parts: list[tuple[Tensor, Tensor]] = []
     try:

@@ -14,14 +14,14 @@ Knows nothing of files, process groups or kinds of optimizers.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Self, SupportsIndex, Unpack
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfmask_dist.common.tensor_names import plain_names, renamed
-from selfmask_dist.masking import checks, first_scores, marks
+from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.guard import Guard
@@ -66,23 +66,32 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         cls,
         model: nn.Module,
         *,
+        include: str | Sequence[str] = "auto",
+        exclude: str | Sequence[str] = (),
+        first_layers: int | None = None,
+        allow_norm: bool = False,
         family: str | Family = "threshold",
+        threshold: float | None = None,
+        scale: core.Scale | None = None,
         init: float | str | Mapping[str, Tensor] = 1.0,
         split_qkv: bool = False,
         other: Mapping[str, Tensor] | None = None,
         freeze: bool = True,
         shards: Shards | None = None,
         auto: bool = True,
-        **selected: Unpack[Selection],
-    ) -> Self:
+    ) -> Self:  # the public door of the package: each choice is a keyword of its own, for completion and help
         """Put a learned mask on chosen parameters of `model`, in place (Warmerdam et al. 2024, section 3).
 
         Move the model to its device first; wrap it in `DistributedDataParallel` or `torch.compile` after.
         After `fully_shard`, masks are attached with an engine's `shards`.
 
         Args:
-            family: how masks follow from scores, see `families`; `build_family` makes one with other options
-                than the default ones (a threshold, a scale).
+            include, exclude, first_layers, allow_norm: which parameters, see `selection.select`.
+            family: how masks follow from scores: a name of `families`, or a `Family` with options of its own
+                (`build_family`).
+            threshold: mu, of a family given by name (0).
+            scale: of a family given by name: gradient `through` the scale a (the authors' and the default), a
+                `detached` from the graph, or `none` (Piggyback: a = 1).
             init: the scores' first value, one of `first_scores.NAMES`, or scores by parameter name (an expert
                 starts from its dispatcher's).
             split_qkv: a scale each for q, k and v of a fused projection, as where they are three tensors (the
@@ -94,16 +103,26 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             shards: how this process's tensors relate to whole parameters; None: each is whole. Where they are
                 not, attaching, stepping and reading are collectives.
             auto: False leaves it to the caller to call `pull_back` after the last backward of a step.
-            selected: `include` ("auto"), `exclude`, `first_layers` and `allow_norm`: which parameters, see
-                `selection.select`.
 
         Raises:
             ValueError: nothing matches, a normalisation layer would be masked, scores would all start pruned,
-                names or shapes of given scores differ, or the model is masked already.
+                names or shapes of given scores differ, the model is masked already, or `threshold` or `scale`
+                is given beside a `Family`, which brings its own.
         """
-        family = build_family(family) if isinstance(family, str) else family
+        given = {"threshold": threshold, "scale": scale}
+        options = {name: value for name, value in given.items() if value is not None}
+        if isinstance(family, str):
+            family = build_family(family, **options)
+        elif options:
+            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
+        selected: Selection = {
+            "include": include,
+            "exclude": exclude,
+            "first_layers": first_layers,
+            "allow_norm": allow_norm,
+        }
         names = checks.choose(model, family=family, init=init, **selected)
-        checks.warn_where_partly_masked(model, selected.get("include", "auto"))
+        checks.warn_where_partly_masked(model, include)
         plain = plain_names(names)
         fingerprint = init.get(FINGERPRINT) if isinstance(init, Mapping) else None
         init = checks.own_init(init, names) if isinstance(init, Mapping) else init
@@ -123,9 +142,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for entry in entries:
             entry.theta.requires_grad_(is_trained)
         if freeze:
-            others = {id(mark.entry.theta) for mark in marks.attached(model).values()}  # of earlier masks
-            for parameter in parameters.values():
-                parameter.requires_grad_(parameter.requires_grad and id(parameter) in others)
+            marks.freeze_unmasked(model, parameters.values())
         masks = cls(model, entries, family=family, shards=shards, auto=auto)
         if isinstance(init, Mapping) and fingerprint is not None:
             try:
@@ -144,26 +161,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if self.family.trains_scores and not any(id(entry.scores) in held for entry in self.entries):
-            raise ValueError(
-                "the optimizer holds none of these masks' scores; build it over masks.parameters()"
-            )
-        if thetas := [entry.name for entry in self.entries if id(entry.theta) in held]:
-            raise ValueError(
-                f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step "
-                f"would overwrite; "
-                f"give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
-            )
-        scores = {id(entry.scores) for entry in self.entries}
-        for group in optimizer.param_groups:
-            if self.family.starts_from_weight:
-                break  # a latent weight may decay
-            if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
-                raise ValueError(
-                    f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
-                    f"give them a parameter group with weight_decay=0"
-                )
+        checks.check_optimizer(optimizer, self.entries, self.family)
         if self._guard is not None:
             if self._guard.is_bound(optimizer):
                 return

@@ -40,33 +40,33 @@ class Classifier(nn.Module):
 
 
 def open_classifier(config: Config, classes: tuple[str, ...]) -> Classifier:
-    """The configuration's backbone with a new head for `classes`, in eval mode, on the CPU."""
+    """Return the configuration's backbone with a new head for `classes`, in eval mode, on the CPU."""
     backbone = build_backbone(config)
     objective = build_objective(config, backbone, classes, Context(), steps_per_epoch=1)
     return Classifier(backbone, objective).eval()
 
 
 def whole_state(run: Path) -> Tensors:
-    """Encoder and head of a finished finetune run, by their names in `Classifier`."""
+    """Return encoder and head of a finished finetune run, by their names in `Classifier`."""
     outcome = read_outcome(run)
     assert outcome.weights is not None
     return name_parts(load_file(outcome.weights), outcome.head_state())
 
 
 def name_parts(encoder: Tensors, head: Tensors) -> Tensors:
-    """Tensors of both by their names in `Classifier`."""
+    """Return the tensors of both by their names in `Classifier`."""
     return {f"encoder.{name}": tensor for name, tensor in encoder.items()} | {
         f"objective.{name}": tensor for name, tensor in head.items()
     }
 
 
 def part_of(state: Tensors, name: str) -> Tensors:
-    """The tensors of `encoder` or `objective`, by their names in it."""
+    """Return the tensors of `encoder` or `objective`, by their names in it."""
     return {key.removeprefix(f"{name}."): t for key, t in state.items() if key.startswith(f"{name}.")}
 
 
 def adapted_encoder(config: Config, run: Path) -> Tensors:
-    """The whole state of the encoder that a finished run of method=mask or finetune ended with."""
+    """Return the whole state of the encoder that a finished run of method=mask or finetune ended with."""
     encoder = build_backbone(config).encoder
     read_outcome(run).put_on(encoder)
     return dict(encoder.state_dict())
@@ -75,15 +75,14 @@ def adapted_encoder(config: Config, run: Path) -> Tensors:
 def batches(
     config: Config, network: Classifier, source: data.Source, context: RunContext
 ) -> Iterator[data.Batch]:
-    """This rank's part of a source, as the encoder sees images in evaluations."""
+    """Yield this rank's part of a source, as the encoder sees images in evaluations."""
     loader = data.eval_loader(
         source,
         data.eval_transform(network.preprocessing),
         batch_size=config.eval.batch_size,
         rank=context.world.rank,
         world_size=context.world.size,
-        num_workers=config.engine.workers,
-        worker_kind=config.engine.worker_kind,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
     )
     for batch in loader:
         yield batch
@@ -91,20 +90,22 @@ def batches(
 
 
 def embeddings(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
+    """Return this rank's embeddings of a source, with labels and ids."""
     return embed(network.encoder, batches(config, network, source, context), world=context.world)
 
 
 def logits(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
+    """Return this rank's class logits of a source, with labels and ids."""
     return embed(network, batches(config, network, source, context), world=context.world)
 
 
 def accuracy(found: Embeddings, context: RunContext) -> float:
-    """The share of logits that are largest at the label."""
+    """Return the share of logits that are largest at the label."""
     return share(found.features.argmax(dim=1) == found.labels, context.world)
 
 
 def mean_loss(found: Embeddings, context: RunContext) -> float:
-    """Mean cross-entropy of logits, in nats."""
+    """Return the mean cross-entropy of logits, in nats."""
     total = F.cross_entropy(found.features.double(), found.labels, reduction="sum")
     sums = torch.stack([total, total.new_tensor(len(found.labels))])
     loss, count = context.world.sum(sums).tolist()
@@ -114,7 +115,7 @@ def mean_loss(found: Embeddings, context: RunContext) -> float:
 def measure_all(
     config: Config, network: Classifier, bank: data.Source, queries: data.Source, context: RunContext
 ) -> dict[str, float]:
-    """k-NN and probe by the `bank`, and the network's own head, on the `queries`."""
+    """Return k-NN and probe by the `bank`, and the network's own head, on the `queries`."""
     return measure_encoder(config, network, embeddings(config, network, bank, context), queries, context) | {
         "head": accuracy(logits(config, network, queries, context), context)
     }
@@ -123,7 +124,7 @@ def measure_all(
 def measure_encoder(
     config: Config, network: Classifier, bank: Embeddings, queries: data.Source, context: RunContext
 ) -> dict[str, float]:
-    """k-NN and, where `eval.probe` asks for it, the probe by embeddings of a bank."""
+    """Return k-NN and, where `eval.probe` asks for it, the probe by embeddings of a bank."""
     found, section = embeddings(config, network, queries, context), config.eval
     values = measure_knn(
         bank,
@@ -141,10 +142,8 @@ def measure_encoder(
 def load_images(
     network: Classifier, source: data.Source, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels of a whole source in batches, the same on every rank. No collective."""
-    loader = data.eval_loader(
-        source, data.eval_transform(network.preprocessing), batch_size=batch_size, num_workers=0
-    )
+    """Yield images and labels of a whole source in batches, the same on every rank. No collective."""
+    loader = data.eval_loader(source, data.eval_transform(network.preprocessing), batch_size=batch_size)
     for batch in loader:
         rows = batch.weights > 0
         yield batch.views[0][rows].to(device), batch.labels[rows].to(device)

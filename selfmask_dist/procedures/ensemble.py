@@ -21,6 +21,7 @@ from selfmask_dist.common.names import HEAD
 from selfmask_dist.config import Config
 from selfmask_dist.evals import (
     Alone,
+    Embeddings,
     ProbeResult,
     Ranks,
     global_knn,
@@ -87,7 +88,8 @@ def measure_ensemble(
     mean_test = mean_embedding([member.test for member in members])
     num_classes = members[0].logits.shape[1]
     found = global_knn(
-        *(mean_train, train.labels, train.ids, mean_test, test.labels),
+        Embeddings(mean_train, train.labels, train.ids),
+        Embeddings(mean_test, test.labels, test.ids),
         num_classes=num_classes,
         ks=ks,
         temperatures=(temperature,),
@@ -101,9 +103,11 @@ def measure_ensemble(
     if probe:
 
         def fit(features: Tensor, queries: Tensor) -> ProbeResult:
-            return linear_probe(
-                *(features, train.labels, queries, test.labels), seed=seed, ranks=ranks, train_ids=train.ids
+            parts = (
+                Embeddings(features, train.labels, train.ids),
+                Embeddings(queries, test.labels, test.ids),
             )
+            return linear_probe(*parts, seed=seed, ranks=ranks)
 
         probes = [fit(member.train, member.test) for member in members]
         values["probe"] = fit(mean_train, mean_test).accuracy

@@ -31,8 +31,8 @@ class ScoredMask:
     file: MaskFile
 
 
-def read_trained(run: Path) -> ScoredMask:
-    """The mask and the scores of a finished run's folder.
+def read_scored_mask(run: Path) -> ScoredMask:
+    """Return the mask and the scores of a finished run's folder.
 
     Raises:
         FileNotFoundError: it has no final.mask.
@@ -64,7 +64,7 @@ def read_trained(run: Path) -> ScoredMask:
 
 
 def interpolate(first: ScoredMask, second: ScoredMask, at: float) -> Mask:
-    """The mask at `at` of the way from the first to the second; running statistics are interpolated alike.
+    """Return the mask at `at` of the way from the first to the second, with running statistics in between.
 
     Raises:
         MaskFileError: the masks are of different weights or scales.

@@ -93,6 +93,7 @@ class Supermasks:
 
     @property
     def names(self) -> list[str]:
+        """The tasks, in the order in which they came."""
         return list(self._tasks)
 
     def add(self, task: str, mask: Mask, *, own: Mapping[str, Tensor] | None = None) -> None:
@@ -125,13 +126,13 @@ class Supermasks:
         self._known.clear()
 
     def stored_bytes(self, task: str) -> int:
-        """What the task takes in memory: a bit for each masked weight, and what it has for itself."""
+        """Return what the task takes in memory: a bit for each masked weight, and what it has for itself."""
         packed = self._find(task)
         own = sum(tensor.numel() * tensor.element_size() for tensor in packed.own.values())
         return sum(len(bits) for bits in packed.bits.values()) + own
 
     def theta(self, task: str) -> dict[str, Tensor]:
-        """The weights under a task's mask and what it has for itself, by name."""
+        """Return the weights under a task's mask and what it has for itself, by name."""
         return {**self._masked(task), **self._find(task).own}
 
     @torch.no_grad()
@@ -145,14 +146,14 @@ class Supermasks:
         return theta
 
     def logits(self, task: str, images: Tensor) -> Tensor:
-        """Class logits (n, classes) of images under one task's mask."""
+        """Return class logits (n, classes) of images under one task's mask."""
         with torch.no_grad():
             output: Tensor = functional_call(self._model, self.theta(task), (images,))
         return output
 
     @torch.no_grad()
     def superpose(self, alphas: Mapping[str, float]) -> dict[str, Tensor]:
-        """theta(alpha), by name; tasks that are not named have alpha = 0. One theta at a time in memory."""
+        """Return theta(alpha), by name; other tasks have alpha = 0. One theta at a time is in memory."""
         total: dict[str, Tensor] = {}
         for task, alpha in alphas.items():
             for name, tensor in self.theta(task).items():
@@ -160,9 +161,9 @@ class Supermasks:
         return total
 
     def entropy_gradient(self, images: Tensor, alphas: Mapping[str, float]) -> dict[str, float]:
-        """dH/dalpha_t for each task named in `alphas`, H being the mean over the images (n, ...).
+        """Return dH/dalpha_t for each task named in `alphas`, H being the mean over the images (n, ...).
 
-        Of the masks alone: what tasks have for themselves is part of theta(alpha), and of no direction.
+        It is of the masks alone: what tasks have for themselves is part of theta(alpha), and of no direction.
         """
         if self._mixed is None or self._mixed[0] != dict(alphas):
             self._mixed = dict(alphas), self.superpose(alphas)
@@ -179,11 +180,11 @@ class Supermasks:
 
     @torch.no_grad()
     def mean_entropy(self, images: Tensor, task: str) -> float:
-        """H under one task's mask, the mean over the images."""
+        """Return H under one task's mask, the mean over the images."""
         return float(entropy(self.logits(task, images)).mean())
 
     def infer(self, images: Tensor, *, method: Method = "one-shot") -> Inference:
-        """The task that images (n, ...) are of, all of one task.
+        """Return the task that images (n, ...) are of, all of one task.
 
         Raises:
             ValueError: no tasks, or an unknown method.
@@ -204,7 +205,7 @@ class Supermasks:
         return Inference(left[0], scores, steps)
 
     def _scores(self, images: Tensor, tasks: Sequence[str]) -> dict[str, float]:
-        """-dH/dalpha at alpha uniform over `tasks`, less the reference's."""
+        """Return -dH/dalpha at alpha uniform over `tasks`, less the reference's."""
         alphas = dict.fromkeys(tasks, 1 / len(tasks))
         key = tuple(tasks)
         if key not in self._known:
@@ -225,12 +226,12 @@ class Supermasks:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H of softmax(logits), in nats: (n, classes) -> (n,)."""
+    """Return H of softmax(logits), in nats: (n, classes) -> (n,)."""
     return -(logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
 def _ordered(scores: Mapping[str, float]) -> list[str]:
-    """Tasks from the highest score on; of equal ones the earlier task comes first."""
+    """Return tasks from the highest score on; of equal ones the earlier task comes first."""
     return sorted(scores, key=lambda task: -scores[task])
 
 
@@ -280,7 +281,7 @@ def run_supsup(chain: Chain) -> dict[str, Any]:
 
 
 def _bundle(config: Config, folder: Path, tasks: Sequence[Task], path: Path) -> None:
-    """One mask file of all tasks; later masks as flips of the first one's bits where that is smaller."""
+    """Write one mask file of all tasks; later masks are flips of the first one's bits if that is smaller."""
     spec = build_backbone(config).spec
     masks = {task.name: _mask(folder, task) for task in tasks}
     first = tasks[0].name
@@ -300,7 +301,7 @@ def _mask(folder: Path, task: Task) -> Mask:
 def _infer(
     config: Config, tasks: Sequence[Task], size: int, folder: Path, context: RunContext
 ) -> dict[str, dict[str, float]]:
-    """By method: how often the task of `size` images is inferred, and the accuracy with what was inferred."""
+    """Return by method how often the task of `size` images is inferred, and the accuracy with that task."""
     train, test = open_data(config)
     width = len(tasks[0].classes)
     network = open_classifier(config, train.classes[:width]).to(context.world.device)
@@ -335,7 +336,7 @@ def _images_of(source: data.Source, task: Task) -> data.Source:
 
 
 def _shared_head(path: Path, task: Task, width: int) -> Tensors:
-    """The rows of a task's head for its own classes, by their place in the task.
+    """Return the rows of a task's head for its own classes, by their place in the task.
 
     A task with fewer classes than the others is given rows of classes that it never met, and learned to
     leave out.
@@ -354,13 +355,13 @@ def _shared_head(path: Path, task: Task, width: int) -> Tensors:
 def _groups(
     test: data.Source, tasks: Sequence[Task], size: int, seed: int, context: RunContext
 ) -> Iterator[tuple[int, data.Source] | None]:
-    """(task, `size` of its images, by chance) for this rank; None where the other ranks have one more."""
+    """Yield (task, `size` of its images, by chance) for this rank; None where other ranks have one more."""
     found: list[tuple[int, data.Source]] = []
     for index, task in enumerate(tasks):
-        places = np.flatnonzero(np.isin(test.labels, task.classes))
-        order = torch.randperm(len(places), generator=named_generator(seed, f"groups of {task.name}"))
-        places = places[order.numpy()]
-        found += [(index, data.Subset(test, places[i : i + size])) for i in range(0, len(places), size)]
+        samples = np.flatnonzero(np.isin(test.labels, task.classes))
+        order = torch.randperm(len(samples), generator=named_generator(seed, f"groups of {task.name}"))
+        samples = samples[order.numpy()]
+        found += [(index, data.Subset(test, samples[i : i + size])) for i in range(0, len(samples), size)]
     rank, ranks = context.world.rank, context.world.size
     rounds = -(-len(found) // ranks)
     for _, group in zip_longest(range(rounds), found[rank::ranks]):
@@ -372,9 +373,9 @@ def _count(
 ) -> Tensor:
     device = next(network.parameters()).device
     images, labels = next(load_images(network, source, len(source), device))
-    places = torch.searchsorted(torch.from_numpy(tasks[truth].classes).to(device), labels)
+    within = torch.searchsorted(torch.from_numpy(tasks[truth].classes).to(device), labels)
     known = store.logits(tasks[truth].name, images).argmax(dim=1)
-    counts = [len(labels), 1, int((known == places).sum())]
+    counts = [len(labels), 1, int((known == within).sum())]
     for method in METHODS:
         is_right = store.infer(images, method=method).task == tasks[truth].name
         # under another task's mask an image gets one of that task's classes

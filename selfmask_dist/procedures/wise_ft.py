@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from selfmask_dist import data
 from selfmask_dist.backbones.weights import interpolate, write
 from selfmask_dist.common.names import HEAD
+from selfmask_dist.common.plots import pyplot
 from selfmask_dist.config import Config
 from selfmask_dist.evals import Alone
 from selfmask_dist.evals.probe import held_out
@@ -60,7 +61,7 @@ def measure_curve(
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> list[Point]:
-    """`measure_fn(model)` all along the line. The model's own state is put back at the end.
+    """Return `measure_fn(model)` all along the line. The model's own state is put back at the end.
 
     Args:
         first, second: tensors of `model` by name: all of its state, or the part that differs.
@@ -80,7 +81,7 @@ def measure_curve(
 
 
 def best_point(points: Sequence[Point], key: str) -> Point:
-    """The point with the largest value of `key`; of equal ones the one nearest to alpha = 0."""
+    """Return the point with the largest value of `key`; of equal ones the one nearest to alpha = 0."""
     if not points or any(key not in point.values for point in points):
         raise ValueError(f"not every point of the curve has a value {key!r}")
     return max(points, key=lambda point: (point.values[key], -point.alpha))
@@ -96,8 +97,10 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     config, section = chain.config, chain.config.procedure
     train, _ = open_data(config)
     labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
-    is_held_out = held_out(labels, None, section.held_out, config.seed, Alone()).numpy()
-    fit = chain.places("fit.npy", ~is_held_out, within=config.data.subset)
+    is_held_out = held_out(
+        labels, torch.arange(len(labels)), config.seed, Alone(), share=section.held_out
+    ).numpy()
+    fit = chain.write_subset("fit.npy", ~is_held_out, within=config.data.subset)
     run = chain.train(
         _STAGE, method=section.adapt, data={"subset": fit}, eval={"frozen_baseline": False, "final": False}
     )
@@ -113,7 +116,7 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
     points = [Point(point["alpha"], point["held_out"]) for point in curve]
     alpha = best_point(points, key).alpha
     path = chain.once("chosen.safetensors", interpolate, first, second, alpha)
-    chain.file("curve.png", lambda file: draw_curve(curve, key, alpha, file))
+    chain.picture("curve.png", lambda file: draw_curve(curve, key, alpha, file))
     return {
         "alpha": alpha,
         "chosen_by": key,
@@ -126,8 +129,10 @@ def run_wise_ft(chain: Chain) -> dict[str, Any]:
 
 
 def choose_by(config: Config, *, num_neighbours: int) -> str:
-    """The measure that alpha is chosen by. A linear head is trained for one end of the line alone, so that it
-    is neighbours that are asked; CLIP's text head is of both.
+    """Return the measure that alpha is chosen by.
+
+    A linear head is trained for one end of the line alone, so neighbours are asked; CLIP's text head fits
+    both ends.
     """
     return (
         "head" if config.objective.head == "clip_text" else f"knn{min(config.eval.knn_k[0], num_neighbours)}"
@@ -153,11 +158,7 @@ def _measure(
 
 def draw_curve(curve: list[dict[str, Any]], key: str, chosen: float, path: Path) -> None:
     """Write the picture: every measure along the line, of held-out images dashed, of test images whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     alphas = [point["alpha"] for point in curve]
     for number, name in enumerate(curve[0]["test"]):

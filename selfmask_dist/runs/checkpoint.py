@@ -63,7 +63,7 @@ class Retention:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, step: int) -> Path:
-    """Write and commit; returns the new directory.
+    """Write and commit a checkpoint; return the new directory.
 
     Raises:
         OSError: the disk is full, or not writable; nothing is committed. One that is seen to be too full is
@@ -123,7 +123,7 @@ def _write_files(partial: Path, checkpoint: Checkpoint, step: int) -> None:
 
 
 def _fresh_path(folder: Path, step: int) -> Path:
-    """A name that no directory has; a step is saved again where an earlier save of it was not committed."""
+    """Return a name that no directory has: a step is saved again if its earlier save was not committed."""
     path, number = folder / f"step-{step:09d}", 0
     while path.exists():
         number += 1
@@ -132,7 +132,7 @@ def _fresh_path(folder: Path, step: int) -> Path:
 
 
 def prune(folder: Path, retention: Retention) -> list[Path]:
-    """Delete what `retention` does not keep, and what killed saves left; returns what was deleted."""
+    """Delete what `retention` does not keep, and what killed saves left; return what was deleted."""
     paths = committed(folder)
     kept = set(paths[: max(retention.last, 1)])
     if retention.every:
@@ -164,7 +164,7 @@ def _metric(path: Path, name: str) -> float | None:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first. Looks at names only."""
+    """Return the committed checkpoints, newest first. Looks at names only."""
     paths = _all(folder)
     try:
         newest = folder / (folder / _POINTER).read_text().strip()
@@ -178,7 +178,7 @@ def committed(folder: Path) -> list[Path]:
 def load_newest(
     folder: Path, *, report: Callable[[str], None] = print, set_aside: bool = True
 ) -> tuple[Checkpoint, Path] | None:
-    """The newest valid checkpoint; None where there is none. Invalid ones are renamed and reported."""
+    """Return the newest valid checkpoint, None where there is none. Invalid ones are renamed and reported."""
     for path in committed(folder):
         try:
             return read_checkpoint(path), path
@@ -190,7 +190,7 @@ def load_newest(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify and read a checkpoint. Raises CheckpointError naming the file that is damaged."""
+    """Verify a checkpoint and return it. Raises CheckpointError naming the file that is damaged."""
     if problems := verify(path):
         raise CheckpointError("; ".join(problems))
     try:
@@ -210,7 +210,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint, file by file; empty where every byte is as it was written."""
+    """Return what is wrong with a checkpoint, file by file; empty where every byte is as it was written."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         digest = manifest.pop("sha256")
@@ -235,6 +235,7 @@ def verify(path: Path) -> list[str]:
 
 
 def step_of(path: Path) -> int:
+    """Return the step in the name of a checkpoint's directory. Raises CheckpointError for another name."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not the name of a checkpoint")
@@ -242,7 +243,7 @@ def step_of(path: Path) -> int:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Directories under a final name, newest first."""
+    """Return the directories under a final name, newest first."""
     found = [(match, path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     found.sort(key=lambda pair: (int(pair[0].group(1)), int(pair[0].group(2) or 0)), reverse=True)
     return [path for _, path in found if path.is_dir()]
@@ -284,6 +285,7 @@ class Saver:
 
     @property
     def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, checkpoint: Checkpoint, *, step: int) -> None:

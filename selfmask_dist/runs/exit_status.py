@@ -13,7 +13,7 @@ LOST = 77  # another process, or a data loading worker, is gone: start me again 
 
 
 def is_restartable(status: int) -> bool:
-    """Whether a process that ended so is worth starting again: it asked for it, or a signal killed it.
+    """Return whether a process that ended so is worth starting again: it asked for it, or a signal killed it.
 
     `status`: as `subprocess` gives it, negative for a signal; 128 + n, a shell's spelling of the same,
     counts too.

@@ -100,28 +100,31 @@ class MetricsWriter:
             tqdm.write(text, file=sys.stderr)
 
     def start_progress(self, total_steps: int, first_step: int = 0) -> None:
+        """Show a progress bar where standard error is a terminal."""
         if self._progress and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def advance(self, steps: int = 1) -> None:
+        """Move the bar on."""
         if self._bar is not None:
             self._bar.update(steps)
 
     def status(self, text: str) -> None:
-        """The newest numbers: beside the bar, or as a line of their own where there is no terminal."""
+        """Show the newest numbers: beside the bar, or as a line of their own where there is no terminal."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif self._progress:
             print(text, file=sys.stderr, flush=True)
 
     def end_progress(self) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _wandb_id(directory: Path) -> str:
-    """The id of the run's folder in wandb: made at its first start, kept there for the next ones."""
+    """Return the id of the run's folder in wandb: made at its first start, kept there for the next ones."""
     path = directory / "wandb" / "id"
     known = path.read_text().strip() if path.exists() else ""
     if known:
@@ -158,7 +161,7 @@ class _Lines:
             print(f"WARNING: {self._path}: {error.strerror}; its lines wait for space", file=sys.stderr)
 
     def close(self) -> None:
-        """What the disk does not take now is lost; a restarted run writes it again."""
+        """Close the file. What the disk does not take now is lost; a restarted run writes it again."""
         with self._lock:
             self._flush()
             self._stream.close()

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from selfmask_dist.runs.exit_status import REQUEUE
 
-_LOOK_SECONDS = 1.0  # between two looks at the watched file
+_CHECK_SECONDS = 1.0  # between two checks of the watched file
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 
 
@@ -45,7 +45,7 @@ class StopRequest:
     ) -> None:
         self.reason = ""
         self._watched: Path | None = None
-        self._looked = 0.0
+        self._checked = 0.0
         self._force_after = force_after
         self._stacks = stacks
         self._exit_process = exit_process
@@ -55,8 +55,12 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this rank was asked. The others may not know: agree before acting on it."""
-        if not self.reason and self._watched is not None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            self._looked = time.monotonic()
+        if (
+            not self.reason
+            and self._watched is not None
+            and time.monotonic() - self._checked > _CHECK_SECONDS
+        ):
+            self._checked = time.monotonic()
             if self._watched.exists():
                 self.reason = "the stop of another group of processes"
                 self._start_timer()

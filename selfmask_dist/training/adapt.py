@@ -42,7 +42,7 @@ def adapt(
     found: Checkpoint | None,
     measure_frozen: Callable[[], None],
 ) -> dict[str, Any]:
-    """Train, measure and save; returns what `result.json` is to hold of it. Collective: every rank must call.
+    """Train, measure and save; return what `result.json` is to hold of it. Collective: every rank must call.
 
     Args:
         found: the checkpoint to go on from.
@@ -94,7 +94,7 @@ def adapt(
 
 
 def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
-    """How many steps to make, and the learning rates' course, which `train.max_steps` does not shorten."""
+    """Return how many steps to make, and the learning rates' course, which `train.max_steps` does not cut."""
     steps = max(round(config.train.epochs * per_epoch), 1)
     optim = config.optim
     schedule = Schedule(
@@ -107,7 +107,7 @@ def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
 
 
 def _identity(config: Config, backbone: Backbone, per_epoch: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that saved."""
+    """Return what a resumed run must have in common with the one that saved."""
     identity = {
         "backbone": backbone.spec.fingerprint,
         "method": config.method,
@@ -130,18 +130,17 @@ def _open_quarantine(config: Config, context: RunContext, train: data.Source) ->
 def _open_loader(
     config: Config, context: RunContext, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
 ) -> data.BatchLoader:
-    return data.train_loader(
+    loader = data.train_loader(
         train,
         train_transform(config, backbone.spec.preprocessing),
         global_batch_size=config.train.global_batch_size,
         seed=config.seed,
         rank=context.world.rank,
         world_size=context.world.size,
-        num_workers=config.engine.workers,
-        worker_kind=config.engine.worker_kind,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
-        captions=config.objective.name in WITH_CAPTIONS,
     )
+    return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
 
 def _build(
@@ -203,7 +202,7 @@ def _resume(
     meter: Meter,
     context: RunContext,
 ) -> Position:
-    """Restore the checkpoint that was found; the start where there is none."""
+    """Restore the checkpoint that was found and return where it stands; the start where there is none."""
     if found is None:
         return Position()
     state.check(found)
@@ -219,7 +218,7 @@ def _resume(
 
 
 def build_checkpoint_schedule(config: Config, state: RunState, context: RunContext) -> CheckpointSchedule:
-    """Saves into the run's folder, on the main rank."""
+    """Return the schedule that saves into the run's folder, on the main rank."""
     section = config.checkpoint
     saver = None
     if context.world.is_main:
@@ -244,4 +243,5 @@ def build_checkpoint_schedule(config: Config, state: RunState, context: RunConte
 
 
 def format_numbers(values: dict[str, float]) -> str:
+    """Return measures by name as one line for the user."""
     return "  ".join(f"{name} {value:.4f}" for name, value in values.items())

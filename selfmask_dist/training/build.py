@@ -20,7 +20,7 @@ from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
-    """The train and test sources, with one list of classes."""
+    """Return the train and test sources, with one list of classes."""
     paths = {"data.train": config.data.train, "data.test": config.data.test}
     missing = [key for key, path in paths.items() if path is None]
     if missing:
@@ -39,23 +39,24 @@ def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
 
 def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]:
     try:
-        places = np.load(path, allow_pickle=False)
+        numbers = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} {path} cannot be read as a .npy file: {error}") from error
-    if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer) or not len(places):
+    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not len(numbers):
         raise ValueError(
-            f"{key} {path} holds {places.dtype} {places.shape}; it needs a list of sample numbers"
+            f"{key} {path} holds {numbers.dtype} {numbers.shape}; it needs a list of sample numbers"
         )
-    if places.min() < 0 or places.max() >= num_samples:
+    if numbers.min() < 0 or numbers.max() >= num_samples:
         whole = "data.test" if key == "data.test_subset" else "data.train"
         raise ValueError(
-            f"{key} {path} names samples {places.min()} to {places.max()}; {whole} has 0 to {num_samples - 1}"
+            f"{key} {path} names samples {numbers.min()} to {numbers.max()}; "
+            f"{whole} has 0 to {num_samples - 1}"
         )
-    return places.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
-    """The frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
+    """Return the frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
 
     Args:
         in_file: leave the weights in their file, for an engine that takes its share of them.
@@ -77,6 +78,7 @@ def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ..
 
 
 def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops, ...]:
+    """Return the large crops and, where there are any, the small ones."""
     section = config.crops
     large = data.Crops(
         section.global_count, section.global_size or preprocessing.image_size, section.global_scale
@@ -87,8 +89,8 @@ def crop_sizes(config: Config, preprocessing: Preprocessing) -> tuple[data.Crops
 
 
 def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transform:
-    """The views of training: crops for objectives without labels, else one crop, or the evaluation's where
-    `data.augment` is off.
+    """Return what makes the views of training: crops for objectives without labels; else one crop, or the
+    evaluation's where `data.augment` is off.
     """
     section = config.data
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
@@ -142,7 +144,7 @@ def build_objective(
 
 
 def lora_options(config: Config) -> dict[str, Any]:
-    """The arguments of `add_lora`."""
+    """Return the arguments of `add_lora`."""
     section = config.finetune
     return {
         "rank": section.lora_rank,

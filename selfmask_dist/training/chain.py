@@ -1,11 +1,16 @@
-"""The stages of a procedure, each a folder or a file in the run's own, made once.
+"""A run that is made of runs: its stages, each a folder or a file in the run's own, made once.
 
-A stage that is there is not made again, so that a run which was stopped anywhere goes on where it was. Knows
-no procedure.
+    chain.train("first", seed=1)           a run of its own in the folder `first`
+    chain.once("start.safetensors", fn)    a file that the main process makes
+    chain.measure("fit.json", fn)          numbers that all processes measure together
+
+A stage that is there is not made again, so a run that was stopped anywhere goes on where it was. Knows
+neither procedures nor cascades.
 """
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfmask_dist.common.files import write_json
+from selfmask_dist.common.files import replacing, write_json
+from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config
 from selfmask_dist.data import Source
 from selfmask_dist.parallel import World
@@ -30,7 +36,7 @@ Tensors = dict[str, Tensor]
 
 
 class Chain:
-    """Makes the stages of one procedure. Every method is a collective: every rank must call."""
+    """Makes the stages of one run. Every method is a collective: every rank must call."""
 
     def __init__(self, config: Config, world: World, stop: StopRequest) -> None:
         self.config = config
@@ -41,25 +47,21 @@ class Chain:
     def train(
         self, stage: str, *, method: str = "finetune", seed: int | None = None, **changes: dict[str, Any]
     ) -> dict[str, Any]:
-        """A run in the folder `stage`; returns its result.
+        """Train a run in the folder `stage` and return its result; for the arguments see `stage_config`."""
+        return self.run(stage_config(self.config, stage, method=method, seed=seed, changes=changes))
+
+    def run(self, config: Config, *, is_part: bool = True) -> dict[str, Any]:
+        """Run a stage's configuration to its end and return its result.
 
         Args:
-            seed: None for the procedure's own.
-            changes: by section, the keys that differ from the procedure's own configuration.
+            is_part: whether the stage's status is shown as this run's status too; not where several stages
+                run at the same time.
         """
-        values = self.config.model_dump(mode="json")
-        common: dict[str, dict[str, Any]] = {
-            "run": {"dir": str(self.folder), "name": stage, "overwrite": False, "resume": False},
-            "eval": {"frozen_baseline": False},
-        }
-        for section, keys in (*common.items(), *changes.items()):
-            values[section] = {**values[section], **keys}
-        top = {"method": method, "seed": self.config.seed if seed is None else seed}
-        stage_config = type(self.config).model_validate({**values, **top})
-        return run_in(stage_config, self._world, self._stop, is_restart=True, parent=self.folder)
+        parent = self.folder if is_part else None
+        return run_in(config, self._world, self._stop, is_restart=True, parent=parent)
 
     def file(self, name: str, write_fn: Callable[[Path], Any]) -> Path:
-        """A file that the main process writes where it is not there yet; its path.
+        """Have the main process write a file where it is not there yet; return its path.
 
         Args:
             write_fn: writes the whole file to the path that it gets, which is renamed at the end.
@@ -67,14 +69,21 @@ class Chain:
         path = self.folder / name
         if self._world.is_main and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            write_fn(partial)
-            partial.rename(path)
+            with replacing(path) as partial:
+                write_fn(partial)
         self._world.barrier()
         return path
 
+    def picture(self, name: str, draw_fn: Callable[[Path], Any]) -> None:
+        """Draw a picture as `file` writes one; where nothing can be drawn, say so and leave it out."""
+        if reason := why_no_pictures():
+            if self._world.is_main:
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+            return
+        self.file(name, draw_fn)
+
     def once(self, name: str, make_fn: Callable[..., Tensors], *arguments: Any, **options: Any) -> Path:
-        """A file of tensors that the main process makes where it is not there yet; its path."""
+        """Have the main process make a file of tensors where it is not there yet; return its path."""
 
         def write(path: Path) -> None:
             tensors = make_fn(*arguments, **options)
@@ -82,8 +91,8 @@ class Chain:
 
         return self.file(name, write)
 
-    def places(self, name: str, is_chosen: npt.NDArray[np.bool_], *, within: str | None) -> str:
-        """A file with the numbers of the chosen samples, for `data.subset` of a stage; its path.
+    def write_subset(self, name: str, is_chosen: npt.NDArray[np.bool_], *, within: str | None) -> str:
+        """Write the numbers of the chosen samples to a file, for `data.subset` of a stage; return its path.
 
         Args:
             within: the procedure's own such file, whose samples `is_chosen` speaks of.
@@ -97,7 +106,7 @@ class Chain:
         return str(self.file(name, write))
 
     def frozen_backbone(self) -> dict[str, Any]:
-        """Keys of the backbone section by which stages of any seed have this run's frozen weights."""
+        """Return the backbone section's keys by which a stage of any seed has the run's frozen weights."""
         section = self.config.backbone
         if section.pretrained or section.weights is not None:
             return {}
@@ -105,7 +114,7 @@ class Chain:
         return {"weights": str(path), "random": "library"}
 
     def measure(self, name: str, measure_fn: Callable[[RunContext], dict[str, Any]]) -> dict[str, Any]:
-        """Numbers that all processes measure together, kept in a file."""
+        """Return numbers that all processes measure together, kept in the file `name`."""
         path = self.folder / name
         exists = torch.tensor([float(self._world.is_main and path.exists())], device=self._world.device)
         if not self._world.sum(exists).item():
@@ -118,6 +127,31 @@ class Chain:
         return found
 
 
+def stage_config(
+    config: Config,
+    stage: str,
+    *,
+    method: str,
+    changes: Mapping[str, Mapping[str, Any]],
+    seed: int | None = None,
+) -> Config:
+    """Return the configuration of a run in the folder `stage` of the run that `config` describes.
+
+    Args:
+        changes: by section, the keys that differ from the run's own configuration.
+        seed: None for the run's own.
+    """
+    values = config.model_dump(mode="json")
+    common: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(run_path(config)), "name": stage, "overwrite": False, "resume": False},
+        "eval": {"frozen_baseline": False},
+    }
+    for section, keys in (*common.items(), *changes.items()):
+        values[section] = {**values[section], **keys}
+    top = {"method": method, "seed": config.seed if seed is None else seed}
+    return type(config).model_validate({**values, **top})
+
+
 @dataclass(frozen=True)
 class Task:
     """Some of the classes: `classes` by number, and the keys of the data section that take their images."""
@@ -128,7 +162,7 @@ class Task:
 
 
 def class_tasks(chain: Chain, train: Source, test: Source) -> list[Task]:
-    """The classes in their order as `procedure.tasks` tasks of nearly equal size, the larger ones first.
+    """Return the classes, in their order, as `procedure.tasks` tasks of nearly equal size, larger ones first.
 
     Raises:
         ValueError: there are fewer classes than tasks.
@@ -141,24 +175,24 @@ def class_tasks(chain: Chain, train: Source, test: Source) -> list[Task]:
     own = {"subset": (train, section.subset), "test_subset": (test, section.test_subset)}
     tasks = []
     for index, classes in enumerate(np.array_split(np.arange(len(train.classes)), number), start=1):
-        places = {
-            key: chain.places(f"task-{index}-{key}.npy", np.isin(source.labels, classes), within=within)
+        subsets = {
+            key: chain.write_subset(f"task-{index}-{key}.npy", np.isin(source.labels, classes), within=within)
             for key, (source, within) in own.items()
         }
-        tasks.append(Task(f"task-{index}", classes, places))
+        tasks.append(Task(f"task-{index}", classes, subsets))
     return tasks
 
 
 def other_seed(seed: int, index: int) -> int:
-    """A seed for stage `index` of several; the first one's is the run's own."""
+    """Return a seed for stage `index` of several; the first one's is the run's own."""
     return (seed + 1_000_003 * index) % 2**32
 
 
 def mean_of(results: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of every measure over stages."""
+    """Return the mean of every measure over stages."""
     return {key: float(np.mean([result[key] for result in results])) for key in results[0]}
 
 
 def share_of(masks: Tensors) -> float:
-    """The share of entries that are not zero, over all tensors."""
+    """Return the share of entries that are not zero, over all tensors."""
     return sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())

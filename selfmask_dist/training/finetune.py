@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from selfmask_dist.common.files import replacing
 from selfmask_dist.common.names import FINETUNED
 from selfmask_dist.masking.selection import is_fused_qkv, norm_parameters
 
@@ -32,7 +33,7 @@ _METADATA = "finetune"
 
 
 def choose_weights(model: nn.Module, train: Train, *, freeze: Sequence[str] = ()) -> list[str]:
-    """Names of the parameters to train, in the model's own order.
+    """Return the names of the parameters to train, in the model's own order.
 
     Args:
         freeze: glob patterns over parameter names that are left out; `embedding` stands for `EMBEDDING`.
@@ -78,7 +79,7 @@ def _matches(pattern: str, names: Sequence[str]) -> set[str]:
 def add_lora(
     model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ("auto",), seed: int = 0
 ) -> list[str]:
-    """Put low-rank additions on modules of `model`, in place, before it is sharded; returns their names.
+    """Put low-rank additions on modules of `model`, in place, before it is sharded; return their names.
 
     Args:
         rank, alpha: r and alpha of the module's docstring.
@@ -150,19 +151,20 @@ def _auto_targets(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str
 
 
 def save_changed(tensors: Mapping[str, Tensor], path: Path, *, lora: Mapping[str, Any] | None = None) -> int:
-    """Write what fine-tuning changed, weights and moved statistics, as safetensors; returns the bytes.
+    """Write what fine-tuning changed, weights and moved statistics, as safetensors; return the bytes.
 
     Args:
         lora: the arguments of `add_lora`, where tensors are its additions.
     """
     metadata = {_METADATA: json.dumps({"lora": None if lora is None else dict(lora)})}
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path, metadata=metadata)
+    with replacing(path) as partial:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
     return path.stat().st_size
 
 
 @torch.no_grad()
 def load_changed(model: nn.Module, path: Path) -> list[str]:
-    """Put what `save_changed` wrote onto the pretrained network, in place; returns the tensors' names.
+    """Put what `save_changed` wrote onto the pretrained network, in place; return the tensors' names.
 
     Raises:
         ValueError: the file is not one of fine-tuning, or of another network.

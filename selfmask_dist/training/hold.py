@@ -70,7 +70,7 @@ def keep_largest(
     *,
     scope: str = "tensor",
 ) -> dict[str, Tensor]:
-    """The `share` of the candidates with the largest magnitude, as bool masks.
+    """Return the `share` of the candidates with the largest magnitude, as bool masks.
 
     Args:
         weights, candidates: tensors and bool masks of the same names and shapes.

@@ -44,13 +44,14 @@ class Meter:
             yield batch
 
     def add(self, metrics: dict[str, Tensor], batch: Batch) -> None:
+        """Count a step: this rank's share of each metric, and the images of the global batch."""
         for name, value in metrics.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
         self._images += batch.global_count
 
     def read(self) -> dict[str, float]:
-        """Means over the steps since the last read, summed over ranks. Collective; one device sync."""
+        """Return means over the steps since the last read, summed over ranks. Collective; one device sync."""
         totals = self._world.sum(torch.stack([value.double() for value in self._sums.values()]))
         values = {name: total / self._steps for name, total in zip(self._sums, totals.tolist(), strict=True)}
         elapsed = max(time.perf_counter() - self._start, 1e-9)
@@ -62,7 +63,7 @@ class Meter:
         return values
 
     def state(self) -> dict[str, Any]:
-        """What was counted since the last read, rank by rank. Collective: every rank must call."""
+        """Return what was counted since the last read, rank by rank. Collective: every rank must call."""
         rows = torch.zeros(self._world.size, len(self._sums), dtype=torch.float64)
         if self._sums:
             rows[self._world.rank] = torch.stack([value.double().cpu() for value in self._sums.values()])
@@ -100,7 +101,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of its GPU where it trains on one, else resident."""
+    """Return the most bytes that this process has held so far: of its GPU's memory, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -117,9 +118,11 @@ class MaskTelemetry:
         self._before: dict[str, Tensor] | None = None
 
     def before_step(self) -> None:
+        """Keep the mask as it is, to count flips."""
         self._before = self._masks.mask_pieces()
 
     def after_step(self) -> dict[str, Any]:
+        """Return the numbers of the step by name; raises NonFiniteError where a score is not finite."""
         statistics = measure(self._masks, before=self._before)
         if statistics.num_nonfinite:
             raise NonFiniteError(

@@ -102,7 +102,7 @@ def _attach_masks(
 
 
 def mask_family(config: Config, *, num_steps: int) -> Family:
-    """The family of masks, with its options.
+    """Return the family of masks, with its options.
 
     Args:
         num_steps: of the whole training, which a schedule of the kept share follows.
@@ -127,7 +127,7 @@ def mask_family(config: Config, *, num_steps: int) -> Family:
 
 
 def _mask_groups(config: Config, masks: Masks) -> list[dict[str, Any]]:
-    """Scores, weights and small numbers under masks: latent weights are trained as weights are."""
+    """Return groups of scores, weights and small numbers; latent weights are trained as weights are."""
     groups = []
     numbers = [entry.numbers for entry in masks.entries if entry.numbers is not None]
     of_numbers = {id(number) for number in numbers}
@@ -145,7 +145,7 @@ def _mask_groups(config: Config, masks: Masks) -> list[dict[str, Any]]:
 
 
 def _second_weights(config: Config, family: Family) -> dict[str, Any]:
-    """The argument `other` of attach, for families that have second frozen weights.
+    """Return the argument `other` of attach, for families that have second frozen weights.
 
     Raises:
         ValueError: they are not named, or cannot be read.
@@ -170,7 +170,7 @@ def _second_weights(config: Config, family: Family) -> dict[str, Any]:
 
 
 def _weight_group(config: Config, weights: list[nn.Parameter]) -> dict[str, Any]:
-    """The optimizer's group of the backbone's weights."""
+    """Return the optimizer's group of the backbone's weights."""
     return {
         "name": "weights",
         "params": weights,
@@ -193,7 +193,7 @@ def _hold(objective: objectives.Objective, *_: Any) -> None:
 
 
 def _wait(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """A group whose time has not come gathers no momentum either."""
+    """Drop the gradient of groups whose time has not come, so that they gather no momentum either."""
     for group in optimizer.param_groups:
         if group["lr"] == 0:
             for parameter in group["params"]:

@@ -33,7 +33,7 @@ from selfmask_dist.training.build import build_backbone, open_data
 def run_in(
     config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
 ) -> dict[str, Any]:
-    """Run a configuration to its end within a world that is there; returns what `result.json` holds.
+    """Run a configuration to its end within a world that is there, and return what `result.json` holds.
 
     Collective: every rank must call.
 
@@ -58,7 +58,7 @@ def run_in(
 
 
 def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, the same on every rank. Collective: every rank must call."""
+    """Return a run's newest valid checkpoint, the same on every rank. Collective: every rank must call."""
     name: list[str | None] = [None]
     if world.is_main:
         found = load_newest(directory / names.CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
@@ -110,13 +110,13 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
 
 
 def _needs_labels(config: Config) -> bool:
-    """Whether training or any measurement does; image-text data, for one, may have none."""
+    """Return whether training or any measurement needs labels, which image-text data may lack."""
     measures = config.eval.final or config.eval.frozen_baseline or config.eval.knn_every > 0
     return measures or config.objective.name == "supervised"
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Numbers that a restart finds in a file. Collective: every rank must call."""
+    """Return numbers that a restart finds in a file. Collective: every rank must call."""
     exists = torch.tensor([float(world.is_main and path.exists())], device=world.device)
     if world.sum(exists).item():
         known: dict[str, float] = json.loads(path.read_text())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from selfmask_dist import objectives
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common import names
+from selfmask_dist.common.files import replacing
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.maskfile.api import Masks, apply_masks, save_masks
 from selfmask_dist.masking import Family
@@ -88,7 +89,8 @@ def save(
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
     head = _plain(objective.kept_state())  # projectors are thrown away
     if head and is_main:
-        save_file(head, directory / names.HEAD)
+        with replacing(directory / names.HEAD) as partial:
+            save_file(head, partial)
     return sizes
 
 
@@ -102,7 +104,8 @@ def _save_weights(config: Config, trained: Trainable, engine: Engine, directory:
     if engine.world.is_main and is_part:
         save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
     elif engine.world.is_main:
-        save_file(_plain(weights), path)
+        with replacing(path) as partial:
+            save_file(_plain(weights), partial)
     num_trained = sum(tensor.numel() for name, tensor in weights.items() if name in trained.weights)
     if trained.masks is not None:
         num_trained = sum(entry.theta.numel() for entry in trained.masks.entries)

@@ -33,6 +33,7 @@ class Schedule:
     head_first_steps: int = 0
 
     def factor(self, step: int, *, is_head: bool = True) -> float:
+        """Return f(step), of the head's groups or of all others."""
         first = 0 if is_head else self.head_first_steps
         if step < first:
             return 0.0

@@ -69,7 +69,7 @@ class RunState:
         self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
 
     def capture(self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]) -> Checkpoint:
-        """The state as it stands, copied to the CPU. Collective: every rank must call."""
+        """Return the state as it stands, copied to the CPU. Collective: every rank must call."""
         state = self._engine.state()
         tensors = {
             f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
@@ -87,7 +87,7 @@ class RunState:
         return Checkpoint({name: tensor.contiguous() for name, tensor in tensors.items()}, values)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError where a checkpoint is another run's, naming what differs."""
+        """Raise a ValueError where a checkpoint is another run's, naming what differs."""
         theirs = checkpoint.values["identity"]
         for name in theirs | self._identity:
             if theirs.get(name) != (ours := self._identity.get(name)):
@@ -100,7 +100,7 @@ class RunState:
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, *, telemetry: RunningMeans) -> Position:
-        """Put a state back; returns where to go on. Collective: every rank must call.
+        """Put a state back and return where to go on. Collective: every rank must call.
 
         Raises:
             ValueError: it is another run's.
@@ -151,8 +151,9 @@ class CheckpointSchedule:
         self.metrics: dict[str, Any] = {}  # the newest of the monitor
 
     def votes(self) -> tuple[float, float]:
-        """This rank's votes to stop and to save, which the trainer sums over ranks: only the main rank has a
-        clock, and a save waits for the one before it.
+        """Return this rank's votes to stop and to save, which the trainer sums over ranks.
+
+        Only the main rank has a clock, and a save waits for the one before it.
         """
         waited = time.monotonic() - self._last_time
         is_due = (

@@ -76,7 +76,7 @@ class Trainer:
     quarantine: Quarantine | None = None
 
     def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
-        """Train to the end; returns the number of steps. Collective: every rank must call.
+        """Train to the end and return the number of steps. Collective: every rank must call.
 
         Args:
             start: where a restored run stands; `meter` is restored with it.
@@ -149,7 +149,7 @@ class Trainer:
         )
 
     def _check_quarantine(self) -> int:
-        """Samples that failed in this epoch on all ranks. Collective: every rank must call."""
+        """Return the samples that failed in this epoch on all ranks. Collective: every rank must call."""
         if self.quarantine is None:
             return 0
         world = self.engine.world
@@ -168,7 +168,7 @@ class Trainer:
         meter.restart_clock()  # evaluation is not training time
 
     def _agree(self, loss: Tensor, step: int, epoch: int, batch: Batch) -> tuple[bool, bool]:
-        """Whether some rank wants to stop, and whether it is time to save; the loss is checked on the way."""
+        """Return whether some rank wants to stop, and whether it is time to save. Checks the loss too."""
         votes = self.checkpoints.votes() if self.checkpoints is not None else (0.0, 0.0)
         values = torch.tensor([0.0, *votes], dtype=torch.float64, device=loss.device)
         values[0] = loss.detach()

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from sklearn import cluster, decomposition
+from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from selfmask_dist.cascade import PCA, Router, fit_mixture, fit_pca, kmeans
-from selfmask_dist.cascade.kmeans import _lloyd
-from selfmask_dist.cascade.mixture import expectation_maximization
+from selfmask_dist.cascade import PCA, Mixture, Router, clusters, fit_kmeans, fit_mixture, fit_pca
 from tests.support.distributed import run_distributed
 
 
@@ -50,7 +50,6 @@ def test_pca_equals_scikit_learn(num_components):
         theirs = decomposition.PCA(num_components, whiten=whiten, svd_solver="full").fit(samples.numpy())
         assert np.allclose(pca.components, theirs.components_, rtol=0, atol=1e-10)
         assert np.allclose(pca.explained_variance, theirs.explained_variance_, rtol=1e-11, atol=0)
-        assert np.allclose(pca.singular_values, theirs.singular_values_, rtol=1e-11, atol=0)
         mine = pca.transform(samples, whiten=whiten)
         assert np.allclose(mine, theirs.transform(samples.numpy()), rtol=0, atol=1e-9)
 
@@ -117,39 +116,97 @@ def test_whitening_a_component_without_variance_is_refused():
     assert len(fit_pca([flat.double()], num_components=5, at_most=True).components) == 3
 
 
-# --- k-means
+# --- clusters
 
 
-def test_kmeans_equals_scikit_learn_from_the_same_seeds():
-    samples = blobs(800, spread=2.0)
-    seeds = samples[[3, 99, 200, 511]]
-    theirs = cluster.KMeans(4, init=seeds.numpy(), n_init=1, tol=0).fit(samples.numpy())
-    mine = _lloyd(samples, seeds, samples, tolerance=0.0, max_iterations=300, all_reduce=lambda t: t)
-    assert np.allclose(mine.centers, theirs.cluster_centers_, rtol=0, atol=1e-9)
-    assert mine.inertia * len(samples) == pytest.approx(theirs.inertia_, rel=1e-11)
-    assert (mine.assign(samples).numpy() == theirs.labels_).all()
+def test_samples_go_to_the_clusters_that_scikit_learn_predicts():
+    samples = blobs(900, spread=1.5)
+    centers = fit_kmeans(samples, torch.arange(900), num_clusters=4)
+    theirs = cluster.KMeans(4, init=centers.means.numpy(), n_init=1, max_iter=1).fit(samples.numpy())
+    assert (
+        centers.assign(samples).numpy() == theirs.predict(samples.numpy())
+    ).mean() > 0.995  # they moved once
+    assert centers.inertia * 900 == pytest.approx(theirs.inertia_, rel=1e-3)
+
+    mixture = fit_mixture(samples, torch.arange(900), num_clusters=4)
+    theirs = GaussianMixture(4)
+    theirs.weights_, theirs.means_ = mixture.weights.numpy(), mixture.means.numpy()
+    theirs.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(mixture.covariances.numpy()))
+    assert np.allclose(mixture.probabilities(samples), theirs.predict_proba(samples.numpy()), atol=1e-7)
+    assert (mixture.assign(samples).numpy() == theirs.predict(samples.numpy())).all()
+    likelihood = mixture.log_densities(samples).logsumexp(dim=1).mean()
+    assert likelihood == pytest.approx(theirs.score(samples.numpy()), rel=1e-10)
+    assert mixture.lower_bound == pytest.approx(float(likelihood), abs=1e-3)  # EM stopped there
+    assert mixture.is_converged
 
 
-def test_restarts_never_make_kmeans_worse_and_it_is_as_good_as_scikit_learns():
-    samples = blobs(800, num_clusters=8, spread=2.0)
-    ids = torch.arange(800)
-    runs = [kmeans(samples, ids, num_clusters=8, restarts=count) for count in (1, 3, 10)]
-    assert runs[0].inertia >= runs[1].inertia >= runs[2].inertia
-    theirs = cluster.KMeans(8, n_init=10, random_state=0).fit(samples.numpy())
-    assert runs[2].inertia * 800 <= 1.005 * theirs.inertia_
+def test_restarts_never_make_it_worse():
+    samples, ids = blobs(800, num_clusters=8, spread=2.0), torch.arange(800)
+    inertias = [fit_kmeans(samples, ids, num_clusters=8, restarts=count).inertia for count in (1, 3, 10)]
+    assert inertias == sorted(inertias, reverse=True)
+    bounds = [fit_mixture(samples, ids, num_clusters=8, restarts=count).lower_bound for count in (1, 3, 5)]
+    assert bounds == sorted(bounds)
+    with pytest.raises(ValueError, match="restarts is 0"):
+        fit_kmeans(samples, ids, num_clusters=8, restarts=0)
 
 
-def test_an_empty_cluster_moves_to_the_farthest_sample():
-    samples = torch.tensor([[0.0], [1.0], [10.0]], dtype=torch.float64)
-    seeds = torch.tensor([[0.5], [1000.0]], dtype=torch.float64)
-    found = _lloyd(samples, seeds, samples, tolerance=0.0, max_iterations=300, all_reduce=lambda t: t)
-    assert sorted(found.centers.flatten().tolist()) == [0.5, 10.0]
+@pytest.mark.parametrize(("method", "before"), [("gmm", -22.510), ("kmeans", -17.032)])
+def test_clusters_of_digits_are_as_good_as_our_own_em_found_them(method, before):
+    """`before`: the mean over ten seeds of the EM and k-means of this project that scikit-learn replaced."""
+    embeddings = torch.from_numpy(load_digits().data).float()
+    scores = []
+    for seed in range(3):
+        router = Router.fit(embeddings, torch.arange(len(embeddings)), method=method, seed=seed)
+        if isinstance(router.clusters, Mixture):
+            densities = router.clusters.log_densities(router.reduce(embeddings))
+            scores.append(float(densities.logsumexp(dim=1).mean()))
+        else:
+            scores.append(-router.clusters.inertia)
+    assert np.mean(scores) == pytest.approx(before, abs=0.15)  # seeds differ by as much
+
+
+def test_of_too_many_rows_a_fit_sees_some_drawn_by_the_seed(monkeypatch):
+    samples, ids = blobs(3000, dim=3, num_clusters=3, spread=0.4, seed=5), torch.arange(3000)
+    whole = fit_mixture(samples, ids, num_clusters=3, restarts=3)
+    monkeypatch.setattr(clusters, "MAX_FIT_ROWS", 800)
+    total, rows = clusters.gather_rows(samples, ids, num_clusters=3, seed=1)
+    assert total == 3000
+    assert rows.shape == (800, 3)
+    assert (rows[0] == samples[0].float().numpy()).all()
+    assert (rows == clusters.gather_rows(samples, ids, num_clusters=3, seed=1)[1]).all()
+    assert (rows != clusters.gather_rows(samples, ids, num_clusters=3, seed=2)[1]).any()
+    part = fit_mixture(samples, ids, num_clusters=3, restarts=3)
+    order = [int((part.means - mean).norm(dim=1).argmin()) for mean in whole.means]
+    agreement = (part.reordered(torch.tensor(order)).assign(samples) == whole.assign(samples)).double().mean()
+    assert agreement > 0.99
+
+
+def test_a_fit_takes_one_thread_and_gives_the_others_back(monkeypatch):
+    def counts():
+        return [(library["filepath"], library["num_threads"]) for library in threadpool_info()]
+
+    seen, whole = [], clusters._fit_on_one_thread
+
+    def watched(fit_fn, entropy):
+        def fit(random):
+            seen.append(counts())
+            return fit_fn(random)
+
+        return whole(fit, entropy)
+
+    monkeypatch.setattr(clusters, "_fit_on_one_thread", watched)
+    with threadpool_limits(2):
+        before = counts()
+        fit_kmeans(blobs(100), torch.arange(100), num_clusters=2)
+        assert counts()[: len(before)] == before
+    assert {number for _, number in before} == {2}
+    assert {number for _, number in seen[0]} == {1}
 
 
 def _cluster_here(num_samples):
     ids = my_part(num_samples)
     samples = blobs(num_samples)[ids]
-    centers = kmeans(samples, ids, num_clusters=4, seed=3, restarts=2, all_reduce=dist_sum).centers
+    centers = fit_kmeans(samples, ids, num_clusters=4, seed=3, restarts=2, all_reduce=dist_sum).centers
     mixture = fit_mixture(samples, ids, num_clusters=[2, 4], seed=3, restarts=2, all_reduce=dist_sum)
     router = Router.fit(
         samples.float(), ids, num_clusters=4, num_components=3, seed=1, restarts=2, all_reduce=dist_sum
@@ -174,6 +231,8 @@ def test_components_and_clusters_are_the_same_under_any_number_of_ranks():
             assert (found_assigned == assigned).all()
             for name, numbers in expected.items():
                 assert np.allclose(found[name], numbers, rtol=1e-8, atol=1e-8), (world_size, name)
+                if "pca" not in name and name not in ("mean", "components", "explained_variance"):
+                    assert (found[name] == numbers).all(), (world_size, name)  # a fit: to the bit
 
 
 def _bad_part_on_one_rank():
@@ -189,7 +248,7 @@ def _bad_part_on_one_rank():
         with contextlib.suppress(ValueError):
             Router.fit(mine, my_ids, num_clusters=2, num_components=2, all_reduce=dist_sum)
         try:
-            kmeans(mine, my_ids, num_clusters=2, all_reduce=dist_sum)
+            fit_kmeans(mine, my_ids, num_clusters=2, all_reduce=dist_sum)
         except ValueError as error:
             errors.append(str(error))
     return errors
@@ -203,44 +262,13 @@ def test_a_fault_on_one_rank_is_raised_on_all_of_them():
     assert "id 0 is there 2 times" in first[1]
 
 
-# --- mixture
-
-
-@pytest.mark.parametrize("reg_covar", [1e-6, 0.05])
-def test_mixture_equals_scikit_learn_from_the_same_responsibilities(reg_covar, monkeypatch):
-    samples = blobs(900, spread=1.5)
-    labels = cluster.KMeans(4, n_init=1, random_state=0).fit(samples.numpy()).labels_
-    responsibilities = torch.nn.functional.one_hot(torch.from_numpy(labels).long()).double()
-
-    def start_there(self, data, *_args, **_kwargs):
-        self._initialize(data, responsibilities.numpy())
-
-    monkeypatch.setattr(GaussianMixture, "_initialize_parameters", start_there)
-    theirs = GaussianMixture(4, reg_covar=reg_covar).fit(samples.numpy())
-    mine = expectation_maximization(samples, responsibilities, reg_covar=reg_covar)
-    assert mine.is_converged
-    assert mine.num_iterations == theirs.n_iter_ > 2
-    assert mine.lower_bound == pytest.approx(theirs.lower_bound_, rel=1e-10)
-    for name, numbers in (
-        ("weights", theirs.weights_),
-        ("means", theirs.means_),
-        ("covariances", theirs.covariances_),
-    ):
-        assert np.allclose(getattr(mine, name), numbers, rtol=1e-7, atol=1e-8), name
-    assert np.allclose(mine.probabilities(samples), theirs.predict_proba(samples.numpy()), atol=1e-7)
-    assert (mine.assign(samples).numpy() == theirs.predict(samples.numpy())).all()
-
-
 def test_the_information_criterion_finds_the_number_of_clusters_and_is_scikit_learns():
     samples = blobs(2000, dim=3, num_clusters=3, spread=0.4, seed=5)
     ids = torch.arange(len(samples))
     counts = [1, 2, 3, 4, 6]
-    found = fit_mixture(samples, ids, num_clusters=counts, restarts=3, tolerance=1e-4, max_iterations=500)
+    found = fit_mixture(samples, ids, num_clusters=counts, restarts=3)
     assert len(found.weights) == 3
-    theirs = [
-        GaussianMixture(k, n_init=3, tol=1e-4, max_iter=500, random_state=0).fit(samples.numpy())
-        for k in counts
-    ]
+    theirs = [GaussianMixture(k, n_init=3, random_state=0).fit(samples.numpy()) for k in counts]
     scores = [mixture.bic(samples.numpy()) for mixture in theirs]
     assert min(zip(scores, counts, strict=True))[1] == 3
     assert found.lower_bound == pytest.approx(theirs[2].lower_bound_, rel=1e-5)
@@ -302,7 +330,6 @@ def test_a_router_survives_its_tensors_exactly(method):
     [
         ({"method": "dbscan"}, "choose from gmm, kmeans"),
         ({"method": "kmeans", "num_clusters": [2, 3]}, "one number of clusters"),
-        ({"num_clusters": 3, "min_cluster_size": 200}, r"smallest cluster has \d+ samples, fewer than 200"),
         ({"num_clusters": 301, "num_components": 2}, "ask for at most 300"),
         ({"num_components": 20}, "take at most 10"),
         ({"num_clusters": 0}, "at least 1"),
@@ -312,6 +339,12 @@ def test_what_a_router_cannot_do_is_said(change, message):
     arguments = {"num_clusters": 3, "num_components": 4, **change}
     with pytest.raises(ValueError, match=message):
         Router.fit(blobs(300, dim=10), torch.arange(300), **arguments)
+
+
+def test_a_cluster_that_is_too_small_is_said():
+    router = Router.fit(blobs(300, dim=10), torch.arange(300), num_clusters=3, num_components=4)
+    with pytest.raises(ValueError, match=r"smallest cluster has \d+ samples, fewer than 200"):
+        router.check_sizes(at_least=200)
 
 
 def test_fewer_different_embeddings_than_clusters_is_said():

@@ -26,6 +26,7 @@ from selfmask_dist.data import (
     QuarantineError,
     SampleError,
     Source,
+    Workers,
     decode,
     eval_loader,
     eval_transform,
@@ -34,7 +35,7 @@ from selfmask_dist.data import (
     train_transform,
 )
 from selfmask_dist.data.order import epoch_order, num_steps, num_streams, rank_batch, sample_generator
-from selfmask_dist.data.workers import ahead
+from selfmask_dist.data.workers import WorkerKind, ahead
 from tests.support.tars import labelled, numbered_tars, picture, write_tar
 
 PRE = Preprocessing(24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -147,9 +148,12 @@ def all_same(a: Iterable[Batch], b: Iterable[Batch]) -> bool:
 
 
 def training(data: Source, **changes: Any) -> BatchLoader:
-    settings: dict[str, Any] = {"global_batch_size": 6, "seed": 1, "epoch": 2} | changes
+    settings: dict[str, Any] = {"global_batch_size": 6, "seed": 1} | changes
+    epoch = settings.pop("epoch", 2)
     # of the package: a transform defined here would make each worker import this file and all that it imports
-    return train_loader(data, train_transform(PRE), **settings)
+    loader = train_loader(data, train_transform(PRE), **settings)
+    loader.set_epoch(epoch)
+    return loader
 
 
 def two_views(image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
@@ -158,7 +162,8 @@ def two_views(image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tenso
 
 def test_a_batch_is_what_it_says(folder: Path) -> None:
     data = open_source(folder)
-    loader = train_loader(data, two_views, global_batch_size=6, seed=1, epoch=2)
+    loader = train_loader(data, two_views, global_batch_size=6, seed=1)
+    loader.set_epoch(2)
     batches = list(loader)
     assert len(loader) == len(batches) == 4
     assert [batch.global_count for batch in batches] == [6, 6, 6, 5]
@@ -178,10 +183,10 @@ def test_a_batch_is_what_it_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["process", "thread"])
-def test_pixels_and_order_do_not_depend_on_workers(folder: Path, kind: str) -> None:
+def test_pixels_and_order_do_not_depend_on_workers(folder: Path, kind: WorkerKind) -> None:
     data = open_source(folder)
     here = training(data)
-    with_workers = training(data, num_workers=2, worker_kind=kind)
+    with_workers = training(data, workers=Workers(2, kind))
     for epoch in (2, 3):
         here.set_epoch(epoch)
         with_workers.set_epoch(epoch)
@@ -235,7 +240,7 @@ def test_loading_leaves_the_global_generators_alone(folder: Path) -> None:
 
     before = states()
     for workers in (0, 1):
-        list(training(data, num_workers=workers))
+        list(training(data, workers=Workers(workers)))
     assert states() == before
 
 
@@ -258,7 +263,7 @@ def test_threads_make_few_batches_ahead_and_end_with_the_iteration() -> None:
 @pytest.mark.gpu
 def test_pinned_batches_arrive_unchanged(folder: Path) -> None:
     data = open_source(folder)
-    for here, pinned in zip(training(data), training(data, num_workers=1, pin_memory=True), strict=True):
+    for here, pinned in zip(training(data), training(data, workers=Workers(1, pin_memory=True)), strict=True):
         assert pinned.views[0].is_pinned()
         assert same(here, pinned.to("cuda", non_blocking=True).to("cpu"))
 
@@ -270,7 +275,7 @@ def test_a_broken_picture_is_named_with_and_without_workers(tmp_path: Path) -> N
     messages = set()
     kinds: list[tuple[int, Any]] = [(0, "process"), (2, "process"), (2, "thread")]
     for workers, kind in kinds:
-        loader = eval_loader(data, eval_transform(PRE), batch_size=1, num_workers=workers, worker_kind=kind)
+        loader = eval_loader(data, eval_transform(PRE), batch_size=1, workers=Workers(workers, kind))
         batches = iter(loader)
         assert next(batches).ids.tolist() == [0]
         with pytest.raises(SampleError, match=r"x\.tar: sample '2': not a picture") as caught:
@@ -391,10 +396,10 @@ def test_state_resumes_anywhere_and_refuses_changed_data(folder: Path, tmp_path:
 
 KILLED_IN_AN_EPOCH = """
 import multiprocessing, os, signal
-from selfmask_dist.data import eval_loader, eval_transform, open_source
+from selfmask_dist.data import Workers, eval_loader, eval_transform, open_source
 from selfmask_dist.common.preprocessing import Preprocessing
 transform = eval_transform(Preprocessing(8, (0, 0, 0), (1, 1, 1)))
-batches = iter(eval_loader(open_source(folder), transform, batch_size=1, num_workers=1))
+batches = iter(eval_loader(open_source(folder), transform, batch_size=1, workers=Workers(1)))
 next(batches)
 report.send([process.pid for process in multiprocessing.active_children()])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -434,7 +439,7 @@ def test_impossible_settings_are_refused(folder: Path) -> None:
         training(data, world_size=4)
     with pytest.raises(ValueError, match="seed is -1"):
         training(data, seed=-1)
-    with pytest.raises(ValueError, match="num_workers is -1"):
-        training(data, num_workers=-1)
+    with pytest.raises(ValueError, match="the number of data workers is -1"):
+        Workers(-1)
     with pytest.raises(ValueError, match="batch size is 0"):
         eval_loader(data, eval_transform(PRE), batch_size=0)

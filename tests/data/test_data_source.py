@@ -58,7 +58,7 @@ def test_a_split_that_lacks_classes_is_numbered_like_the_training_split(tmp_path
 def test_json_labels_and_foreign_members(tmp_path: Path) -> None:
     members = [
         ("./LICENSE", b"text"),
-        ("./notes.txt", b"text"),
+        ("./README.txt", b"text"),
         ("./set/._1.jpg", b"a hidden file of another system"),
         ("./set/1.mask.png", b"no picture of its own"),
         ("./set/1.webp", picture(1, kind="WEBP")),
@@ -150,10 +150,15 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path: Path, name: str) -> N
 
 GOOD = [("9.cls", b"1"), ("9.jpg", picture(9))]
 BAD_SAMPLES: dict[str, tuple[list[tuple[str, bytes]], str]] = {
-    "no pictures": ([("1.txt", b"x")], "no pictures in it"),
+    "no pictures": ([("README", b"x")], "no pictures in it"),
+    "a caption alone": ([*GOOD, ("1.txt", b"x")], "'1' has a caption and no picture"),
+    "an unknown file": ([*GOOD, ("1.pdf", b"%PDF")], r"'1' has a file \.pdf and no picture"),
     "no label": ([*GOOD, ("1.jpg", picture(1))], r"sample '1' has no label \(1 of 2"),
     "label no number": ([("1.cls", b"dog"), ("1.jpg", picture(1))], "sample '1' has label b'dog' in .cls"),
-    "label negative": ([("1.jpg", picture(1)), ("1.json", b'{"label": -1}')], "'1' has label -1 in .json"),
+    "label negative": (
+        [("1.jpg", picture(1)), ("1.json", b'{"label": -1}')],
+        r"sample '1' has no label \(1 of 1",
+    ),
     "label too large": ([*GOOD, ("1.cls", b"5"), ("1.jpg", picture(1))], "sample '1' has label 5, and there"),
     "broken json": ([("1.jpg", picture(1)), ("1.json", b"{")], r"sample '1' has a broken \.json"),
     "no picture": ([*GOOD, ("1.cls", b"0")], "sample '1' has a label and no picture"),

@@ -1,6 +1,5 @@
 """Each command of docs/data.md, as it stands there, on a small tree of the kind that it is for."""
 
-import importlib
 import re
 import shlex
 import shutil
@@ -34,17 +33,13 @@ def five_minutes() -> list[str]:
 
 def one_liners() -> list[str]:
     """The commands with arguments inside sentences and tables."""
-    return re.findall(r"`((?:python data_prep/|selfmask data \w+ )[^`]*)`", TEXT)
+    return re.findall(r"`(selfmask data \w+ [^`]*)`", TEXT)
 
 
 def run(command: str) -> None:
     program, *arguments = shlex.split(command)
-    if program == "selfmask":
-        assert cli.main(arguments) in (0, None), command
-        return
-    assert program == "python", command
-    module = importlib.import_module(arguments[0].removesuffix(".py").replace("/", "."))
-    assert module.main(arguments[1:]) == 0, command
+    assert program == "selfmask", command
+    assert cli.main(arguments) in (0, None), command
 
 
 def pictures(folder: Path) -> None:
@@ -88,11 +83,11 @@ def indexed_tars(folder: Path) -> None:
 
 
 TREES: dict[str, Callable[[Path], None]] = {
-    "image_folder.py SRC": lambda folder: tree(folder / "SRC", 8),
-    "inaturalist.py": inaturalist,
-    "sun397.py": sun397,
-    "csv_manifest.py": listed,
-    "torchvision_dataset.py Flowers102": flowers,
+    "convert folder SRC": lambda folder: tree(folder / "SRC", 8),
+    "convert inaturalist": inaturalist,
+    "convert sun397": sun397,
+    "convert csv": listed,
+    "convert torchvision Flowers102": flowers,
     "data index FOLDER": foreign_tars,
     "data verify FOLDER": indexed_tars,
 }

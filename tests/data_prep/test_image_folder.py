@@ -167,14 +167,13 @@ def test_broken_files_are_named_or_listed(src: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not pictures \(cat/notes\.txt\).*--skip-broken"):
         convert(src, out)
     (done,) = convert(src, out, skip_broken=True)
-    assert (done.num_samples, done.num_rejected) == (7, 4)
-    assert len(open_source(out)) == 7
+    assert (done.num_samples, done.num_rejected) == (8, 3)
+    assert len(open_source(out)) == 8
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {reject["path"]: reject["reason"].split(" (")[0] for reject in rejects} == {
-        "cat/animated.png": "is GIF inside; convert it to JPEG, PNG or WebP",
         "cat/bad.jpg": "not a picture that PIL can read",
-        "cat/cut.jpg": "cannot be read",
-        "cat/notes.txt": "not a picture by its name",
+        "cat/cut.jpg": "cannot be decoded",
+        "cat/notes.txt": "not a picture by its name or its first bytes",
     }
 
 

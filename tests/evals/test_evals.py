@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from selfmask_dist import evals
 from selfmask_dist.evals import probe as probe_module
-from tests.support.knn import knn_predict
+from tests.support.evals import knn_predict, linear_probe
 
 
 def brute_force(bank, queries, k):
@@ -93,11 +93,8 @@ def test_many_k_and_temperatures_agree_with_one_at_a_time(generator):
     query_labels = torch.randint(0, 3, (30,), generator=generator)
     ks, temperatures = (1, 10, 120), (0.05, 1.0)
     together = evals.global_knn(
-        bank,
-        bank_labels,
-        torch.arange(120),
-        queries,
-        query_labels,
+        evals.Embeddings.of(bank, bank_labels),
+        evals.Embeddings.of(queries, query_labels),
         ks=ks,
         temperatures=temperatures,
         num_classes=3,
@@ -131,7 +128,8 @@ def test_knn_names_bad_input():
 
     def knn(bank=bank, labels=labels, queries=bank, **changes):
         query_labels = torch.zeros(len(queries), dtype=torch.int64)
-        evals.global_knn(bank, labels, torch.arange(10), queries, query_labels, **{**settings, **changes})
+        parts = (evals.Embeddings.of(bank, labels), evals.Embeddings.of(queries, query_labels))
+        evals.global_knn(*parts, **{**settings, **changes})
 
     with pytest.raises(ValueError, match="bank: 1 of 10 rows hold NaN or infinity, the first at 3"):
         knn(bank=broken)
@@ -169,7 +167,7 @@ def test_the_probe_solves_scikit_learns_problem(l2):
 
 def test_the_whole_probe_agrees_with_scikit_learn_and_is_deterministic():
     train, train_labels, test, test_labels = digits()
-    result = evals.linear_probe(
+    result = linear_probe(
         train, train_labels, test, test_labels, l2=(1e-3,), standardize=False, max_iterations=2000
     )
     reference = LogisticRegression(C=1 / (len(train) * 1e-3), tol=1e-10, solver="newton-cholesky").fit(
@@ -178,7 +176,7 @@ def test_the_whole_probe_agrees_with_scikit_learn_and_is_deterministic():
     agreement = np.mean(result.predictions.numpy() == reference.predict(test.numpy()))
     assert agreement > 0.999
     assert result.accuracy == pytest.approx(reference.score(test.numpy(), test_labels.numpy()), abs=1e-3)
-    chosen = [evals.linear_probe(train, train_labels, test, test_labels, seed=1) for _ in range(2)]
+    chosen = [linear_probe(train, train_labels, test, test_labels, seed=1) for _ in range(2)]
     assert chosen[0].validation == chosen[1].validation
     assert torch.equal(chosen[0].predictions, chosen[1].predictions)
     assert chosen[0].accuracy > 0.9
@@ -190,10 +188,10 @@ def test_the_strength_with_the_best_validation_accuracy_is_used(generator):
     train[:, 0] *= 3
     test[:, 0] *= 3
     train_labels, test_labels = (train[:, 0] > 0).long(), (test[:, 0] > 0).long()
-    result = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-6, 3.0), standardize=False)
+    result = linear_probe(train, train_labels, test, test_labels, l2=(1e-6, 3.0), standardize=False)
     assert set(result.validation) == {1e-6, 3.0}
     assert result.validation[result.l2] == max(result.validation.values())
-    alone = evals.linear_probe(train, train_labels, test, test_labels, l2=(result.l2,), standardize=False)
+    alone = linear_probe(train, train_labels, test, test_labels, l2=(result.l2,), standardize=False)
     assert alone.validation == {}
     assert alone.accuracy == result.accuracy
     assert torch.equal(alone.predictions, result.predictions)
@@ -211,53 +209,49 @@ def test_standardising_is_scikit_learns():
 def test_standardising_makes_the_probe_independent_of_scale_and_offset():
     train, train_labels, test, test_labels = digits()
     scale = torch.linspace(0.01, 100, train.shape[1], dtype=train.dtype)
-    plain = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
-    moved = evals.linear_probe(train * scale + 5, train_labels, test * scale + 5, test_labels, l2=(1e-2,))
+    plain = linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
+    moved = linear_probe(train * scale + 5, train_labels, test * scale + 5, test_labels, l2=(1e-2,))
     assert torch.equal(plain.predictions, moved.predictions)
 
 
 def test_class_ids_need_not_be_consecutive_and_a_class_unseen_in_training_is_wrong():
     train = torch.tensor([[0.0], [0.1], [1.0], [1.1]])
     test = torch.tensor([[0.0], [1.0], [1.0]])
-    result = evals.linear_probe(
-        train, torch.tensor([7, 7, 40, 40]), test, torch.tensor([7, 40, 3]), l2=(1e-3,)
-    )
+    result = linear_probe(train, torch.tensor([7, 7, 40, 40]), test, torch.tensor([7, 40, 3]), l2=(1e-3,))
     assert result.predictions.tolist() == [7, 40, 40]
     assert result.accuracy == pytest.approx(2 / 3)
 
 
 def test_validation_holds_out_of_each_class_never_all():
     targets = torch.tensor([0] * 10 + [1] * 2 + [2])
-    is_held_out = probe_module.held_out(targets, None, 0.2, 0, evals.Alone())
+    is_held_out = probe_module.held_out(targets, torch.arange(13), 0, evals.Alone())
     assert [int(is_held_out[targets == target].sum()) for target in range(3)] == [2, 1, 0]
-    assert not torch.equal(is_held_out, probe_module.held_out(targets, None, 0.2, 1, evals.Alone()))
+    assert not torch.equal(is_held_out, probe_module.held_out(targets, torch.arange(13), 1, evals.Alone()))
 
 
 def test_the_probe_says_when_it_did_not_converge():
     train, train_labels, test, test_labels = digits()
-    assert not evals.linear_probe(
-        train, train_labels, test, test_labels, l2=(1e-5,), max_iterations=2
-    ).is_converged
+    assert not linear_probe(train, train_labels, test, test_labels, l2=(1e-5,), max_iterations=2).is_converged
 
 
 def test_the_probe_works_inside_no_grad_and_inference_mode():
     train, train_labels, test, test_labels = (part[:100] for part in digits())
-    expected = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
+    expected = linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            inside = evals.linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
+            inside = linear_probe(train, train_labels, test, test_labels, l2=(1e-2,))
         assert torch.equal(inside.predictions, expected.predictions)
 
 
 def test_the_probe_names_bad_input():
     features, labels = torch.randn(8, 3), torch.tensor([0, 1] * 4)
     with pytest.raises(ValueError, match="at least two classes; every training label is 0"):
-        evals.linear_probe(features, labels * 0, features, labels)
+        linear_probe(features, labels * 0, features, labels)
     with pytest.raises(ValueError, match="test: 8 of 8 rows hold NaN or infinity"):
-        evals.linear_probe(features, labels, features * torch.nan, labels)
+        linear_probe(features, labels, features * torch.nan, labels)
     with pytest.raises(ValueError, match="train_labels must have shape"):
-        evals.linear_probe(features, labels[:-1], features, labels)
+        linear_probe(features, labels[:-1], features, labels)
     with pytest.raises(ValueError, match="give a probe a single l2"):
-        evals.linear_probe(features[:2], labels[:2], features, labels)
+        linear_probe(features[:2], labels[:2], features, labels)
     with pytest.raises(ValueError, match="l2 must be strengths above 0"):
-        evals.linear_probe(features, labels, features, labels, l2=(0.0, 1.0))
+        linear_probe(features, labels, features, labels, l2=(0.0, 1.0))

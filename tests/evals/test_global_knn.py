@@ -13,7 +13,7 @@ from selfmask_dist.evals.search import search as search_fn
 from selfmask_dist.parallel import World
 from tests.evals.test_evals import brute_force, brute_force_vote
 from tests.support.distributed import run_distributed
-from tests.support.knn import knn_accuracy
+from tests.support.evals import knn_accuracy
 
 NUM_BANK, NUM_QUERIES, CLASSES = 300, 47, 5
 KS, TEMPERATURES = (1, 20, 120), (0.07, 0.1, math.inf)
@@ -58,11 +58,8 @@ def _search_here(kind):
     mine, my_queries = my_parts(world)
     sims, ids = search_fn(bank[mine], queries[my_queries], k=120, bank_ids=mine, ranks=world)
     result = evals.global_knn(
-        bank[mine],
-        labels[mine],
-        mine,
-        queries[my_queries],
-        query_labels[my_queries],
+        evals.Embeddings(bank[mine], labels[mine], mine),
+        evals.Embeddings(queries[my_queries], query_labels[my_queries], my_queries),
         num_classes=CLASSES,
         ks=KS,
         temperatures=TEMPERATURES,
@@ -120,11 +117,8 @@ def _wrong_here(which):
         queries = queries[:, :3]
     try:
         evals.global_knn(
-            part,
-            part_labels,
-            mine,
-            queries[my_queries],
-            query_labels[my_queries],
+            evals.Embeddings(part, part_labels, mine),
+            evals.Embeddings(queries[my_queries], query_labels[my_queries], my_queries),
             num_classes=CLASSES,
             ks=(k,),
             ranks=world,
@@ -154,11 +148,8 @@ def test_what_is_wrong_on_one_rank_stops_all_and_is_named(which, message):
 def test_a_class_without_queries_does_not_count_into_the_balanced_accuracy():
     bank = torch.eye(3)
     result = evals.global_knn(
-        bank,
-        torch.tensor([0, 1, 2]),
-        torch.arange(3),
-        bank[[0, 0, 0, 1]],
-        torch.tensor([0, 0, 0, 2]),
+        evals.Embeddings.of(bank, torch.tensor([0, 1, 2])),
+        evals.Embeddings.of(bank[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 2])),
         num_classes=3,
         ks=(1,),
         temperatures=(0.1,),

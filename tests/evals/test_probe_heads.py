@@ -15,6 +15,7 @@ from selfmask_dist.evals.low_shot import balanced_subset, labels_per_class
 from selfmask_dist.evals.probe import L2_GRID, held_out, prepare
 from selfmask_dist.parallel import World
 from tests.support.distributed import run_distributed
+from tests.support.evals import linear_probe, probe_heads
 
 
 def digits(train=400, test=200):
@@ -24,7 +25,11 @@ def digits(train=400, test=200):
     return features[:train], labels[:train], features[train:end], labels[train:end]
 
 
-FEW: dict[str, Any] = {"learning_rates": (0.1, 1.0), "weight_decays": (1e-3, 1e-1), "epochs": 40}
+def _both(train, train_labels, test, test_labels):
+    return evals.Embeddings.of(train, train_labels), evals.Embeddings.of(test, test_labels)
+
+
+FEW: dict[str, Any] = {"grid": ((0.1, 1.0), (1e-3, 1e-1)), "epochs": 40}
 
 
 def ill_conditioned():
@@ -48,11 +53,11 @@ def optimum(train, train_labels, test, l2):
 def test_heads_reach_the_optimum_of_ill_conditioned_embeddings():
     train, train_labels, test, test_labels = ill_conditioned()
     for l2 in (1e-5, 1e-3, 1e-1):
-        pair: dict[str, Any] = {"learning_rates": (1.0,), "weight_decays": (l2,)}
-        found = evals.probe_heads(train, train_labels, test, test_labels, **pair)
+        pair: dict[str, Any] = {"grid": ((1.0,), (l2,))}
+        found = probe_heads(train, train_labels, test, test_labels, **pair)
         assert (found.predictions == optimum(train, train_labels, test, l2)).double().mean() >= 0.998
-    chosen = evals.probe_heads(train, train_labels, test, test_labels)
-    held = held_out(train_labels, None, 0.2, 0, evals.Alone())
+    chosen = probe_heads(train, train_labels, test, test_labels)
+    held = held_out(train_labels, torch.arange(len(train)), 0, evals.Alone())
     fit = (train[~held], train_labels[~held], train[held])
     right = {l2: int((optimum(*fit, l2) == train_labels[held]).sum()) for l2 in L2_GRID}
     assert chosen.weight_decay == max(right, key=lambda l2: (right[l2], l2)), "the choice of `linear_probe`"
@@ -62,24 +67,24 @@ def test_heads_reach_the_optimum_of_ill_conditioned_embeddings():
 
 def test_in_small_batches_they_come_near_it():
     train, train_labels, test, test_labels = digits()
-    pair: dict[str, Any] = {"learning_rates": (0.25,), "weight_decays": (1e-2,), "batch_size": 100}
-    found = evals.probe_heads(train, train_labels, test, test_labels, epochs=100, **pair)
+    pair: dict[str, Any] = {"grid": ((0.25,), (1e-2,)), "batch_size": 100}
+    found = probe_heads(train, train_labels, test, test_labels, epochs=100, **pair)
     assert (found.predictions == optimum(train, train_labels, test, 1e-2)).double().mean() > 0.97
 
 
 def test_many_heads_at_once_are_the_heads_one_by_one():
     parts = digits()
-    together = evals.probe_heads(*parts, **FEW)
-    for lr, decay in itertools.product(FEW["learning_rates"], FEW["weight_decays"]):
+    together = probe_heads(*parts, **FEW)
+    for lr, decay in itertools.product(*FEW["grid"]):
         # beside one that learns nothing and so does not go on
-        pair = {**FEW, "learning_rates": (lr, 1e-9), "weight_decays": (decay,)}
-        alone = evals.probe_heads(*parts, **pair)
+        pair = {**FEW, "grid": ((lr, 1e-9), (decay,))}
+        alone = probe_heads(*parts, **pair)
         if together.epochs[lr, decay] == alone.epochs[lr, decay]:
             assert together.validation[lr, decay] == alone.validation[lr, decay]
         assert alone.epochs[lr, decay] > alone.epochs[1e-9, decay]
     assert len(set(together.validation.values())) > 1
-    best = {**FEW, "learning_rates": (together.lr,), "weight_decays": (together.weight_decay,)}
-    final = evals.probe_heads(*parts, **best)
+    best = {**FEW, "grid": ((together.lr,), (together.weight_decay,))}
+    final = probe_heads(*parts, **best)
     assert final.validation == {}
     assert torch.equal(final.predictions, together.predictions)
     assert final.accuracy == together.accuracy
@@ -87,36 +92,31 @@ def test_many_heads_at_once_are_the_heads_one_by_one():
 
 def test_rates_are_judged_by_their_loss_decays_by_held_out_samples_and_the_test_part_has_no_say():
     train, train_labels, test, test_labels = digits()
-    choice: dict[str, Any] = {
-        "learning_rates": (1e-5, 0.3, 1.0, 1e4),
-        "weight_decays": (1e-2, 1e3),
-        "tune": 0.1,
-        "choose": 0.5,
-        "epochs": 20,
-    }
-    result = evals.probe_heads(train, train_labels, test, test_labels, **choice)
-    for decay in choice["weight_decays"]:
-        epochs = [result.epochs[lr, decay] for lr in choice["learning_rates"]]
+    rates, decays = (1e-5, 0.3, 1.0, 1e4), (1e-2, 1e3)
+    choice: dict[str, Any] = {"grid": (rates, decays), "lengths": (0.1, 0.5), "epochs": 20}
+    result = probe_heads(train, train_labels, test, test_labels, **choice)
+    for decay in decays:
+        epochs = [result.epochs[lr, decay] for lr in rates]
         assert sorted(epochs) == [2, 2, 2, 12], "one of each decay goes on"
         assert epochs[0] == epochs[3] == 2, "neither the rate that learns nothing nor the one that diverges"
     assert result.weight_decay == 1e-2, "the other one leaves no weights"
     assert result.epochs[result.lr, result.weight_decay] == 12
     wrong = (test_labels + 1) % 10
-    again = evals.probe_heads(train, train_labels, test, wrong, **choice)
+    again = probe_heads(train, train_labels, test, wrong, **choice)
     assert (again.validation, again.lr) == (result.validation, result.lr)
     assert torch.equal(again.predictions, result.predictions)
 
 
 def test_parts_of_a_batch_are_the_whole(monkeypatch):
     parts = digits()
-    whole = evals.probe_heads(*parts, **FEW)
+    whole = probe_heads(*parts, **FEW)
     monkeypatch.setattr(sys.modules["selfmask_dist.evals.probe_heads"], "_LOGITS", 1000)
-    assert evals.probe_heads(*parts, **FEW).validation == whole.validation
+    assert probe_heads(*parts, **FEW).validation == whole.validation
 
 
 def test_fifty_heads_find_what_scikit_learn_finds():
     train, train_labels, test, test_labels = digits(1200, 597)
-    result = evals.probe_heads(train, train_labels, test, test_labels, epochs=60)
+    result = probe_heads(train, train_labels, test, test_labels, epochs=60)
     assert len(result.validation) >= 50
     best = max(
         LogisticRegression(C=c, max_iter=3000).fit(train / 16, train_labels).score(test / 16, test_labels)
@@ -133,14 +133,13 @@ def _everything_here():
     ids, places = torch.arange(len(train)), torch.arange(len(test))
     mine = torch.tensor(shares[0])[ids % len(shares[0])] == world.rank
     my_tests = torch.tensor(shares[1])[places % len(shares[1])] == world.rank
-    parts = (train[mine], train_labels[mine], test[my_tests], test_labels[my_tests])
-    probe = evals.linear_probe(*parts, l2=(1e-3, 1e-1), ranks=world, train_ids=ids[mine])
-    heads = evals.probe_heads(*parts, **FEW, batch_size=100, ranks=world, train_ids=ids[mine])
+    bank = evals.Embeddings(train[mine], train_labels[mine], ids[mine])
+    queries = evals.Embeddings(test[my_tests], test_labels[my_tests], places[my_tests])
+    probe = evals.linear_probe(bank, queries, l2=(1e-3, 1e-1), ranks=world)
+    heads = evals.probe_heads(bank, queries, **FEW, batch_size=100, ranks=world)
     shots = evals.low_shot(
-        train[mine],
-        train_labels[mine],
-        ids[mine],
-        *parts[2:],
+        bank,
+        queries,
         shares=(0.1, 0.03, 0.001),
         tries=2,
         ranks=world,
@@ -148,7 +147,7 @@ def _everything_here():
     shape = evals.measure_shape(train[mine], world)
     near = evals.neighbours(train[mine], test[my_tests], k=7, bank_ids=ids[mine], ranks=world)
     far = evals.neighbours(train[mine].flip(1), test[my_tests], k=7, bank_ids=ids[mine], ranks=world)
-    ensemble = evals.mean_logits_accuracy([probe, probe], parts[3], world)
+    ensemble = evals.mean_logits_accuracy([probe, probe], queries.labels, world)
     return {
         "probe": (probe.accuracy, probe.l2, probe.validation),
         "heads": (heads.accuracy, heads.lr, heads.weight_decay, heads.validation),
@@ -188,8 +187,7 @@ def test_low_shot_draws_are_balanced_and_differ():
 
 def test_low_shot_is_scikit_learn_on_the_draw():
     train, train_labels, test, test_labels = digits()
-    ids = torch.arange(len(train))
-    found = evals.low_shot(train, train_labels, ids, test, test_labels, shares=(0.1,), tries=3)[0.1]
+    found = evals.low_shot(*_both(train, train_labels, test, test_labels), shares=(0.1,), tries=3)[0.1]
     chosen = balanced_subset(train_labels, 4, torch.Generator().manual_seed(0))
     deviation, mean = torch.std_mean(train, dim=0, correction=0)
     scaled = [((part - mean) / deviation.where(deviation > 0, 1)).numpy() for part in (train, test)]
@@ -228,8 +226,7 @@ def test_bad_input_is_named():
     train, train_labels, test, test_labels = digits(100, 50)
     broken = train.clone()
     broken[7, 3] = torch.nan
-    ids = torch.arange(100)
-    for probe in (evals.linear_probe, evals.probe_heads):
+    for probe in (linear_probe, probe_heads):
         with pytest.raises(ValueError, match="train: 1 of 100 rows hold NaN or infinity, the first at 7"):
             probe(broken, train_labels, test, test_labels)
         with pytest.raises(ValueError, match="at least two classes; every training label is 3"):
@@ -239,10 +236,10 @@ def test_bad_input_is_named():
         with pytest.raises(ValueError, match="train_labels hold -1: leave out the samples without a label"):
             probe(train, train_labels * 0 - 1, test, test_labels)
     with pytest.raises(ValueError, match="learning rates must be above 0"):
-        evals.probe_heads(train, train_labels, test, test_labels, learning_rates=(0.0,))
+        probe_heads(train, train_labels, test, test_labels, grid=((0.0,), (1.0,)))
     with pytest.raises(ValueError, match="shares above 0 and up to 1"):
-        evals.low_shot(train, train_labels, ids, test, test_labels, shares=(1.5,))
+        evals.low_shot(*_both(train, train_labels, test, test_labels), shares=(1.5,))
     with pytest.raises(ValueError, match="strength C above 0, got 0"):
-        evals.low_shot(train, train_labels, ids, test, test_labels, c=0)
+        evals.low_shot(*_both(train, train_labels, test, test_labels), c=0)
     with pytest.raises(ValueError, match="embeddings hold NaN"):
         evals.measure_shape(broken)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from selfmask_dist import apply_masks, attach
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cascade import Combination, Router
-from selfmask_dist.cascade.model import DISPATCHER, expert_name, load_cascade, save_cascade
+from selfmask_dist.cascade.model import load_cascade, save_cascade
+from selfmask_dist.common.names import DISPATCHER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError, forms, from_masks, write_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.masking import build_family
@@ -263,7 +264,7 @@ def test_threads_do_not_see_each_others_masks() -> None:
 
 def write_cascade(model: nn.Module, preset: str, folder: Path) -> Path:
     """A cascade of a dispatcher and two experts, fitted to random pictures."""
-    names = [DISPATCHER, expert_name(0), expert_name(1)]
+    names = [DISPATCHER, expert(0), expert(1)]
     masks = dict(zip(names, random_masks(model, preset).values(), strict=True))
     pictures = images(60, seed=1)
     features = {name: embedded_alone(model, mask, pictures, folder) for name, mask in masks.items()}

@@ -440,3 +440,15 @@ class TestSelection:
         model.cls_token.requires_grad_(True)
         assert [p.shape for p in masks.other_parameters()] == [model.cls_token.shape]
         assert "masked     16 parameters" in masks.summary()
+
+
+def test_attach_takes_threshold_and_scale_by_name() -> None:
+    by_name, built = (nn.Sequential(nn.Linear(6, 5)) for _ in range(2))
+    built.load_state_dict(by_name.state_dict())
+    masks = attach(by_name, include="*weight", threshold=0.5, scale="none")
+    family = build_family("threshold", threshold=0.5, scale="none")
+    assert masks.family.options == family.options
+    attach(built, include="*weight", family=family)
+    assert torch.equal(by_name.state_dict()["0.weight"], built.state_dict()["0.weight"])
+    with pytest.raises(ValueError, match="threshold given beside a built family"):
+        attach(nn.Sequential(nn.Linear(6, 5)), include="*weight", family=family, threshold=0.1)

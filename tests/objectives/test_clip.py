@@ -2,6 +2,7 @@
 and engines alike, whole runs on image-text shards.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from selfmask_dist.config import ConfigError, load_config
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.objectives import ClipConfig, SlipConfig
 from selfmask_dist.config.sections import EngineConfig
-from selfmask_dist.data import Batch, SampleError, open_source, train_loader
+from selfmask_dist.data import Batch, SampleError, Workers, open_source, train_loader
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.masking import attach
@@ -70,7 +71,7 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
     part = data.Subset(source, np.array([5, 7]))
     assert part.read_captions(np.array([1])) == ["two dogs, picture 7"]
     transform = data.train_transform(PRE)
-    loader = train_loader(source, transform, global_batch_size=8, seed=0, captions=True, num_workers=1)
+    loader = train_loader(source, transform, global_batch_size=8, seed=0, workers=Workers(1)).with_captions()
     for batch in loader:
         assert list(batch.captions) == [f"{WORDS[i % 6]}, picture {i}" for i in batch.ids.tolist()]
     loader.close()
@@ -80,21 +81,13 @@ def test_captions_come_with_their_pictures(tmp_path: Path, is_indexed: bool) -> 
 def test_a_sample_without_caption_is_a_broken_one(tmp_path: Path) -> None:
     source = open_source(image_text(tmp_path / "pairs", missing=(4,)), require_labels=False)
     quarantine = data.Quarantine(tmp_path / "quarantine.jsonl", num_samples=24, budget=0.1, rank=0)
-    found = list(
-        train_loader(
-            source,
-            data.train_transform(PRE),
-            global_batch_size=24,
-            seed=0,
-            quarantine=quarantine,
-            captions=True,
-        )
-    )
+    load = partial(train_loader, source, data.train_transform(PRE), global_batch_size=24, seed=0)
+    found = list(load(quarantine=quarantine).with_captions())
     assert found[0].weights[found[0].ids == 4].tolist() == [0.0]
     assert found[0].weights.sum() == 23
     assert "it has no caption (.txt)" in found[0].failures[0].reason
     with pytest.raises(SampleError, match="it has no caption"):
-        list(train_loader(source, data.train_transform(PRE), global_batch_size=24, seed=0, captions=True))
+        list(load().with_captions())
 
 
 def test_data_without_captions_is_as_it_was(tmp_path: Path) -> None:
@@ -104,8 +97,8 @@ def test_data_without_captions_is_as_it_was(tmp_path: Path) -> None:
     assert "captions" not in built.identity
     with pytest.raises(ValueError, match="no training image has a caption"):
         train_loader(
-            open_source(tmp_path), data.train_transform(PRE), global_batch_size=2, seed=0, captions=True
-        )
+            open_source(tmp_path), data.train_transform(PRE), global_batch_size=2, seed=0
+        ).with_captions()
     longer = image_text(tmp_path / "pairs")
     first = open_source(longer, require_labels=False).identity
     (longer / "b.tar").unlink()

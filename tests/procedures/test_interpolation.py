@@ -13,7 +13,7 @@ from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mask_file
 from selfmask_dist.masking import attach, build_family
-from selfmask_dist.procedures.interpolation import ScoredMask, interpolate, read_trained
+from selfmask_dist.procedures.interpolation import ScoredMask, interpolate, read_scored_mask
 from selfmask_dist.training.build import build_backbone
 from tests.support.models import make, scores_of
 from tests.support.tiny_run import write_config, write_tiny_data
@@ -65,7 +65,7 @@ def test_the_ends_are_the_runs_masks_and_the_way_is_between(runs: Path, tmp_path
 
 
 def test_scores_say_what_is_between_and_not_bits(runs: Path) -> None:
-    first, second = (read_trained(runs / name) for name in "ab")
+    first, second = (read_scored_mask(runs / name) for name in "ab")
     half = interpolate(first, second, 0.5)
     for name, bits in half.bits.items():
         assert torch.equal(bits, (first.scores[name] + second.scores[name]) / 2 > 0), name
@@ -94,7 +94,7 @@ def test_what_has_no_way_between_is_refused(
     maskfile.write_mask_file(tmp_path / "run" / "final.mask", other)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "has no valid checkpoint" in refused(tmp_path / "run")
-    first, second = (read_trained(runs / name) for name in "ab")
+    first, second = (read_scored_mask(runs / name) for name in "ab")
     elsewhere = replace(second, mask=replace(second.mask, weights_fingerprint="0" * 64))
     with pytest.raises(MaskFileError, match="only masks of one backbone combine"):
         interpolate(first, elsewhere, 0.5)

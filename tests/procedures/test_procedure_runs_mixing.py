@@ -23,7 +23,7 @@ from selfmask_dist.maskfile.api import apply_masks
 from selfmask_dist.procedures.classifier import Classifier, open_classifier
 from selfmask_dist.training.build import build_backbone, open_data
 from tests.support.distributed import run_distributed
-from tests.support.knn import knn_accuracy
+from tests.support.evals import knn_accuracy
 from tests.support.procedure_cases import RESNET, start
 from tests.support.tiny_run import result_of, write_config, write_tiny_data
 

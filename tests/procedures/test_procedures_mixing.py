@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.weights import interpolate
-from selfmask_dist.evals import linear_probe
 from selfmask_dist.procedures import ensemble, wise_ft
 from selfmask_dist.procedures.rebasin import match as rebasin
 from selfmask_dist.procedures.rebasin import permutation
 from selfmask_dist.procedures.rebasin.specs import permutation_spec
-from tests.support.knn import knn_accuracy
+from tests.support.evals import knn_accuracy, linear_probe
 from tests.support.procedure_cases import accuracy, digits, mlp, train
 
 # ---- WiSE-FT

@@ -49,7 +49,9 @@ def test_a_table_of_runs_in_all_states(
     header, *lines = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in lines]
     assert rows[0][:6] == ["a", "running", "7/4000", "0.5000", "123", "2"]
-    assert rows[0][6:] == ["step-000000005", "0", "s", "ago", "12"]
+    seconds = rows[0].pop(7)
+    assert int(seconds) < 60
+    assert rows[0][6:] == ["step-000000005", "s", "ago", "12"]
     assert "still for 5 min" in lines[1]
     assert "silent" in lines[2]
     assert "3 h ago" in lines[2]
@@ -98,9 +100,10 @@ def test_checkpoints_of_runs_of_every_kind(tmp_path: Path, capsys: pytest.Captur
     assert main(["checkpoints", "list", str(run)]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["checkpoint", "step", "size", "saved"]
-    assert [line.split()[1:] for line in lines] == [
-        [step, "2.0", "MB", "0", "s", "ago"] for step in ("12", "9")
-    ]
+    for line, number in zip(lines, ("12", "9"), strict=True):
+        *words, seconds, unit, ago = line.split()[1:]
+        assert (*words, unit, ago) == (number, "2.0", "MB", "s", "ago")
+        assert int(seconds) < 60
     assert main(["checkpoints", "prune", str(run)]) == 2
     assert "is running and prunes by itself" in capsys.readouterr().err
     (run / "status.json").unlink()

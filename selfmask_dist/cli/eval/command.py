@@ -52,13 +52,13 @@ def add_command(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from selfmask_dist.cli.eval.kinds import KINDS, Options
+    from selfmask_dist.cli.eval.kinds import KINDS, EvalOptions
     from selfmask_dist.cli.eval.subject import open_subject, read_config
     from selfmask_dist.parallel import join_world
 
     paths, kinds, overrides = sort_words(options.words, KINDS)
     config = read_config(paths[0], options.config, overrides, data=options.data)
-    choices = Options(
+    choices = EvalOptions(
         ks=_numbers(options.k),
         precision=options.precision,
         memory_mib=options.memory_mib,
@@ -76,7 +76,7 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def measure_all(subject: Any, kinds: Sequence[str], choices: Any, *, report: Any) -> None:
-    """Measure each kind, print its table and write its files; of all kinds, those that can be had."""
+    """Measure each kind, print its table and write its files; without kinds, all that the subject allows."""
     from selfmask_dist.cli.eval.kinds import KINDS
     from selfmask_dist.cli.eval.results import UnavailableError, format_table, join, write_results
 
@@ -101,7 +101,7 @@ def measure_all(subject: Any, kinds: Sequence[str], choices: Any, *, report: Any
 
 
 def sort_words(words: Sequence[str], kinds: Collection[str]) -> tuple[list[Path], list[str], list[str]]:
-    """Subjects' paths, kinds (none for all) and settings.
+    """Return the subjects' paths, the kinds (none stands for all) and the settings among words.
 
     Raises:
         ValueError: a word is none of them, or there is no subject.

@@ -1,4 +1,4 @@
-"""The kinds of evaluation, functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
+"""The kinds of evaluation: functions of a subject's stored embeddings. A new one is an entry of `KINDS`."""
 
 import math
 from collections.abc import Callable
@@ -12,19 +12,21 @@ from torch import Tensor
 from selfmask_dist import evals
 from selfmask_dist.cli.eval.masks import measure_masks
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
-from selfmask_dist.cli.eval.subject import Subject
+from selfmask_dist.cli.eval.subject import EvalSubject
 from selfmask_dist.common.plots import draw_bars, draw_lines
+from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.knn import KS, TEMPERATURES
 from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
 from selfmask_dist.evals.probe_heads import EPOCHS
-from selfmask_dist.evals.store import Rows
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line chooses. ks: none for the usual ones. memory_mib: of the search. tries, c:
-    of low-shot. epochs: of the probes by SGD.
+class EvalOptions:
+    """What the command line chooses.
+
+    ks: numbers of neighbours; none stands for the usual ones. precision, memory_mib: of the search. tries, c:
+    draws and strength of low-shot. epochs: of the probes by SGD.
     """
 
     ks: tuple[int, ...] = ()
@@ -35,8 +37,10 @@ class Options:
     epochs: int = EPOCHS
 
 
-def measure_knn(subject: Subject, options: Options) -> Results:
-    """k-NN over all training images, for every k and temperature; and each training image by the others."""
+def measure_knn(subject: EvalSubject, options: EvalOptions) -> Results:
+    """Classify test images by their neighbours among all training images, for every k and temperature, and
+    each training image by the others.
+    """
     notes = subject.require_labels("knn")
     first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
     temperature = subject.config.eval.knn_temperature
@@ -52,6 +56,7 @@ def measure_knn(subject: Subject, options: Options) -> Results:
         first = min(first, max(ks))
     temperatures = tuple(dict.fromkeys((temperature, *TEMPERATURES)))
     search: dict[str, Any] = {
+        "num_classes": subject.num_classes,
         "ranks": subject.world,
         "memory_mib": options.memory_mib,
         "precision": options.precision,
@@ -59,10 +64,12 @@ def measure_knn(subject: Subject, options: Options) -> Results:
     rows, details = [], {}
     for view in subject.views:
         bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
-        found = _knn(bank, queries, subject, ks, temperatures, **search)
+        found = evals.global_knn(bank, queries, ks=ks, temperatures=temperatures, **search)
         some = _evenly_spaced(bank, subject)
         others = min(first, size - 1)
-        left_out = _knn(bank, some, subject, [others], [temperature], query_ids=some.ids, **search)
+        left_out = evals.global_knn(
+            bank, some, ks=[others], temperatures=[temperature], query_ids=some.ids, **search
+        )
         values: dict[str, float | None] = {f"knn{k}": found.accuracy[k, temperature] for k in ks}
         values[f"knn{first} balanced"] = found.balanced[first, temperature]
         values[f"knn{first} plain vote"] = found.accuracy[first, math.inf]
@@ -89,44 +96,25 @@ def measure_knn(subject: Subject, options: Options) -> Results:
     )
 
 
-def _knn(
-    bank: Rows, queries: Rows, subject: Subject, ks: Any, temperatures: Any, **search: Any
-) -> evals.KNNResult:
-    return evals.global_knn(
-        bank.features,
-        bank.labels,
-        bank.ids,
-        queries.features,
-        queries.labels,
-        num_classes=subject.num_classes,
-        ks=ks,
-        temperatures=temperatures,
-        **search,
-    )
-
-
-def _evenly_spaced(bank: Rows, subject: Subject) -> Rows:
-    """At most `eval.monitor_samples` of all ranks' training samples, the same under any number of ranks."""
+def _evenly_spaced(bank: Embeddings, subject: EvalSubject) -> Embeddings:
+    """Return this rank's part of at most `eval.monitor_samples` training samples of all ranks; they are the
+    same under any number of ranks.
+    """
     total, limit = len(subject.sources["train"]), subject.config.eval.monitor_samples
     wanted = np.linspace(0, total - 1, min(total, limit)).round().astype(np.int64)
     chosen = torch.isin(bank.ids, torch.from_numpy(wanted).to(bank.ids.device))
-    return Rows(bank.features[chosen], bank.labels[chosen], bank.ids[chosen])
+    return bank.where(chosen)
 
 
-def measure_probe(subject: Subject, options: Options) -> Results:
-    """Linear probes: logistic regression by L-BFGS, and the best of many (rate, decay) pairs by SGD."""
+def measure_probe(subject: EvalSubject, options: EvalOptions) -> Results:
+    """Train linear probes: logistic regression by L-BFGS, and the best of many (rate, decay) pairs by SGD."""
     notes = subject.require_labels("probe")
     rows, details, probes = [], {}, {}
     for view in subject.views:
         bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
-        parts = (bank.features, bank.labels, queries.features, queries.labels)
-        common: dict[str, Any] = {
-            "seed": subject.config.seed,
-            "ranks": subject.world,
-            "train_ids": bank.ids,
-        }
-        probe = evals.linear_probe(*parts, **common)
-        heads = evals.probe_heads(*parts, epochs=options.epochs, **common)
+        common: dict[str, Any] = {"seed": subject.config.seed, "ranks": subject.world}
+        probe = evals.linear_probe(bank, queries, **common)
+        heads = evals.probe_heads(bank, queries, epochs=options.epochs, **common)
         probes[view.name] = probe
         rows.append(Row(view.name, {"probe": probe.accuracy, "probe by SGD": heads.accuracy}))
         if not probe.is_converged:
@@ -158,18 +146,15 @@ def measure_probe(subject: Subject, options: Options) -> Results:
     )
 
 
-def measure_low_shot(subject: Subject, options: Options) -> Results:
-    """A probe on few labels of each class, several times."""
+def measure_low_shot(subject: EvalSubject, options: EvalOptions) -> Results:
+    """Train a probe on few labels of each class, several times with other draws."""
     notes = subject.require_labels("lowshot")
     rows, details, columns = [], {}, {}
     for view in subject.views:
         bank, queries = subject.rows(view, "train"), subject.rows(view, "test")
         found = evals.low_shot(
-            bank.features,
-            bank.labels,
-            bank.ids,
-            queries.features,
-            queries.labels,
+            bank,
+            queries,
             tries=options.tries,
             c=options.c,
             seed=subject.config.seed,
@@ -221,8 +206,8 @@ def measure_low_shot(subject: Subject, options: Options) -> Results:
     )
 
 
-def measure_zero_shot(subject: Subject, _options: Options) -> Results:
-    """The class whose prompts' text embedding is nearest; for open_clip backbones."""
+def measure_zero_shot(subject: EvalSubject, _options: EvalOptions) -> Results:
+    """Give each image the class whose prompts' text embedding is nearest; for open_clip backbones."""
     notes = subject.require_labels("zeroshot")
     backbone = subject.backbone
     if backbone.text_embeddings is None:
@@ -263,8 +248,8 @@ def measure_zero_shot(subject: Subject, _options: Options) -> Results:
     )
 
 
-def measure_label_free(subject: Subject, options: Options) -> Results:
-    """What needs no label: dimensions used, collapse, and how many of the frozen neighbours are kept."""
+def measure_label_free(subject: EvalSubject, options: EvalOptions) -> Results:
+    """Measure what needs no label: dimensions used, collapse, and how many frozen neighbours are kept."""
     size = len(subject.sources["train"])
     k = min(subject.config.eval.knn_k[0], size)
     rows, spectra = [], {}
@@ -309,7 +294,7 @@ def measure_label_free(subject: Subject, options: Options) -> Results:
     )
 
 
-KINDS: dict[str, Callable[[Subject, Options], Results]] = {
+KINDS: dict[str, Callable[[EvalSubject, EvalOptions], Results]] = {
     "knn": measure_knn,
     "probe": measure_probe,
     "lowshot": measure_low_shot,

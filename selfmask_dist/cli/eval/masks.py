@@ -1,13 +1,13 @@
 """The kind `masks`: what the masks themselves say, without images."""
 
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
-from selfmask_dist.cli.eval.subject import Subject
+from selfmask_dist.cli.eval.subject import EvalSubject
 from selfmask_dist.maskfile.tools.comparison import MaskResults, as_dict, masks, read_subjects
 from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 
 
-def measure_masks(subject: Subject, _options: object) -> Results:
-    """Share of weights switched off, in all and by kind of layer; of several masks, how alike they are."""
+def measure_masks(subject: EvalSubject, _options: object) -> Results:
+    """Measure the share of weights switched off, in all and by kind of layer, and how alike masks are."""
     if not subject.masks:
         raise UnavailableError("there is no mask")
     found = masks(read_subjects(subject.mask_paths))
@@ -30,7 +30,7 @@ def measure_masks(subject: Subject, _options: object) -> Results:
 
 
 def _pairs(found: MaskResults) -> list[str]:
-    """How alike each two masks are, the most alike first."""
+    """Return a sentence on each two masks, the most alike first."""
     ordered = sorted(found.pairs, key=lambda pair: -(pair.similarity.phi or 0.0))
     return [
         f"{pair.a} and {pair.b}: phi {_text(pair.similarity.phi)} (by chance "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import write_json
-from selfmask_dist.common.optional import MissingLibraryError
+from selfmask_dist.common.plots import why_no_pictures
 
 VERSION = 1
 
@@ -47,11 +47,13 @@ class Results:
 
 
 class About(Protocol):
-    """What the file says of the subject; `Subject` is one."""
+    """What a result's file says of its subject; `EvalSubject` is one."""
 
     directory: Path
 
-    def about(self) -> dict[str, Any]: ...
+    def about(self) -> dict[str, Any]:
+        """Return what the file says: paths, backbone and data."""
+        ...
 
 
 def write_results(results: Results, subject: About, seconds: float) -> Path:
@@ -62,11 +64,11 @@ def write_results(results: Results, subject: About, seconds: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     if results.plot is not None:
-        try:
+        if reason := why_no_pictures():
+            results.notes.append(f"the picture is left out: {reason}")
+        else:
             results.plot(folder / f"{results.kind}.png")
             plots.append(f"{results.kind}.png")
-        except MissingLibraryError as error:
-            results.notes.append(f"the picture is left out: {error}")
     fields = asdict(replace(results, plot=None))
     del fields["plot"], fields["headline"]
     values = {
@@ -99,12 +101,14 @@ def _column(rows: Sequence[Row], name: str, base: Row | None) -> list[str]:
     parts = []
     for row in rows:
         value, spread = row.values.get(name), row.spread.get(name)
-        is_compared = value is not None and reference is not None and row is not base
+        difference = ""
+        if value is not None and reference is not None and row is not base:
+            difference = f" ({value - reference:+.{digits}f})"
         parts.append(
             (
                 "-" if value is None else f"{value:.{digits}f}",
                 "" if spread is None else f" ±{spread:.{digits}f}",
-                f" ({value - reference:+.{digits}f})" if is_compared else "",
+                difference,
             )
         )
     widths = [max(map(len, part)) for part in zip(*parts, strict=True)]
@@ -128,7 +132,7 @@ def join(found: Sequence[Results]) -> Results:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
+    """Return a value that JSON can hold: NaN and infinity become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

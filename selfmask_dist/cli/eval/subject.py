@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,18 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import fit_pca
 from selfmask_dist.cascade.model import Cascade, load_cascade
 from selfmask_dist.cli.eval.results import UnavailableError
-from selfmask_dist.cli.eval.views import View, cascade_views, mask_path, mask_views
-from selfmask_dist.cli.eval.weights import find_weights
+from selfmask_dist.cli.eval.views import (
+    TunedWeights,
+    View,
+    cascade_views,
+    find_weights,
+    mask_path,
+    mask_views,
+)
+from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
-from selfmask_dist.evals.store import EmbeddingStore, Rows, embed_to_store
+from selfmask_dist.evals import Embeddings
+from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.parallel import World
 from selfmask_dist.training.build import build_backbone, open_data
@@ -36,46 +44,42 @@ from selfmask_dist.training.finetune import load_trained
 SPLITS = ("train", "test")
 
 
-class Subject:
+@dataclass(eq=False)
+class EvalSubject:
     """Made by `open_subject`. What embeds or reads embeddings is collective: every rank must call.
 
     Attributes:
         paths: as given. kind: run, cascade or mask. directory: where embeddings/ and eval/ go.
-        masks: of all files, by name; reading them builds no backbone. mask_paths: of `paths`, those with any.
-        views: the frozen one first.
+        files: mask files by path; reading them builds no backbone. views: the frozen one first.
+        report: gets a sentence on what is made, or made again.
+        trusts_files: whether a mask file's word on the backbone's fingerprint is taken; else it is built.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        kind: str,
-        config: Config,
-        world: World,
-        directory: Path,
-        files: dict[str, maskfile.MaskFile],
-        views: list[View],
-        report: Callable[[str], None],
-        *,
-        trusts_files: bool,
-    ) -> None:
-        self.paths = list(paths)
-        self.kind = kind
-        self.config = config
-        self.world = world
-        self.directory = directory
-        self.views = views
-        self.masks = {view.name: view.mask for view in views if view.mask is not None}
-        self.mask_paths = [path for path in paths if str(mask_path(path)) in files]
-        self._files = files
-        self._weights = [view.weights for view in views if view.weights is not None]
-        self._report = report
-        self._trusts_files = trusts_files
-        self._ready: set[str] = set()
+    paths: Sequence[Path]
+    kind: str
+    config: Config
+    world: World
+    directory: Path
+    files: dict[str, maskfile.MaskFile]
+    views: list[View]
+    report: Callable[[str], None]
+    trusts_files: bool
+    _ready: set[str] = field(default_factory=set)
+
+    @property
+    def masks(self) -> dict[str, maskfile.Mask]:
+        """The masks of all files, by the names of their views."""
+        return {view.name: view.mask for view in self.views if view.mask is not None}
+
+    @property
+    def mask_paths(self) -> list[Path]:
+        """The paths that hold a mask."""
+        return [path for path in self.paths if str(mask_path(path)) in self.files]
 
     def about(self) -> dict[str, Any]:
-        """Of the subject, for a result's file."""
+        """Return what a result's file says of the subject: paths, backbone and data."""
         name, fingerprint = self.config.backbone.name, ""
-        for file in self._files.values():
+        for file in self.files.values():
             name, fingerprint = file.backbone or name, file.backbone_fingerprint
         for weights in self._weights:
             fingerprint = weights.backbone_fingerprint
@@ -94,18 +98,25 @@ class Subject:
             },
         }
 
+    @property
+    def _weights(self) -> list[TunedWeights]:
+        return [view.weights for view in self.views if view.weights is not None]
+
     # ---- data and labels
 
     @cached_property
     def sources(self) -> dict[str, data.Source]:
+        """The images by split; those without a label are among them."""
         return dict(zip(SPLITS, open_data(self.config, require_labels=False), strict=True))
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """The classes' names in the order of their numbers; empty where the data has none."""
         return self.sources["train"].classes
 
     @cached_property
     def num_classes(self) -> int:
+        """How many classes there are, named or not."""
         return max(len(self.classes), *(int(source.labels.max()) + 1 for source in self.sources.values()))
 
     def require_labels(self, what: str) -> list[str]:
@@ -130,7 +141,7 @@ class Subject:
 
     # ---- embeddings
 
-    def rows(self, view: View, split: str, *, labelled: bool = True) -> Rows:
+    def rows(self, view: View, split: str, *, labelled: bool = True) -> Embeddings:
         """This rank's samples of a view on its device, ids ascending; with `labelled`, those with a label."""
         if view.members:
             parts = [self.rows(member, split, labelled=labelled) for member in view.members]
@@ -146,17 +157,16 @@ class Subject:
             )
             rows = replace(rows, features=pca.transform(rows.features, whiten=True))
         if labelled:
-            chosen = rows.labels >= 0
-            rows = Rows(rows.features[chosen], rows.labels[chosen], rows.ids[chosen])
+            rows = rows.where(rows.labels >= 0)
         return rows
 
-    def _read(self, view: View, split: str) -> Rows:
+    def _read(self, view: View, split: str) -> Embeddings:
         self.embed(view)
         store = EmbeddingStore.open(self._path(view, split))
         rows = store.read_slice(self.world.rank, self.world.size)
         # the class list is this evaluation's, not that of the day of embedding
         labels = torch.from_numpy(self.sources[split].labels[rows.ids.numpy()])
-        return Rows(rows.features, labels, rows.ids).to(self.world.device)
+        return Embeddings(rows.features, labels, rows.ids).to(self.world.device)
 
     def embed(self, view: View) -> None:
         """Make what the view's stores lack."""
@@ -166,7 +176,7 @@ class Subject:
             store = self._store(view, split)
             lacking = torch.tensor([len(store.missing(self.world.rank, self.world.size))])
             if self._sum(lacking.to(self.world.device)).item():
-                self._report(f"embedding data.{split}, {view.name}")
+                self.report(f"embedding data.{split}, {view.name}")
                 embed_to_store(
                     self._encoder(view),
                     self.sources[split],
@@ -178,7 +188,7 @@ class Subject:
                     num_workers=self.config.engine.workers,
                     device=self.world.device,
                     all_reduce=self._sum,
-                    report=self._report,
+                    report=self.report,
                 )
         self.world.barrier()
         self._ready.add(view.folder)
@@ -204,12 +214,12 @@ class Subject:
         )
 
     def _path(self, view: View, split: str) -> Path:
-        return self.directory / "embeddings" / view.folder / split
+        return self.directory / names.EMBEDDINGS / view.folder / split
 
     def _encoder_identity(self) -> tuple[str, dict[str, Any]]:
         """Fingerprint and preprocessing: the mask file's, unless the backbone's settings were changed."""
-        if self._trusts_files and self._files:
-            file = next(iter(self._files.values()))
+        if self.trusts_files and self.files:
+            file = next(iter(self.files.values()))
             if file.backbone_fingerprint and file.preprocessing:
                 return file.backbone_fingerprint, file.preprocessing
         spec = self.backbone.spec
@@ -222,8 +232,13 @@ class Subject:
 
     @cached_property
     def backbone(self) -> Backbone:
+        """The backbone, built when it is first asked for.
+
+        Raises:
+            ValueError: it is another one than masks or weights were made for.
+        """
         backbone = build_backbone(self.config)
-        made_for = [(path, file.backbone_fingerprint, file.backbone) for path, file in self._files.items()]
+        made_for = [(path, file.backbone_fingerprint, file.backbone) for path, file in self.files.items()]
         made_for += [(str(each.path), each.backbone_fingerprint, "") for each in self._weights]
         for path, fingerprint, name in made_for:
             if fingerprint and fingerprint != backbone.spec.fingerprint:
@@ -237,7 +252,7 @@ class Subject:
 
     @cached_property
     def _cascade(self) -> Cascade:
-        (path,) = self._files
+        (path,) = self.files
         return load_cascade(path, self._bank)
 
     @cached_property
@@ -262,12 +277,12 @@ class Subject:
 
 
 def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data: str | None) -> Config:
-    """The settings for a subject: --config, else the config.yaml of its run, else the defaults with
+    """Return the settings for a subject: --config, else the config.yaml of its run, else the defaults with
     the backbone that the mask file names; then --data, then key=value.
     """
     changes = [] if data is None else ["data.subset=null", *_splits_in(Path(data))]
     changes += overrides
-    beside = (path if path.is_dir() else path.parent) / "config.yaml"
+    beside = (path if path.is_dir() else path.parent) / names.CONFIG
     if given is None and beside.exists():
         given = str(beside)
     elif given is None and path.is_file():
@@ -296,8 +311,8 @@ def open_subject(
     out: Path | None,
     report: Callable[[str], None],
     trusts_files: bool,
-) -> Subject:
-    """What the paths name: one run, one cascade, or masks and fine-tuned weights of one backbone.
+) -> EvalSubject:
+    """Return what the paths name: one run, one cascade, or masks and fine-tuned weights of one backbone.
 
     Raises:
         ValueError: a folder that is no run, different backbones, or several subjects and no `out`.
@@ -320,4 +335,4 @@ def open_subject(
         views += mask_views(paths, files, weights, config)
     if not files and not weights:
         report(f"{paths[0]} holds no mask: only the frozen backbone is measured")
-    return Subject(paths, kind, config, world, directory, files, views, report, trusts_files=trusts_files)
+    return EvalSubject(paths, kind, config, world, directory, files, views, report, trusts_files)

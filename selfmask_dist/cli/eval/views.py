@@ -8,9 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfmask_dist import maskfile
-from selfmask_dist.cascade.model import DISPATCHER, modes_of
-from selfmask_dist.cli.eval.weights import Weights
+from selfmask_dist.cascade.model import modes_of
+from selfmask_dist.common import names
 from selfmask_dist.config import Config
+from selfmask_dist.training.saving import read_outcome
+
+
+@dataclass(frozen=True)
+class TunedWeights:
+    """A file of the weights that fine-tuning changed, or of a whole encoder.
+
+    method: of its run. backbone_fingerprint: of the weights that it started from.
+    """
+
+    path: Path
+    method: str
+    backbone_fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class View:
     name: str
     folder: str = ""
     mask: maskfile.Mask | None = None
-    weights: Weights | None = None
+    weights: TunedWeights | None = None
     mode: str | None = None
     made_with: str = ""
     whiten: bool = False
@@ -33,30 +46,51 @@ class View:
 
 
 def mask_path(path: Path) -> Path | None:
-    """Where the mask of a run or a file is; None for a run without one."""
+    """Return where the mask of a run or a file is; None for a run without one.
+
+    Raises:
+        ValueError: the folder is no run's, or a cascade that is not finished.
+    """
     if not path.is_dir():
         return path
-    if not (path / "config.yaml").exists():
-        raise ValueError(f"{path} is not a run: it has no config.yaml")
-    for name in ("cascade.mask", "final.mask"):
-        if (path / name).exists():
-            return path / name
-    if (path / DISPATCHER).exists():
-        raise ValueError(f"{path} is a cascade that is not finished: it has no cascade.mask yet")
-    return None
+    if not (path / names.CONFIG).exists():
+        raise ValueError(f"{path} is not a run: it has no {names.CONFIG}")
+    if (path / names.CASCADE_MASK).exists():
+        return path / names.CASCADE_MASK
+    mask = read_outcome(path).mask
+    if mask is None and (path / names.DISPATCHER).exists():
+        raise ValueError(f"{path} is a cascade that is not finished: it has no {names.CASCADE_MASK} yet")
+    return mask
+
+
+def find_weights(run: Path) -> TunedWeights | None:
+    """Return the weights of a finished run that left no mask file; None where it left none.
+
+    Raises:
+        ValueError: the run has not finished.
+    """
+    outcome = read_outcome(run)
+    if outcome.weights is None:
+        return None
+    result = outcome.result()
+    return TunedWeights(outcome.weights, result["method"], result["fingerprint"])
 
 
 def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
-    """In a run's folder the stores are the run's, known by the files that they were made with."""
+    """Return the ways to embed of a cascade's bundle, after the frozen one.
+
+    Beside a run the stores are the run's own, known by the files that they were made with.
+    """
+    dispatcher = names.DISPATCHER
     of_run = {
-        DISPATCHER: path.parent / DISPATCHER / "final.mask",
-        **{mode: path.parent / "combination" / f"{mode}.safetensors" for mode in modes_of(file)},
+        dispatcher: path.parent / dispatcher / names.MASK,
+        **{mode: path.parent / names.COMBINATION / f"{mode}.safetensors" for mode in modes_of(file)},
     }
     made_with = {
         name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
         for name, place in of_run.items()
     }
-    masked = View("self-masked", DISPATCHER, mask=file.masks[DISPATCHER], made_with=made_with[DISPATCHER])
+    masked = View("self-masked", dispatcher, mask=file.masks[dispatcher], made_with=made_with[dispatcher])
     frozen = View("frozen, whitened", "frozen", whiten=True)
     return [
         masked,
@@ -67,9 +101,12 @@ def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
 
 
 def mask_views(
-    paths: Sequence[Path], files: dict[str, maskfile.MaskFile], weights: dict[Path, Weights], config: Config
+    paths: Sequence[Path],
+    files: dict[str, maskfile.MaskFile],
+    weights: dict[Path, TunedWeights],
+    config: Config,
 ) -> list[View]:
-    """Of masks and weights in the order given, and their mean where they are several."""
+    """Return the views of masks and weights in the order given, and of their mean where they are several."""
     views: list[View] = []
     for path in paths:
         if path in weights:
@@ -86,7 +123,7 @@ def mask_views(
                 kind = "masked" if config.objective.name == "supervised" else "self-masked"
                 title, folder = kind, "masked"
             else:
-                stem = place.parent.name if place.name == "final.mask" else place.stem
+                stem = place.parent.name if place.name == names.MASK else place.stem
                 title, folder = _title(f"{stem}:{name}" if len(masks) > 1 else stem, views)
             made_with = _sha256(place) + (f" {name}" if len(masks) > 1 else "")
             views.append(View(title, folder, mask=mask, made_with=made_with))

@@ -37,7 +37,7 @@ class _Shown:
 
 
 def sparsity(runs: Sequence[Run]) -> PageSection | None:
-    """Shares of pruned weights, by kind of layer and by layer."""
+    """Return the shares of pruned weights, by kind of layer and by layer."""
     shown = [mask for run in runs for mask in _masks_of(run)]
     if not shown:
         return None
@@ -82,7 +82,7 @@ def _shape_by_name(name: str) -> tuple[int, ...]:
 def _kinds_table(shown: Sequence[_Shown], most: float) -> CellTable:
     by_mask = [(mask, {kind.name: kind for kind in kinds_of(mask.layers)}) for mask in shown]
     names = dict.fromkeys(name for _, kinds in by_mask for name in kinds)
-    lines = []
+    lines: list[list[Text]] = []
     for mask, kinds in by_mask:
         cells: list[Text] = [_heat(mask.everything, most, mask.is_exact)]
         cells += [_heat(kinds.get(name), most, mask.is_exact) for name in names]
@@ -106,14 +106,17 @@ def _heat(part: Pruned | None, most: float, is_exact: bool) -> Cell:
 
 
 def _layer_map(mask: _Shown, most: float) -> CellTable:
-    """Blocks from top to bottom, the layers of a block from left to right; biases are left to the kinds."""
+    """Return a map of shares: blocks from top to bottom, the layers of a block from left to right.
+
+    Biases are left to the table by kinds.
+    """
     cells: dict[str, dict[str, PrunedLayer]] = {}
     for layer in mask.layers:
         if layer.kind != "bias":
             block, name = split_name(layer.name)
             cells.setdefault(block, {})[name] = layer
     columns = dict.fromkeys(name for row in cells.values() for name in row)
-    lines = [
+    lines: list[list[Text]] = [
         [block or NONE, *(_heat(row.get(name), most, mask.is_exact) for name in columns)]
         for block, row in cells.items()
     ]
@@ -121,7 +124,7 @@ def _layer_map(mask: _Shown, most: float) -> CellTable:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """`blocks.3.attn.qkv.weight` -> (`blocks.3`, `attn.qkv`): up to the first number, and the rest."""
+    """Return a layer's block and its name in it: (`blocks.3`, `attn.qkv`) of `blocks.3.attn.qkv.weight`."""
     short = re.sub(r"[._]weight$", "", name)
     found = re.match(r"(.*?\.\d+)\.(.+)", short)
     return (found[1], found[2]) if found else ("", short)
@@ -131,7 +134,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def similarity(runs: Sequence[Run]) -> PageSection | None:
-    """Masks of one backbone held against each other; nothing where there are fewer than two."""
+    """Return how alike masks of one backbone are; None where no two masks are of one."""
     subjects = [subject for run in runs for subject in run.subjects]
     families: dict[str, list[ComparedMask]] = {}
     for subject in subjects:
@@ -169,7 +172,7 @@ def _matrix(found: MaskResults, labels: Sequence[str]) -> CellTable:
     assert found.tree is not None
     order = found.tree.order
     values = {name: matrix(labels, found.pairs, name) for name in _WITH_CHANCE}
-    lines = []
+    lines: list[list[Text]] = []
     for row, i in enumerate(order):
         cells: list[Text] = []
         for column, j in enumerate(order):
@@ -197,7 +200,7 @@ def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
         "group", "masks", "phi, mean of its pairs", "by chance", "with other tasks",
         "pruned by all / by some", "by chance",
     ]  # fmt: skip
-    lines = []
+    lines: list[list[Text]] = []
     for group in groups:
         numbers = (group.phi, group.phi_chance, group.phi_outside)
         shares = (group.agreement.unanimous, group.agreement.unanimous_chance)
@@ -212,7 +215,7 @@ def _groups(groups: Sequence[MaskGroup]) -> list[Part]:
 
 
 def _changes(group: MaskGroup) -> CellTable:
-    lines = [
+    lines: list[list[Text]] = [
         [label, numeric(percent(share, 2)), numeric(_alike(label, group.changes))]
         for label, share in group.changed.items()
     ]

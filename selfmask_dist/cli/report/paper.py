@@ -21,13 +21,13 @@ class Expected:
 
 @cache
 def paper() -> dict[str, Any]:
-    """The whole data file."""
+    """Return the paper's numbers, as `paper.json` has them."""
     found: dict[str, Any] = json.loads((Path(__file__).parent / "paper.json").read_text())
     return found
 
 
 def expected(config: Mapping[str, Any], views: Mapping[str, Mapping[str, float]]) -> list[Expected]:
-    """The paper's numbers that stand beside a run's.
+    """Return the paper's numbers that stand beside a run's.
 
     Args:
         config: the run's, as plain values.
@@ -52,7 +52,7 @@ def expected(config: Mapping[str, Any], views: Mapping[str, Mapping[str, float]]
 
 
 def _measure(name: str, k: int | None, values: Mapping[str, float]) -> str | None:
-    """The measure here that a number of the paper is of; where it names no k, the largest measured."""
+    """Return the measure here that a number of the paper belongs to; where it names no k, the largest."""
     if name != "knn":
         return name if name in values else None
     known = sorted(int(key[3:]) for key in values if re.fullmatch(r"knn\d+", key))

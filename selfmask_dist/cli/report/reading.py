@@ -21,7 +21,7 @@ STAGES = (names.DISPATCHER, "expert-*")
 
 @dataclass(frozen=True)
 class SavedStep:
-    """A committed checkpoint."""
+    """A committed checkpoint by its folder's name, and what it takes on the disk."""
 
     name: str
     num_bytes: int
@@ -51,15 +51,18 @@ class Run:
     problems: list[str] = field(default_factory=list)
 
     def setting(self, section: str, key: str) -> Any:
+        """Return a value of the run's configuration; None where a damaged file does not have it."""
         values = self.config.get(section)
         return values.get(key) if isinstance(values, Mapping) else None
 
     @property
     def method(self) -> str:
+        """What the run trains, as `method` of its configuration says."""
         return str(self.config.get("method") or "?")
 
     @property
     def state(self) -> str:
+        """Whether it runs, has finished, or stopped, as `selfmask status` says."""
         return self.status["state"]
 
     @property
@@ -96,14 +99,14 @@ class Run:
         return None
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric, in the order of steps, without what is not finite."""
+        """Return (step, value) of a metric in the order of steps, without values that are not finite."""
         points = {
             line["step"]: float(line[name]) for line in self.metrics if number(line.get(name)) is not None
         }
         return sorted(points.items())
 
     def active_by_parameter(self) -> dict[str, float]:
-        """The newest share of kept weights by parameter that was logged."""
+        """Return the share of weights kept, by parameter, as it was logged last."""
         for line in reversed(self.metrics):
             found = line.get("mask/active_by_parameter")
             if isinstance(found, Mapping):
@@ -111,10 +114,11 @@ class Run:
         return {}
 
     def with_stages(self) -> list["Run"]:
-        """The runs that trained: itself, or a cascade's stages."""
+        """Return the runs that trained: a cascade's stages, or the run itself."""
         return self.stages or [self]
 
     def every_problem(self) -> list[str]:
+        """Return what could not be read of the run and its stages."""
         return [*self.problems, *(problem for stage in self.stages for problem in stage.every_problem())]
 
 
@@ -133,7 +137,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, label: str) -> Run:
-    """Errors as in `read_runs`."""
+    """Read one run's folder; it raises what `read_runs` raises."""
     run = Run(path, label, status=status.read_status(path))
     read = _Reader(run)
     run.config_text = read.text(names.CONFIG)
@@ -194,6 +198,7 @@ class _Reader:
         self._run = run
 
     def text(self, name: str) -> str:
+        """Return a file's text; nothing where there is no such file, or it cannot be read."""
         try:
             return (self._run.path / name).read_text(errors="replace")
         except FileNotFoundError:
@@ -203,6 +208,7 @@ class _Reader:
             return ""
 
     def json(self, name: str, kind: type = dict) -> Any:
+        """Return the value of a JSON file, which is of type `kind`; an empty one where it is not."""
         text = self.text(name)
         if not text:
             return kind()
@@ -216,7 +222,10 @@ class _Reader:
         return kind()
 
     def lines(self, name: str, is_valid: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """A JSON object a line; the last one may be half written, in a run that runs or was killed."""
+        """Return the JSON objects of a file with one a line; what is damaged is noted and left out.
+
+        The last line may be half written, in a run that is going on or was killed: that is no damage.
+        """
         text = self.text(name)
         found, damaged = [], []
         lines = text.split("\n")
@@ -239,7 +248,9 @@ class _Reader:
 
 
 def seconds_of(run: Run) -> float | None:
-    """Wall-clock time from the first sign of life to the last, pauses between restarts included."""
+    """Return the time from the first sign of life to the last, pauses between restarts included; None where
+    there is no sign.
+    """
     times = [number(line.get("time")) for line in (*run.events, *run.metrics)]
     if run.state in ("running", "silent"):
         times.append(number(run.heartbeat.get("time")))
@@ -248,6 +259,6 @@ def seconds_of(run: Run) -> float | None:
 
 
 def median_of(points: Sequence[tuple[float, float]]) -> float:
-    """NaN where there are none."""
+    """Return the upper median of the values of (step, value) points; NaN where there are none."""
     values = sorted(value for _, value in points)
     return values[len(values) // 2] if values else math.nan

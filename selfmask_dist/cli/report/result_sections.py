@@ -12,6 +12,7 @@ from selfmask_dist.cli.report.parts import (
     PageSection,
     Paragraph,
     Part,
+    Text,
     in_order,
     mapping,
     measure_name,
@@ -68,7 +69,9 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def results(runs: Sequence[Run]) -> PageSection | None:
-    """Accuracies of every view beside the frozen backbone's, then the paper's numbers if there are some."""
+    """Return accuracies of every view beside the frozen backbone's, and the paper's numbers if there are
+    some.
+    """
     rows = [(run, view) for run in runs for view in run.views]
     if not rows:
         return None
@@ -78,7 +81,7 @@ def results(runs: Sequence[Run]) -> PageSection | None:
         for name, value in run.views[view].items():
             found.setdefault((_data(run), name), []).append(value)
     best = {key: max(values) for key, values in found.items() if len(values) > 1}
-    lines = []
+    lines: list[list[Text]] = []
     for run, view in rows:
         frozen = {} if view == "frozen" else run.views.get("frozen", {})
         values = run.views[view]
@@ -109,7 +112,7 @@ def _value(
     """
     if value is None:
         return Cell(NONE, "n")
-    beside = ()
+    beside: tuple[tuple[str, str], ...] = ()
     if frozen is not None:
         beside = ((_delta(value - frozen), _sign(value - frozen) if signed else ""),)
     text = percent(value) if share else _shown(value)
@@ -117,7 +120,7 @@ def _value(
 
 
 def _shown(value: float) -> str:
-    """Three digits after the point; a number that they would show as 0 keeps those that count."""
+    """Return three digits after the point; a number that they would show as 0 keeps those that count."""
     return compact(value) if value and abs(value) < 5e-4 else accuracy(value)
 
 
@@ -130,7 +133,7 @@ def _sign(difference: float) -> str:
 
 
 def _standard_error(runs: Sequence[Run]) -> str:
-    """At an accuracy of one half, where it is largest."""
+    """Return a sentence on the standard error at an accuracy of one half, where it is largest."""
     counts = [number(event.get("test_samples")) for run in runs for event in run.events]
     smallest = min((n for n in counts if n and n > 0), default=None)
     if smallest is None:
@@ -142,7 +145,7 @@ def _standard_error(runs: Sequence[Run]) -> str:
 
 
 def _paper_table(runs: Sequence[Run]) -> Part:
-    lines = []
+    lines: list[list[Text]] = []
     titles: dict[str, None] = {}
     for run in runs:
         for entry in paper.expected(run.config, run.views):
@@ -157,7 +160,7 @@ def _paper_table(runs: Sequence[Run]) -> Part:
 
 
 def evaluations(runs: Sequence[Run]) -> PageSection | None:
-    """What `selfmask eval` left in the runs' folders."""
+    """Return what `selfmask eval` left in the runs' folders."""
     parts: list[Part | None] = []
     for run in runs:
         for found in run.evaluations:
@@ -181,7 +184,7 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> CellTable:
         (row["values"] for row in rows if row.get("name") == found.get("baseline")), {}
     )
     kind = str(found.get("kind"))
-    lines = []
+    lines: list[list[Text]] = []
     for row in rows:
         before = {} if row["values"] is baseline else baseline
         cells = []
@@ -194,7 +197,7 @@ def _evaluation(run: Run, found: Mapping[str, Any]) -> CellTable:
                 cell = replace(cell, beside=(*cell.beside, (f"± {spread:.3f}", "")))
             cells.append(cell)
         lines.append([Cell(str(row.get("name"))), *cells])
-    caption = [Cell(kind, is_bold=True), f" of {run.label}{_settings(found.get('settings'))}"]
+    caption: list[Text] = [Cell(kind, is_bold=True), f" of {run.label}{_settings(found.get('settings'))}"]
     return table(["", *map(measure_name, columns)], lines, caption=caption, css="values")
 
 

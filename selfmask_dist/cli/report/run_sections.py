@@ -28,7 +28,7 @@ from selfmask_dist.common.text import NONE, compact, count, duration, number, pe
 
 
 def runs_table(runs: Sequence[Run]) -> PageSection | None:
-    """One line for each run, with what it trains on what, and how far it is."""
+    """Return a table with a line for each run: what it trains on which data, and how far it is."""
     head = ["run", "state", "method", "backbone", "data", "step", "loss", "images/s", "wall time", "restarts"]
     return section("Runs", table(head, [_run_row(run) for run in runs]))
 
@@ -50,7 +50,7 @@ def _run_row(run: Run) -> list[Text]:
 
 
 def clusters(runs: Sequence[Run]) -> PageSection | None:
-    """The router's clusters and the cascade's picture."""
+    """Return the clusters of each cascade's router, and the cascade's picture."""
     parts: list[Part | None] = []
     for run in runs:
         if not run.clusters:
@@ -58,7 +58,7 @@ def clusters(runs: Sequence[Run]) -> PageSection | None:
         total = sum(run.clusters) or 1
         planned = next((e.get("steps") for e in reversed(run.events) if e.get("event") == "experts"), None)
         steps = dict(enumerate(planned)) if isinstance(planned, list) else {}
-        lines = []
+        lines: list[list[Text]] = []
         for k, images in enumerate(run.clusters):
             share = bar(images / total, percent(images / total))
             lines.append([f"expert {k}", numeric(count(images)), share, numeric(count(steps.get(k)))])
@@ -68,7 +68,7 @@ def clusters(runs: Sequence[Run]) -> PageSection | None:
 
 
 def telemetry(runs: Sequence[Run]) -> PageSection | None:
-    """Speed, memory, waiting, stops and checkpoints, of every run that trained."""
+    """Return speed, memory, waiting, stops and checkpoints of every run that trained."""
     trained = [stage for run in runs for stage in run.with_stages()]
     head = [
         "run", "processes", "images/s, median", "data wait, median", "peak memory", "wall time",
@@ -112,7 +112,7 @@ def _timeline(run: Run) -> Fold | None:
     if not events:
         return None
     first = events[0]["time"]
-    lines = []
+    lines: list[list[Text]] = []
     for event in events[-200:]:
         rest = {key: value for key, value in event.items() if key not in ("event", "time")}
         text = ", ".join(f"{key} {_brief(value)}" for key, value in rest.items())
@@ -126,9 +126,9 @@ def _brief(value: Any) -> str:
 
 
 def sizes(runs: Sequence[Run]) -> PageSection | None:
-    """What is stored for the task, and what a checkpoint takes."""
+    """Return what is stored for the task, and what a checkpoint takes."""
     every = [one for run in runs for one in (run, *run.stages)]
-    lines = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
+    lines: list[list[Text]] = [_size_row(run) for run in every if run.result.get("mask") or run.checkpoints]
     if not lines:
         return None
     head = [
@@ -163,12 +163,14 @@ def _size_row(run: Run) -> list[Text]:
 
 
 def settings(runs: Sequence[Run]) -> PageSection | None:
-    """Where the configurations differ, then each whole one, folded."""
+    """Return where the configurations differ, then each whole one, folded."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     apart = [key for key in keys if len({str(values.get(key, NONE)) for values in flat}) > 1]
-    lines = [[key, *(Cell(str(values.get(key, NONE)), "text") for values in flat)] for key in apart]
-    head = ["setting", *map(named, runs)]
+    lines: list[list[Text]] = [
+        [key, *(Cell(str(values.get(key, NONE)), "text") for values in flat)] for key in apart
+    ]
+    head: list[Text] = ["setting", *map(named, runs)]
     return section(
         "Settings",
         table(head, lines, caption="Where they differ") if lines else None,
@@ -178,7 +180,9 @@ def settings(runs: Sequence[Run]) -> PageSection | None:
 
 
 def _environment(run: Run) -> CellTable:
-    rows = [[key, Cell(_plain(value), "text")] for key, value in _flat(run.environment).items()]
+    rows: list[list[Text]] = [
+        [key, Cell(_plain(value), "text")] for key, value in _flat(run.environment).items()
+    ]
     return table(["", ""], rows)
 
 

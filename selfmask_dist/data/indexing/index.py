@@ -17,15 +17,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from selfmask_dist.common.class_names import similar_names, similar_text
 from selfmask_dist.common.files import replacing
 from selfmask_dist.data.indexing.table import SampleTable
 
 INDEX_NAME = "samples.index"
+Similar = Literal["refuse", "merge", "keep"]  # what is done with classes whose names look like one
 _MAGIC = b"selfmask index 1\n"
 _ALIGN = 64
 _COLUMNS: dict[str, str] = {
@@ -55,8 +57,7 @@ class Index:
     crc32: of the pictures, zeros where `has_crc32` is False (headers alone were read).
     classes: names in the order of their numbers, None where no description lists them.
     caption_offset, caption_length: of the sample's `.txt` in its shard, 0 and 0 where it has none; None where
-    no
-        sample has one.
+        no sample has one.
     """
 
     shards: tuple[Shard, ...]
@@ -86,11 +87,13 @@ class Index:
         return Index, tuple(getattr(self, field.name) for field in fields(self))
 
     def key(self, row: int) -> str:
+        """Return the WebDataset key of the sample at `row`."""
         start = int(self.key_end[row - 1]) if row > 0 else 0
         return self.keys[start : int(self.key_end[row])].tobytes().decode(errors="surrogateescape")
 
     @property
     def has_captions(self) -> bool:
+        """Whether any sample has a caption."""
         return self.caption_length is not None
 
     @property
@@ -98,11 +101,11 @@ class Index:
         return _COLUMNS | (_CAPTIONS if self.has_captions else {})
 
     def where(self, row: int) -> str:
-        """Shard and key, for messages."""
+        """Return the names of shard and sample, for messages."""
         return f"{self.shards[self.shard[row]].name}: sample {self.key(row)!r}"
 
     def keep(self, rows: npt.NDArray[np.bool_], *, num_rejected: int) -> Index:
-        """The index of the rows where `rows`, shape (len,), is true."""
+        """Return an index of the rows where `rows`, of shape (len,), is true."""
         ends = self.key_end.astype(np.int64)
         lengths = ends - np.append(0, ends)[:-1]
         columns = {name: getattr(self, name)[rows] for name in self._columns if name != "key_end"}
@@ -165,18 +168,21 @@ def index_of_table(
     folder: Path,
     classes: tuple[str, ...] | None,
     has_crc32: bool,
+    similar: Similar = "keep",
 ) -> Index:
-    """The index of a walk's result: labels by number where any sample has one, else by folder.
+    """Return the index of a walk's result, with labels by number where any sample has one, else by folder.
 
-    folder: where shards are named from.
+    folder: where shards are named from. similar: what folders are whose names look like one class.
+    Raises ValueError naming them, with "refuse", unless `classes` lists them all.
     """
     numbers = np.array(table.number, dtype=np.int32)
     folders: tuple[str, ...] | None = None
     if not (numbers >= 0).any() and table.folders:
-        folders = tuple(sorted(table.folders))
+        of_folder = _classes_of_folders(table, folder, classes or (), similar)
+        folders = tuple(sorted(set(of_folder)))
         place = {name: number for number, name in enumerate(folders)}
         # a sample without a folder has -1, which takes the last place
-        numbers = np.array([*(place[name] for name in table.folders), -1], dtype=np.int32)[
+        numbers = np.array([*(place[name] for name in of_folder), -1], dtype=np.int32)[
             np.array(table.folder, dtype=np.int64)
         ]
     return Index(
@@ -195,6 +201,28 @@ def index_of_table(
     )
 
 
+def _classes_of_folders(
+    table: SampleTable, where: Path, classes: Sequence[str], similar: Similar
+) -> list[str]:
+    """Return the class of each of the table's folders."""
+    groups = [group for group in similar_names(table.folders) if not set(group) <= set(classes)]
+    if similar == "keep" or not groups:
+        return list(table.folders)
+    if similar == "refuse":
+        raise ValueError(
+            f"{where}: folders have names that look like one class ({similar_text(groups)}); say what they"
+            " are with: selfmask data index --similar-classes merge, or keep"
+        )
+    counts = np.bincount(np.array(table.folder, dtype=np.int64) + 1, minlength=len(table.folders) + 1)[1:]
+    # the spelling that most samples have; of equals the first by name
+    chosen = {
+        name: min(group, key=lambda one: (-int(counts[table.folders[one]]), one))
+        for group in groups
+        for name in group
+    }
+    return [chosen.get(name, name) for name in table.folders]
+
+
 def _captions_of(table: SampleTable) -> dict[str, Any]:
     if not any(table.caption_length):
         return {}
@@ -205,7 +233,7 @@ def _captions_of(table: SampleTable) -> dict[str, Any]:
 
 
 def load_index(path: Path) -> Index:
-    """Map a saved index. Raises ValueError naming the file where it is none, or was cut short."""
+    """Map a saved index and return it. Raises ValueError naming a file that is none, or was cut short."""
     try:
         # a plain array over the mapping: each indexing of a memmap costs microseconds
         data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
@@ -240,7 +268,7 @@ def load_index(path: Path) -> Index:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """How two identities differ, in words; None where they are the same data.
+    """Return in words how two identities differ; None where they are the same data.
 
     Contents are compared only where both have checksums.
     """

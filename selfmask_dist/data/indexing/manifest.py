@@ -5,13 +5,14 @@ Knows file names and sizes, and nothing of what is inside a tar.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfmask_dist.common.text import some
+from selfmask_dist.data.indexing.patterns import expand, is_pattern, matches
 
 MANIFEST_NAME = "dataset.json"
 HOW_TO_MAKE = "make tars from a folder of pictures with: selfmask data convert folder PICTURES OUT"
@@ -26,7 +27,7 @@ class Manifest:
 
 
 def read_manifest(shards: list[Path], *, whole_folder: bool) -> Manifest:
-    """What the `dataset.json` files beside the shards say; nothing where there are none.
+    """Return what the `dataset.json` files beside the shards say; nothing where there are none.
 
     Raises ValueError where a folder's manifest names a shard that is absent or of another size.
     """
@@ -69,24 +70,52 @@ def read_manifest(shards: list[Path], *, whole_folder: bool) -> Manifest:
 
 
 def find_shards(path: str) -> list[Path]:
-    """The tars that a path means: a folder's, one tar, or a pattern's; by name.
+    """Return the tars that a path means, by name: a folder's, one tar's, or those of a pattern or a list.
 
-    Raises ValueError with the way out where there are none.
+    path: as `patterns` describes it. Raises ValueError with the way out where there are none, where a part of
+    a pattern names nothing, or where one cannot be read.
     """
-    if os.path.isdir(path):
-        shards = sorted(Path(path).glob("*.tar"))
-        if not shards:
-            below = sorted(tar.parent.name for tar in Path(path).glob("*/*.tar"))
-            hint = (
-                f"there are some in {some(sorted(set(below)))}: name one of these" if below else HOW_TO_MAKE
-            )
-            raise ValueError(f"{path}: no *.tar in this folder; {hint}")
-        return shards
-    if os.path.isfile(path):
-        return [Path(path)]
-    shards = sorted(Path(name) for name in glob.glob(path) if os.path.isfile(name))
-    if not shards:
+    shards: list[Path] = []
+    parts = expand(path)
+    absent: list[str] = []
+    for part in parts:
+        if os.path.isdir(part):
+            shards += _tars_of(Path(part))
+        else:
+            found = [Path(name) for name in matches(part) if not os.path.isdir(name)]
+            shards += found
+            absent += [] if found else [part]
+    if absent:
+        meant = "" if [path] == parts else f"; {path} stands for {len(parts)} paths, {len(absent)} are absent"
         raise ValueError(
-            f"{path}: no such file or folder, and nothing matches it as a pattern; {HOW_TO_MAKE}"
+            f"{some(absent)}: no such file or folder, and nothing matches it as a pattern{meant};"
+            f" {HOW_TO_MAKE}"
         )
+    if len(parts) > 1 or is_pattern(path):
+        twice = [str(shard) for shard, count in Counter(map(os.path.realpath, shards)).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path} names {some(twice)} more than once; name each tar once")
+    for shard in shards:
+        _check_is_readable(shard)
+    return sorted(shards)
+
+
+def _tars_of(folder: Path) -> list[Path]:
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        below = sorted({tar.parent.name for tar in folder.glob("*/*.tar")})
+        hint = f"there are some in {some(below)}: name one of these" if below else HOW_TO_MAKE
+        raise ValueError(f"{folder}: no *.tar in this folder; {hint}")
     return shards
+
+
+def _check_is_readable(shard: Path) -> None:
+    """Raises ValueError before anything is opened: opening a pipe would wait for ever."""
+    if not os.path.exists(shard):
+        raise ValueError(f"{shard}: a link to {os.path.realpath(shard)}, which is absent; mend or remove it")
+    if not os.path.isfile(shard):
+        raise ValueError(
+            f"{shard}: no regular file, so it cannot be read by offset; write it to a file first"
+        )
+    if not os.access(shard, os.R_OK):
+        raise ValueError(f"{shard}: may not be read by this user; change its permissions or remove it")

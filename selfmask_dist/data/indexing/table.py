@@ -1,9 +1,12 @@
 """What is in the tars: one flat table of samples, and what each is called.
 
-Knows names, offsets and a few label bytes, never pixels. A sample's label is the integer in its `.cls`
-member, else `"label"` in its `.json` member, else its folder's place among the sorted class names:
+Knows names, offsets and a few label bytes, never pixels; of a file whose name promises no picture it reads
+the first bytes. A sample's label is the integer in its `.cls` member, else `"label"` in its `.json` member,
+else its folder's place among the sorted class names:
 
     class_name/file.jpg  ->  labels[i] = sorted(class names).index("class_name")
+
+A negative number, such as -1, says that there is no label.
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.common.class_names import normal_name
+from selfmask_dist.common.pictures import EXTENSIONS, kind_of
+from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.tar import Problem, TarSample, walk_samples
 
 try:  # zlib's values by the processor's own instructions: ten times as fast
@@ -22,11 +29,8 @@ try:  # zlib's values by the processor's own instructions: ten times as fast
 except ImportError:  # an optional dependency: selfmask_dist[fast]
     from zlib import crc32 as crc32_of
 
-# by name; what is inside is found out when it is decoded
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "webp"),
-    *("bmp", "gif", "tif", "tiff", "ppm", "pgm"),
-)
+_READ_BESIDE = ("cls", "json", "txt")  # what is read of a sample beside its picture
+_HEAD = 1 << 20  # bytes that tell whether a file is a picture
 _JSON_LABELS = ("label", "cls", "class_id", "category_id")
 
 
@@ -34,7 +38,7 @@ Check = Callable[[str, bytes], str | None]
 
 
 class UnusableSampleError(ValueError):
-    """One sample cannot be used; the message names shard and key. `reason` is the message without them."""
+    """One sample cannot be used. The message names shard and key; `reason` is it without them."""
 
     def __init__(self, path: Path, key: str, reason: str, advice: str) -> None:
         super().__init__(f"{path}: sample {key!r} {reason}; {advice}")
@@ -42,9 +46,14 @@ class UnusableSampleError(ValueError):
 
 
 class SampleTable:
-    """The walk's result in flat arrays: a list of Python objects would cost ten times as much."""
+    """Keeps the walk's result in flat arrays: a list of Python objects would take ten times the memory.
 
-    def __init__(self) -> None:
+    require_labels: whether a label that is no class number makes its sample unusable; where labels are not
+        asked for, such a sample has none.
+    """
+
+    def __init__(self, *, require_labels: bool = True) -> None:
+        self.require_labels = require_labels
         self.shard, self.offset, self.length = array("i"), array("q"), array("q")
         self.keys, self.key_end = bytearray(), array("q")
         self.number = array("q")  # the label as an integer, -1 = none given
@@ -71,14 +80,19 @@ class SampleTable:
             ValueError for a picture that cannot be used, returns a remark about one that can.
         """
         seen: set[str] = set()
+        unread: Counter[str] = Counter()  # members beside a picture, by extension
         with open(path, "rb") as file:
             for sample in walk_samples(path, problems):
                 try:
-                    self._add(number, path, sample, file.fileno(), seen, problems, check)
+                    picture = self._add(number, path, sample, file.fileno(), seen, problems, check)
+                    unread.update(set(sample.members) - {*_READ_BESIDE, picture})
                 except UnusableSampleError as problem:
                     if problems is None:
                         raise
                     problems.append(Problem(problem.key, problem.reason))
+        if unread and problems is not None:
+            told = some([f"{count} .{extension}" for extension, count in sorted(unread.items())])
+            problems.append(Problem("", f"members beside pictures are not read: {told}", is_lost=False))
 
     def _add(
         self,
@@ -89,10 +103,9 @@ class SampleTable:
         seen: set[str],
         problems: list[Problem] | None,
         check: Check | None,
-    ) -> None:
-        image = _image_member(path, sample, seen)
-        if image is None:
-            return
+    ) -> str:
+        """Append one sample, and return the extension of its picture."""
+        image = _image_member(path, sample, seen, descriptor)
         if sample.key in seen:
             raise UnusableSampleError(
                 path,
@@ -103,7 +116,7 @@ class SampleTable:
             )
         seen.add(sample.key)
         extension, offset, length = image
-        label, stated_crc32 = _given_label(path, sample, descriptor)
+        label, stated_crc32 = self._given_label(path, sample, descriptor)
         crc32 = 0
         if check is not None:
             data = os.pread(descriptor, length, offset)
@@ -128,8 +141,37 @@ class SampleTable:
         caption_offset, caption_length = sample.members.get("txt", (0, 0))
         self.caption_offset.append(caption_offset)
         self.caption_length.append(caption_length)
-        folder = sample.key.rpartition("/")[0]
+        folder = normal_name(sample.key.rpartition("/")[0])
         self.folder.append(self.folders.setdefault(folder, len(self.folders)) if folder else -1)
+        return extension
+
+    def _given_label(self, path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
+        """Return the integer in `.cls` or under "label" in `.json`, else -1; and `.json`'s crc32."""
+        try:
+            values = _json_of(path, sample, descriptor)
+        except UnusableSampleError:
+            if self.require_labels:
+                raise
+            values = {}
+        label: Any = next((values[name] for name in _JSON_LABELS if values.get(name) is not None), -1)
+        member = ".json"
+        if "cls" in sample.members:
+            offset, length = sample.members["cls"]
+            text = os.pread(descriptor, length, offset).strip()
+            label = int(text) if text.removeprefix(b"-").isdigit() and len(text) < 10 else text[:40]
+            member = ".cls"
+        crc32 = values.get("crc32")
+        crc32 = crc32 if type(crc32) is int else None  # another's under the same name
+        if type(label) is int and label < 2**31:
+            return max(label, -1), crc32
+        if not self.require_labels:
+            return -1, crc32
+        raise UnusableSampleError(
+            path,
+            sample.key,
+            f"has label {label!r} in {member}",
+            "it must be a class number, 0 or above, or -1 for none",
+        )
 
     def extend(self, other: SampleTable) -> None:
         """Append another walk's samples."""
@@ -144,64 +186,69 @@ class SampleTable:
         self.folder.extend(places[folder] if folder >= 0 else -1 for folder in other.folder)
 
 
-def _image_member(path: Path, sample: TarSample, seen: set[str]) -> tuple[str, int, int] | None:
-    """Extension, offset and length of the picture; None for a file that is no sample, such as a read-me."""
-    found = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
-    if len(found) > 1:
-        raise UnusableSampleError(path, sample.key, f"has several pictures ({', '.join(found)})", "keep one")
-    if found:
-        offset, length = sample.members[found[0]]
-        if length == 0:
-            raise UnusableSampleError(path, sample.key, "has an empty picture", "remove it or pack it again")
-        return found[0], offset, length
-    dotted = [name for name in sample.members if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
-    if dotted:
+def _image_member(path: Path, sample: TarSample, seen: set[str], descriptor: int) -> tuple[str, int, int]:
+    """Return extension, offset and length of the picture, by its name, or by content where no name says it.
+
+    Raises:
+        UnusableSampleError: there is none, or several, or an empty one, or its name has a dot inside.
+    """
+    found = [extension for extension in EXTENSIONS if extension in sample.members]
+    dotted = [name for name in sample.members if name.rpartition(".")[2] in EXTENSIONS and "." in name]
+    if not found and not dotted:
+        found = [name for name in sample.members if _holds_picture(sample, name, descriptor)]
+        dotted = [name for name in found if "." in name]
+    if dotted and not set(found) - set(dotted):
         raise UnusableSampleError(
             path,
             sample.key,
             f"cannot be used: {sample.key}.{dotted[0]} has a dot inside its name",
             "a WebDataset key ends at the first dot; rename the file",
         )
+    if len(found) > 1:
+        names = ", ".join(name or "no extension" for name in found)
+        raise UnusableSampleError(path, sample.key, f"has several pictures ({names})", "keep one")
+    if found:
+        offset, length = sample.members[found[0]]
+        if length == 0:
+            raise UnusableSampleError(path, sample.key, "has an empty picture", "remove it or pack it again")
+        return found[0], offset, length
+    apart = ": its members are apart" if sample.key in seen else ""
     if "cls" in sample.members or "json" in sample.members:
-        apart = ": its members are apart" if sample.key in seen else ""
         raise UnusableSampleError(
             path,
             sample.key,
             f"has a label and no picture{apart}",
             "a sample's members must be neighbours, pack this shard again",
         )
-    return None
+    held = "a caption" if "txt" in sample.members else _named(sample)
+    raise UnusableSampleError(
+        path,
+        sample.key,
+        f"has {held} and no picture that PIL can read{apart}",
+        "remove it, or leave it out within a budget: selfmask data index",
+    )
 
 
-def _given_label(path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
-    """The integer in `.cls` or under "label" in `.json`, or -1; and the picture's crc32, where `.json` has
-    it. Reads those few bytes and no others.
-    """
-    values: dict[str, Any] = {}
-    if "json" in sample.members:
-        offset, length = sample.members["json"]
-        try:
-            content = json.loads(os.pread(descriptor, length, offset))
-        except ValueError as error:
-            raise UnusableSampleError(
-                path, sample.key, f"has a broken .json ({error})", "pack it again"
-            ) from error
-        values = content if isinstance(content, dict) else {}
-    crc32 = values.get("crc32")
-    label: Any = next((values[name] for name in _JSON_LABELS if values.get(name) is not None), None)
-    member = ".json"
-    if "cls" in sample.members:
-        offset, length = sample.members["cls"]
-        text = os.pread(descriptor, length, offset).strip()
-        label = int(text) if text.isdigit() and len(text) < 10 else text[:40]
-        member = ".cls"
-    elif label is None:
-        return -1, crc32
-    if type(label) is not int or not 0 <= label < 2**31:
+def _named(sample: TarSample) -> str:
+    return ", ".join(f"a file .{name}" if name else "a file without an extension" for name in sample.members)
+
+
+def _holds_picture(sample: TarSample, extension: str, descriptor: int) -> bool:
+    offset, length = sample.members[extension]
+    if extension in _READ_BESIDE or length == 0:
+        return False
+    return kind_of(os.pread(descriptor, min(length, _HEAD), offset)) is not None
+
+
+def _json_of(path: Path, sample: TarSample, descriptor: int) -> dict[str, Any]:
+    """Return the values of `.json`, none where it is absent. Reads those few bytes and no others."""
+    if "json" not in sample.members:
+        return {}
+    offset, length = sample.members["json"]
+    try:
+        content = json.loads(os.pread(descriptor, length, offset))
+    except ValueError as error:
         raise UnusableSampleError(
-            path,
-            sample.key,
-            f"has label {label!r} in {member}",
-            "it must be a class number, 0 or above",
-        )
-    return label, crc32
+            path, sample.key, f"has a broken .json ({error})", "pack it again"
+        ) from error
+    return content if isinstance(content, dict) else {}

@@ -14,9 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from selfmask_dist.common.pictures import is_about_the_data, is_system_file
+from selfmask_dist.common.text import some
+
 BLOCK = 512
-# folder/name . extension, as webdataset splits it; hidden files and names without an extension are no members
-_MEMBER_NAME = re.compile(r"^(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]*)$")
+# folder/name . extension, as webdataset splits it; hidden files are no members, files without extension are
+_MEMBER_NAME = re.compile(r"^(?:\./)*((?:.*/)?[^./][^./]*)(?:\.([^/]*))?$")
 _SCAN = 1 << 20  # bytes read at a time while looking for the next whole header
 _REGULAR, _FOLDER = b"0\x007", b"5"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"xX", b"g"
@@ -24,7 +27,10 @@ _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"xX", b"g"
 
 @dataclass
 class TarSample:
-    """Consecutive members that share a key. members: extension in lower case -> (offset, length) in bytes."""
+    """Consecutive members that share a key.
+
+    members: extension in lower case ("" where a name has none) -> (offset, length) in bytes.
+    """
 
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -32,7 +38,7 @@ class TarSample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something found in a shard. key: the sample it hit, "" where that is unknown.
+    """Something wrong in a shard. key: the sample that it hit, "" where that is unknown.
 
     is_lost: False for a remark about a sample that is delivered all the same.
     """
@@ -43,19 +49,23 @@ class Problem:
 
 
 def walk_samples(path: Path, problems: list[Problem] | None = None) -> Iterator[TarSample]:
-    """The samples of one uncompressed tar, in file order.
+    """Yield the samples of one uncompressed tar, in file order.
 
-    problems: where given, damage is noted in it and the walk goes on behind the damage.
+    problems: where given, damage is noted in it and the walk goes on behind the damage. What systems leave
+        behind (hidden files, `Thumbs.db`, `__MACOSX`) and read-mes are left out, and noted with their number.
     Raises ValueError naming the file and the last good member, unless `problems` is given: not a tar,
     compressed, damaged, cut short, two tars joined, a link or a sparse member, a sample with two members of
     one extension.
     """
     sample: TarSample | None = None
+    left_out: list[str] = []
     for member in _walk_members(path, problems):
         match = _MEMBER_NAME.match(member.name)
-        if match is None:
+        is_about = is_about_the_data(member.name) and not (sample and match and match.group(1) == sample.key)
+        if match is None or is_about or is_system_file(member.name):
+            left_out.append(member.name)
             continue
-        key, extension = match.group(1), match.group(2).lower()
+        key, extension = match.group(1), (match.group(2) or "").lower()
         if sample is None or sample.key != key:
             if sample is not None:
                 yield sample
@@ -69,6 +79,9 @@ def walk_samples(path: Path, problems: list[Problem] | None = None) -> Iterator[
         sample.members.setdefault(extension, (member.offset, member.size))
     if sample is not None:
         yield sample
+    if left_out and problems is not None:
+        reason = f"{len(left_out)} hidden files, files of a system or texts about the data are no samples"
+        problems.append(Problem("", f"{reason} ({some(left_out)})", is_lost=False))
 
 
 @dataclass(frozen=True)
@@ -80,19 +93,19 @@ class _Member:
 
     @property
     def end(self) -> int:
-        """Where the next header is: members fill whole blocks."""
+        """The byte at which the next header starts: members fill whole blocks."""
         return self.offset + -(-self.size // BLOCK) * BLOCK
 
 
 def _walk_members(path: Path, problems: list[Problem] | None) -> Iterator[_Member]:
-    """Every regular file's header."""
+    """Yield the header of every regular file."""
     with open(path, "rb", buffering=0) as file:
         walk = _Walk(path, file.fileno(), problems)
         yield from walk.members()
 
 
 class _Walk:
-    """The state of one walk: where it is, and the member that it met last."""
+    """Keeps the state of one walk: where it is, and the member that it met last."""
 
     def __init__(self, path: Path, descriptor: int, problems: list[Problem] | None) -> None:
         self.path, self.problems = path, problems
@@ -130,7 +143,7 @@ class _Walk:
                 yield found
 
     def _meet(self, member: _Member) -> _Member | None:
-        """The member under its full name, where it is a regular file; None for what only describes others."""
+        """Return a regular file's member under its full name; None for what only describes others."""
         if member.kind in _LONG_NAME + _PAX:
             data = os.pread(self.file, member.size, member.offset)
             if member.kind == _LONG_NAME:
@@ -167,7 +180,7 @@ class _Walk:
             self._complain("the file ends without the end-of-archive mark")
 
     def _skip_zeros(self) -> bool:
-        """Past the end mark there should be zeros only; stands at what follows where something does."""
+        """Skip the zeros behind the end mark; return whether something follows them, and stand at it."""
         start = self.offset
         while block := os.pread(self.file, _SCAN, self.offset):
             rest = block.lstrip(b"\0")
@@ -180,7 +193,7 @@ class _Walk:
         return False
 
     def _skip_damage(self, block: bytes) -> bool:
-        """Look for the next whole header, and stand at it; False where there is none."""
+        """Look for the next whole header and stand at it; return False where there is none."""
         start = self.offset
         while True:
             self.offset += BLOCK
@@ -224,7 +237,7 @@ class _Walk:
 
 
 def _parse_header(block: bytes, at: int) -> _Member | None:
-    """The member whose header is `block`; None where its checksum says that it is no header."""
+    """Return the member whose header is `block`; None where its checksum says that it is no header."""
     try:
         stated = int(block[148:156].strip(b"\0 "), 8)
         size = _number(block[124:136])
@@ -245,7 +258,7 @@ def _number(field: bytes) -> int:
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
-    """`length key=value\\n`, where length counts the whole record."""
+    """Return the records `length key=value\\n` of a pax header; length counts the whole record."""
     records: dict[str, str] = {}
     while data.strip(b"\0"):
         length, _, _ = data.partition(b" ")

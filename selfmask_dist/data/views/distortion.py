@@ -36,7 +36,10 @@ _BLUR_RADIUS = 6  # pixels: three of the largest sigma
 
 
 def distort_batch(images: Tensor, parameters: Tensor) -> Tensor:
-    """images: (n, 3, h, w) float32 in 0..1, may be changed. parameters: (n, 12), on the same device."""
+    """Distort each image by its own row of parameters, and return the images.
+
+    images: (n, 3, h, w) float32 in 0..1, may be changed. parameters: (n, 12), on the same device.
+    """
     is_flipped = parameters[:, FLIP, None, None, None] > 0.5
     images = torch.where(is_flipped, images.flip(-1), images)
     is_colored = parameters[:, COLOR] > 0.5
@@ -60,8 +63,9 @@ def distort_batch(images: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
-    """factor * image + (1 - factor) * base: black for brightness, the mean grey for contrast, grey for
-    saturation.
+    """Return factor * image + (1 - factor) * base.
+
+    The base is black for brightness, the mean grey for contrast, and the grey image for saturation.
     """
     gray = _luma(images)
     base = torch.where(operation == _CONTRAST, gray.mean(dim=(-2, -1), keepdim=True), gray)
@@ -94,7 +98,7 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """A Gaussian of its own width for each image, rows and then columns; edges repeat their last pixel."""
+    """Blur each image by a Gaussian of its own width, rows, then columns; edges repeat their last pixel."""
     reach = torch.arange(_BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     weights = torch.exp(-0.5 * (reach / sigma[:, None]) ** 2)
     weights = weights / (weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdim=True))
@@ -110,8 +114,10 @@ def _blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def distort_view(view: Tensor, parameters: Sequence[float], *, out: Tensor) -> None:
-    """view: (3, h, w) float32 in 0..1, may be changed; fastest where its channels are last in memory.
-    parameters: its 12 numbers. out: (3, h, w) float32, contiguous, where the result goes. Needs OpenCV.
+    """Distort one view with OpenCV, which must be installed, and write the result to `out`.
+
+    view: (3, h, w) float32 in 0..1, may be changed; fastest where its channels are last in memory.
+    parameters: its 12 numbers. out: (3, h, w) float32, contiguous.
     """
     image = view.permute(1, 2, 0).contiguous().numpy()
     if parameters[FLIP] > 0.5:
@@ -132,7 +138,7 @@ _ALL_LUMA = np.tile(np.array(_LUMA, dtype=np.float32), (3, 1))
 
 
 def _recolor(image: npt.NDArray[np.float32], operation: int, factor: float) -> npt.NDArray[np.float32]:
-    """One of the four colour operations; all but hue are an affine map of each pixel, clamped."""
+    """Do one of the four colour operations; all but hue are an affine map of each pixel, clamped."""
     if operation == _HUE:
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         hue = hsv[..., 0]  # degrees

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.common.pictures import check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.views.distortion import (
     COLOR,
@@ -74,7 +75,7 @@ class Distortion:
 
 @dataclass(frozen=True)
 class MultiCrop:
-    """See `multicrop_transform`."""
+    """Makes the views that `multicrop_transform` describes."""
 
     crops: tuple[Crops, ...]
     distortion: Distortion
@@ -84,10 +85,11 @@ class MultiCrop:
 
     @property
     def finish(self) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
-        """What the loader leaves to `Batch.to`."""
+        """What the loader leaves to `Batch.to`; None where nothing is left to do."""
         return self.finisher if self.on_device else None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(image.size)
         sizes = [group for group in self.crops for _ in range(group.count)]
         draws = rng.random((len(sizes), _DRAWS))
         # channels last, as pictures are decoded: resizing that way takes half the time
@@ -113,7 +115,9 @@ def multicrop_transform(
     interpolation: str = "bilinear",
     on_device: bool = False,
 ) -> MultiCrop:
-    """Several distorted random crops, normalised as `pre` says; torchvision's distribution.
+    """Return a transform to several distorted random crops, normalised as `pre` says.
+
+    The distribution is that of torchvision's transforms.
 
     on_device: leave flips, colours, blur and normalisation to the device. The loader's views are then uint8,
         a quarter of the bytes, and `Batch.to` finishes them.
@@ -130,7 +134,7 @@ def multicrop_transform(
 
 
 def draw_parameters(distortion: Distortion, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """The distortions of views, (views, 12) as `distortion` has them, from their uniforms, (views, 40)."""
+    """Return the distortions of views, (views, 12) as in `distortion`, from uniforms `u`, (views, 40)."""
     d = distortion
     strength = np.array([d.brightness, d.contrast, d.saturation])
     low = np.maximum(0, 1 - strength)
@@ -145,8 +149,9 @@ def draw_parameters(distortion: Distortion, u: npt.NDArray[np.float64]) -> npt.N
 
 @dataclass(frozen=True)
 class FinishViews:
-    """uint8 crops, and last their parameters (rows, views, 12), to float32 views: flipped, distorted and
-    normalised, each row by its own parameters.
+    """Turns uint8 crops into float32 views: flips, distorts and normalises each row by its parameters.
+
+    The last of the tensors that it is called with holds the parameters, (rows, views, 12).
     """
 
     mean: tuple[float, float, float]
@@ -165,13 +170,16 @@ class FinishViews:
         return tuple(found)
 
     def at_once(self, crops: Tensor, parameters: Tensor) -> Tensor:
-        """(n, 3, size, size) uint8 and (n, 12) to (n, 3, size, size) float32: as a device does it."""
+        """Finish all crops of one size in few calls, as a device wants it.
+
+        crops: (n, 3, size, size) uint8. parameters: (n, 12). Returns (n, 3, size, size) float32.
+        """
         images = distort_batch(crops.float().div_(255), parameters)
         mean, std = self._statistics(images)
         return images.sub_(mean).div_(std)
 
     def one_by_one(self, crops: Tensor, parameters: Tensor) -> Tensor:
-        """The same as a processor does it."""
+        """Finish crops one after the other, as a processor wants it; the same pixels up to rounding."""
         if not HAS_OPENCV:
             rows = zip(crops.split(1), parameters.split(1), strict=True)
             return torch.cat([self.at_once(crop, row) for crop, row in rows])
@@ -188,7 +196,7 @@ class FinishViews:
 
 @dataclass(frozen=True)
 class Joined:
-    """First the one view of `first`, then all of `second`; both draw from the sample's generator, in turn."""
+    """Gives the one view of `first`, then all of `second`; both draw from the sample's generator."""
 
     first: Transform
     second: Any  # a transform that may leave views to be finished, such as `MultiCrop`
@@ -198,7 +206,7 @@ class Joined:
 
     @property
     def finish(self) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
-        """What the loader leaves to `Batch.to`."""
+        """What the loader leaves to `Batch.to`; None where nothing is left to do."""
         rest = getattr(self.second, "finish", None)
         return None if rest is None else _FinishRest(rest)
 

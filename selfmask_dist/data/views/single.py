@@ -21,13 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 
+MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
-    """Resize, centre crop, normalise: one view, equal to timm's evaluation transform; draws nothing."""
+    """Resize, centre crop, normalise: one view, equal to timm's evaluation transform; draws nothing.
+
+    The view raises ShapeError for a picture whose sides differ more than `common.pictures.MAX_ASPECT` times,
+    or that would have more than `MAX_RESIZED` pixels once its short side is resized.
+    """
     return EvalTransform(pre)
 
 
@@ -38,7 +44,7 @@ def train_transform(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
 ) -> Transform:
-    """A random resized crop and a horizontal flip with probability 1/2: one view, torchvision's distribution.
+    """Return the transform to one random resized crop, flipped with probability 1/2, drawn as torchvision's.
 
     crop_scale: range of the crop's area as a fraction of the picture's. crop_ratio: range of width / height.
     flip: False where mirrored pictures mean something else (digits, text).
@@ -55,12 +61,13 @@ def train_transform(
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """See `eval_transform`. A class and not a closure because worker processes receive it by pickle."""
+    """Makes the view of `eval_transform`. It is no closure because worker processes receive it by pickle."""
 
     pre: Preprocessing
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         size, short = self.pre.image_size, self.pre.resize_size
+        check_shape(image.size)  # before the work, which grows with the ratio of the sides
         width, height = image.size
         if self.pre.crop_mode == "squash":
             width, height = short, short
@@ -68,6 +75,11 @@ class EvalTransform:
             width, height = short, int(short * height / width)
         else:
             width, height = int(short * width / height), short
+        if width * height > MAX_RESIZED:
+            raise ShapeError(
+                f"is {image.width} x {image.height} pixels and would be resized to {width} x {height}, more"
+                f" than {MAX_RESIZED:,}; cut or resize it"
+            )
         image = image.resize((width, height), _resample(self.pre))
         left, top = _centre(width, size), _centre(height, size)
         return (_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
@@ -75,7 +87,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """See `train_transform`."""
+    """Makes the view of `train_transform`."""
 
     pre: Preprocessing
     crop_scale: tuple[float, float]
@@ -83,6 +95,7 @@ class TrainTransform:
     flip: bool
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(image.size)
         size = self.pre.image_size
         box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
@@ -95,7 +108,7 @@ class TrainTransform:
 def random_crop_box(
     size: tuple[int, int], *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A random crop (left, top, right, bottom) of a (width, height) picture, in pixels.
+    """Return a random crop (left, top, right, bottom) of a (width, height) picture, in pixels.
 
     The distribution is `torchvision.transforms.RandomResizedCrop.get_params`'s: area uniform, aspect ratio
     log-uniform, ten attempts, then the largest central crop inside the ratio range. Draws only uniform
@@ -111,7 +124,7 @@ def crop_box(
     ratio: tuple[float, float],
     u: npt.NDArray[np.float64],
 ) -> tuple[int, int, int, int]:
-    """`random_crop_box` from a row of at least 22 uniforms: ten attempts of two, and the place."""
+    """Return what `random_crop_box` does, from at least 22 uniforms: ten attempts of two, and the place."""
     draws = iter(u[:20].tolist())
     place = iter(u[20:22].tolist())
     return _crop_box(size, scale, ratio, lambda: next(draws), lambda: next(place))
@@ -148,8 +161,7 @@ def _resample(pre: Preprocessing) -> Image.Resampling:
 
 
 def _centre(length: int, size: int) -> int:
-    """Where a centred window of `size` pixels starts; negative (black padding) where the picture is
-    smaller."""
+    """Return where a centred window of `size` pixels starts; below 0 (black padding) in a smaller picture."""
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 

@@ -88,7 +88,7 @@ def _samples(config: Config, train: data.Source) -> data.Source:
 
 
 def _match(config: Config, way: str, first: Tensors, second: Tensors, spec: permutation.Spec) -> Tensors:
-    """The second network's state, permuted."""
+    """Return the second network's state, permuted."""
     if way == "weights":
         return permutation.apply(second, spec, rebasin.match_weights(first, second, spec, seed=config.seed))
     train, _ = open_data(config)
@@ -124,7 +124,7 @@ def _average(config: Config, first: Tensors, second: Tensors) -> Tensors:
 
 
 def _reset(config: Config, network: Classifier, samples: data.Source, device: torch.device) -> None:
-    """Statistics of batch normalisation on the samples; every rank sees all of them, and gets the same."""
+    """Measure batch normalisation's statistics on the samples; every rank sees all, and gets the same."""
     if rebasin.has_batchnorm(network):
         images = load_images(network, samples, config.eval.batch_size, device)
         rebasin.reset_batchnorm(network, (batch for batch, _ in images))

@@ -31,7 +31,7 @@ _MAX_ROUNDS = 100
 def match_weights(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], spec: Spec, *, seed: int = 0
 ) -> Permutations:
-    """Permutations that bring `second` next to `first` (algorithm 1), by coordinate descent.
+    """Return permutations that bring `second` next to `first` (algorithm 1), by coordinate descent.
 
     Args:
         first, second: states of one architecture. Running statistics are permuted with the rest, but do not
@@ -63,7 +63,7 @@ def match_weights(
 def match_activations(
     first: nn.Module, second: nn.Module, batches: Iterable[Tensor], spec: Spec
 ) -> Permutations:
-    """Permutations of `second`'s units by how they correlate with `first`'s on data (section 3.1).
+    """Return permutations of `second`'s units by how they correlate with `first`'s on data (section 3.1).
 
     Activations are centred and scaled over the samples, so that strong units do not decide alone.
 
@@ -94,7 +94,7 @@ def loss_barrier(
     *,
     alphas: Sequence[float] = ALPHAS,
 ) -> float:
-    """How far the loss rises over the line between its two ends (Frankle et al. 2020); 0 where it never does.
+    """Return how far the loss rises over the line between its ends (Frankle et al. 2020); 0 if it never does.
 
     Args:
         loss_fn: the loss of the model as it stands; may reset its normalisation first.
@@ -112,6 +112,7 @@ def loss_barrier(
 
 
 def has_batchnorm(model: nn.Module) -> bool:
+    """Return whether the model has batch normalisation, whose statistics mixing would spoil."""
     return bool(_batchnorms(model))
 
 
@@ -139,14 +140,16 @@ def _batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 
 
 def _near(state: Mapping[str, Tensor], spec: Spec, groups: Sequence[Group]) -> tuple[dict[str, Tensor], Spec]:
-    """The tensors that groups index, and what permutes them."""
+    """Return the tensors that groups index, and what permutes them."""
     names = {axis.tensor for group in groups for axis in group.axes}
     touching = tuple(replace(g, axes=tuple(a for a in g.axes if a.tensor in names)) for g in spec)
     return {name: state[name] for name in names}, touching
 
 
 def _gain(first: Mapping[str, Tensor], second: Mapping[str, Tensor], group: Group) -> Tensor:
-    """What it adds to the inner product of two networks that unit i of one stands by unit j of the other."""
+    """Return (units, units): what matching unit i of one network with unit j of the other adds to their inner
+    product.
+    """
     gain = torch.zeros(group.size, group.size, dtype=torch.float64)
     for axis in group.axes:
         if not _is_statistic(axis.tensor):
@@ -173,6 +176,7 @@ class _Moments:
         self._products += first @ second.T
 
     def correlation(self) -> Tensor:
+        """Return (units, units): unit i of the first network with unit j of the second."""
         if not self._count:
             raise ValueError("activations can only be matched on data; there was no batch")
         means = self._sums / self._count
@@ -183,7 +187,7 @@ class _Moments:
 
 @contextmanager
 def _watch(model: nn.Module, spec: Spec) -> Iterator[dict[str, Tensor]]:
-    """What the groups' units give in the last forward: {group: (units, samples) float64 on the CPU}."""
+    """Yield what the groups' units gave in the last forward: {group: (units, samples) float64 on the CPU}."""
     seen: dict[str, Tensor] = {}
     handles = []
     for group in spec:

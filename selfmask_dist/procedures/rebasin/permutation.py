@@ -2,7 +2,7 @@
 
 A group is a set of units that several tensors index: outputs of one layer, inputs of the next, and the
 normalisation between them. Permuting all of them alike changes nothing. Knows no architecture (see
-`permutation_specs`) and no data.
+`specs`) and no data.
 """
 
 from collections.abc import Collection, Mapping
@@ -60,11 +60,12 @@ Permutations = dict[str, Tensor]
 
 
 def identity(spec: Spec) -> Permutations:
+    """Return the permutations that change nothing."""
     return {group.name: torch.arange(group.size) for group in spec}
 
 
 def together(spec: Spec) -> list[tuple[Group, ...]]:
-    """The groups that can only be chosen at once: those with one order of blocks."""
+    """Return the groups that can only be chosen at once: those with one order of blocks."""
     found: dict[str, list[Group]] = {}
     for group in spec:
         found.setdefault(group.order or group.name, []).append(group)
@@ -74,7 +75,7 @@ def together(spec: Spec) -> list[tuple[Group, ...]]:
 def apply(
     state: Mapping[str, Tensor], spec: Spec, permutations: Permutations, *, leave_out: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """The state of the permuted network: the same function.
+    """Return the state of the permuted network, which computes the same function.
 
     Args:
         leave_out: names of groups that stay as they are.
@@ -92,8 +93,8 @@ def apply(
             for axis in group.axes if group.name not in leave_out else ():
                 parts = unfold(permuted, group, axis).index_select(axis.dim + 1, permutations[group.name])
                 parts = parts.flatten(axis.dim, axis.dim + 2)
-                places = torch.arange(parts.shape[axis.dim]) + (axis.start or 0)
-                permuted[axis.tensor] = permuted[axis.tensor].index_copy(axis.dim, places, parts)
+                indices = torch.arange(parts.shape[axis.dim]) + (axis.start or 0)
+                permuted[axis.tensor] = permuted[axis.tensor].index_copy(axis.dim, indices, parts)
     return permuted
 
 
@@ -108,18 +109,18 @@ def _block_order(group: Group, permutation: Tensor) -> list[int]:
 
 
 def rows(state: Mapping[str, Tensor], group: Group, axis: Axis) -> Tensor:
-    """A tensor's entries by unit of a group: (units, rest)."""
+    """Return a tensor's entries by unit of a group: (units, rest)."""
     return unfold(state, group, axis).movedim(axis.dim + 1, 0).reshape(group.size, -1)
 
 
 def activations(values: Tensor, group: Group) -> Tensor:
-    """What the group's probe sees, by unit: (units, samples)."""
+    """Return what the group's probe sees, by unit: (units, samples)."""
     dim = group.probe.dim % values.ndim
     return _view(values, group, replace(group.probe, dim=dim)).movedim(dim + 1, 0).reshape(group.size, -1)
 
 
 def unfold(state: Mapping[str, Tensor], group: Group, axis: Axis) -> Tensor:
-    """A tensor with the units of a group as dimension `axis.dim + 1`."""
+    """Return a tensor with the units of a group as dimension `axis.dim + 1`."""
     if axis.tensor not in state:
         raise ValueError(f"the network has no {axis.tensor}, which {group.name} permutes")
     length, there = axis.before * group.size * axis.after, state[axis.tensor].shape[axis.dim]

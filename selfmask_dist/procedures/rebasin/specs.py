@@ -23,7 +23,7 @@ _VIT = (
 
 
 def permutation_spec(model: nn.Module) -> Spec:
-    """The groups of a Sequential MLP, a ResNet or a ViT (plain blocks of timm).
+    """Return the groups of a Sequential MLP, a ResNet or a ViT (plain blocks of timm).
 
     Raises:
         ValueError: another architecture, or one with tensors that the rules here do not cover.
@@ -37,14 +37,14 @@ def permutation_spec(model: nn.Module) -> Spec:
     else:
         raise ValueError(
             f"{type(model).__name__} is neither a Sequential MLP, a ResNet nor a ViT; write its groups of "
-            f"units down as procedures.permutation.Group"
+            f"units down as procedures.rebasin.permutation.Group"
         )
     _check_names(model, spec)
     return spec
 
 
 def classifier_spec(encoder: nn.Module, head: nn.Linear, *, encoder_name: str, head_name: str) -> Spec:
-    """The groups of an encoder and the linear head behind it, which are two modules of one network.
+    """Return the groups of an encoder and the linear head behind it, which are two modules of one network.
 
     Args:
         encoder_name, head_name: what they are called in it.
@@ -219,7 +219,7 @@ def _check_names(model: nn.Module, spec: Spec) -> None:
     if unknown := [name for name in tensors if not re.fullmatch(known, name)]:
         raise ValueError(
             f"{type(model).__name__} has parts that no rule here covers: {', '.join(unknown[:4])}; write its "
-            f"groups of units down as procedures.permutation.Group"
+            f"groups of units down as procedures.rebasin.permutation.Group"
         )
     for group in spec:
         names = [axis.tensor for axis in group.axes]
