@@ -108,7 +108,7 @@ def _measure_dim(
         ) from error
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
         return output.shape[1]
-    found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    found = str(tuple(output.shape)) if isinstance(output, Tensor) else f"a {type(output).__name__}"
     if isinstance(output, tuple | list):
         found += f" of {len(output)}: " + " and ".join(str(_shape_of(part)) for part in output)
     raise ValueError(

@@ -142,9 +142,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for entry in entries:
             entry.theta.requires_grad_(is_trained)
         if freeze:
-            others = {id(mark.entry.theta) for mark in marks.attached(model).values()}  # of earlier masks
-            for parameter in parameters.values():
-                parameter.requires_grad_(parameter.requires_grad and id(parameter) in others)
+            marks.freeze_unmasked(model, parameters.values())
         masks = cls(model, entries, family=family, shards=shards, auto=auto)
         if isinstance(init, Mapping) and fingerprint is not None:
             try:
@@ -163,26 +161,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if self.family.trains_scores and not any(id(entry.scores) in held for entry in self.entries):
-            raise ValueError(
-                "the optimizer holds none of these masks' scores; build it over masks.parameters()"
-            )
-        if thetas := [entry.name for entry in self.entries if id(entry.theta) in held]:
-            raise ValueError(
-                f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step "
-                f"would overwrite; "
-                f"give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
-            )
-        scores = {id(entry.scores) for entry in self.entries}
-        for group in optimizer.param_groups:
-            if self.family.starts_from_weight:
-                break  # a latent weight may decay
-            if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
-                raise ValueError(
-                    f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
-                    f"give them a parameter group with weight_decay=0"
-                )
+        checks.check_optimizer(optimizer, self.entries, self.family)
         if self._guard is not None:
             if self._guard.is_bound(optimizer):
                 return

@@ -10,12 +10,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from selfmask_dist.common.tensor_names import plain, renamed
 from selfmask_dist.common.text import some
 from selfmask_dist.masking import first_scores, marks, selection
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.parameter import MaskedParameter
 
 MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
 _HALVES = ("float16", "bfloat16")
@@ -164,6 +166,31 @@ def check_same_names(given: set[str], expected: set[str], what: str) -> None:
         raise ValueError(
             f"{what} do not fit the masked parameters: missing {missing[:5]}, unknown {unknown[:5]}"
         )
+
+
+def check_optimizer(optimizer: Optimizer, entries: Sequence[MaskedParameter], family: Family) -> None:
+    """Check that an optimizer can train masks.
+
+    Raises:
+        ValueError: it holds none of the scores, holds theta itself, or would decay the scores.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if family.trains_scores and not any(id(entry.scores) in held for entry in entries):
+        raise ValueError("the optimizer holds none of these masks' scores; build it over masks.parameters()")
+    if thetas := [entry.name for entry in entries if id(entry.theta) in held]:
+        raise ValueError(
+            f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step would "
+            f"overwrite; give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
+        )
+    scores = {id(entry.scores) for entry in entries}
+    for group in optimizer.param_groups:
+        if family.starts_from_weight:
+            break  # a latent weight may decay
+        if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
+            raise ValueError(
+                f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
+                f"give them a parameter group with weight_decay=0"
+            )
 
 
 def check_free(model: nn.Module, names: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ a model that was saved whole, it becomes a plain record, as the masks themselves
 all that is there, and the record says so to whoever attaches masks or applies a file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,13 @@ def take_off(model: nn.Module, name: str, masks: Any) -> None:
 def attached(model: nn.Module) -> dict[str, Attached]:
     """Return the marks of the parameters of `model` that carry masks now, by name."""
     return {name: mark for name, mark in _marks(model) if isinstance(mark, Attached)}
+
+
+def freeze_unmasked(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Make these parameters of `model` frozen, but for theta of masks that are attached."""
+    thetas = {id(mark.entry.theta) for mark in attached(model).values()}
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in thetas)
 
 
 def left_over(model: nn.Module) -> dict[str, str]:

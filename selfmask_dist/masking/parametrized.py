@@ -206,7 +206,8 @@ def parametrized_attach(
     _check_family(family)
     names = checks.choose(model, family=family, init=init, **selected)
     checks.warn_where_partly_masked(model, selected.get("include", "auto"))
-    given = checks.own_init(init, names) if isinstance(init, Mapping) else None
+    if isinstance(init, Mapping):
+        init = checks.own_init(init, names)
     for parameter in model.parameters():
         if not hasattr(parameter, checks.MARK):  # scores of earlier masks
             parameter.requires_grad_(False)
@@ -217,7 +218,7 @@ def parametrized_attach(
         weight = getattr(module, attribute).detach()
         num_segments = checks.num_segments(name, split_qkv=split_qkv)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        start = given[name] if given is not None else first_scores.starter(init, name, family)
+        start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
         start = start(weight) if callable(start) else torch.as_tensor(start)
         scores = torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(start)
         mask = FamilyMask(weight, family=family, num_segments=num_segments, clock=clock)
