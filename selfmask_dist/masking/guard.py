@@ -116,7 +116,7 @@ class Guard:
             raise ValueError(
                 f"these masks had gradients in {self._num_backwards} backwards, and no optimizer is bound "
                 f"that would step their scores: the mask would be as it was attached. Call "
-                f"masks.bind(optimizer) before the loop, or masks.rewrite() after scores were changed otherwise"
+                f"masks.bind(optimizer) before the loop, or masks.rewrite() after changing scores otherwise"
             )
 
     def check_in_place(self) -> None:
