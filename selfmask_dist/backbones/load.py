@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from selfmask_dist.backbones.mapping import leave_in_files
 from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.sign_activations import use_sign_activations
-from selfmask_dist.backbones.spec import Backbone, BackboneSettings, BackboneSpec, BuiltEncoder
+from selfmask_dist.backbones.spec import Backbone, BackboneSettings, BackboneSpec, BuiltEncoder, NamedBackbone
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
 from selfmask_dist.backbones.weights import fingerprint
 from selfmask_dist.common.optional import require
 
 
-def load_backbone(section: BackboneSettings, *, seed: int = 0, in_file: bool = False) -> Backbone:
-    """Build the frozen encoder that `section` describes, in eval mode, on the CPU.
+def load_backbone(
+    backbone: str | BackboneSettings, *, seed: int = 0, in_file: bool = False, **keys: Any
+) -> Backbone:
+    """Build the frozen encoder that `backbone` describes, in eval mode, on the CPU.
+
+        load_backbone("timm:resnet18", weights="resnet18.pth", image_size=96)
+        load_backbone(config.backbone)
 
     Where `section.weights` names a file, a classifier in it is left out and everything else must fit exactly;
     for open_clip it holds a whole CLIP model or the visual tower alone. Position embeddings of loaded weights
@@ -31,7 +36,9 @@ def load_backbone(section: BackboneSettings, *, seed: int = 0, in_file: bool = F
     they were.
 
     Args:
-        section: a config's section `backbone`, or whatever has its keys.
+        backbone: a name, `timm:<model>[.<tag>]` or `open_clip:<model>[/<tag>]`, or a config's section
+            `backbone`.
+        keys: beside a name, other keys of that section: `pretrained`, `weights`, `image_size`, `kwargs`, ...
         seed: of random weights.
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
             copies each process's share of them; see `mapping`. Random weights, and files that cannot be
@@ -42,6 +49,12 @@ def load_backbone(section: BackboneSettings, *, seed: int = 0, in_file: bool = F
             that is missing, unreadable or does not fit (listing what differs), a model whose output is not
             (n, dim), or open_clip is not installed.
     """
+    if isinstance(backbone, str):
+        section: BackboneSettings = NamedBackbone(backbone, **keys)
+    elif keys:
+        raise TypeError(f"{', '.join(keys)} given beside a section of a configuration, which has these keys")
+    else:
+        section = backbone
     has_weights = section.pretrained or section.weights is not None
     in_file = in_file and has_weights
     if in_file:

@@ -1,7 +1,8 @@
 """What describes a backbone, before and after it is built: records, without the code that builds it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class BackboneSettings(Protocol):
     @property
     def pretrained(self) -> bool: ...
     @property
-    def weights(self) -> str | None: ...
+    def weights(self) -> str | Path | None: ...
     @property
     def weights_key(self) -> str | None: ...
     @property
@@ -39,6 +40,27 @@ class BackboneSettings(Protocol):
     def std(self) -> Sequence[float] | None: ...
     @property
     def crop_pct(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class NamedBackbone:
+    """A `BackboneSettings` for callers without a configuration: a name, and the other keys at their defaults.
+
+    A test holds the defaults against those of the config's section, which says what each key does.
+    """
+
+    name: str
+    pretrained: bool = True
+    weights: str | Path | None = None
+    weights_key: str | None = None
+    random: str = "library"
+    activations: str = "library"
+    image_size: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    remove: Sequence[str] = ()
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    crop_pct: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from selfmask_dist.backbones import Backbone, find_blocks, fingerprint, load_backbone, set_train_mode
 from selfmask_dist.backbones.load import _measure_dim
 from selfmask_dist.backbones.sign_activations import RECTIFIERS, SignActivation, use_sign_activations
+from selfmask_dist.backbones.spec import NamedBackbone
 from selfmask_dist.config import load_config
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.training.build import build_backbone
@@ -636,3 +638,15 @@ def test_channels_last_is_a_matter_of_layout_alone() -> None:
     state = changed.state_dict()
     for name, tensor in plain.state_dict().items():
         assert state[name].stride() == tensor.stride(), name
+
+
+def test_a_backbone_by_its_name_is_that_of_a_section(tmp_path: Path) -> None:
+    named, of_config = NamedBackbone("timm:test_vit"), BackboneConfig(name="timm:test_vit")
+    for key in (field.name for field in fields(NamedBackbone)):
+        assert getattr(named, key) == getattr(of_config, key), key
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "weights.pth")
+    loaded = load_backbone("timm:test_vit", weights=tmp_path / "weights.pth")
+    section = BackboneConfig(name="timm:test_vit", weights=str(tmp_path / "weights.pth"))
+    assert loaded.spec == load_backbone(section).spec
+    with pytest.raises(TypeError, match="pretrained given beside a section"):
+        load_backbone(section, pretrained=False)
