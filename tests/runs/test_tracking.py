@@ -24,7 +24,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(folder: Path) -> list[Any]:
     """Return all records of the offline runs of a folder, in order."""
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto import wandb_internal_pb2  # type: ignore[attr-defined, unused-ignore]
 
     paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
     return [
