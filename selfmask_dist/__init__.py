@@ -13,7 +13,7 @@ from selfmask_dist.common import version
 
 if TYPE_CHECKING:
     from selfmask_dist.cascade.model import load_cascade
-    from selfmask_dist.maskfile.api import Masks, apply_masks, attach
+    from selfmask_dist.maskfile.api import Masks, apply_masks, attach, detach
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.masking import Family, Segment
 
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "apply_masks",
     "attach",
+    "detach",
     "load_cascade",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Segment": "masking",
     "apply_masks": "maskfile.api",
     "attach": "maskfile.api",
+    "detach": "maskfile.api",
     "load_cascade": "cascade.model",
 }
 

@@ -17,8 +17,8 @@ def test_public_names_are_found(name: str) -> None:
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'detach'"):
-        _ = selfmask_dist.detach
+    with pytest.raises(AttributeError, match="has no attribute 'unmask'"):
+        _ = selfmask_dist.unmask
 
 
 def test_importing_the_package_imports_no_library() -> None:

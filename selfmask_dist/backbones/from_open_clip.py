@@ -5,9 +5,8 @@ Knows open_clip's registry, checkpoints and preprocessing records; nothing of ma
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -59,7 +58,7 @@ def build(name: str, section: BackboneSettings) -> BuiltEncoder:
     remove_modules(clip.visual, remove)
     has_text_weights = True
     if weights is not None:
-        has_text_weights = _load_local(clip, model_name, trunk_name, weights, remove)
+        has_text_weights = _load_local(clip, model_name, trunk_name, section)
     encoder = clip.visual
     preprocessing = _preprocessing(encoder, image_size)
     if not has_text_weights:
@@ -194,12 +193,14 @@ def _create(model_name: str, tag: str, is_from_hub: bool, model_kwargs: dict[str
         ) from error
 
 
-def _load_local(
-    clip: Any, model_name: str, trunk_name: str | None, path: str | Path, removed: Sequence[str]
-) -> bool:
+def _load_local(clip: Any, model_name: str, trunk_name: str | None, section: BackboneSettings) -> bool:
     """Load a whole CLIP model, or a visual tower alone; returns whether the file had a text tower."""
+    path, removed = section.weights, section.remove
+    assert path is not None
     source, target = f"weights file {path}", f"open_clip's {model_name}"
-    state = convert_state_dict(clip, read_state_dict(path))  # names of other projects' releases
+    own = [set(clip.state_dict()), set(clip.visual.state_dict())]
+    state = read_state_dict(path, own=own, key=section.weights_key)
+    state = convert_state_dict(clip, state)  # names of other projects' releases
     is_whole = any(name.startswith(_VISUAL) for name in state)
     if is_whole:
         state = _convert_text(clip, state)

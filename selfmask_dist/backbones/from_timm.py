@@ -5,8 +5,6 @@ data.
 """
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -40,7 +38,7 @@ def build(name: str, section: BackboneSettings) -> BuiltEncoder:
     model = _create(name, section.pretrained and section.weights is None, kwargs)
     remove_modules(model, section.remove)
     if section.weights is not None:
-        _load_local(model, name, section.weights, section.remove)
+        _load_local(model, name, section)
     return BuiltEncoder(model, _preprocessing(model, image_size))
 
 
@@ -86,8 +84,10 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     return model
 
 
-def _load_local(model: Any, name: str, path: str | Path, removed: Sequence[str]) -> None:
-    state = read_state_dict(path)
+def _load_local(model: Any, name: str, section: BackboneSettings) -> None:
+    path, removed = section.weights, section.remove
+    assert path is not None
+    state = read_state_dict(path, own=[set(model.state_dict())], key=section.weights_key)
     classifiers = model.pretrained_cfg.get("classifier") or ()
     dropped = [classifiers] if isinstance(classifiers, str) else list(classifiers)
     state = drop_modules(state, [*dropped, *removed])

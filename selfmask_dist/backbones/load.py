@@ -6,7 +6,9 @@ The encoder is timm's own model without a classifier, or open_clip's own visual 
 their names. Knows nothing of masks, data or process groups.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,9 @@ def load_backbone(section: BackboneSettings, *, seed: int = 0, in_file: bool = F
     encoder = built.encoder.eval().requires_grad_(False)
     spec = BackboneSpec(
         name=section.name,
-        dim=_measure_dim(encoder, section.name, preprocessing.image_size, on_meta=in_file),
+        dim=_measure_dim(
+            encoder, section.name, preprocessing.image_size, kwargs=section.kwargs, on_meta=in_file
+        ),
         blocks=find_blocks(encoder),
         preprocessing=preprocessing,
         fingerprint=fingerprint(encoder.state_dict().items()),
@@ -87,7 +91,14 @@ def _build(section: BackboneSettings, seed: int) -> BuiltEncoder:
 
 
 @torch.no_grad()
-def _measure_dim(encoder: nn.Module, name: str, image_size: int, *, on_meta: bool = False) -> int:
+def _measure_dim(
+    encoder: nn.Module,
+    name: str,
+    image_size: int,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    on_meta: bool = False,
+) -> int:
     shape = (2, 3, image_size, image_size)
     try:
         output = run_on_meta(encoder, shape) if on_meta else encoder(torch.zeros(shape, device="cpu"))
@@ -97,9 +108,35 @@ def _measure_dim(encoder: nn.Module, name: str, image_size: int, *, on_meta: boo
         ) from error
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
         return output.shape[1]
-    found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    found = str(tuple(output.shape)) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if isinstance(output, tuple | list):
+        found += f" of {len(output)}: " + " and ".join(str(_shape_of(part)) for part in output)
     raise ValueError(
-        f"{name} must return embeddings of shape (n, dim); for n = 2 images it returned {found}. Take out of "
-        "backbone.kwargs what turns pooling off (global_pool='', output_tokens=True), or choose another "
-        "model"
+        f"{name} must return embeddings of shape (n, dim); for n = 2 images it returned {found}. "
+        f"{_way_to_one_vector(encoder, kwargs or {})}"
+    )
+
+
+def _shape_of(output: Any) -> Any:
+    return tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _way_to_one_vector(encoder: nn.Module, kwargs: Mapping[str, Any]) -> str:
+    """Return what makes an encoder return other than one vector an image, and the way out."""
+    vision = kwargs.get("vision_cfg", {})
+    given = vision if isinstance(vision, Mapping) else {}
+    if getattr(encoder, "output_tokens", False) and "output_tokens" not in given:
+        return (
+            "The model's own configuration makes it return its tokens beside the pooled vector (CoCa's text "
+            "decoder reads them); set backbone.kwargs={vision_cfg: {output_tokens: false}}"
+        )
+    culprits = [f"backbone.kwargs.{key}" for key in ("global_pool", "output_tokens") if key in kwargs]
+    culprits += [
+        f"backbone.kwargs.vision_cfg.{key}" for key in ("pool_type", "output_tokens") if key in given
+    ]
+    if culprits:
+        return f"Take out {' and '.join(culprits)}, which turns pooling off, or choose another model"
+    return (
+        "Its forward is of that kind by itself: set what makes it pool in backbone.kwargs (timm: "
+        "global_pool), or choose another model"
     )

@@ -4,21 +4,20 @@
 `convert` knows something, through timm; nothing here knows hubs, masks or process groups.
 """
 
-import hashlib
-import json
 import math
 import pickle
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.checkpoint import KNOWN, choose, open_known
 from selfmask_dist.backbones.mapping import FilePages
+from selfmask_dist.common.fingerprint import digest
 
 _NESTED_UNDER = ("state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -31,27 +30,27 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
     The same for fp16 and fp32 copies of equal values and on any device. `num_batches_tracked` is left out.
     """
-    digest = hashlib.sha256()
-    for name, tensor in FilePages().one_by_one(dict(named)):
-        if name.endswith(_COUNTER):
-            continue
-        digest.update(json.dumps([name, list(tensor.shape)]).encode())
-        values = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
-        digest.update(np.ascontiguousarray(values, dtype="<f4").reshape(-1).data)
-    return digest.hexdigest()
+    return digest(FilePages().one_by_one(dict(named)))
 
 
 def read_state_dict(
-    path: str | Path, *, setting: str = "backbone.weights", skip_others: bool = False
+    path: str | Path,
+    *,
+    setting: str = "backbone.weights",
+    skip_others: bool = False,
+    own: Sequence[Collection[str]] = (),
+    key: str | None = None,
 ) -> dict[str, Tensor]:
     """Read a state dict onto the CPU, from safetensors or from what `torch.load(weights_only=True)` takes.
 
-    Nothing in the file is executed. Dicts nested under "state_dict" or "model" are opened; a prefix that
-    every key has ("module.") goes.
+    Nothing in the file is executed. Dicts nested under known keys ("state_dict", "teacher") are opened, known
+    prefixes ("module.", "encoder_q.") go, and of several networks one is taken; see `checkpoint`.
 
     Args:
         setting: what named the file, for messages: a key of the config or an argument.
         skip_others: pass over entries that are no tensors in place of refusing the file.
+        own: names of the model that the weights are for, in one set or several that the file may have.
+        key: which network of the file, by its key or prefix (`backbone.weights_key`).
 
     Raises:
         ValueError: no such file, unreadable, or not a state dict.
@@ -74,9 +73,12 @@ def read_state_dict(
             "saved by torch.save that torch.load(weights_only=True) accepts; the file may be damaged or only "
             "partly downloaded"
         ) from error
-    for key in _NESTED_UNDER:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    source = f"weights file {path}"
+    choice = choose(content, own, key=key, source=source) if own and isinstance(content, Mapping) else None
+    if choice is not None:
+        _check_is_state_dict(choice.level, path)
+        return choice.state
+    content = open_known(content, _NESTED_UNDER if own else KNOWN, source=source)
     if skip_others and isinstance(content, Mapping):
         content = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     _check_is_state_dict(content, path)
@@ -104,8 +106,8 @@ def _check_is_state_dict(content: Any, path: Path) -> None:
         keys = ", ".join(f"{key!r} ({type(content[key]).__name__})" for key in others[:_MAX_LISTED])
         raise ValueError(
             f"weights file {path} is not a state dict: {len(others)} of its {len(content)} entries are not a "
-            f"name with a tensor: {keys}. A state dict may also lie under "
-            f"{' or '.join(map(repr, _NESTED_UNDER))}"
+            f"name with a tensor: {keys}. A state dict may also lie under 'state_dict', 'model', 'teacher' "
+            f"and other known keys"
         )
 
 

@@ -24,6 +24,11 @@ class BackboneConfig(Section):
         None,
         "Weights from a local file: safetensors, or a state dict that torch.load reads with weights_only.",
     )
+    weights_key: NonEmpty | None = science(
+        None,
+        "Which network of the file backbone.weights, where it holds several: a key or a prefix, for example "
+        "student (DINO) or encoder_k (MoCo). null: teacher, encoder_q, or the only one that fits.",
+    )
     random: Literal["library", "signed_constant", "kaiming_normal"] = science(
         "library",
         "Random weights (pretrained=false) of convolutions and linear layers. library: as timm or open_clip "

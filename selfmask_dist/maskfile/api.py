@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.maskfile.file import read_mask_file, write_mask_file
 from selfmask_dist.maskfile.fit import apply_mask, from_masks, weights_of
 from selfmask_dist.maskfile.mask import MaskFile, MaskFileError
-from selfmask_dist.masking import AttachedMasks
+from selfmask_dist.masking import AttachedMasks, detach
+
+__all__ = ["Masks", "apply_masks", "attach", "detach", "save_masks"]
 
 
 class Masks(AttachedMasks):
@@ -34,6 +37,7 @@ class Masks(AttachedMasks):
             preprocessing=preprocessing,
             metrics=metrics,
             against_weights=against_weights,
+            with_rounded=True,
         )
 
 
@@ -50,6 +54,7 @@ def save_masks(
     metrics: Mapping[str, float] | None = None,
     against_weights: bool = False,
     is_writer: bool = True,
+    with_rounded: bool = False,
 ) -> int:
     """Write masks to a mask file (`maskfile.file`); returns the number of bytes.
 
@@ -61,8 +66,10 @@ def save_masks(
         against_weights: code the bits by how large the weights under them are: a smaller file, that is read
             only together with the backbone.
         is_writer: False only takes part in gathering the masks, and returns 0.
+        with_rounded: add the fingerprints of the weights in half precision, with which a model in float16 or
+            bfloat16 is told from a wrong one.
     """
-    mask = from_masks(masks)
+    mask = from_masks(masks, with_rounded=with_rounded)
     weights = masks.first_weights() if against_weights else None
     if not is_writer:
         return 0
@@ -73,6 +80,9 @@ def save_masks(
         preprocessing=dict(preprocessing or {}),
         metrics=dict(metrics or {}),
     )
+    if weights is not None:
+        plain = plain_names([*weights, *masks.moved_statistics()])
+        weights = {plain[name]: weight for name, weight in weights.items()}
     return write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
 
 
@@ -80,16 +90,19 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     """Apply a mask file to a model that holds the frozen weights, in place; returns what the file holds.
 
     Args:
-        model: a timm or open_clip model, or any module that holds the masked parameters.
+        model: a timm or open_clip model, or any module that holds the masked parameters; in half precision
+            too, where the file tells such weights (those that `Masks.save` wrote do).
         name: which mask, where the file holds several.
 
     Raises:
-        MaskFileError: the file is damaged, or does not fit the model's architecture or weights.
+        MaskFileError: the file is damaged, or does not fit the model's architecture or weights, or the model
+            carries masks already.
     """
     file = read_mask_file(path, weights=weights_of(model))
     if name is None and len(file.masks) > 1:
         raise MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")
     if name is not None and name not in file.masks:
         raise MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
-    apply_mask(model, file.masks[name or next(iter(file.masks))])
+    name = name or next(iter(file.masks))
+    apply_mask(model, file.masks[name], what=f"mask {name!r} of {path}")
     return file

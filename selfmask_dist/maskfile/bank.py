@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.maskfile import codec
 from selfmask_dist.maskfile.file import read_mask_file
-from selfmask_dist.maskfile.fit import check_fits, weights_of
+from selfmask_dist.maskfile.fit import fit, weights_of
 from selfmask_dist.maskfile.forms import materialize
 from selfmask_dist.maskfile.layers import Change, Layer, decoded
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
@@ -117,11 +117,12 @@ class MaskBank:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
                 mask = next(iter(file.masks.values()))
             known = self._fingerprints.get(frozenset(mask.bits))
-            for key, tensor in check_fits(self._encoder, mask, known=known).items():
+            fitting = fit(self._encoder, mask, known=known)
+            for key, tensor in fitting.tensors.items():
                 if key not in self._frozen:
                     self._tensors[key] = tensor
                     self._frozen[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            self._fingerprints[frozenset(mask.bits)] = mask.weights_fingerprint
+            self._fingerprints[frozenset(mask.bits)] = fitting.fingerprint
             self._coded[name] = _Coded(
                 sections={key: codec.encode(bits.numpy()) for key, bits in mask.bits.items()},
                 scales={key: self._scales(mask, key) for key in mask.bits},

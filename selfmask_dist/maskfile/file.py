@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.backbones import fingerprint
-from selfmask_dist.maskfile import codec, container, forms
+from selfmask_dist.maskfile import codec, container, forms, precision
 from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 
@@ -165,6 +165,7 @@ def _describe_mask(
         "threshold": mask.threshold,
         "scale": "stated" if mask.kind in forms.NUM_SCALES else "sqrt" if mask.scaled else "none",
         "weights_fingerprint": mask.weights_fingerprint,
+        **({"rounded_fingerprints": mask.rounded} if mask.rounded else {}),
         "parameters": parameters,
         "statistics": [
             container.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
@@ -196,6 +197,10 @@ def _check_contexts(mask: Mask, weights: Weights | None) -> None:
         )
     if weights is not None:
         raise MaskFileError(f"{what}, which the weights tell nothing about; store it without them")
+
+
+def _rounded(described: Mapping[str, Any]) -> dict[str, str]:
+    return {str(dtype): str(value) for dtype, value in described.get("rounded_fingerprints", {}).items()}
 
 
 def _classes(context: str, known: Tensor) -> np.ndarray:
@@ -253,6 +258,7 @@ class _Reading:
             kind=kind,
             **self._parts(kind, entries, bits),
             blocks={key: tuple(entry["block"]) for key, entry in entries.items() if "block" in entry},
+            rounded=_rounded(described),
         )
 
     def _parts(self, kind: str, entries: Mapping[str, Any], bits: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -329,12 +335,18 @@ class _Reading:
                 "the backbone, or give `weights=weights_of(backbone)`"
             )
         if mask not in self._checked:
-            weights, expected = self._weights, self._masks[mask]["weights_fingerprint"]
-            found = fingerprint((name, weights(name)) for name in self.parameters(mask))
+            described = self._masks[mask]
+            own = {name: self._weights(name) for name in self.parameters(mask)}
+            found, expected = fingerprint(own.items()), described["weights_fingerprint"]
             if found != expected:
-                raise MaskFileError(
-                    f"wrong backbone: its weights under the mask have fingerprint {found[:12]}, the mask was "
-                    f"trained on {expected[:12]}; load the same pretrained weights, with no mask applied yet"
-                )
+                other = precision.other_precision(own, expected, found, _rounded(described))
+                if other is not None:
+                    raise MaskFileError(
+                        f"it is the same backbone in another precision ({other}), and the file was made "
+                        f"smaller by the weights as they were trained: its bits cannot be decoded with "
+                        f"rounded ones. Read it with those weights and convert the model then, or save the "
+                        f"mask without against_weights"
+                    )
+                raise MaskFileError(precision.wrong_backbone(own, found, expected))
             self._checked.add(mask)
         return self._weights

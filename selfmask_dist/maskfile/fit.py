@@ -1,6 +1,7 @@
 """A mask on a model: taken from masks in training, checked against a backbone, and put on it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.common.tensor_names import placements, plain_names
 from selfmask_dist.maskfile.file import Weights, read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
-from selfmask_dist.masking import AttachedMasks
+from selfmask_dist.maskfile.precision import other_precision, rounded_fingerprints, wrong_backbone
+from selfmask_dist.masking import AttachedMasks, marks
+from selfmask_dist.masking.checks import describe_left_over
 
 
-def from_masks(masks: AttachedMasks) -> Mask:
+def from_masks(masks: AttachedMasks, *, with_rounded: bool = False) -> Mask:
     """Return masks in training as a file holds them. Collective where they are sharded: every rank must call.
+
+    Names are those of the model without the parts that wrappers add (`module.`, `_orig_mod.`).
+
+    Args:
+        with_rounded: with the fingerprints of the weights in half precision.
 
     Raises:
         MaskFileError: a family's form does not hold its theta.
+        ValueError: the scores are not what training made of them (`Masks.check_current`).
     """
-    bits = {name: kept.cpu() for name, kept in masks.masks().items()}
-    segments = {entry.name: entry.num_segments for entry in masks.entries}
-    weights, kind = masks.first_weights(), as_kind(masks.family.form)
+    masks.check_current()
+    moved = masks.moved_statistics()
+    plain = plain_names([*(entry.name for entry in masks.entries), *moved])
+    bits = {plain[name]: kept.cpu() for name, kept in masks.masks().items()}
+    segments = {plain[entry.name]: entry.num_segments for entry in masks.entries}
+    weights, kind = _by_plain(plain, masks.first_weights()), as_kind(masks.family.form)
     parts: dict[str, Any] = {}
     if kind != "threshold":
-        for name, theta in masks.thetas().items():
+        for name, theta in _by_plain(plain, masks.thetas()).items():
             given = (theta.cpu(), bits[name], weights[name].cpu())
             for part, tensor in take_apart(kind, *given, num_parts=segments[name]).items():
                 parts.setdefault(part, {})[name] = tensor
@@ -36,10 +49,15 @@ def from_masks(masks: AttachedMasks) -> Mask:
         num_segments={name: number for name, number in segments.items() if number > 1},
         kind=kind,
         **parts,
-        blocks=_blocks(masks),
-        statistics={name: statistic.cpu() for name, statistic in masks.moved_statistics().items()},
+        blocks={plain[name]: block for name, block in _blocks(masks).items()},
+        statistics={plain[name]: statistic.cpu() for name, statistic in moved.items()},
         threshold=masks.threshold,
+        rounded=rounded_fingerprints(weights) if with_rounded else {},
     )
+
+
+def _by_plain(plain: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:
@@ -54,29 +72,32 @@ def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:
 
 
 @torch.no_grad()
-def apply_mask(model: nn.Module, mask: Mask) -> None:
+def apply_mask(model: nn.Module, mask: Mask, *, what: str = "a mask that was applied") -> None:
     """Write theta (a * W * M, or what the mask's kind says) and the moved statistics into `model`.
 
-    The model holds the frozen weights W. It may be the encoder itself or hold it under a prefix (`visual.` of
-    a whole open_clip model, `module.`); other parameters, such as a head, are left alone.
+    The model holds the frozen weights W, in the precision that the mask was trained in or another one. It may
+    be the encoder itself or hold it under a prefix (`visual.` of a whole open_clip model, `module.`); other
+    parameters, such as a head, are left alone.
 
     Raises:
-        MaskFileError: a masked parameter is missing or has another shape, or the weights are not those of the
-            mask.
+        MaskFileError: a masked parameter is missing or has another shape, the weights are not those of the
+            mask, or the model carries masks already.
     """
-    tensors = check_fits(model, mask)
+    fitting = fit(model, mask)
     for name in mask.bits:
-        weight = tensors[name]
-        weight.copy_(materialize(mask, name, weight))
+        weight = fitting.tensors[name]
+        theta = materialize(mask, name, weight)
+        marks.put(model, fitting.names[name], marks.record(f"theta of {what}", theta, weight))
+        weight.copy_(theta)
     for name, statistic in mask.statistics.items():
-        tensors[name].copy_(statistic)
+        fitting.tensors[name].copy_(statistic)
 
 
 def weights_of(model: nn.Module) -> Weights:
     """Return a function from the names that a mask has for a backbone's weights to those weights.
 
     Args:
-        model: the backbone itself, or a model that holds it under a prefix.
+        model: the backbone itself, or a model that holds it under a prefix, or wrapped.
 
     Raises:
         MaskFileError: when asked for a name that is not there, or there more than once.
@@ -84,42 +105,107 @@ def weights_of(model: nn.Module) -> Weights:
     tensors = dict(model.named_parameters())
 
     def find(name: str) -> Tensor:
-        found = [key for key in tensors if key == name or key.endswith(f".{name}")]
-        if name in found or len(found) == 1:
-            return tensors[name if name in found else found[0]]
-        raise MaskFileError(
-            f"the model holds {len(found)} parameters called {name}; it is another architecture"
-        )
+        found = placements([name], tensors)
+        place = found[0].find(name) if len(found) == 1 else None
+        if place is None:
+            raise MaskFileError(
+                f"the model holds {len(found)} parameters called {name}; it is another architecture"
+            )
+        return tensors[place]
 
     return find
 
 
-def check_fits(model: nn.Module, mask: Mask, *, known: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`.
+@dataclass(frozen=True)
+class Fit:
+    """Where a mask goes in a model.
+
+    names: the model's own, by the mask's.
+    tensors: that the mask writes, by the mask's names.
+    fingerprint: of the model's weights under the mask.
+    """
+
+    names: dict[str, str]
+    tensors: dict[str, Tensor]
+    fingerprint: str
+
+
+def check_fits(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    """Return the tensors of `model` that a mask writes, by the mask's names; errors as in `apply_mask`."""
+    return fit(model, mask).tensors
+
+
+def fit(model: nn.Module, mask: Mask, *, known: str | None = None) -> Fit:
+    """Return where a mask goes in a model; errors as in `apply_mask`.
 
     Args:
         known: the fingerprint of the weights under the mask, where it was taken before.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    prefix = _find_prefix(mask.bits, tensors)
-    for name, bits in mask.bits.items():
-        if tensors[prefix + name].shape != bits.shape:
-            raise MaskFileError(
-                f"{name} has shape {tuple(tensors[prefix + name].shape)} in the model and "
-                f"{tuple(bits.shape)} in the mask; "
-                f"build the backbone as it was when the mask was trained"
-            )
-    found = known or fingerprint((name, tensors[prefix + name]) for name in mask.bits)
-    if found != mask.weights_fingerprint:
+    if attached := marks.attached(model):
         raise MaskFileError(
-            f"wrong backbone: the model's weights under the mask have fingerprint {found[:12]}, the mask was "
-            f"trained on "
-            f"{mask.weights_fingerprint[:12]}; load the same pretrained weights, with no mask applied yet"
+            f"the model carries masks in training ({next(iter(attached))} and {len(attached) - 1} more); "
+            f"call detach() on them, or selfmask_dist.detach(model), and then apply the mask"
         )
-    missing = [name for name in mask.statistics if prefix + name not in tensors]
-    if missing:
+    held = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    names = _find_names(mask, held)
+    weights = {name: held[names[name]] for name in mask.bits}
+    found = known or fingerprint(weights.items())
+    if found != mask.weights_fingerprint and not other_precision(
+        weights, mask.weights_fingerprint, found, mask.rounded
+    ):
+        own = set(names.values())
+        if written := {name: text for name, text in marks.left_over(model).items() if name in own}:
+            raise MaskFileError(
+                f"{describe_left_over(written)}. A mask goes on the pretrained weights, with no mask applied "
+                f"yet"
+            )
+        raise MaskFileError(wrong_backbone(weights, found, mask.weights_fingerprint))
+    return Fit(names, {name: held[place] for name, place in names.items()}, found)
+
+
+def _find_names(mask: Mask, held: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the model's names of what a mask writes, by the mask's names.
+
+    Raises:
+        MaskFileError: they are missing, there more than once, or of other shapes.
+    """
+    found = [
+        {name: placement.find(name) for name in (*mask.bits, *mask.statistics)}
+        for placement in placements(list(mask.bits), held)
+    ]
+    # one module under two names is one
+    same = {tuple(id(held[place]) for place in names.values() if place): names for names in found}
+    if not same:
+        lacking = [name for name in mask.bits if name not in held]
+        raise MaskFileError(
+            f"the model lacks {len(lacking)} masked parameters: {lacking[:5]}; it is another architecture"
+        )
+    fitting = [names for names in same.values() if not _other_shapes(names, mask, held)]
+    if len(fitting) > 1:
+        first = next(iter(mask.bits))
+        raise MaskFileError(
+            f"the model holds the masked parameters more than once, for example {first} as "
+            f"{[names[first] for names in fitting]}; apply to the one submodule"
+        )
+    if not fitting:
+        name, place = _other_shapes(next(iter(same.values())), mask, held)[0]
+        raise MaskFileError(
+            f"{name} has shape {tuple(held[place].shape)} in the model and {tuple(mask.bits[name].shape)} in "
+            f"the mask; build the backbone as it was when the mask was trained"
+        )
+    if missing := [name for name, place in fitting[0].items() if place is None]:
         raise MaskFileError(f"the mask brings running statistics the model does not have: {missing[:5]}")
-    return {name: tensors[prefix + name] for name in (*mask.bits, *mask.statistics)}
+    return {name: place for name, place in fitting[0].items() if place is not None}
+
+
+def _other_shapes(
+    names: Mapping[str, str | None], mask: Mask, held: Mapping[str, Tensor]
+) -> list[tuple[str, str]]:
+    places = ((name, names[name]) for name in mask.bits)
+    return [(name, place) for name, place in places if place and held[place].shape != mask.bits[name].shape]
 
 
 def describe_file(path: str | Path) -> str:
@@ -163,23 +249,3 @@ def _describe_parts(mask: Mask, parameter: str) -> str:
     if parameter in mask.values:
         parts.append(f"{mask.values[parameter].numel():,} trained values")
     return "".join(f", {part}" for part in parts)
-
-
-def _find_prefix(names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """Return the one prefix under which the model holds every masked parameter."""
-    first = next(iter(names))
-    candidates = [name.removesuffix(first) for name in tensors if name == first or name.endswith(f".{first}")]
-    fits = [prefix for prefix in candidates if all(prefix + name in tensors for name in names)]
-    if "" in fits:
-        return ""
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        raise MaskFileError(
-            f"the model holds the masked parameters more than once, under {fits}; apply to the one submodule"
-        )
-    known = set(tensors)
-    lacking = [name for name in names if name not in known]
-    raise MaskFileError(
-        f"the model lacks {len(lacking)} masked parameters: {lacking[:5]}; it is another architecture"
-    )

@@ -32,6 +32,8 @@ class Mask:
     scales: float64, (segments, 1): s; of kind ternary (segments, 2): p and n.
     values: of kinds values and graft: (kept,), in row-major order.
     blocks: rows and columns that share a bit, of the parameters that have blocks.
+    rounded: fingerprints of the same weights in half precision, by dtype (`float16`, `bfloat16`), where they
+        are known.
     """
 
     bits: dict[str, Tensor]
@@ -46,6 +48,7 @@ class Mask:
     scales: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
 
     def num_weights(self) -> int:
         """Return the number of weights under the mask."""

@@ -5,7 +5,8 @@ parameters get one, and `attach` puts all of it on a model. `pieces` is what a p
 where an engine shards.
 """
 
-from selfmask_dist.masking.attach import AttachedMasks, attach
+from selfmask_dist.masking.attach import AttachedMasks, attach, detach
+from selfmask_dist.masking.checks import ForgottenBindWarning, MaskWarning, PartlyMaskedWarning
 from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
 from selfmask_dist.masking.families import Family, FamilyOptions
 from selfmask_dist.masking.families import build as build_family
@@ -19,14 +20,18 @@ __all__ = [
     "AttachedMasks",
     "Family",
     "FamilyOptions",
+    "ForgottenBindWarning",
     "MaskStatistics",
+    "MaskWarning",
     "MaskedParameter",
+    "PartlyMaskedWarning",
     "Segment",
     "SegmentedParameter",
     "Shards",
     "attach",
     "binarize",
     "build_family",
+    "detach",
     "materialize",
     "measure",
     "pullback",

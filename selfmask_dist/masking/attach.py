@@ -12,21 +12,25 @@ accumulation, clipping and gradient scalers see them as they see any leaf.
 Knows nothing of files, process groups or kinds of optimizers.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, core, first_scores
+from selfmask_dist.common.tensor_names import plain_names, renamed
+from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
-from selfmask_dist.masking.families import build as build_family
+from selfmask_dist.masking.guard import Guard
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.pieces import Shards
-from selfmask_dist.masking.reading import MaskSet
-from selfmask_dist.masking.selection import Selection
+from selfmask_dist.masking.reading import FINGERPRINT, STEP, MaskSet
+from selfmask_dist.masking.selection import Coverage, measure_coverage
+
+_LOG = logging.getLogger(__name__)
 
 
 class AttachedMasks(MaskSet[MaskedParameter]):
@@ -43,6 +47,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     ) -> None:
         super().__init__(model, entries, family=family, shards=shards)
         self._attached = True
+        self._guard = Guard(model, self.entries, self._write) if auto and self.is_trained else None
         self._is_pull_queued = False
         self._hooks: list[Any] = []
         self._passes = Passes(family, shards)
@@ -50,7 +55,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for whole in wholes:
             whole.num_tensors = len(wholes)
         for entry in self.entries:
-            setattr(entry.theta, checks.MARK, True)
+            marks.put(model, entry.name, marks.Attached(self, entry))
             if auto and entry.theta.requires_grad:
                 self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
         self.rewrite()
@@ -103,24 +108,27 @@ class AttachedMasks(MaskSet[MaskedParameter]):
                 names or shapes of given scores differ, the model is masked already, or `threshold` or `scale`
                 is given beside a `Family`, which brings its own.
         """
-        given = {"threshold": threshold, "scale": scale}
-        options = {name: value for name, value in given.items() if value is not None}
-        if isinstance(family, str):
-            family = build_family(family, **options)
-        elif options:
-            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
-        selected: Selection = {
-            "include": include,
-            "exclude": exclude,
-            "first_layers": first_layers,
-            "allow_norm": allow_norm,
-        }
-        names = checks.choose(model, family=family, init=init, **selected)
+        family = checks.as_family(family, threshold=threshold, scale=scale)
+        names = checks.choose(
+            model,
+            family=family,
+            init=init,
+            include=include,
+            exclude=exclude,
+            first_layers=first_layers,
+            allow_norm=allow_norm,
+        )
+        checks.warn_where_partly_masked(model, include)
+        plain = plain_names(names)
+        fingerprint = init.get(FINGERPRINT) if isinstance(init, Mapping) else None
+        init = checks.own_init(init, names) if isinstance(init, Mapping) else init
         seconds = checks.choose_other(model, names, other, family=family)
         shards, entries = shards or Shards(), []
         parameters = dict(model.named_parameters())
         for name in names:
-            start = init[name] if isinstance(init, Mapping) else first_scores.starter(init, name, family)
+            start = (
+                init[name] if isinstance(init, Mapping) else first_scores.starter(init, plain[name], family)
+            )
             num_segments = checks.num_segments(name, split_qkv=split_qkv)
             theta = parameters.pop(name)
             entries.append(
@@ -130,9 +138,16 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for entry in entries:
             entry.theta.requires_grad_(is_trained)
         if freeze:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-        return cls(model, entries, family=family, shards=shards, auto=auto)
+            marks.freeze_unmasked(model, parameters.values())
+        masks = cls(model, entries, family=family, shards=shards, auto=auto)
+        if isinstance(init, Mapping) and fingerprint is not None:
+            try:
+                masks.check_weights({FINGERPRINT: fingerprint, **init})
+            except ValueError:
+                masks.detach()
+                raise
+        _LOG.info("masks on %s (%s)", masks.coverage(), family.name)
+        return masks
 
     # ---- training
 
@@ -142,27 +157,12 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
         """
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if self.family.trains_scores and not any(id(entry.scores) in held for entry in self.entries):
-            raise ValueError(
-                "the optimizer holds none of these masks' scores; build it over masks.parameters()"
-            )
-        if thetas := [entry.name for entry in self.entries if id(entry.theta) in held]:
-            raise ValueError(
-                f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step "
-                f"would overwrite; "
-                f"give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
-            )
-        scores = {id(entry.scores) for entry in self.entries}
-        for group in optimizer.param_groups:
-            if self.family.starts_from_weight:
-                break  # a latent weight may decay
-            if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
-                raise ValueError(
-                    f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
-                    f"give them a parameter group with weight_decay=0"
-                )
-        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._after_step()))
+        checks.check_optimizer(optimizer, self.entries, self.family)
+        if self._guard is not None:
+            if self._guard.is_bound(optimizer):
+                return
+            self._guard.bind(optimizer)
+        self._hooks.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
         zero_grad = optimizer.zero_grad
 
         def zero_grad_with_theta(set_to_none: bool = True) -> None:
@@ -182,8 +182,12 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             sums: `back_sums()` summed over all processes, where the caller has done so; None: it is done
                 here.
         """
-        if self.is_trained:
-            self._passes.pull_back(self.entries, sums)
+        if not self.is_trained:
+            return
+        if self._guard is not None:
+            self._guard.check_before_pull()
+            self._guard.pulled(sum(entry.theta.grad is not None for entry in self.entries))
+        self._passes.pull_back(self.entries, sums)
 
     @torch.no_grad()
     def back_sums(self) -> Tensor:
@@ -204,6 +208,11 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
         It runs by itself after a step of a bound optimizer.
         """
+        self._write()
+        if self._guard is not None:
+            self._guard.written()
+
+    def _write(self) -> None:
         self._passes.rewrite(self.entries, self.step)
 
     def other_parameters(self) -> Iterator[nn.Parameter]:
@@ -238,29 +247,60 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             f"masked   {len(self.entries):4d} parameters, {masked:,} weights ({masked / total:.1%}), "
             f"family {self.family.name}\n"
             f"frozen   {frozen:,} weights\n"
+            f"matrices {self.coverage().describe_matrices()}\n"
             f"trained  {others:,} weights"
         )
+
+    def coverage(self) -> Coverage:
+        """Return which share of the model's matrices carries a mask."""
+        return measure_coverage(self._model, [entry.name for entry in self.entries])
+
+    def __repr__(self) -> str:
+        state = "detached" if not self._attached else "attached"
+        if self._attached and self._guard is not None:
+            state = f"bound to {self._guard.bound_to}" if self._guard.bound_to else "not bound"
+        return f"{type(self).__name__}({self.coverage()}; family {self.family.name}; {state})"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "masks cannot be copied or pickled, as their hooks are on the model's own parameters; keep "
+            "copy.deepcopy(masks.state_dict()), or masks.save() a file"
+        )
+
+    def check_current(self) -> None:
+        """Raise a ValueError where the scores are not what training made of them; see `guard`."""
+        if self._guard is not None and self._attached:
+            self._guard.check_before_save()
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy what `state_dict` gave in and rewrite theta. Collective under `shards`.
 
+        A state that was saved without the number of steps or the fingerprint loads without them.
+
         Raises:
-            ValueError: names or shapes differ from the masked parameters'.
+            ValueError: names or shapes differ from the masked parameters', or the scores are for other
+                weights than those under these masks.
         """
         shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
+        given, own = dict(state), [entry.name for entry in self.entries]
+        new_names = renamed([key for key in state if ":" not in key], own)
+        parts = {key: key.partition(":") for key in state if key not in (STEP, FINGERPRINT)}
+        state = {f"{new_names.get(n, n)}{colon}{part}": given[key] for key, (n, colon, part) in parts.items()}
         checks.check_same_names(set(state), set(shapes), "scores")
         for key, shape in shapes.items():
             if state[key].shape != shape:
                 raise ValueError(
                     f"scores of {key} have shape {tuple(state[key].shape)}, the parameter has {tuple(shape)}"
                 )
+        self.check_weights(given)
         for entry in self.entries:
             entry.fill(state[entry.name])
             if f"{entry.name}:weight" in shapes:
                 entry.fill(state[f"{entry.name}:weight"], of=entry.weight)
             if entry.numbers is not None:
                 entry.numbers.copy_(state[f"{entry.name}:numbers"])
+        self.step = int(given.get(STEP, self.step))
         self.rewrite()
 
     # ---- ending
@@ -269,12 +309,18 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     def detach(self, *, restore: bool = True) -> None:
         """Take the masks off the model: hooks go, and theta becomes the frozen weight again, bit for bit.
 
+        Buffers, such as running statistics, become what they were too, unless other masks are attached still.
+
         Args:
-            restore: False leaves theta in place, as plain weights.
+            restore: False leaves theta and buffers in place, as plain weights.
         """
         if not self._attached:
             raise ValueError("these masks are detached already")
+        if restore and self._guard is not None:
+            self._guard.check_in_place()
         self._attached = False
+        if self._guard is not None:
+            self._guard.stop()
         for hook in self._hooks:
             hook.remove()
         for entry in self.entries:
@@ -282,7 +328,8 @@ class AttachedMasks(MaskSet[MaskedParameter]):
                 entry.piece(entry.theta.detach()).copy_(entry.piece(entry.first_weight))
             entry.theta.grad = None
             entry.theta.requires_grad_(False)
-            delattr(entry.theta, checks.MARK)
+            marks.take_off(self._model, entry.name, self)
+        marks.give_buffers_back(self._model, self, restore=restore)
 
     # ---- hooks
 
@@ -301,8 +348,10 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         self.pull_back()
 
     @torch.no_grad()
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         if self._attached:
+            if self._guard is not None:
+                self._guard.after_step(optimizer)
             self.step += 1
             self._passes.after_step(self.entries)
             if self.is_trained:
@@ -310,11 +359,36 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             self._drop_theta_gradients()
 
     def _drop_theta_gradients(self) -> None:
+        if self._guard is not None:
+            self._guard.cleared()
         for entry in self.entries:
             entry.theta.grad = None
 
 
 attach = AttachedMasks.attach
+
+
+def detach(model: nn.Module, *, restore: bool = True) -> None:
+    """Take every mask off a model, also those whose handle is lost; see `AttachedMasks.detach`.
+
+    Args:
+        restore: False leaves theta in place, as plain weights: also in a copy of a masked model, and where a
+            mask file was applied.
+
+    Raises:
+        ValueError: the model carries no masks, or it is theta and its pretrained weights are not at hand.
+    """
+    found = list(dict.fromkeys(mark.masks for mark in marks.attached(model).values()))
+    left_over = marks.left_over(model)
+    if restore and left_over:
+        raise ValueError(checks.describe_left_over(left_over))
+    if any(hasattr(parameter, checks.MARK) for parameter in model.parameters()):
+        raise ValueError("the masks on this model are parametrised (engine.name=deepspeed) and stay on it")
+    if not found and not left_over:
+        raise ValueError("this model carries no masks")
+    for masks in reversed(found):
+        masks.detach(restore=restore)
+    marks.clear(model)
 
 
 def _at_end_of_backward(callback: Any) -> None:

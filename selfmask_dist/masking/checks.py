@@ -3,15 +3,52 @@
 Knows nothing of files, process groups or optimizers.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
-from selfmask_dist.masking import first_scores, selection
+from selfmask_dist.common.tensor_names import plain, renamed
+from selfmask_dist.common.text import some
+from selfmask_dist.masking import core, first_scores, marks, selection
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.families import build as build_family
+from selfmask_dist.masking.parameter import MaskedParameter
 
-MARK = "_is_masked"  # an attribute of every theta, so that no parameter gets two masks
+MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
+_HALVES = ("float16", "bfloat16")
+
+
+class MaskWarning(UserWarning):
+    """Masks are used in a way that is hardly meant."""
+
+
+class PartlyMaskedWarning(MaskWarning):
+    """A preset masks less than half of a model's matrices."""
+
+
+class ForgottenBindWarning(MaskWarning):
+    """Masks get gradients, other parameters are stepped, and no optimizer is bound to the masks."""
+
+
+def as_family(family: str | Family, *, threshold: float | None, scale: core.Scale | None) -> Family:
+    """Return a family by its name with these options, None for its own; one that is built stays as it is.
+
+    Raises:
+        ValueError: there is no such family or scale, or an option is given beside a family that is built.
+    """
+    given = {"threshold": threshold, "scale": scale}
+    options = {name: value for name, value in given.items() if value is not None}
+    if isinstance(family, str):
+        return build_family(family, **options)
+    if options:
+        raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
+    return family
 
 
 def choose(
@@ -28,8 +65,11 @@ def choose(
             names, shapes or dtypes do not fit, or a parameter is masked already.
     """
     names = selection.select(model, **selected)
+    check_free(model, names)
+    check_underived(model, names)
     threshold = family.options.threshold
     if isinstance(init, Mapping):
+        init = own_init(init, names)
         check_same_names(set(init), set(names), "init")
     elif isinstance(init, str):
         first_scores.check_kind(init)
@@ -38,8 +78,6 @@ def choose(
     parameters = dict(model.named_parameters())
     for name in names:
         parameter = parameters[name]
-        if hasattr(parameter, MARK):
-            raise ValueError(f"{name} carries a mask already; call detach() on the earlier masks first")
         if not parameter.is_floating_point():
             raise ValueError(
                 f"{name} has dtype {parameter.dtype}; only floating-point parameters can be masked"
@@ -69,6 +107,8 @@ def choose_other(
             f"family {family.name} toggles between two sets of weights; give the second one as other= "
             f"(mask.graft_from in a configuration)"
         )
+    new_names = renamed(other, names)
+    other = {new_names[name]: tensor for name, tensor in other.items()}
     parameters = dict(model.named_parameters())
     for name in names:
         found = tuple(other[name].shape) if name in other else "nothing"
@@ -78,6 +118,56 @@ def choose_other(
                 f"{tuple(parameters[name].shape)}; give weights of the same architecture"
             )
     return {name: other[name] for name in names}
+
+
+def own_init(init: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return given first scores by the names of the parameters to mask, which may be wrapped otherwise."""
+    given = {name: scores for name, scores in init.items() if ":" not in name}
+    new_names = renamed(given, names)
+    return {new_names[name]: scores for name, scores in given.items()}
+
+
+def check_same_weights(found: str, expected: str, thetas: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Check that scores are loaded onto the weights that they were trained on.
+
+    Args:
+        found, expected: fingerprints of the weights here, and of those that the scores are for.
+        thetas: {name: (weights here, which of them the scores prune)}.
+
+    Raises:
+        ValueError: they are others; the message says which.
+    """
+    if found == expected:
+        return
+    zeros = [int((weight[pruned] == 0).sum()) for weight, pruned in thetas.values()]
+    num_pruned = sum(int(pruned.sum()) for _, pruned in thetas.values())
+    text = (
+        f"these scores were trained on weights with fingerprint {expected[:12]}, and the weights under the "
+        f"masks here have {found[:12]}"
+    )
+    order = "Load the pretrained weights, attach, then load the scores; the model's own state is not needed"
+    if num_pruned and sum(zeros) == num_pruned:
+        raise ValueError(
+            f"{text}: they are a theta. All {num_pruned:,} weights that the scores prune are zero already: "
+            f"the model's state was saved with masks on, and was loaded before attach. {order}"
+        )
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight, _ in thetas.values()}
+    half = ", the same ones in another precision" if dtypes <= set(_HALVES) else ""
+    raise ValueError(
+        f"{text} ({', '.join(sorted(dtypes))}): another backbone, other pretrained weights{half}, or a "
+        f"model's state that was saved with masks on and loaded before attach. {order}"
+    )
+
+
+def warn_where_partly_masked(model: nn.Module, include: str | Sequence[str]) -> None:
+    """Warn where presets mask less than half of the model's matrices, naming what they leave out."""
+    if found := selection.uncovered(model, include):
+        warnings.warn(
+            f"include={include!r} masks {found}. Name the layers by patterns of your own, for example "
+            f"include='*{plain(found.left_out[0]).rpartition('.')[0].rpartition('.')[2]}*'",
+            PartlyMaskedWarning,
+            stacklevel=3,
+        )
 
 
 def num_segments(name: str, *, split_qkv: bool) -> int:
@@ -92,3 +182,146 @@ def check_same_names(given: set[str], expected: set[str], what: str) -> None:
         raise ValueError(
             f"{what} do not fit the masked parameters: missing {missing[:5]}, unknown {unknown[:5]}"
         )
+
+
+def check_optimizer(optimizer: Optimizer, entries: Sequence[MaskedParameter], family: Family) -> None:
+    """Check that an optimizer can train masks.
+
+    Raises:
+        ValueError: it holds none of the scores, holds theta itself, or would decay the scores.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if family.trains_scores and not any(id(entry.scores) in held for entry in entries):
+        raise ValueError("the optimizer holds none of these masks' scores; build it over masks.parameters()")
+    if thetas := [entry.name for entry in entries if id(entry.theta) in held]:
+        raise ValueError(
+            f"the optimizer holds theta itself ({thetas[0]} and {len(thetas) - 1} more), which a step would "
+            f"overwrite; give it masks.parameters() and, for the rest of the model, masks.other_parameters()"
+        )
+    scores = {id(entry.scores) for entry in entries}
+    for group in optimizer.param_groups:
+        if family.starts_from_weight:
+            break  # a latent weight may decay
+        if group.get("weight_decay") and any(id(parameter) in scores for parameter in group["params"]):
+            raise ValueError(
+                f"weight_decay={group['weight_decay']} on the scores would pull them to the threshold; "
+                f"give them a parameter group with weight_decay=0"
+            )
+
+
+def check_free(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that the parameters `names` are frozen weights, and not theta of other masks.
+
+    Raises:
+        ValueError: one carries a mask, or the model is one whose weights are theta without its masks.
+    """
+    thetas = {id(mark.entry.theta) for mark in marks.attached(model).values()}
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if id(parameters[name]) in thetas or hasattr(parameters[name], MARK):
+            raise ValueError(
+                f"{name} carries a mask already; call detach() on the earlier masks first, or, where they "
+                f"are lost, selfmask_dist.detach(model)"
+            )
+    if found := marks.left_over(model):
+        raise ValueError(describe_left_over(found))
+
+
+def describe_left_over(found: Mapping[str, str]) -> str:
+    """Return a sentence on a model whose weights are theta, without its masks."""
+    name, what = next(iter(found.items()))
+    return (
+        f"{len(found)} parameters of this model ({name}, ...) are not the pretrained weights: they are "
+        f"{what}. Load the pretrained weights into it, or, where theta is to count as plain weights, call "
+        f"selfmask_dist.detach(model, restore=False)"
+    )
+
+
+# ---- layers that derive their weight
+
+
+def check_underived(model: nn.Module, names: Sequence[str]) -> None:
+    """Check that the layers of `names` compute with these parameters, and not with what they make of them.
+
+    Weights that a mask sets to zero come back where a layer standardises or normalises them.
+
+    Raises:
+        ValueError: a layer derives its weight from one of them.
+    """
+    by_owner: dict[str, list[str]] = {}
+    for name in names:
+        by_owner.setdefault(name.rpartition(".")[0], []).append(name)
+    checked: dict[type, bool] = {}
+    derived: dict[str, str] = {}
+    for owner, of_owner in by_owner.items():
+        module = model.get_submodule(owner)
+        for name in of_owner:
+            if how := _how_derived(name, module):
+                derived[name] = how
+        if type(module) not in checked:
+            checked[type(module)] = _uses_another_weight(module)
+        if checked[type(module)] and f"{owner}.weight".lstrip(".") in of_owner:
+            derived[f"{owner}.weight".lstrip(".")] = f"{type(module).__name__} computes with another"
+    if derived:
+        name, how = next(iter(derived.items()))
+        raise ValueError(
+            f"{len(derived)} of the parameters to mask are not the weights that their layers compute with: "
+            f"{some([f'{name} ({how})' for name, how in derived.items()])}. A weight that a mask sets to "
+            f"zero would come back. Leave them out (exclude={name!r}, mask.exclude), or make the weight "
+            f"plain first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            f"prune.remove, or a layer of the derived weight in its place)"
+        )
+
+
+def _how_derived(name: str, module: nn.Module) -> str:
+    """Return what makes a layer's weight out of this parameter; empty where nothing does."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return f"the original of {', '.join(type(part).__name__ for part in module)}"
+    attribute = name.rpartition(".")[2]
+    for key, value in vars(module).items():
+        # weight_norm, spectral_norm and prune of torch.nn.utils: weight is a tensor made before each forward
+        if isinstance(value, Tensor) and attribute.startswith(f"{key}_"):
+            return f"{key} is made of it before each forward"
+    return ""
+
+
+class _Weights(TorchFunctionMode):
+    """Notes the tensors that linear and convolution functions get as their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").startswith(("linear", "conv")):
+            self.used += [t for t in (*args[1:2], kwargs.get("weight")) if isinstance(t, Tensor)]
+        return func(*args, **kwargs)
+
+
+def _uses_another_weight(module: nn.Module) -> bool:
+    """Return whether a kind of linear or convolution layer with a forward of its own derives its weight.
+
+    Found by one forward on zeros. Kinds that cannot be run by themselves count as plain.
+    """
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+    weight = module._parameters.get("weight")
+    if kind is None or type(module).forward is kind.forward or type(weight) is not nn.Parameter:
+        return False
+    shape = (1, weight.shape[1]) if kind is nn.Linear else (1, module.in_channels, *weight.shape[2:])
+    was_training = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Weights() as seen:
+            module.training = False
+            type(module).forward(module, torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+    except Exception:  # a layer of another signature
+        return False
+    finally:
+        module.training = was_training
+    pointer = weight.data_ptr()
+    return bool(seen.used) and not any(
+        used is weight or (used.data_ptr() == pointer and not weight.is_meta) for used in seen.used
+    )

@@ -205,7 +205,12 @@ def parametrized_attach(
     family = build_family(family) if isinstance(family, str) else family
     _check_family(family)
     names = checks.choose(model, family=family, init=init, **selected)
-    model.requires_grad_(False)
+    checks.warn_where_partly_masked(model, selected.get("include", "auto"))
+    if isinstance(init, Mapping):
+        init = checks.own_init(init, names)
+    for parameter in model.parameters():
+        if not hasattr(parameter, checks.MARK):  # scores of earlier masks
+            parameter.requires_grad_(False)
     shards, entries, clock = ReadShards(read), [], Clock()
     for name in names:
         owner, _, attribute = name.rpartition(".")

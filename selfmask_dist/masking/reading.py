@@ -9,17 +9,24 @@
 Knows nothing of files, loggers, process groups or optimizers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from selfmask_dist.masking import core, selection
+from selfmask_dist.common.fingerprint import digest
+from selfmask_dist.common.tensor_names import renamed
+from selfmask_dist.masking import checks, core, marks, selection
 from selfmask_dist.masking.families.base import Family
 from selfmask_dist.masking.passes import measure_and_rank
 from selfmask_dist.masking.pieces import Segment, Shards
+
+_HALVES = (torch.float16, torch.bfloat16)
+# of a state dict, beside the names of parameters, in which there is no colon
+STEP = ":step"
+FINGERPRINT = ":fingerprint"
 
 
 class Entry(Protocol):
@@ -55,7 +62,8 @@ class MaskSet(Generic[E]):
         self.shards = shards
         self.step = 0
         self._model = model
-        self._statistics = {name: buffer.clone() for name, buffer in norm_statistics(model)}
+        self._hashed: str | None = None
+        marks.keep_buffers(model, self)
 
     @property
     def threshold(self) -> float:
@@ -89,15 +97,48 @@ class MaskSet(Generic[E]):
         """Return the scores, {name: tensor of its shape}: all that a mask in training has to save.
 
         Families that train more have `name:weight` (its shape) and `name:numbers` (segments, numbers) too.
-        Collective under `shards`: every rank must call.
+        `:step` is the number of steps done (0-d), `:fingerprint` says which weights the scores are for (32
+        bytes). Collective under `shards`: every rank must call.
         """
+        own = torch.frombuffer(bytearray.fromhex(self._fingerprint()), dtype=torch.uint8)
         state = {entry.name: self.shards.whole(entry.name, entry.scores).detach() for entry in self.entries}
         for entry in self.entries:
             if self.family.trains_weight:
                 state[f"{entry.name}:weight"] = self.shards.whole(entry.name, entry.weight).detach()
             if entry.numbers is not None:
                 state[f"{entry.name}:numbers"] = entry.numbers.detach()
-        return state
+        return state | {STEP: torch.tensor(self.step), FINGERPRINT: own}
+
+    def _fingerprint(self) -> str:
+        """Return the fingerprint of the weights before training; hashed once. Collective under `shards`."""
+        if self._hashed is None:
+            self._hashed = digest(sorted(self.first_weights().items()))
+        return self._hashed
+
+    @torch.no_grad()
+    def check_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Check that a state's scores are for the weights under these masks. Collective under `shards`.
+
+        Args:
+            state: what `state_dict` gave, by whatever names; a state without a fingerprint always passes.
+
+        Raises:
+            ValueError: they are for others; the message says what was loaded in which order.
+        """
+        if FINGERPRINT not in state:
+            return
+        names = [key for key in state if ":" not in key]
+        new_names = renamed(names, [entry.name for entry in self.entries])
+        weights = self.first_weights()
+        is_same = all(name == new_name for name, new_name in new_names.items())
+        own = sorted((name, weights[new_names[name]]) for name in names)
+        found = self._fingerprint() if is_same else digest(own)
+        expected = bytes(state[FINGERPRINT].to("cpu", torch.uint8).tolist()).hex()
+        halves = {str(half): digest((n, w.to(half)) for n, w in own) for half in _HALVES if found != expected}
+        if expected not in halves.values():
+            scores = {name: state[name].to(weight.device) for name, weight in own}
+            pruned = {name: (weight, ~(scores[name] > self.threshold)) for name, weight in own}
+            checks.check_same_weights(found, expected, pruned)
 
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
@@ -150,12 +191,20 @@ class MaskSet(Generic[E]):
         return read(entry.name, entry.weight).detach()
 
     def moved_statistics(self) -> dict[str, Tensor]:
-        """Return the running statistics of normalisation layers that differ from those at attach time."""
-        return {
-            name: buffer.detach().clone()
-            for name, buffer in norm_statistics(self._model)
-            if not torch.equal(buffer, self._statistics[name].to(buffer.device))
-        }
+        """Return the running statistics of normalisation layers that differ from the pretrained ones.
+
+        Those are of the moment when masks were attached, or earlier masks that are attached still.
+        """
+        found = {}
+        for name, buffer in norm_statistics(self._model):
+            owner, _, attribute = name.rpartition(".")
+            before = marks.buffer_before(self._model.get_submodule(owner), attribute)
+            if before is None or not torch.equal(buffer, before.to(buffer.device)):
+                found[name] = buffer.detach().clone()
+        return found
+
+    def check_current(self) -> None:
+        """Raise a ValueError where the scores are not what training made of them; here they always are."""
 
 
 def norm_statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,10 +9,13 @@ Knows nothing of scores, files or process groups.
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypedDict
 
 from torch import nn
+
+from selfmask_dist.common.tensor_names import plain
 
 _VIT = (
     # timm
@@ -47,8 +50,11 @@ class Selection(TypedDict, total=False):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Return whether `module` normalises: batch, layer, group, RMS, ... and timm's norm-activation layers."""
-    return "norm" in type(module).__name__.lower()
+    """Return whether `module` normalises: batch, layer, group, RMS, ... and timm's norm-activation layers.
+
+    By the name of its type, or by the running statistics that it owns.
+    """
+    return "norm" in type(module).__name__.lower() or "running_mean" in module._buffers
 
 
 def norm_parameters(model: nn.Module) -> set[str]:
@@ -100,7 +106,7 @@ def select(
             raise ValueError(f"include {pattern!r} matches no parameter; {_hint(pattern, names)}")
         chosen |= matched
     for pattern in _as_tuple(exclude):
-        removed = {name for name in names if fnmatchcase(name, pattern)}
+        removed = {name for name in names if _matches(name, pattern)}
         if not removed:
             raise ValueError(f"exclude {pattern!r} matches no parameter; {_hint(pattern, names)}")
         chosen -= removed
@@ -127,7 +133,12 @@ def _expand(pattern: str, names: list[str]) -> set[str]:
     if pattern == "auto":
         return _expand("vit", names) or _expand("resnet", names)
     globs = PRESETS.get(pattern, (pattern,))
-    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+    return {name for name in names if any(_matches(name, glob) for glob in globs)}
+
+
+def _matches(name: str, glob: str) -> bool:
+    """Return whether a name fits, as it is or without the parts that a wrapper adds."""
+    return fnmatchcase(name, glob) or fnmatchcase(plain(name), glob)
 
 
 def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -147,3 +158,73 @@ def _hint(pattern: str, names: list[str]) -> str:
 def _some(names: Sequence[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+# ---- how much of a model it is
+
+_HEADS = ("head", "heads", "head_dist", "fc", "classifier", "classif", "last_linear", "logits")
+_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model's matrices carries a mask; matrices are the weights of linear layers,
+    convolutions and attention projections, without the classifier.
+
+    num_tensors, num_weights: under a mask, biases too.
+    masked, total: weights of matrices, under a mask and in all.
+    left_out: names of the other matrices, the largest first.
+    """
+
+    num_tensors: int
+    num_weights: int
+    masked: int
+    total: int
+    left_out: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Return the share of the matrices' weights that is masked, 0 to 1; 1 where there are none."""
+        return self.masked / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        return f"{self.num_tensors} tensors, {self.num_weights:,} weights, {self.describe_matrices()}"
+
+    def describe_matrices(self) -> str:
+        """Return the share of the matrices, and what is left out, as a part of a line."""
+        text = f"{self.share:.1%} of the matrices' weights masked"
+        return f"{text}; left out {_some(self.left_out, 3)}" if self.left_out else text
+
+
+def measure_coverage(model: nn.Module, names: Sequence[str], *, below: str = "") -> Coverage:
+    """Return how much of the model's matrices the parameters `names` are.
+
+    Args:
+        below: count matrices whose plain names start with this, such as `visual.`.
+    """
+    chosen, sizes, masked, num_weights = set(names), dict[str, int](), 0, 0
+    for module_name, module in model.named_modules():
+        is_layer = isinstance(module, _LAYERS) or type(module).__name__.endswith(("Linear", "Conv1D"))
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            num_weights += parameter.numel() if name in chosen else 0
+            short = plain(name)
+            is_head = any(part in _HEADS for part in short.split(".")[:2])
+            if is_layer and parameter.ndim > 1 and short.startswith(below) and not is_head:
+                sizes[name] = parameter.numel()
+                masked += parameter.numel() if name in chosen else 0
+    left_out = sorted((name for name in sizes if name not in chosen), key=lambda name: -sizes[name])
+    return Coverage(len(chosen), num_weights, masked, sum(sizes.values()), tuple(left_out))
+
+
+def uncovered(model: nn.Module, include: str | Sequence[str]) -> Coverage | None:
+    """Return what presets cover of a model, where that is less than half of its matrices; else None.
+
+    Patterns of one's own are a choice and are never judged.
+    """
+    patterns = _as_tuple(include)
+    if not all(pattern in PRESETS or pattern == "auto" for pattern in patterns):
+        return None
+    below = "visual." if all(pattern == "clip_visual" for pattern in patterns) else ""
+    found = measure_coverage(model, select(model, include), below=below)
+    return found if found.share < 0.5 else None

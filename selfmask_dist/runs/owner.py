@@ -171,9 +171,10 @@ def _is_alive(record: dict[str, Any]) -> bool:
     if record.get("state") in _ENDED:
         return False
     launcher = record.get("launcher")
-    is_known = isinstance(launcher, list) and len(launcher) == 3 and launcher[2] == _machine()
-    if is_known and _lives(*launcher[:2]):
-        return True
+    if isinstance(launcher, list) and len(launcher) == 3:
+        pid, started, machine = launcher
+        if machine == _machine() and _lives(pid, started):
+            return True
     if _is_here(record):
         return _lives(record.get("pid"), record.get("started"))
     written = record.get("time")

@@ -24,7 +24,7 @@ from selfmask_dist.maskfile import (
 )
 from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 from selfmask_dist.masking import build_family
-from tests.support.models import FAMILIES, make
+from tests.support.models import FAMILIES, make, scores_of
 
 
 def trained(architecture: str, /, **options) -> tuple[nn.Module, nn.Module, Masks]:
@@ -36,7 +36,7 @@ def trained(architecture: str, /, **options) -> tuple[nn.Module, nn.Module, Mask
     masks.load_state_dict(
         {
             name: torch.rand(scores.shape, generator=generator) - 0.3
-            for name, scores in masks.state_dict().items()
+            for name, scores in scores_of(masks).items()
         }
     )
     model(torch.randn(8, 3, 16, 16, generator=generator))  # moves running statistics where there are some
@@ -128,7 +128,7 @@ def test_half_precision_weights_are_the_same_backbone(tmp_path: Path) -> None:
 def test_several_masks_in_one_file(tmp_path: Path) -> None:
     backbone, model, masks = trained("timm_vit")
     first = from_masks(masks)
-    masks.load_state_dict({name: torch.ones_like(scores) for name, scores in masks.state_dict().items()})
+    masks.load_state_dict({name: torch.ones_like(scores) for name, scores in scores_of(masks).items()})
     write_mask_file(tmp_path / "two.mask", MaskFile(masks={"first": first, "all": from_masks(masks)}))
     with pytest.raises(MaskFileError, match=r"several masks; name one of \['all', 'first'\]"):
         apply_masks(backbone, tmp_path / "two.mask")

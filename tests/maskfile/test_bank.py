@@ -18,7 +18,7 @@ from selfmask_dist.common.names import DISPATCHER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError, forms, from_masks, write_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.masking import build_family
-from tests.support.models import FAMILIES, make
+from tests.support.models import FAMILIES, make, scores_of
 
 SHARES = {"sparse": 0.02, "half": 0.5, "dense": 0.98}
 
@@ -35,7 +35,7 @@ def random_masks(model: nn.Module, preset: str, **options: Any) -> dict[str, Mas
         generator = torch.Generator().manual_seed(seed)
         scores = {
             key: torch.rand(value.shape, generator=generator) - share
-            for key, value in masks.state_dict().items()
+            for key, value in scores_of(masks).items()
         }
         masks.load_state_dict(scores)
         found[name] = from_masks(masks)

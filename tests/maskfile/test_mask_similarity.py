@@ -36,7 +36,7 @@ from selfmask_dist.maskfile.tools.similarity import (
     tree_of,
 )
 from selfmask_dist.masking import attach
-from tests.support.models import FAMILIES, make
+from tests.support.models import FAMILIES, make, scores_of
 
 T = TypeVar("T")
 SHAPES = {"blocks.0.attn.qkv.weight": (48, 16), "blocks.0.mlp.fc1.weight": (64, 16), "head.weight": (5, 16)}
@@ -145,7 +145,7 @@ def test_sparsity_by_kind_is_that_of_the_model(family: str, generator: torch.Gen
     model, preset = make(family, dtype=torch.float32)
     attached = attach(model, include=preset)
     attached.load_state_dict(
-        {name: torch.rand(s.shape, generator=generator) - 0.4 for name, s in attached.state_dict().items()}
+        {name: torch.rand(s.shape, generator=generator) - 0.4 for name, s in scores_of(attached).items()}
     )
     layers = layers_of(attached.masks())
     assert {layer.name: layer.share for layer in layers} == pytest.approx(attached.sparsity())

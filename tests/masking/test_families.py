@@ -28,7 +28,7 @@ from selfmask_dist.masking.pieces import Shards
 from selfmask_dist.parallel.world import World
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Case, build, check_equal, run_case, run_cases, world_here
-from tests.support.models import make
+from tests.support.models import make, scores_of
 from tests.support.tiny_run import ROOT, events_of, write_config, write_tiny_data
 
 # ---- exact selection
@@ -237,7 +237,7 @@ def test_theta_and_gradient_equal_autograd(kind: str, split_qkv: bool, tmp_path:
     model, preset = make("timm_vit")
     original, parametrised = copy.deepcopy(model), copy.deepcopy(model)
     masks = attach(model, include=preset, family=family, init=init, split_qkv=split_qkv)
-    first = masks.state_dict()
+    first = scores_of(masks)
     leaves = {name: scores.clone().requires_grad_() for name, scores in first.items()}
     weights = dict(original.named_parameters())
     parts = {name: 3 if split_qkv and "qkv" in name else 1 for name in leaves}
@@ -349,7 +349,7 @@ def test_weights_that_are_always_kept_stay(by: str) -> None:
     model, preset = make("timm_vit")
     family = build_family("threshold", maskable=0.3, maskable_by=by)
     masks = attach(model, include=preset, family=family, init=0.01)
-    fixed = {name: scores.isposinf() for name, scores in masks.state_dict().items()}
+    fixed = {name: scores.isposinf() for name, scores in scores_of(masks).items()}
     optimizer = torch.optim.SGD(masks.parameters(), lr=50.0, momentum=0.9)
     masks.bind(optimizer)
     for _ in range(3):

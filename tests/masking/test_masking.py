@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from selfmask_dist.masking import attach, binarize, build_family, materialize, measure
 from selfmask_dist.masking.core import Scale
-from tests.support.models import FAMILIES, make
+from tests.support.models import FAMILIES, make, scores_of
 
 
 class StraightThrough(torch.autograd.Function):
@@ -71,7 +71,7 @@ def test_gradient_and_step_equal_autograd(family: str, kept: float, scale: Scale
     model, preset = make(family)
     original = copy.deepcopy(model)
     masks = attach(model, include=preset, family=build_family("threshold", scale=scale), split_qkv=split_qkv)
-    names = list(masks.state_dict())
+    names = list(scores_of(masks))
     scores = random_scores(original, names, kept)
     masks.load_state_dict(scores)
 
@@ -107,7 +107,7 @@ def test_the_term_through_the_scale_matters() -> None:
     """Leaving the second term of formula (*) out is far outside the tolerance of the parity test."""
     model, preset = make("timm_vit")
     through = attach(model, include=preset)
-    scores = random_scores(model, list(through.state_dict()), 0.5)
+    scores = random_scores(model, list(scores_of(through)), 0.5)
     through.load_state_dict(scores)
     images, labels = batch()
     loss_of(model(images), labels).backward()
@@ -206,7 +206,7 @@ def test_gradient_accumulation_equals_one_batch() -> None:
     for parts in (1, 3):
         model, preset = make("timm_vit")
         masks = attach(model, include=preset)
-        masks.load_state_dict(random_scores(model, list(masks.state_dict()), 0.7))
+        masks.load_state_dict(random_scores(model, list(scores_of(masks)), 0.7))
         for chunk, chunk_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             (loss_of(model(chunk), chunk_labels) / parts).backward()
         grads.append([entry.scores.grad for entry in masks.entries])
@@ -219,7 +219,7 @@ def test_several_forwards_before_one_backward() -> None:
     images, labels = batch()
     model, preset = make("timm_vit")
     masks = attach(model, include=preset)
-    masks.load_state_dict(random_scores(model, list(masks.state_dict()), 0.7))
+    masks.load_state_dict(random_scores(model, list(scores_of(masks)), 0.7))
     (loss_of(model(images), labels) + loss_of(model(images.flip(-1)), labels)).backward()
     together = [gradient(entry.scores).clone() for entry in masks.entries]
     model.zero_grad()
@@ -327,7 +327,7 @@ def test_an_empty_mask_gives_zero_theta_and_finite_gradients() -> None:
 def test_materialize_from_bits_equals_theta_bit_for_bit() -> None:
     model, preset = make("timm_vit", dtype=torch.float32)
     masks = attach(model, include=preset)
-    masks.load_state_dict(random_scores(model, list(masks.state_dict()), 0.6))
+    masks.load_state_dict(random_scores(model, list(scores_of(masks)), 0.6))
     for entry in masks.entries:
         assert torch.equal(materialize(entry.weight, binarize(entry.scores, 0.0)), entry.theta)
 
@@ -336,7 +336,7 @@ def test_statistics_count_what_changed() -> None:
     model, preset = make("conv")
     masks = attach(model, include=preset)
     before = masks.masks()
-    state = {name: scores.clone() for name, scores in masks.state_dict().items()}
+    state = {name: scores.clone() for name, scores in scores_of(masks).items()}
     state["conv1.weight"].view(-1)[:54] = -0.05
     masks.load_state_dict(state)
     total = sum(m.numel() for m in before.values())

@@ -18,7 +18,7 @@ from selfmask_dist.masking.parametrized import parametrized_attach
 from tests.masking.test_masking import batch, gradient, loss_of
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import Case, Outcome, run_case, run_cases
-from tests.support.models import make
+from tests.support.models import make, scores_of
 
 WEIGHTS = ["*.attn.qkv.weight", "*.mlp.fc1.weight", "*.mlp.fc1.bias"]
 KEEP, PENALTY, TAU, BLOCK = 0.3, 5.0, 0.4, (8, 5)
@@ -268,7 +268,7 @@ def test_grafting_ends_at_the_two_models_bit_for_bit() -> None:
     first, other = copy.deepcopy(model.state_dict()), second(model)
     masks = attach(model, include="vit", family="graft", other=other)
     for score, expected in ((1.0, other), (-1.0, first)):
-        masks.load_state_dict({name: torch.full_like(s, score) for name, s in masks.state_dict().items()})
+        masks.load_state_dict({name: torch.full_like(s, score) for name, s in scores_of(masks).items()})
         for entry in masks.entries:
             assert torch.equal(entry.theta.detach(), expected[entry.name])
 

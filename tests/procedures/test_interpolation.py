@@ -15,7 +15,7 @@ from selfmask_dist.maskfile import MaskFile, MaskFileError, from_masks, read_mas
 from selfmask_dist.masking import attach, build_family
 from selfmask_dist.procedures.interpolation import ScoredMask, interpolate, read_scored_mask
 from selfmask_dist.training.build import build_backbone
-from tests.support.models import make
+from tests.support.models import make, scores_of
 from tests.support.tiny_run import write_config, write_tiny_data
 
 
@@ -110,13 +110,13 @@ def test_thresholds_and_running_statistics_go_along() -> None:
         masks.load_state_dict(
             {
                 name: torch.randn(value.shape, generator=generator) + threshold
-                for name, value in masks.state_dict().items()
+                for name, value in scores_of(masks).items()
             }
         )
         trained.train()(torch.randn(4, 3, 8, 8, generator=generator))
         mask = from_masks(masks)
         assert mask.statistics
-        ends.append(ScoredMask(mask, masks.state_dict(), MaskFile({"default": mask})))
+        ends.append(ScoredMask(mask, scores_of(masks), MaskFile({"default": mask})))
     for at, end in ((0.0, ends[0]), (1.0, ends[1])):
         found = interpolate(ends[0], ends[1], at)
         assert all(torch.equal(found.bits[name], bits) for name, bits in end.mask.bits.items())

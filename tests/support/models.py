@@ -4,6 +4,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.masking import AttachedMasks
+
 
 class ConvNet(nn.Module):
     """Convolutions, batch normalisation and a downsample layer, named as in timm's ResNets."""
@@ -58,3 +60,8 @@ def make(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> t
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
     return model, preset
+
+
+def scores_of(masks: AttachedMasks) -> dict[str, Tensor]:
+    """The scores by name, without the step and the fingerprint that a state dict has beside them."""
+    return {entry.name: entry.scores.detach() for entry in masks.entries}

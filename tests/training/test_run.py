@@ -20,7 +20,7 @@ from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.meter import MaskTelemetry, NonFiniteError
 from tests.support.distributed import run_distributed
-from tests.support.models import make
+from tests.support.models import make, scores_of
 
 TINY_VIT = "{patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}"
 
@@ -262,7 +262,7 @@ class TestBadInput:
         telemetry = MaskTelemetry(masks)
         telemetry.before_step()
         assert telemetry.after_step()["mask/flips"] == 0
-        state = {name: scores.clone() for name, scores in masks.state_dict().items()}
+        state = {name: scores.clone() for name, scores in scores_of(masks).items()}
         state["blocks.0.mlp.fc1.weight"][0, :3] = torch.nan
         masks.load_state_dict(state)
         with pytest.raises(NonFiniteError, match="3 scores are not finite"):
