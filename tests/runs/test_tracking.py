@@ -5,6 +5,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(folder: Path) -> list[Any]:
     """Return all records of the offline runs of a folder, in order."""
-    from wandb.proto import wandb_internal_pb2  # type: ignore[attr-defined, unused-ignore]
-
+    record = import_module("wandb.proto.wandb_internal_pb2").Record
     paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
-    return [
-        wandb_internal_pb2.Record.FromString(data) for path in paths for data in messages(path.read_bytes())
-    ]
+    return [record.FromString(data) for path in paths for data in messages(path.read_bytes())]
 
 
 def messages(data: bytes) -> Iterator[bytes]:
