@@ -15,6 +15,7 @@ from pathlib import Path
 from selfmask_dist.config import Config
 from selfmask_dist.runs.folder import check_start
 from selfmask_dist.runs.owner import check_free
+from selfmask_dist.runs.submitted import waiting_job
 
 from .local import visible_gpus
 
@@ -49,6 +50,12 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"less than 1 GiB is free at {parent}; make room, or set run.dir to another disk"
     # a launcher that was itself started again, as a job that SLURM requeued, goes on with its run
     is_restart = os.environ.get("SELFMASK_RESTARTS", "0") != "0"
+    if (job := waiting_job(run)) is not None and not is_restart:
+        yield (
+            f"SLURM job {job} is to make {run} and waits for its turn; let it, or `scancel {job}` first, or "
+            f"set run.name to another name"
+        )
+        return
     try:
         check_free(run)
         check_start(config, is_restart=is_restart)

@@ -28,6 +28,7 @@ from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
 from selfmask_dist.runs.folder import run_path
+from selfmask_dist.runs.submitted import note_jobs
 
 from .local import log_path
 from .restarts import MAX_FRUITLESS, is_fruitless
@@ -230,7 +231,7 @@ def submit(
     if config.launch.snapshot:
         take_snapshot(run)
     (run / "slurm").mkdir(parents=True, exist_ok=True)
-    after = ""
+    after, ids = "", []
     for job in jobs_of(config, experts_array=experts_array):
         tasks = [
             TrainTask(
@@ -246,6 +247,8 @@ def submit(
         executor = _executor(config, run / "slurm", num_nodes, after=after)
         submitted = executor.map_array(TrainTask.__call__, tasks)
         after = str(submitted[0].job_id).partition("_")[0]
+        ids.append(after)
+        note_jobs(run, ids)
         what = f" ({', '.join(job.parts)})" if job.parts else ""
         places = ", ".join(str(task.logs) for task in tasks)
         print(f"submitted job {after}{what}; its processes write to {places}", flush=True)

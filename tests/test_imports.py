@@ -41,7 +41,15 @@ TABLE: dict[str, tuple[str, ...]] = {
         "masking",
         "cascade",
     ),  # the public names, each imported when it is asked for
-    "launchers": ("common", "config", "runs.folder", "runs.exit_status", "runs.owner", "runs.verdict"),
+    "launchers": (
+        "common",
+        "config",
+        "runs.folder",
+        "runs.exit_status",
+        "runs.owner",
+        "runs.submitted",
+        "runs.verdict",
+    ),
     "data_prep": ("common", "data"),
 }
 

@@ -33,8 +33,9 @@ def add_commands(commands: Any) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
+    marks = (names.CONFIG, names.SUBMITTED)
     runs = [Path(run) for run in options.runs] or sorted(
-        path.parent for path in Path("runs").glob(f"*/{names.CONFIG}")
+        {path.parent for mark in marks for path in Path("runs").glob(f"*/{mark}")}
     )
     if not runs:
         raise ValueError("there are no runs in ./runs; name their folders")

@@ -17,7 +17,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.runs import exit_status
-from selfmask_dist.runs.folder import check_start, forget_start, is_finished, run_path
+from selfmask_dist.runs.folder import check_start, is_finished, note_failed_start, run_path
 from selfmask_dist.runs.owner import Claim, check_free
 from selfmask_dist.runs.verdict import closing
 
@@ -88,8 +88,8 @@ def _claimed(config: Config, part: str | None) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError):
-            if is_new:  # the user mends what is wrong and starts again, under the same name
-                forget_start(config)
+            if is_new:
+                note_failed_start(config)
             raise
 
 

@@ -137,6 +137,10 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not classify")
 
 
+class TooFewImagesError(ValueError):
+    """A process has so few images in a micro-step that batch normalisation has nothing to normalise by."""
+
+
 class TrainStep(nn.Module):
     """Batch -> (this rank's share of the loss, metrics): the module that an engine runs."""
 
@@ -160,5 +164,14 @@ class TrainStep(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = self.objective(self.encoder, batch)
+        try:
+            loss, metrics = self.objective(self.encoder, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise TooFewImagesError(
+                f"batch normalisation in train mode has one value for each channel, which has no variance: "
+                f"this process has {len(batch.ids)} image(s) in a micro-step. Raise train.global_batch_size, "
+                f"use fewer processes or a smaller train.accumulate, or set backbone.batchnorm=frozen"
+            ) from error
         return loss, metrics

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json, write_text
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config, flat_science, load_config, to_yaml
+from selfmask_dist.runs.owner import identity
 
 # what a run directory may hold; anything else in it is not ours to delete
 _OWN_FILES = (
@@ -65,7 +67,7 @@ def check_start(config: Config, *, is_restart: bool = False) -> None:
     if (directory / names.CONFIG).exists():
         if is_restart or config.run.resume:
             _check_same_run(config, load_config(directory / names.CONFIG))
-        elif not config.run.overwrite:
+        elif not config.run.overwrite and not came_to_nothing(directory):
             raise ValueError(
                 f"{directory} holds a run already; set run.name to another name, run.resume=true to go on "
                 f"with it, or run.overwrite=true"
@@ -85,17 +87,34 @@ def is_finished(config: Config, *, is_restart: bool = False) -> bool:
     return goes_on and (run_path(config) / names.RESULT).exists()
 
 
-def forget_start(config: Config) -> None:
-    """Delete what a start that came to nothing left in its folder, so that it does not block the run's name.
-
-    Nothing is deleted where the run, or a stage of it, has measured or trained anything.
-    """
+def note_failed_start(config: Config) -> None:
+    """Write into a run's folder that it failed, where the run did not come so far as to do so itself."""
     directory = run_path(config)
-    results = (names.METRICS, names.FROZEN, names.RESULT, f"{names.CHECKPOINTS}/step-*", "*.mask")
+    if (directory / names.CONFIG).exists() and not (directory / names.STATUS).exists():
+        write_json(directory / names.STATUS, {**identity(), "state": "failed", "time": time.time()})
+
+
+def came_to_nothing(directory: Path) -> bool:
+    """Return whether a folder's run failed before it, or a stage of it, had measured or trained anything.
+
+    Such a run blocks no name: the user mends what was wrong and starts again.
+    """
+    try:
+        if json.loads((directory / names.STATUS).read_text())["state"] != "failed":
+            return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    results = (
+        names.METRICS,
+        names.FROZEN,
+        names.RESULT,
+        f"{names.CHECKPOINTS}/step-*",
+        "*.mask",
+        "*.safetensors",
+    )
     made = [path for name in results for place in ("", "*/") for path in directory.glob(place + name)]
-    if any(path.is_dir() or path.stat().st_size for path in made) or (directory / names.EMBEDDINGS).exists():
-        return
-    _delete_own_files(directory)
+    has_stores = (directory / names.EMBEDDINGS).exists()
+    return not has_stores and not any(path.is_dir() or path.stat().st_size for path in made)
 
 
 def _delete_own_files(directory: Path) -> None:

@@ -11,15 +11,14 @@ import os
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from selfmask_dist.common import names
-from selfmask_dist.common.optional import require
+from selfmask_dist.runs.tracking import Mode, Tracker
 
 
 class MetricsWriter:
@@ -37,32 +36,21 @@ class MetricsWriter:
         directory: Path | None,
         *,
         progress: bool = True,
-        wandb_mode: Literal["off", "offline", "online"] = "off",
+        wandb_mode: Mode = "off",
         wandb_project: str = "selfmask",
         config: dict[str, Any] | None = None,
     ) -> None:
         self.newest: dict[str, Any] = {}  # the last step and its numbers, for the heartbeat
         self._metrics: _Lines | None = None
         self._events: _Lines | None = None
-        self._wandb: Any = None
+        self._tracker: Tracker | None = None
         self._bar: tqdm[Any] | None = None
         self._progress = progress and directory is not None
         if directory is None:
             return
         self._metrics = _Lines(directory / names.METRICS)
         self._events = _Lines(directory / names.EVENTS)
-        if wandb_mode != "off":
-            wandb = require("wandb", "wandb", needed_by=f"run.wandb={wandb_mode}")
-            self._wandb = wandb.init(
-                project=wandb_project,
-                mode=wandb_mode,
-                dir=str(directory),
-                name=directory.name,
-                config=config,
-                id=_wandb_id(directory),
-                resume="allow",  # a restart goes on with the run of that id
-                allow_val_change=True,  # of run.resume and what else may differ then
-            )
+        self._tracker = Tracker(directory, mode=wandb_mode, project=wandb_project, config=config)
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +64,8 @@ class MetricsWriter:
         for stream in (self._metrics, self._events):
             if stream is not None:
                 stream.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        if self._tracker is not None:
+            self._tracker.close(failed=error is not None)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Record values at a step: numbers, or {name: number} for per-parameter ones."""
@@ -86,13 +74,15 @@ class MetricsWriter:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         self.newest = {**self.newest, "step": step, **numbers}
         self._metrics.write({"step": step, "time": time.time(), **values})
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        if self._tracker is not None:
+            self._tracker.log(step, values)
 
     def event(self, name: str, **values: Any) -> None:
-        """Record something that happened: start, evaluation, warning, failure, end."""
+        """Record something that happened: start, evaluation, warning, failure, end with the result."""
         if self._events is not None:
             self._events.write({"event": name, "time": time.time(), **values})
+        if self._tracker is not None and name == "end":
+            self._tracker.conclude(values)
 
     def message(self, text: str) -> None:
         """Print a line for the user, above the progress bar."""
@@ -121,18 +111,6 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def _wandb_id(directory: Path) -> str:
-    """Return the id of the run's folder in wandb: made at its first start, kept there for the next ones."""
-    path = directory / "wandb" / "id"
-    known = path.read_text().strip() if path.exists() else ""
-    if known:
-        return known
-    new = uuid.uuid4().hex[:12]
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"{new}\n")
-    return new
 
 
 class _Lines:

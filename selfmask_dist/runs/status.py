@@ -18,6 +18,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_text
 from selfmask_dist.common.text import age
 from selfmask_dist.runs.owner import identity
+from selfmask_dist.runs.submitted import waiting_job
 
 _SILENT_SECONDS = 60.0
 COLUMNS = ("run", "state", "step", "loss", "images/s", "restarts", "checkpoint", "heartbeat", "job")
@@ -73,11 +74,14 @@ class Heartbeat:
 
 
 def read_status(run: Path) -> dict[str, str]:
-    """Return one line of the table, every value as text.
+    """Return one line of the table, every value as text; of a run whose job has not started, that it waits.
 
     Raises:
         ValueError: the folder is not a run's.
     """
+    job = waiting_job(run)
+    if job is not None and not (run / names.CONFIG).exists():
+        return dict.fromkeys(COLUMNS, "-") | {"run": run.name, "state": "pending", "job": job}
     if not (run / names.CONFIG).exists():
         raise ValueError(f"{run} is not a run: it has no {names.CONFIG}")
     status = _json(run / names.STATUS)
@@ -86,20 +90,24 @@ def read_status(run: Path) -> dict[str, str]:
     step, total = _progress(run, status)
     return {
         "run": run.name,
-        "state": _state(run, status, seconds, numbers.get("silence", 0.0)),
+        "state": _state(run, status, seconds, numbers.get("silence", 0.0), is_waiting=job is not None),
         "step": "-" if step is None else f"{step}" + (f"/{total}" if total else ""),
         "loss": f"{numbers['loss']:.4f}" if "loss" in numbers else "-",
         "images/s": f"{numbers['images_per_second']:.0f}" if "images_per_second" in numbers else "-",
         "restarts": str(numbers.get("restarts", "-")),
         "checkpoint": _newest_checkpoint(run),
         "heartbeat": "-" if seconds is None else f"{age(seconds)} ago",
-        "job": str(status.get("job") or "-"),
+        "job": str(job or status.get("job") or "-"),
     }
 
 
-def _state(run: Path, status: dict[str, Any], seconds: float | None, silence: float) -> str:
+def _state(
+    run: Path, status: dict[str, Any], seconds: float | None, silence: float, *, is_waiting: bool
+) -> str:
     if (run / names.RESULT).exists():
         return "finished"
+    if is_waiting:
+        return "pending"
     state = str(status.get("state", "no heartbeat"))
     if state == "running":
         if seconds is None or seconds > _SILENT_SECONDS:

@@ -209,7 +209,7 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
         ("cascade.components=40", "cascade.components is 40; .* has embeddings of 32 dimensions"),
         ("cascade.clusters=[60]", "too few for 60 clusters"),
         ("objective.name=supervised", "method=cascade trains without labels; set objective.name=swav"),
-        ("crops.local_size=10", "cannot take crops of 10 pixels"),
+        ("crops.local_size=10", "crops.local_size=10 is not a multiple of 8"),
     ):
         with pytest.raises(ValueError, match=message):
             run(load_config(None, settings(shards, tmp_path, change, "run.overwrite=true")))

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from launchers.preflight import preflight
 from selfmask_dist.cli import main
+from selfmask_dist.config import load_config
 from selfmask_dist.runs.checkpoint import Checkpoint, write_checkpoint
+from selfmask_dist.runs.status import read_status
+from selfmask_dist.runs.submitted import note_jobs
 
 
 def make_run(folder: Path, **status: Any) -> Path:
@@ -116,3 +120,62 @@ def test_checkpoints_of_runs_of_every_kind(tmp_path: Path, capsys: pytest.Captur
     save(make_run(tmp_path / "cascade") / "dispatcher", 1)
     assert main(["checkpoints", "list", str(tmp_path / "cascade")]) == 2
     assert f"those of its stages are in {tmp_path / 'cascade' / 'dispatcher'}" in capsys.readouterr().err
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >> {log}
+printf '%b' '{answer}'
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        ("12 PENDING\\n", "pending"),
+        ("12 COMPLETED\\n13 PENDING\\n", "pending"),
+        ("12 RUNNING\\n13 PENDING\\n", None),
+    ],
+)
+def test_a_job_that_waits_is_pending(
+    answer: str,
+    state: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(SQUEUE.format(log=tmp_path / "asked", answer=answer))
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "c3"
+    run.mkdir(parents=True)
+    note_jobs(run, ["12", "13"])
+    status = main(["status"])
+    shown = capsys.readouterr()
+    assert "--jobs=12,13" in (tmp_path / "asked").read_text()
+    if state is None:  # it runs, and has not written anything yet
+        assert (status, "is not a run" in shown.err) == (2, True)
+        return
+    job = "12" if answer.startswith("12 P") else "13"
+    assert shown.out.splitlines()[1].split()[:2] == ["c3", state]
+    assert shown.out.splitlines()[1].split()[-1] == job
+    assert main(["report", str(run)]) == 2
+    assert f"has not begun: SLURM job {job} is pending" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"SLURM job {job} is to make"):
+        preflight(load_config(None, ["run.name=c3"]), cluster="local", num_nodes=1)
+    (run / "config.yaml").write_text("seed: 0\n")  # requeued
+    (run / "status.json").write_text(json.dumps(running(7, state="preempted")))
+    assert main(["status", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["c3", "pending", "7/4000"]
+
+
+def test_without_squeue_a_submitted_run_that_has_not_begun_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    note_jobs(tmp_path, ["5"])
+    assert read_status(tmp_path)["state"] == "pending"
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert read_status(tmp_path)["state"] == "no heartbeat"

@@ -82,5 +82,6 @@ def start(folder: Path, data: dict[str, str], name: str, **sections: Any) -> tup
     """Run a procedure on the smallest settings, or go on with it; its result and its folder."""
     sections = {"train": {"epochs": 1}, "objective": {"head_norm": "l2"}, **sections}
     path = write_config(folder / f"{name}.yaml", data, **sections)
-    result = run(load_config(path, [f"run.name={name}", "run.resume=true"]))
+    is_there = (folder / name / "config.yaml").exists()
+    result = run(load_config(path, [f"run.name={name}", f"run.resume={str(is_there).lower()}"]))
     return result, folder / name

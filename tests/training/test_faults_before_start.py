@@ -9,6 +9,7 @@ from launchers import preflight as checks
 from launchers.preflight import preflight
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
+from selfmask_dist.runs.folder import check_start
 from selfmask_dist.training.build import check_neighbours
 from tests.support.tiny_run import events_of, submit, write_config, write_tiny_data
 
@@ -56,7 +57,7 @@ def test_it_is_refused_by_name_and_the_name_stays_free(
     assert complaint in said
     assert "Traceback" not in said
     assert "frozen backbone: " not in said  # nothing was measured
-    assert not (tmp_path / "a").exists()
+    check_start(load_config(path, ["run.name=a"]))  # would raise where the name is taken
 
 
 def test_a_launched_start_that_fails_leaves_its_log_and_the_name(
@@ -156,3 +157,22 @@ def test_patches_are_of_those_that_cut_images_into_them() -> None:
 
     assert _patch_size(nn.Sequential(Cuts())) == 14
     assert _patch_size(nn.Conv2d(3, 4, 3)) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "backbone.image_size=32 train.global_batch_size=1",
+        "backbone.image_size=16 train.global_batch_size=2 train.accumulate=2",
+    ],
+)
+def test_one_image_for_batch_normalisation_is_a_named_error(
+    overrides: str, tmp_path: Path, data: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "tiny.yaml", data)
+    resnet = ["backbone.name=timm:test_resnet", "backbone.kwargs={}"]
+    keys = ["run.name=a", "train.max_steps=1", *resnet, *overrides.split(" ")]
+    status, said = main(["train", "--config", str(path), *keys]), capfd.readouterr().err
+    assert "Traceback" not in said
+    assert status == 2
+    assert "this process has 1 image(s) in a micro-step. Raise train.global_batch_size" in said

@@ -139,6 +139,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, label: str) -> Run:
     """Read one run's folder; it raises what `read_runs` raises."""
     run = Run(path, label, status=status.read_status(path))
+    if not (path / names.CONFIG).exists():
+        raise ValueError(f"{path} has not begun: SLURM job {run.status['job']} is pending")
     read = _Reader(run)
     run.config_text = read.text(names.CONFIG)
     parsed = config_yaml.parse(run.config_text)
