@@ -12,7 +12,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from selfmask_dist.config import Config, flat_science, load_config
+from selfmask_dist.config import Config
+from selfmask_dist.runs.folder import check_start
+from selfmask_dist.runs.owner import check_free
+
+from .local import visible_gpus
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
@@ -27,7 +31,7 @@ def preflight(config: Config, *, cluster: str, num_nodes: int, is_dry: bool = Fa
         ValueError: with every complaint, one to a line.
     """
     complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
-    complaints += [*_cascade(config), *_times(config, cluster)]
+    complaints += [*_patches(config), *_cascade(config), *_times(config, cluster)]
     complaints += [*(_slurm(config, num_nodes, is_dry) if cluster == "slurm" else _here(config))]
     if complaints:
         raise ValueError("\n       ".join(complaints))
@@ -43,18 +47,13 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield f"{parent} is not writable; set run.dir to a folder that is"
     if shutil.disk_usage(parent).free < _FREE_BYTES:
         yield f"less than 1 GiB is free at {parent}; make room, or set run.dir to another disk"
-    if not (run / "config.yaml").exists() or config.run.overwrite:
-        return
-    if not config.run.resume:
-        yield (
-            f"{run} holds a run already; set run.name to another name, run.resume=true to go on with it, or "
-            f"run.overwrite=true"
-        )
-        return
-    before, now = flat_science(load_config(run / "config.yaml")), flat_science(config)
-    for key in now:
-        if before[key] != now[key]:
-            yield f"{run} was started with {key}={before[key]!r} and not {now[key]!r}; put it back to resume"
+    # a launcher that was itself started again, as a job that SLURM requeued, goes on with its run
+    is_restart = os.environ.get("SELFMASK_RESTARTS", "0") != "0"
+    try:
+        check_free(run)
+        check_start(config, is_restart=is_restart)
+    except ValueError as error:
+        yield str(error)
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -165,7 +164,36 @@ def _times(config: Config, cluster: str) -> Iterator[str]:
         )
 
 
+def _patches(config: Config) -> Iterator[str]:
+    """Compare sizes with the patch that a backbone's name tells; the training process asks the backbone."""
+    section = config.backbone
+    named = re.search(r"patch(\d+)|ViT-[A-Za-z]+-(\d+)", section.name)
+    given = section.kwargs.get("patch_size")
+    patch = given if isinstance(given, int) else int(named[1] or named[2]) if named else 0
+    size = section.image_size
+    if patch and size is not None and size % patch:
+        near = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+        yield (
+            f"backbone.image_size={size} is not a multiple of {patch}, the patch size of {section.name}; set "
+            f"it to {' or '.join(map(str, near))}"
+        )
+
+
 def _here(config: Config) -> Iterator[str]:
+    launch = config.launch
+    gpus = len(visible_gpus()) if launch.gpus_per_node else 0
+    wanted, processes = launch.gpus_per_node, launch.processes_per_node
+    if wanted and (config.engine.device == "cpu" or gpus < wanted):
+        use = "engine.device=cpu uses none" if config.engine.device == "cpu" else f"it has {gpus}"
+        yield (
+            f"launch.gpus_per_node={wanted} is asked for, and this is one machine, and {use}. Leave it out "
+            f"(all GPUs here are used), or start from a login node of a cluster (--cluster slurm)"
+        )
+    elif wanted and processes not in (0, wanted):
+        yield (
+            f"launch.gpus_per_node={wanted} and launch.processes_per_node={processes}: here a process uses "
+            f"one GPU; set launch.processes_per_node={wanted}"
+        )
     port = config.launch.master_port
     if port is None:
         return

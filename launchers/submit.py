@@ -25,7 +25,9 @@ if not __package__:  # started by its path: Python put this file's folder on the
 from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import Config, load_config, to_yaml
 from selfmask_dist.config.help import unrecognized
-from selfmask_dist.runs.folder import run_path
+from selfmask_dist.runs import owner
+from selfmask_dist.runs.folder import is_finished, run_path
+from selfmask_dist.runs.verdict import closing
 
 from . import local
 from .options import add_options
@@ -109,7 +111,15 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
     if options.dry_run:
         _show(runs, cluster, options)
         return 0
-    if cluster == "slurm":
+    left = []
+    for run in runs:
+        if is_finished(run.config):
+            folder = run_path(run.config)
+            print(f"{folder} is finished: nothing is left to do\n{closing(folder)}", file=sys.stderr)
+        else:
+            left.append(run)
+    runs = left
+    if cluster == "slurm" and runs:
         from . import slurm
 
         jobs = [
@@ -207,7 +217,7 @@ def _has_slurm_configuration() -> bool:
 
 def _run_here(run: PlannedRun, num_nodes: int) -> int:
     folder = run_path(run.config)
-    environment: dict[str, str] = {}
+    environment = owner.launcher_environment()
 
     def plan(restart: int) -> list[local.Process]:
         return local.plan_processes(
@@ -221,7 +231,10 @@ def _run_here(run: PlannedRun, num_nodes: int) -> int:
     plan(0)  # what cannot be planned cannot be run: said before the run's folder is made
     if run.config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
         environment |= take_snapshot(folder)
-    return local.run_processes(plan, logs=folder / "logs", max_restarts=run.config.launch.max_restarts)
+    try:
+        return local.run_processes(plan, logs=folder / "logs", max_restarts=run.config.launch.max_restarts)
+    finally:
+        owner.release(folder)
 
 
 if __name__ == "__main__":

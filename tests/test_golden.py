@@ -203,9 +203,11 @@ def record(run: Path, backbone: str) -> dict[str, Any]:
             apply_masks(model, path, name=name)
             tensors = [value.numpy().tobytes() for _, value in sorted(model.state_dict().items())]
             under[f"{path.relative_to(run)}:{name or ''}"] = digest(*tensors)
+    result = json.loads((run / "result.json").read_text())
+    result.pop("verdict")  # sentences about the numbers
     return {
         "losses": losses,
-        "result": json.loads((run / "result.json").read_text()),
+        "result": result,
         "files": {str(path.relative_to(run)): digest(path.read_bytes()) for path in paths},
         "weights_under_mask": under,
         "trained": {str(path.relative_to(run)): trained(path) for path in sorted(run.rglob("step-*"))},

@@ -41,7 +41,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "masking",
         "cascade",
     ),  # the public names, each imported when it is asked for
-    "launchers": ("common", "config", "runs.folder", "runs.exit_status"),
+    "launchers": ("common", "config", "runs.folder", "runs.exit_status", "runs.owner", "runs.verdict"),
     "data_prep": ("common", "data"),
 }
 

@@ -29,6 +29,7 @@ from selfmask_dist.parallel.world import group_of, num_processes
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, run_path
 from selfmask_dist.runs.preempt import Preempted, StopRequest
+from selfmask_dist.runs.verdict import closing, judge_cascade
 from selfmask_dist.training.chain import Chain, stage_config
 
 _POLL_SECONDS = 0.2
@@ -160,8 +161,12 @@ def _finish(config: Config, context: RunContext) -> dict[str, Any]:
     result = {"method": "cascade", "clusters": sizes, **stages.evaluate()}
     result["mask"] = stages.bundle(result["views"])
     stages.draw()
+    result["verdict"] = judge_cascade(
+        config, result["views"], context.directory, num_test=stages.num_test_images
+    )
     stages.write_result(result)
     context.writer.event("end", **result)
+    context.writer.message(closing(context.directory, result))
     return result
 
 

@@ -36,7 +36,7 @@ from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.runs.context import RunContext
-from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data
 
 SPLITS = ("train", "test")
 _ROUTER = "router.safetensors"  # in the router's folder
@@ -64,6 +64,11 @@ class Stages:
     def _bank(self) -> MaskBank:
         return MaskBank(self._backbone.encoder)
 
+    @property
+    def num_test_images(self) -> int:
+        """How many images accuracies are of."""
+        return len(self._sources["test"])
+
     def check(self) -> None:
         """Check what would otherwise fail only after the dispatcher has been trained.
 
@@ -71,6 +76,7 @@ class Stages:
             ValueError: the message names it, and the way out.
         """
         config, count = self._config, len(self._sources["train"])
+        check_run(config, self._backbone, *self._sources.values())  # the dispatcher says its notes
         if config.cascade.components > self._backbone.spec.dim:
             raise ValueError(
                 f"cascade.components is {config.cascade.components}; {self._backbone.spec.name} has "

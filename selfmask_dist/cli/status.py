@@ -10,6 +10,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.text import age, positive, table
 from selfmask_dist.runs.status import COLUMNS, read_status, stages_of
+from selfmask_dist.runs.verdict import verdict_of
 
 _NUMBERS = ("step", "loss", "images/s", "restarts", "size")  # columns that are aligned to the right
 
@@ -51,6 +52,9 @@ def _status(options: argparse.Namespace) -> int:
             row["run"] = row["path"]
     if rows:
         print(_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
+        for row in rows:
+            for entry in verdict_of(Path(row["path"])) if row["path"] else ():
+                print(f"{row['run']}: {entry['text']}")
     if complaints:
         raise ValueError("; ".join(complaints))
     return 0

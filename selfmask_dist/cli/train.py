@@ -11,10 +11,15 @@ import faulthandler
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
+from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.runs import exit_status
+from selfmask_dist.runs.folder import check_start, forget_start, is_finished, run_path
+from selfmask_dist.runs.owner import Claim, check_free
+from selfmask_dist.runs.verdict import closing
 
 
 def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
@@ -33,16 +38,18 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     from selfmask_dist.config.procedures import PROCEDURES
     from selfmask_dist.parallel import join_world
     from selfmask_dist.runs.context import stacks_path
-    from selfmask_dist.runs.folder import run_path
     from selfmask_dist.runs.preempt import StopRequest
     from selfmask_dist.training.run import run_in
 
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash shows where; a notebook replaces sys.stderr
     if part is not None and config.method != "cascade":
         raise ValueError(f"--part is of a cascade, and method is {config.method}")
-    is_restart = bool(int(os.environ.get("SELFMASK_RESTARTS", 0)))
+    is_restart = _is_restart()
     stacks = stacks_path(run_path(config))
-    with StopRequest(force_after=config.checkpoint.stop_seconds, stacks=stacks) as stop:
+    with (
+        _claimed(config, part),
+        StopRequest(force_after=config.checkpoint.stop_seconds, stacks=stacks) as stop,
+    ):
         if config.method == "cascade":
             from selfmask_dist.cascade.run import run_cascade
 
@@ -57,9 +64,55 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
             return run_in(config, world, stop, is_restart=is_restart)
 
 
+@contextlib.contextmanager
+def _claimed(config: Config, part: str | None) -> Iterator[None]:
+    """Hold the run's folder, or an expert's that is trained by itself, against other processes.
+
+    The main rank does it for all of them.
+
+    Raises:
+        RunHeldError: another process trains there.
+    """
+    if not _is_main():
+        yield
+        return
+    folder = run_path(config)
+    if part is not None and part.startswith(names.expert("")):
+        check_free(folder)  # of the whole cascade
+        folder = folder / part
+    else:
+        for expert in sorted(folder.glob(names.expert("*"))):
+            check_free(expert)
+    with Claim(folder):
+        is_new = part is None and not (folder / names.CONFIG).exists()
+        try:
+            yield
+        except (ValueError, OSError):
+            if is_new:  # the user mends what is wrong and starts again, under the same name
+                forget_start(config)
+            raise
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_restart() -> bool:
+    """Return whether a launcher has started this run before."""
+    return bool(int(os.environ.get("SELFMASK_RESTARTS", 0)))
+
+
 def train(options: argparse.Namespace) -> int:
     """Run `selfmask train`; returns the exit status."""
     config = load_config(options.config, options.overrides)
+    # said before torch is imported, which takes seconds; the other ranks may find the folder half made
+    if _is_main():
+        check_start(config, is_restart=_is_restart() or options.part not in (None, names.ROUTER))
+    if is_finished(config, is_restart=_is_restart()):
+        if _is_main():
+            folder = run_path(config)
+            print(f"{folder} is finished: nothing is left to do\n{closing(folder)}", file=sys.stderr)
+        return exit_status.OK
     from selfmask_dist.runs.context import is_lost_process
     from selfmask_dist.runs.preempt import Preempted
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import re
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -74,17 +73,15 @@ _ABOUT = re.compile(
 
 def is_system_file(name: str) -> bool:
     """Return whether a path names what systems leave behind: hidden files, `Thumbs.db`, `__MACOSX`."""
-    path = PurePosixPath(name)
+    *folders, last = name.split("/")  # no path object: a walk asks this of millions of members
     return (
-        path.name.startswith(".")
-        or path.name.lower() in _SYSTEM_FILES
-        or bool(_SYSTEM_FOLDERS & set(path.parts))
+        last[:1] == "." or last.lower() in _SYSTEM_FILES or not _SYSTEM_FOLDERS.isdisjoint([*folders, last])
     )
 
 
 def is_about_the_data(name: str) -> bool:
     """Return whether a path names a text that goes with a data set, such as README.md or LICENSE."""
-    return _ABOUT.fullmatch(PurePosixPath(name).name.lower()) is not None
+    return _ABOUT.fullmatch(name.rpartition("/")[2].lower()) is not None
 
 
 def open_picture(data: bytes) -> Image.Image:

@@ -27,15 +27,23 @@ def measure_knn(
     num_classes: int,
     world: World,
 ) -> dict[str, float]:
-    """Return the accuracy for each k, by name; where the bank has fewer than k samples, all of them vote.
-    Bank and queries stay on their ranks. Collective: every rank must call.
+    """Return the accuracy for each k, by name. Bank and queries stay on their ranks. Collective: every rank
+    must call.
+
+    Raises:
+        ValueError: the bank has fewer than k samples.
     """
     size = int(world.sum(torch.tensor([len(bank.ids)], device=world.device)))
+    if max(ks) > size:
+        raise ValueError(
+            f"k-NN with k={max(ks)} and a bank of {size} images: there are not so many neighbours. Set "
+            f"eval.knn_k to smaller numbers"
+        )
     result = evals.global_knn(
         bank,
         queries,
         num_classes=num_classes,
-        ks=sorted({min(k, size) for k in ks}),
+        ks=sorted(set(ks)),
         temperatures=(temperature,),
         ranks=world,
     )

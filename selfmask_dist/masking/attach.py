@@ -23,13 +23,12 @@ from torch.optim import Optimizer
 from selfmask_dist.common.tensor_names import plain_names, renamed
 from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
-from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.guard import Guard
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.pieces import Shards
 from selfmask_dist.masking.reading import FINGERPRINT, STEP, MaskSet
-from selfmask_dist.masking.selection import Coverage, Selection, measure_coverage
+from selfmask_dist.masking.selection import Coverage, measure_coverage
 
 _LOG = logging.getLogger(__name__)
 
@@ -109,19 +108,16 @@ class AttachedMasks(MaskSet[MaskedParameter]):
                 names or shapes of given scores differ, the model is masked already, or `threshold` or `scale`
                 is given beside a `Family`, which brings its own.
         """
-        given = {"threshold": threshold, "scale": scale}
-        options = {name: value for name, value in given.items() if value is not None}
-        if isinstance(family, str):
-            family = build_family(family, **options)
-        elif options:
-            raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
-        selected: Selection = {
-            "include": include,
-            "exclude": exclude,
-            "first_layers": first_layers,
-            "allow_norm": allow_norm,
-        }
-        names = checks.choose(model, family=family, init=init, **selected)
+        family = checks.as_family(family, threshold=threshold, scale=scale)
+        names = checks.choose(
+            model,
+            family=family,
+            init=init,
+            include=include,
+            exclude=exclude,
+            first_layers=first_layers,
+            allow_norm=allow_norm,
+        )
         checks.warn_where_partly_masked(model, include)
         plain = plain_names(names)
         fingerprint = init.get(FINGERPRINT) if isinstance(init, Mapping) else None

@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from selfmask_dist.common.tensor_names import plain, renamed
 from selfmask_dist.common.text import some
-from selfmask_dist.masking import first_scores, marks, selection
+from selfmask_dist.masking import core, first_scores, marks, selection
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.parameter import MaskedParameter
 
 MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
@@ -33,6 +34,21 @@ class PartlyMaskedWarning(MaskWarning):
 
 class ForgottenBindWarning(MaskWarning):
     """Masks get gradients, other parameters are stepped, and no optimizer is bound to the masks."""
+
+
+def as_family(family: str | Family, *, threshold: float | None, scale: core.Scale | None) -> Family:
+    """Return a family by its name with these options, None for its own; one that is built stays as it is.
+
+    Raises:
+        ValueError: there is no such family or scale, or an option is given beside a family that is built.
+    """
+    given = {"threshold": threshold, "scale": scale}
+    options = {name: value for name, value in given.items() if value is not None}
+    if isinstance(family, str):
+        return build_family(family, **options)
+    if options:
+        raise ValueError(f"{' and '.join(options)} given beside a built family; give it to build_family")
+    return family
 
 
 def choose(

@@ -115,8 +115,8 @@ class Guard:
         if self._num_backwards > 1 and not self._bound:
             raise ValueError(
                 f"these masks had gradients in {self._num_backwards} backwards, and no optimizer is bound "
-                f"that would step their scores: the mask would be as it was attached. Call masks."
-                f"bind(optimizer) before the loop, or masks.rewrite() after scores are changed otherwise"
+                f"that would step their scores: the mask would be as it was attached. Call "
+                f"masks.bind(optimizer) before the loop, or masks.rewrite() after changing scores otherwise"
             )
 
     def check_in_place(self) -> None:

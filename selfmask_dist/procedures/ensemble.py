@@ -178,7 +178,7 @@ def _measure_kind(
     accuracies = measure_ensemble(
         members,
         *splits,
-        ks=sorted({min(k, len(sources[0])) for k in section.knn_k}),
+        ks=sorted(set(section.knn_k)),
         temperature=section.knn_temperature,
         probe=section.probe,
         seed=config.seed,

@@ -13,6 +13,7 @@ from typing import Any
 
 from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json, write_text
+from selfmask_dist.common.text import some
 from selfmask_dist.config import Config, flat_science, load_config, to_yaml
 
 # what a run directory may hold; anything else in it is not ours to delete
@@ -36,26 +37,71 @@ def create_run_directory(config: Config, *, is_restart: bool = False) -> Path:
         is_restart: the launcher starts the same run again.
 
     Raises:
-        ValueError: there is a run already and neither `run.overwrite` nor `run.resume` is set, or the run to
-            resume was another one.
+        ValueError: as `check_start`.
+    """
+    directory = run_path(config)
+    check_start(config, is_restart=is_restart)
+    if (directory / names.CONFIG).exists():
+        if is_restart or config.run.resume:
+            return directory
+        _delete_own_files(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / names.CONFIG).write_text(to_yaml(config))
+    write_json(directory / names.ENVIRONMENT, environment())
+    return directory
+
+
+def check_start(config: Config, *, is_restart: bool = False) -> None:
+    """Do nothing where a run may begin in its folder, or go on there.
+
+    Args:
+        is_restart: the launcher starts the same run again.
+
+    Raises:
+        ValueError: there is a run already and neither `run.overwrite` nor `run.resume` is set, there is none
+            to resume, or the run to resume was another one.
     """
     directory = run_path(config)
     if (directory / names.CONFIG).exists():
         if is_restart or config.run.resume:
             _check_same_run(config, load_config(directory / names.CONFIG))
-            return directory
-        if not config.run.overwrite:
+        elif not config.run.overwrite:
             raise ValueError(
                 f"{directory} holds a run already; set run.name to another name, run.resume=true to go on "
                 f"with it, or run.overwrite=true"
             )
-        for pattern in _OWN_FILES:
-            for path in directory.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / names.CONFIG).write_text(to_yaml(config))
-    write_json(directory / names.ENVIRONMENT, environment())
-    return directory
+    elif config.run.resume and not is_restart:
+        others = sorted(path.parent.name for path in Path(config.run.dir).glob(f"*/{names.CONFIG}"))
+        there = f"; in {config.run.dir} there are {some(others)}" if others else ""
+        raise ValueError(
+            f"run.resume=true and {directory} holds no run{there}. Set run.dir and run.name to one "
+            f"that there is, or leave run.resume out to begin a new run"
+        )
+
+
+def is_finished(config: Config, *, is_restart: bool = False) -> bool:
+    """Return whether a run that is to go on has nothing left to do."""
+    goes_on = is_restart or config.run.resume
+    return goes_on and (run_path(config) / names.RESULT).exists()
+
+
+def forget_start(config: Config) -> None:
+    """Delete what a start that came to nothing left in its folder, so that it does not block the run's name.
+
+    Nothing is deleted where the run, or a stage of it, has measured or trained anything.
+    """
+    directory = run_path(config)
+    results = (names.METRICS, names.FROZEN, names.RESULT, f"{names.CHECKPOINTS}/step-*", "*.mask")
+    made = [path for name in results for place in ("", "*/") for path in directory.glob(place + name)]
+    if any(path.is_dir() or path.stat().st_size for path in made) or (directory / names.EMBEDDINGS).exists():
+        return
+    _delete_own_files(directory)
+
+
+def _delete_own_files(directory: Path) -> None:
+    for pattern in _OWN_FILES:
+        for path in directory.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def drop_metrics_after(directory: Path, step: int) -> None:

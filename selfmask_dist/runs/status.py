@@ -7,8 +7,6 @@ commands are in `cli.status`.
 """
 
 import json
-import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +17,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.files import write_text
 from selfmask_dist.common.text import age
+from selfmask_dist.runs.owner import identity
 
 _SILENT_SECONDS = 60.0
 COLUMNS = ("run", "state", "step", "loss", "images/s", "restarts", "checkpoint", "heartbeat", "job")
@@ -44,10 +43,7 @@ class Heartbeat:
         self._lock = threading.Lock()  # the watchdog's thread writes too
         self._facts: dict[str, Any] = {
             "state": "running",
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restarts": int(os.environ.get("SELFMASK_RESTARTS", 0)),
+            **identity(),
             **facts,
         }
 

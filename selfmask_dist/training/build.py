@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
+from selfmask_dist.masking.selection import select
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -62,15 +64,102 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
         in_file: leave the weights in their file, for an engine that takes its share of them.
     """
     backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file)
+    check_patches(backbone, {"backbone.image_size": backbone.spec.preprocessing.image_size})
     if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
 
-        sizes = {crops.size for crops in crop_sizes(config, backbone.spec.preprocessing)}
-        accept_sizes(backbone.encoder, sizes, name=backbone.spec.name)
+        crops = crop_sizes(config, backbone.spec.preprocessing)
+        keys = ("crops.global_size", "crops.local_size")
+        check_patches(backbone, {key: one.size for key, one in zip(keys, crops, strict=False)})
+        accept_sizes(backbone.encoder, {one.size for one in crops}, name=backbone.spec.name)
     if config.engine.channels_last:
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
     return backbone
+
+
+# ---- checked before anything is measured or trained
+
+
+def check_run(config: Config, backbone: Backbone, train: data.Source, test: data.Source) -> list[str]:
+    """Return sentences on what a person should know of the data before a run begins, mostly none.
+
+    Raises:
+        ValueError: what would fail later, or be passed over: patterns of masks that match nothing, more
+            neighbours than there are images, crops that patches do not cover.
+    """
+    if config.method in ("mask", "cascade"):
+        section = config.mask
+        select(
+            backbone.encoder,
+            section.include,
+            exclude=section.exclude,
+            first_layers=section.first_layers,
+            allow_norm=section.allow_norm,
+        )
+    check_neighbours(config, len(train))
+    return data.notes_on_splits(train, test) if len(train.classes) else []
+
+
+def check_neighbours(config: Config, num_train: int) -> None:
+    """Do nothing where every k of `eval.knn_k` that will be measured has as many neighbours.
+
+    Raises:
+        ValueError: a k is larger than its bank.
+    """
+    section = config.eval
+    is_measured = config.method not in ("mask", "finetune") or section.final or section.frozen_baseline
+    if is_measured:
+        too_many = [k for k in section.knn_k if k > num_train]
+        if too_many:
+            raise ValueError(
+                f"eval.knn_k has {some([str(k) for k in too_many])}, and the bank is the {num_train} images "
+                f"of data.train: there are not so many neighbours. Leave it out, or take more images"
+            )
+    bank = min(section.monitor_samples, num_train)
+    if section.knn_every and config.method in ("mask", "finetune", "cascade") and section.knn_k[0] > bank:
+        raise ValueError(
+            f"eval.knn_k begins with {section.knn_k[0]}, which is measured while training, and that bank has "
+            f"{bank} images (eval.monitor_samples={section.monitor_samples}, data.train={num_train}). Put a "
+            f"smaller one first, or set eval.knn_every=0"
+        )
+
+
+def check_patches(backbone: Backbone, sizes: dict[str, int]) -> None:
+    """Do nothing where patches cover images of all these sizes.
+
+    Libraries cut off what is left at the right and the lower edge, without a word.
+
+    Args:
+        sizes: pixels, by the key that sets them.
+
+    Raises:
+        ValueError: a size is no multiple of the patch's.
+    """
+    patch = _patch_size(backbone.encoder)
+    for key, size in sizes.items():
+        if patch > 1 and size % patch:
+            near = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+            raise ValueError(
+                f"{key}={size} is not a multiple of {patch}, the patch size of {backbone.spec.name}: the "
+                f"last {size % patch} pixels of each side would never be seen. Set {key} to "
+                f"{' or '.join(map(str, near))}"
+            )
+
+
+def _patch_size(encoder: nn.Module) -> int:
+    """Return the side of the patches that a transformer cuts images into; 1 where it cuts into none."""
+    for module in encoder.modules():
+        size = getattr(module, "patch_size", None)
+        size = size[0] if isinstance(size, tuple | list) and size else size
+        is_covering = getattr(module, "dynamic_img_pad", False)  # images are filled up to whole patches
+        if (
+            isinstance(size, int)
+            and not is_covering
+            and any(isinstance(m, nn.Conv2d) for m in module.children())
+        ):
+            return size
+    return 1
 
 
 def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -26,8 +26,9 @@ from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoi
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path
 from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
-from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data
 
 
 def run_in(
@@ -54,7 +55,13 @@ def run_in(
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
     with open_run(config, directory, world, stop, parent=parent) as context:
-        return _run(config, context, found)
+        result = _run(config, context, found)
+        if parent is None:
+            context.writer.message(closing(directory, result))
+        else:  # a stage's numbers are shown by the run that it is a part of
+            for entry in result["verdict"]:
+                context.writer.message(f"VERDICT: {entry['text']}")
+        return result
 
 
 def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
@@ -75,12 +82,16 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
     train, test = open_data(config, require_labels=not trains or _needs_labels(config))
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
+    notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)
     evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     writer = context.writer
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=len(test))
     writer.message(_describe(config, backbone, train, test, context.world))
+    for note in notes if config.data.subset is None else ():  # a part need not have all classes
+        writer.event("note", text=note)
+        writer.message(f"note     {note}")
 
     result: dict[str, Any] = {
         "method": config.method,
@@ -102,7 +113,10 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
     else:
         measure_frozen()
         result["stored_bytes"] = 0  # beside the backbone; the probe is a head
-    if context.world.is_main:
+    # of the main rank, which has the metrics: the others' results say nothing of it
+    is_main = context.world.is_main
+    result["verdict"] = judge(config, result, context.directory, num_test=len(test)) if is_main else []
+    if is_main:
         write_json(context.directory / names.RESULT, result)
     context.world.barrier()  # nobody looks for a file that is not there yet
     writer.event("end", **result)

@@ -179,7 +179,7 @@ def train_both(paths: dict[str, str]) -> list[Any]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_training_from_the_file_is_bit_identical(world_size: int, files: dict[str, Path]) -> None:
     paths = {family: str(path) for family, path in files.items() if family != "swin"}
     for whole, in_file in run_distributed(train_both, world_size, paths, timeout=120)[-1]:

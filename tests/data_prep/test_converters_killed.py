@@ -60,15 +60,15 @@ def layout(name: str, root: Path) -> tuple[Any, list[str]]:
 @pytest.mark.parametrize(
     ("name", "splits_begun"),
     [
-        ("image folder", 1),
+        pytest.param("image folder", 1, marks=pytest.mark.slow),
         ("image folder", 2),
         ("CSV", 2),
         ("SUN397", 1),
-        ("SUN397", 2),
+        pytest.param("SUN397", 2, marks=pytest.mark.slow),
         ("iNaturalist 2017", 1),
-        ("iNaturalist 2017, archive", 2),
+        pytest.param("iNaturalist 2017, archive", 2, marks=pytest.mark.slow),
         ("iNaturalist 2021", 2),
-        ("iNaturalist 2021, archive", 1),
+        pytest.param("iNaturalist 2021, archive", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_conversion_goes_on_where_it_was(

@@ -235,7 +235,8 @@ def test_a_torchvision_label_below_0_is_none_and_one_above_is_named(
         classes = ("cat", "dog")
 
         def __init__(self, root: str, split: str) -> None:
-            self.labels = {"train": [0, -1, 1], "test": [1, 2], "odd": ["a"]}[split]
+            labels: dict[str, list[Any]] = {"train": [0, -1, 1], "test": [1, 2], "odd": ["a"]}
+            self.labels = labels[split]
 
         def __getitem__(self, index: int) -> tuple[Image.Image, int]:
             return Image.fromarray(np.full((8, 8, 3), 9 * index, np.uint8)), self.labels[index]

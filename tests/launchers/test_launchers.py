@@ -189,6 +189,7 @@ def test_the_snapshot_is_what_python_imports(tmp_path: Path) -> None:
     assert done.stdout.strip() == str(tmp_path / "code" / "selfmask_dist" / "config" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_named_and_its_status_passed_on(tmp_path: Path, tiny_data: dict[str, str]) -> None:
     config = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"head_lr": 1e30, "score_lr": 1e30})
     started = time.monotonic()

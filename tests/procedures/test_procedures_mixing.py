@@ -165,7 +165,9 @@ def as_pictures(pixels: Tensor) -> Tensor:
     ("build", "shape", "steps"),
     [
         (lambda seed: mlp(64, 128, 64, 10, seed=seed), as_rows, 150),
-        (lambda seed: resnet("resnet18", 10, (16, 32, 64, 128)), as_pictures, 200),
+        pytest.param(
+            lambda seed: resnet("resnet18", 10, (16, 32, 64, 128)), as_pictures, 200, marks=pytest.mark.slow
+        ),
     ],
     ids=["mlp", "resnet18"],
 )

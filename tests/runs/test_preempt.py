@@ -184,6 +184,7 @@ def test_a_hung_rank_is_noticed_dumped_and_started_again(tmp_path: Path, tiny_da
     assert result_of(run)["steps"] == 160
 
 
+@pytest.mark.slow
 def test_a_signal_while_evaluating_stops_all_ranks(tmp_path: Path, tiny_data: dict[str, str]) -> None:
     config = config_of(
         tmp_path, tiny_data, eval={"batch_size": 1, "frozen_baseline": True}, launch={"max_restarts": 0}

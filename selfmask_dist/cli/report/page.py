@@ -45,6 +45,7 @@ def build_page(runs: Sequence[Run]) -> str:
     )
     sections = [
         run_sections.runs_table(runs),
+        run_sections.verdicts(runs),
         result_sections.results(runs),
         result_sections.evaluations(runs),
         curve_sections.curves(runs),

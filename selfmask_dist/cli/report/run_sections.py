@@ -33,6 +33,17 @@ def runs_table(runs: Sequence[Run]) -> PageSection | None:
     return section("Runs", table(head, [_run_row(run) for run in runs]))
 
 
+def verdicts(runs: Sequence[Run]) -> PageSection | None:
+    """Return what speaks against the results of runs, in the words they ended with."""
+    lines: list[list[Text]] = []
+    for run in runs:
+        entries = run.result.get("verdict")
+        for entry in entries if isinstance(entries, list) else ():
+            name, text = (str(mapping(entry).get(key, NONE)) for key in ("name", "text"))
+            lines.append([named(run), name, Cell(text, "text")])
+    return section("Verdict", table(["run", "what", ""], lines)) if lines else None
+
+
 def _run_row(run: Run) -> list[Text]:
     objective = run.setting("objective", "name")
     return [
