@@ -14,7 +14,7 @@ from selfmask_dist.backbones.load import _measure_dim
 from selfmask_dist.backbones.weights import read_state_dict
 from selfmask_dist.config.backbone import BackboneConfig
 
-KWARGS = {"channels": [8, 8, 8, 16], "stem_width": 8}
+KWARGS: dict[str, Any] = {"channels": [8, 8, 8, 16], "stem_width": 8}
 
 
 def network(seed: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Masks on models that are wrapped, converted, masked already or copied: found, or refused with the cause."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def with_compiled_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-WRAPPED = {
+WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "as it is": lambda model: model,
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled blocks": with_compiled_blocks,

@@ -28,7 +28,7 @@ class Loop:
         self.masks: Masks = attach(self.model, include=preset, **options)
         self.head = nn.Linear(24, 3)
         trained = [*self.masks.parameters(), *(self.head.parameters() if head else ())]
-        self.optimizer = torch.optim.SGD(trained, lr=100.0)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, lr=100.0)
         if bind:
             self.masks.bind(self.optimizer)
 
@@ -83,7 +83,7 @@ def compute_without_gradient(loop: Loop) -> None:
     loop.net = torch.no_grad()(loop.model)
 
 
-SPOILED = {
+SPOILED: dict[Callable[[Loop], None], str] = {
     freeze: "requires_grad_?.*set to False after attach",
     freeze_by_peft: "set to False after attach",
     assign: r"other parameters in their place: after attach, it was loaded with load_state_dict\(assign=True",
@@ -216,13 +216,13 @@ def rewritten_by_hand(loop: Loop) -> None:
         with torch.no_grad():
             for scores in loop.masks.parameters():
                 assert scores.grad is not None
-                scores -= 100 * scores.grad
+                scores.sub_(100 * scores.grad)
                 scores.grad = None
         loop.masks.rewrite()
 
 
 def to_channels_last(loop: Loop) -> None:
-    loop.model.to(memory_format=torch.channels_last)
+    loop.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loop.step(3)
 
 
@@ -284,13 +284,13 @@ def test_a_forgotten_bind_is_an_error_at_the_next_backward_or_save(
 
 def test_an_optimizer_that_writes_through_data_is_noticed_too() -> None:
     class Old(torch.optim.Optimizer):
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             for group in self.param_groups:
                 for parameter in group["params"]:
                     parameter.data.add_(parameter.grad, alpha=-1.0)
 
     loop = Loop(bind=False)
-    loop.optimizer = Old(loop.masks.parameters(), {})  # type: ignore[assignment]
+    loop.optimizer = Old(loop.masks.parameters(), {})
     loop.step()
     with pytest.raises(ValueError, match="changed by Old, which is not bound"):
         loop.step()
@@ -299,7 +299,7 @@ def test_an_optimizer_that_writes_through_data_is_noticed_too() -> None:
 def test_an_optimizer_that_takes_the_place_of_the_bound_one(tmp_path: Path) -> None:
     loop = Loop()
     loop.step(2)
-    loop.optimizer = torch.optim.AdamW(loop.masks.parameters(), lr=1.0, weight_decay=0.0)  # type: ignore[assignment]
+    loop.optimizer = torch.optim.AdamW(loop.masks.parameters(), lr=1.0, weight_decay=0.0)
     loop.step()
     with pytest.raises(ValueError, match=r"by AdamW, which is not bound \(bound is another SGD\)"):
         loop.step()

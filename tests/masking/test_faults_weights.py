@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -169,11 +170,11 @@ class Holder(nn.Module):
         self.backbone = backbone
 
 
-WRAPPED = {
+WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "parallel": nn.DataParallel,
     "held": Holder,
-    "held and compiled": lambda model: Holder(torch.compile(model, backend="eager")),
+    "held and compiled": lambda model: Holder(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
 }
 
 
