@@ -347,7 +347,16 @@ def prototypes_of(run: Path) -> Tensor:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "bits", "deepspeed", "deepspeed engine.zero_stage=3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        "fsdp",
+        "bits",
+        "deepspeed",
+        pytest.param("deepspeed engine.zero_stage=3", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_without_labels_does_not_depend_on_ranks_or_engine(
     shards: Path,  # noqa: F811
     tmp_path: Path,

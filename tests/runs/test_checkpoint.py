@@ -265,8 +265,10 @@ def test_batch_norm_statistics_and_a_masked_head_are_part_of_the_state(
 @pytest.mark.parametrize(
     "starts",
     [
-        pytest.param(((4, "ddp"), (2, "ddp"), (1, "ddp"), (4, "ddp")), id="4-2-1-4"),
-        pytest.param(((2, "ddp"), (2, "fsdp"), (2, "bits"), (2, "ddp")), id="ddp-fsdp-bits-ddp"),
+        pytest.param(((4, "ddp"), (2, "ddp"), (1, "ddp"), (4, "ddp")), id="4-2-1-4", marks=pytest.mark.slow),
+        pytest.param(
+            ((2, "ddp"), (2, "fsdp"), (2, "bits"), (2, "ddp")), id="ddp-fsdp-bits-ddp", marks=pytest.mark.slow
+        ),
         pytest.param(((1, "bits"), (4, "fsdp"), (2, "bits"), (1, "ddp")), id="both"),
     ],
 )

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 
 from selfmask_dist.cli import main
-from selfmask_dist.cli.train import run
-from selfmask_dist.config import load_config
 from selfmask_dist.runs.exit_status import HUNG, REQUEUE
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.watchdog import Watchdog
@@ -106,41 +104,62 @@ def test_the_watchdog_dumps_and_ends_what_hangs_and_leaves_what_moves(tmp_path: 
 # ---- runs
 
 
-def _run_rank(config: Path) -> None:
-    run(load_config(config, ["run.name=calm"]))
+def _train_rank(config: Path, name: str, resume: bool, signalled: int | None = None) -> int:
+    """Train on this rank and return the exit status; rank `signalled` gets a signal after nine steps."""
+
+    def send() -> None:
+        wait_until(partial(stepped, config.parent / name, 9))
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    if os.environ["RANK"] == str(signalled):
+        threading.Thread(target=send).start()
+    overrides = [f"run.name={name}", f"run.resume={str(resume).lower()}"]
+    return main(["train", "--config", str(config), *overrides])
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, tiny_data: dict[str, str]) -> Path:
     """A run that nobody interrupts."""
     config = config_of(tmp_path_factory.mktemp("calm"), tiny_data, eval={"knn_every": 5, "knn_k": [5]})
-    run_distributed(_run_rank, 2, config, backend="", timeout=120)
+    assert run_distributed(_train_rank, 2, config, "calm", False, backend="", timeout=120) == [0, 0]
     return config.parent / "calm"
 
 
+def check_equal(run: Path, calm: Path, expected: list[str]) -> None:
+    """Hold a run against the calm one, and its stops and fresh starts against the expected ones."""
+    assert (run / "final.mask").read_bytes() == (calm / "final.mask").read_bytes()
+    assert losses_of(run) == losses_of(calm)  # none left out, none twice
+    events = events_of(run)
+    assert [e["event"] for e in events if e["event"] in ("preempted", "resume")] == expected
+    for before, event in itertools.pairwise(events):  # announced: saved at the very step
+        if event["event"] == "preempted":
+            assert before["event"] == "checkpoint"
+
+
+@pytest.mark.distributed
 def test_a_preempted_run_ends_as_if_nothing_had_been(
     calm: Path, tmp_path: Path, tiny_data: dict[str, str]
 ) -> None:
-    check_stormy_equals_calm(calm, tmp_path, tiny_data, [(1, signal.SIGUSR2)])
+    config = config_of(
+        tmp_path, tiny_data, eval={"knn_every": 5, "knn_k": [5]}, checkpoint={"every_steps": 7}
+    )
+    stopped = run_distributed(_train_rank, 2, config, "a", False, 1, backend="", timeout=120)
+    assert stopped == [REQUEUE, REQUEUE]
+    assert 9 <= len(steps_of(tmp_path / "a")) < 160
+    assert run_distributed(_train_rank, 2, config, "a", True, backend="", timeout=120) == [0, 0]
+    check_equal(tmp_path / "a", calm, ["preempted", "resume"])
 
 
 @pytest.mark.slow
 def test_preempted_and_killed_a_run_ends_as_if_nothing_had_been(
     calm: Path, tmp_path: Path, tiny_data: dict[str, str]
 ) -> None:
-    storms = [(1, signal.SIGUSR2), (0, signal.SIGTERM), (1, signal.SIGKILL)]
-    check_stormy_equals_calm(calm, tmp_path, tiny_data, storms)
-
-
-def check_stormy_equals_calm(
-    calm: Path, tmp_path: Path, tiny_data: dict[str, str], storms: list[tuple[int, signal.Signals]]
-) -> None:
-    """Send each signal to its rank after nine more steps; the run must leave what the calm one left."""
     config = config_of(
         tmp_path, tiny_data, eval={"knn_every": 5, "knn_k": [5]}, checkpoint={"every_steps": 7}
     )
     run = tmp_path / "stormy"
     command = submit_command(config, "run.name=stormy", "engine.workers=1")
+    storms = ((1, signal.SIGUSR2), (0, signal.SIGTERM), (1, signal.SIGKILL))
     with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as launcher:
         for number, (rank, signum) in enumerate(storms):
             wait_until(partial(started, run, number + 1))
@@ -150,17 +169,9 @@ def check_stormy_equals_calm(
         assert launcher.stderr is not None
         said = launcher.stderr.read()
     assert launcher.returncode == 0, said
-    assert f"restart {len(storms)}" in said
-    kills = sum(signum == signal.SIGKILL for _, signum in storms)
-    assert ("killed by SIGKILL" in said) == (kills > 0)
-    assert (run / "final.mask").read_bytes() == (calm / "final.mask").read_bytes()
-    assert losses_of(run) == losses_of(calm)  # none left out, none twice
-    events = events_of(run)
-    stops = [event["event"] for event in events if event["event"] in ("preempted", "resume")]
-    assert stops == ["preempted", "resume"] * (len(storms) - kills) + ["resume"] * kills
-    for before, event in itertools.pairwise(events):  # announced: saved at the very step
-        if event["event"] == "preempted":
-            assert before["event"] == "checkpoint"
+    assert "restart 3" in said
+    assert "killed by SIGKILL" in said
+    check_equal(run, calm, ["preempted", "resume", "preempted", "resume", "resume"])
     assert not processes_of(tmp_path)
 
 

@@ -30,20 +30,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Imported once in the server: these where the calling process has them too, and with them its modules of the
-# project. Each takes a rank 0.3 to 2 s.
-HEAVY = (
+# Imported once in the server, as each takes a rank 0.3 to 2 s: what nearly every run needs, though the project
+# imports it late, and libraries where the calling process has them.
+ALWAYS = (
     "torch",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torchvision",
     "timm",
+    "deepspeed",
+    "torch._inductor.compile_fx",  # deepspeed imports it when it starts
+)
+WHERE_LOADED = (
     "open_clip",
     "sklearn.cluster",
+    "sklearn.datasets",
+    "sklearn.linear_model",
+    "sklearn.manifold",
+    "sklearn.mixture",
     "matplotlib.pyplot",
     "pytest",
 )
-DEEPSPEED = ("deepspeed", "torch._inductor.compile_fx")  # only ranks import it, so the server always does
 ROOT = Path(__file__).resolve().parents[2]
 GRACE_S = 1.0  # after a rank failed, time for the others to say what they have to say
 
@@ -109,7 +116,8 @@ def _server() -> multiprocessing.context.ForkServerContext:
     """Return the context whose server process is running."""
     context = multiprocessing.get_context("forkserver")
     ours = [name for name in sys.modules if name.startswith("selfmask_dist.")]
-    context.set_forkserver_preload([*(name for name in HEAVY if name in sys.modules), *DEEPSPEED, *ours])
+    heavy = [name for name in WHERE_LOADED if name.partition(".")[0] in sys.modules]
+    context.set_forkserver_preload([*ALWAYS, *heavy, *ours])
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # the server must find this checkout, and not an installed one
