@@ -30,8 +30,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Imported once in the server, as each takes a rank 0.3 to 2 s: what nearly every run needs, though the project
-# imports it late, and libraries where the calling process has them.
+# Imported once in the server, as each takes a rank 0.3 to 2 s: what nearly every run needs, though the
+# project imports it late, and libraries where the calling process has them.
 ALWAYS = (
     "torch",
     "torch.distributed.fsdp",
