@@ -10,7 +10,6 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.text import age, positive, table
 from selfmask_dist.runs.status import COLUMNS, read_status, stages_of
-from selfmask_dist.runs.verdict import verdict_of
 
 _NUMBERS = ("step", "loss", "images/s", "restarts", "size")  # columns that are aligned to the right
 
@@ -39,6 +38,8 @@ def _status(options: argparse.Namespace) -> int:
     )
     if not runs:
         raise ValueError("there are no runs in ./runs; name their folders")
+    from selfmask_dist.runs.verdict import verdict_of  # imports the configuration's schema, slowly
+
     rows, complaints = [], []
     for run in runs:
         try:

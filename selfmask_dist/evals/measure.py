@@ -55,6 +55,18 @@ def measure_probe(bank: Embeddings, queries: Embeddings, *, seed: int, world: Wo
     return evals.linear_probe(bank, queries, seed=seed, ranks=world).accuracy
 
 
+def neighbours_to_measure(config: Config, num_train: int) -> tuple[int, ...]:
+    """Return the k of `eval.knn_k` to measure with a bank of `num_train` images.
+
+    Nobody has asked for the default: of it, what is larger than the bank is left out, which the start of a
+    run says. A k that was asked for stays, and is refused where there are not so many neighbours.
+    """
+    ks = tuple(config.eval.knn_k)
+    if ks != tuple(type(config.eval).model_fields["knn_k"].default):
+        return ks
+    return tuple(k for k in ks if k <= num_train) or ks
+
+
 class Evaluation:
     """Evaluates the encoder as it stands. Every method is a collective: every rank must call.
 
@@ -82,7 +94,7 @@ class Evaluation:
     def full(self, *, probe: bool) -> dict[str, float]:
         """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
         bank, queries = self._embed(self._train), self._embed(self._test)
-        values = self._knn(bank, queries, self._config.eval.knn_k)
+        values = self._knn(bank, queries, neighbours_to_measure(self._config, len(self._train)))
         if probe:
             values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
         return values

@@ -18,6 +18,7 @@ from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
+from selfmask_dist.evals.measure import neighbours_to_measure
 from selfmask_dist.masking.selection import select
 
 
@@ -97,20 +98,22 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             first_layers=section.first_layers,
             allow_norm=section.allow_norm,
         )
-    check_neighbours(config, len(train))
-    return data.notes_on_splits(train, test) if len(train.classes) else []
+    notes = check_neighbours(config, len(train))
+    return notes + (data.notes_on_splits(train, test) if len(train.classes) else [])
 
 
-def check_neighbours(config: Config, num_train: int) -> None:
-    """Do nothing where every k of `eval.knn_k` that will be measured has as many neighbours.
+def check_neighbours(config: Config, num_train: int) -> list[str]:
+    """Return what to say about the k of `eval.knn_k` that are left out; see `neighbours_to_measure`.
 
     Raises:
         ValueError: a k is larger than its bank.
     """
     section = config.eval
+    measured: tuple[int, ...] = ()
     is_measured = config.method not in ("mask", "finetune") or section.final or section.frozen_baseline
     if is_measured:
-        too_many = [k for k in section.knn_k if k > num_train]
+        measured = neighbours_to_measure(config, num_train)
+        too_many = [k for k in measured if k > num_train]
         if too_many:
             raise ValueError(
                 f"eval.knn_k has {some([str(k) for k in too_many])}, and the bank is the {num_train} images "
@@ -123,6 +126,11 @@ def check_neighbours(config: Config, num_train: int) -> None:
             f"{bank} images (eval.monitor_samples={section.monitor_samples}, data.train={num_train}). Put a "
             f"smaller one first, or set eval.knn_every=0"
         )
+    left_out = [str(k) for k in section.knn_k if is_measured and k not in measured]
+    return [
+        f"k-NN with k={k}, a default of eval.knn_k, is left out: data.train has {num_train} images"
+        for k in left_out
+    ]
 
 
 def check_patches(backbone: Backbone, sizes: dict[str, int]) -> None:

@@ -437,8 +437,8 @@ def test_a_browser_shows_tables_curves_and_pictures(
     pixels = chromium.screenshot(out, height=7000)
     for colour in ("#2563a8", "#c2571a", "#2e7d4f"):  # the curves of plain, other and the dispatcher
         assert chromium.count_near(pixels, colour) > 300, colour
-    # viridis' dark end, which only the embedded picture of the cascade has
-    assert chromium.count_near(pixels, "#440154", 12) > 300
+    # viridis' bright end, which only the embedded picture of the cascade has
+    assert chromium.count_near(pixels, "#fde725", 12) > 300
     assert (pixels[-1] == 255).all(), "the page is longer than its picture, or not white where it ends"
     dark = chromium.screenshot(out, height=1200, dark=True)
     assert chromium.count_near(dark, "#15191d", 2) > 0.7 * dark[..., 0].size

@@ -9,6 +9,7 @@ from launchers import preflight as checks
 from launchers.preflight import preflight
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
+from selfmask_dist.evals.measure import neighbours_to_measure
 from selfmask_dist.runs.folder import check_start
 from selfmask_dist.training.build import check_neighbours
 from tests.support.tiny_run import events_of, submit, write_config, write_tiny_data
@@ -82,6 +83,18 @@ def test_a_run_that_has_trained_is_never_forgotten(tmp_path: Path, data: dict[st
     assert main([*keys]) == 2
     assert (tmp_path / "a" / "config.yaml").exists()
     assert (tmp_path / "a" / "checkpoints" / "latest").exists()
+
+
+def test_of_the_default_neighbours_those_that_do_not_fit_are_left_out_and_said() -> None:
+    default = load_config(None, [])
+    assert neighbours_to_measure(default, 150) == (20,)
+    (note,) = check_neighbours(default, 150)
+    assert note == "k-NN with k=200, a default of eval.knn_k, is left out: data.train has 150 images"
+    assert check_neighbours(default, 200) == []
+    asked = load_config(None, ["eval.knn_k=[10,200]"])
+    assert neighbours_to_measure(asked, 150) == (10, 200)
+    with pytest.raises(ValueError, match=r"eval\.knn_k has 200"):
+        check_neighbours(asked, 150)
 
 
 def test_fewer_images_than_neighbours_are_fine_where_nothing_is_measured() -> None:
