@@ -66,7 +66,8 @@ def _git(*arguments: str) -> str:
 def _script(root: Path, name: str) -> Path:
     """The script whose result is called `name`."""
     for path in sorted((root / "benchmarks").rglob("*.py")):
-        if re.search(rf'Benchmark\("{name}"', path.read_text()):
+        # harness.py shows the call in its docstring
+        if path.name != "harness.py" and re.search(rf'Benchmark\("{name}"', path.read_text()):
             return path
     raise ValueError(f"no benchmark under {root} has a result called {name}")
 
