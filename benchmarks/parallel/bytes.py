@@ -193,9 +193,9 @@ def check_memory(bench: Benchmark, worlds: tuple[int, ...]) -> None:
 def check_score_step(
     bench: Benchmark, label: str, keys: dict[str, Any], plain: dict[str, dict[str, Any]]
 ) -> None:
-    """What optim.score_step=rms sends beyond a plain step: three numbers a tensor, in no call of their own."""
+    """What optim.score_step=rms sends beyond a plain step: three numbers a tensor, and no call."""
     for name, before in plain.items():
-        rms = run_distributed(count, 2, name, False, {**keys, "score_step": "rms"})[0]
+        rms = run_distributed(count, 2, name, False, {**keys, "score_step": "rms"}, timeout=120)[0]
         calls = sum(rms["calls"].values()) - sum(before["calls"].values())
         more = sum(rms["sent"].values()) - sum(before["sent"].values())
         bench.figure(f"{label}_{name}_rms_more_calls", calls, max=0)

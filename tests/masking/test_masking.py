@@ -230,6 +230,8 @@ def test_under_rms_the_size_of_a_tensors_weights_drops_out() -> None:
     assert torch.equal(of_linear("rms", scale="none", gains=(1, 1)), base)
     assert not torch.equal(of_linear("rms", scale="detached", gains=(8, 1)), base)
     assert not torch.equal(of_linear("rms", scale="detached", gains=(1, 1), whole=False), base)
+    plain = of_linear("plain", scale="none", gains=(1, 1))
+    assert torch.equal(of_linear("plain", scale="none", gains=(1, 1), whole=False), plain)
     plain = of_linear("plain", scale="detached", gains=(1, 1))
     assert not torch.equal(of_linear("plain", scale="detached", gains=(8, 8)), plain)
 
