@@ -81,7 +81,7 @@ class ShardedBank:
             found = torch.cat([self.neighbours[places].double(), self.shares[places].double()], dim=1)
             table = found * is_own[:, None]
         table = self.context.all_reduce(table)
-        shares = table[:, width:].float()
+        shares = table[:, width:].to(self.shares.dtype)
         others = table[:, :width].round().long()
         return (
             torch.cat([ids[:, None], others], dim=1),

@@ -38,7 +38,7 @@ from selfmask_dist.config.objectives import NbdConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.bank import AdamW, ShardedBank, draw_candidates, flat_sum
 from selfmask_dist.objectives.base import Context, Objective
-from selfmask_dist.objectives.parts import Watch, encode_views
+from selfmask_dist.objectives.parts import Watch, at_least_float32, encode_views
 
 _ROWS = "bank"  # the bank's rows, beside the head's two tensors
 
@@ -128,7 +128,9 @@ class Nbd(Objective):
                 others in the bank of all ranks.
         """
         device = targets.device
-        self.weight, self.bias = whitening.projection, -(whitening.mean @ whitening.projection)
+        # laid out in memory as after a resume, or products would round differently
+        self.weight = whitening.projection.contiguous()
+        self.bias = -(whitening.mean @ whitening.projection)
         bank = self.bank
         bank.rows = F.normalize(targets @ self.weight + self.bias, dim=1) * present[:, None]
         bank.present = present
@@ -152,14 +154,14 @@ class Nbd(Objective):
         device = self.weight.device
         for step in range(len(drawn)):
             ids, view = drawn[step].to(device), which[step].to(device) % views.features.shape[1]
-            features = torch.zeros(len(ids), self.weight.shape[0], device=device)
+            features = self.weight.new_zeros(len(ids), self.weight.shape[0])
             is_own = ids % size == rank
             places = torch.searchsorted(views.pictures, ids[is_own])
             features[is_own] = views.features[places, view[is_own]]
             features = context.all_reduce(features)
             # as many on every rank; rows that repeat others do not count
             own = torch.arange(rank, -(-len(ids) // size) * size, size, device=device)
-            counts, own = (own < len(ids)).float(), own % len(ids)
+            counts, own = (own < len(ids)).to(features), own % len(ids)
             with torch.enable_grad():
                 loss, _ = self._loss(features[own, None], ids[own], counts, len(ids))
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -177,8 +179,8 @@ class Nbd(Objective):
         rows, num_views = len(batch.weights), len(batch.views)
         features = encode_views(encoder, batch.views)
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float().view(num_views, rows, -1).transpose(0, 1)
-            return self._loss(features, batch.ids, batch.weights.float(), batch.global_count)
+            features = at_least_float32(features).view(num_views, rows, -1).transpose(0, 1)
+            return self._loss(features, batch.ids, batch.weights, batch.global_count)
 
     def _loss(
         self, features: Tensor, ids: Tensor, weights: Tensor, global_count: int
@@ -189,8 +191,8 @@ class Nbd(Objective):
             tensor.requires_grad_(True)
         own = F.normalize(features @ self.weight + self.bias, dim=2)
         embeddings = context.gather(own)
-        everyone = context.gather(torch.stack([ids.double(), weights.double()], dim=1))
-        all_ids, counts = everyone[:, 0].round().long(), everyone[:, 1]
+        everyone = context.gather(torch.stack([ids.double(), weights.double()], dim=1))  # ids are exact in it
+        all_ids, counts = everyone[:, 0].round().long(), everyone[:, 1].to(features.dtype)
         with torch.no_grad():
             targets, shares = self.bank.targets_of(all_ids)
         sums = self.bank.sums(
@@ -199,12 +201,12 @@ class Nbd(Objective):
         mass, positive = context.all_reduce_with_gradient(sums)
         losses = (mass.log() + 1 / temperature - positive).mean(1)[context.own_columns(len(ids), ids.device)]
         share = weights.double() / global_count
-        loss = (losses * share).sum().float()
+        loss = torch.where(share > 0, losses * share, 0).sum().to(features.dtype)
         with torch.no_grad():
             mean = F.normalize(embeddings.mean(1), dim=1)
             self._batches.append((all_ids, mean, counts))
             length = (mean * counts[:, None]).sum(0).norm() / counts.sum().clamp(min=1)
-        return loss, {"loss": loss.detach(), "concentration": (length * share.sum()).float()}
+        return loss, {"loss": loss.detach(), "concentration": length * share.sum().to(features.dtype)}
 
     def _candidates(self) -> Tensor | None:
         """Return the pictures of a sampled softmax, the same on every rank; None for all of them."""
