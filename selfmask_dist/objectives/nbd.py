@@ -164,7 +164,7 @@ class Nbd(Objective):
             counts, own = (own < len(ids)).to(features), own % len(ids)
             with torch.enable_grad():
                 loss, _ = self._loss(features[own, None], ids[own], counts, len(ids))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             self._batches = []
             self._update(section.warmup_rate, section.weight_decay)
         self.loss_factor = factor

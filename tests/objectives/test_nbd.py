@@ -117,6 +117,7 @@ def test_steps_are_those_of_the_plain_formula(views: int) -> None:
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
         assert metrics["loss"].item() == loss.item()
         assert encoder.weight.grad is not None
+        assert at.grad is not None
         assert torch.allclose(encoder.weight.grad / 7, at.grad, rtol=1e-9, atol=1e-12)
         for name, tensor in trained(objective).items():
             assert torch.allclose(tensor, leaves[name], rtol=1e-9, atol=1e-11), (step, name)

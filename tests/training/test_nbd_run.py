@@ -149,8 +149,8 @@ def test_two_processes_see_the_same_bank_and_one_goes_on_from_it(
 def test_a_broken_picture_is_left_out_of_the_bank_and_listed(tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path / "data", train=24, test=6)
     spoil(next(Path(data["train"]).glob("*.tar")))
-    path = write_config(tmp_path / "tiny.yaml", {**data, "max_broken": 0.2}, eval={"final": False})
-    train(path, [*KEEP, *SMALL, "run.name=a", "train.global_batch_size=8"])
+    path = write_config(tmp_path / "tiny.yaml", data, eval={"final": False})
+    train(path, [*KEEP, *SMALL, "run.name=a", "train.global_batch_size=8", "data.max_broken=0.2"])
     listed = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
     (broken,) = {entry["id"] for entry in listed}
     state = last_state(tmp_path / "a")
