@@ -15,7 +15,7 @@ from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
 from selfmask_dist.maskfile.precision import other_precision, rounded_fingerprints, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
-from selfmask_dist.masking.checks import describe_left_over
+from selfmask_dist.masking.marks import describe_left_over
 
 
 def from_masks(masks: AttachedMasks, *, with_rounded: bool = False) -> Mask:

@@ -5,11 +5,12 @@ parameters get one, and `attach` puts all of it on a model. `pieces` is what a p
 where an engine shards.
 """
 
-from selfmask_dist.masking.attach import AttachedMasks, attach, detach
+from selfmask_dist.masking.attach import AttachedMasks, attach
 from selfmask_dist.masking.checks import ForgottenBindWarning, MaskWarning, PartlyMaskedWarning
 from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
 from selfmask_dist.masking.families import Family, FamilyOptions
 from selfmask_dist.masking.families import build as build_family
+from selfmask_dist.masking.marks import detach
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.pieces import Segment, SegmentedParameter, Shards
 from selfmask_dist.masking.reading import MaskStatistics, measure

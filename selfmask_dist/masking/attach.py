@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.common.tensor_names import plain_names, renamed
+from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.guard import Guard
@@ -151,17 +151,26 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     # ---- training
 
-    def bind(self, optimizer: Optimizer) -> None:
+    def bind(self, optimizer: Optimizer, *, score_step: core.ScoreStep = "plain") -> None:
         """Make `optimizer.step()` rewrite theta after it, and `zero_grad()` clear theta's gradient too.
 
+        Args:
+            score_step: `rms` normalises scores' gradients before each step (with `auto=False` in each
+                `pull_back`), so that a learning rate means the same for every tensor; see `core`.
+
         Raises:
-            ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
+            ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores;
+                `rms` with an optimizer that sizes its steps itself, or with nothing to normalise.
         """
         checks.check_optimizer(optimizer, self.entries, self.family)
+        checks.check_score_step(score_step, optimizer, self.family)
         if self._guard is not None:
             if self._guard.is_bound(optimizer):
                 return
             self._guard.bind(optimizer)
+        self._passes.score_step = "plain" if self._guard is not None else score_step
+        if score_step == "rms" and self._guard is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
         self._hooks.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
         zero_grad = optimizer.zero_grad
 
@@ -196,6 +205,19 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         A tensor, 1-D. For masks that are sharded.
         """
         return self._passes.back_sums(self.entries)
+
+    @torch.no_grad()
+    def normalise_gradients(self) -> None:
+        """Divide each scores tensor's gradient by its root mean square, in place. Collective under `shards`.
+
+        `bind(score_step="rms")` does it. By hand: after a step's last backward (and a scaler's `unscale_`).
+        """
+        self._passes.normalise(self.entries)
+
+    @property
+    def has_sums(self) -> bool:
+        """Return whether `pull_back` needs `back_sums` summed over processes."""
+        return self.is_trained and self._passes.has_sums
 
     @property
     def is_trained(self) -> bool:
@@ -282,25 +304,13 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             ValueError: names or shapes differ from the masked parameters', or the scores are for other
                 weights than those under these masks.
         """
+        given = {key: value for key, value in state.items() if key not in (STEP, FINGERPRINT)}
         shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
-        given, own = dict(state), [entry.name for entry in self.entries]
-        new_names = renamed([key for key in state if ":" not in key], own)
-        parts = {key: key.partition(":") for key in state if key not in (STEP, FINGERPRINT)}
-        state = {f"{new_names.get(n, n)}{colon}{part}": given[key] for key, (n, colon, part) in parts.items()}
-        checks.check_same_names(set(state), set(shapes), "scores")
-        for key, shape in shapes.items():
-            if state[key].shape != shape:
-                raise ValueError(
-                    f"scores of {key} have shape {tuple(state[key].shape)}, the parameter has {tuple(shape)}"
-                )
-        self.check_weights(given)
+        tensors = checks.own_state(given, [entry.name for entry in self.entries], shapes)
+        self.check_weights(state)
         for entry in self.entries:
-            entry.fill(state[entry.name])
-            if f"{entry.name}:weight" in shapes:
-                entry.fill(state[f"{entry.name}:weight"], of=entry.weight)
-            if entry.numbers is not None:
-                entry.numbers.copy_(state[f"{entry.name}:numbers"])
-        self.step = int(given.get(STEP, self.step))
+            entry.load(tensors)
+        self.step = int(state.get(STEP, self.step))
         self.rewrite()
 
     # ---- ending
@@ -324,10 +334,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for hook in self._hooks:
             hook.remove()
         for entry in self.entries:
-            if restore:
-                entry.piece(entry.theta.detach()).copy_(entry.piece(entry.first_weight))
-            entry.theta.grad = None
-            entry.theta.requires_grad_(False)
+            entry.release(restore=restore)
             marks.take_off(self._model, entry.name, self)
         marks.give_buffers_back(self._model, self, restore=restore)
 
@@ -346,6 +353,11 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     def _second_callback(self) -> None:
         self._is_pull_queued = False
         self.pull_back()
+
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        checks.check_no_closure(optimizer, (*arguments, *keywords.values()))
+        if self._attached:
+            self.normalise_gradients()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -366,29 +378,6 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
 
 attach = AttachedMasks.attach
-
-
-def detach(model: nn.Module, *, restore: bool = True) -> None:
-    """Take every mask off a model, also those whose handle is lost; see `AttachedMasks.detach`.
-
-    Args:
-        restore: False leaves theta in place, as plain weights: also in a copy of a masked model, and where a
-            mask file was applied.
-
-    Raises:
-        ValueError: the model carries no masks, or it is theta and its pretrained weights are not at hand.
-    """
-    found = list(dict.fromkeys(mark.masks for mark in marks.attached(model).values()))
-    left_over = marks.left_over(model)
-    if restore and left_over:
-        raise ValueError(checks.describe_left_over(left_over))
-    if any(hasattr(parameter, checks.MARK) for parameter in model.parameters()):
-        raise ValueError("the masks on this model are parametrised (engine.name=deepspeed) and stay on it")
-    if not found and not left_over:
-        raise ValueError("this model carries no masks")
-    for masks in reversed(found):
-        masks.detach(restore=restore)
-    marks.clear(model)
 
 
 def _at_end_of_backward(callback: Any) -> None:

@@ -5,7 +5,7 @@ Knows nothing of files, process groups or optimizers.
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.parameter import MaskedParameter
 
-MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
 _HALVES = ("float16", "bfloat16")
 
 
@@ -209,6 +208,72 @@ def check_optimizer(optimizer: Optimizer, entries: Sequence[MaskedParameter], fa
             )
 
 
+def check_score_step(score_step: core.ScoreStep, optimizer: Optimizer, family: Family) -> None:
+    """Check that a score step can be made by an optimizer, for masks of a family.
+
+    Raises:
+        ValueError: the name is unknown, the optimizer sizes its steps itself, or no scores are trained.
+    """
+    if score_step not in get_args(core.ScoreStep):
+        raise ValueError(f"score_step {score_step!r} is not one of {', '.join(get_args(core.ScoreStep))}")
+    if score_step == "plain":
+        return
+    if "betas" in optimizer.defaults:
+        raise ValueError(
+            f"score_step='rms' gives each tensor's step one size, and {type(optimizer).__name__} gives each "
+            f"element's a size of its own; take torch.optim.SGD, or score_step='plain'"
+        )
+    if family.starts_from_weight or not (family.trains_scores or has_numbers(family)):
+        raise ValueError(
+            f"score_step='rms' is for scores, and the family {family.name} trains none; take "
+            f"score_step='plain'"
+        )
+
+
+def check_no_closure(optimizer: Optimizer, arguments: Sequence[Any]) -> None:
+    """Check that `optimizer.step` was called without a closure.
+
+    Raises:
+        ValueError: it was; its backward would come after the gradients were normalised.
+    """
+    # torch hands a hook the optimizer itself among the arguments
+    if any(argument is not None and argument is not optimizer for argument in arguments):
+        raise ValueError(
+            "score_step='rms' normalises gradients before optimizer.step(closure) calls the closure, which "
+            "computes new ones; call backward first and step() without a closure, or bind with "
+            "score_step='plain' and call masks.normalise_gradients() at the end of the closure"
+        )
+
+
+def has_numbers(family: Family) -> bool:
+    """Return whether a family trains small numbers beside the scores or in their place."""
+    return type(family).first_numbers is not Family.first_numbers
+
+
+def own_state(
+    state: Mapping[str, Tensor], names: Sequence[str], shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Return a state's tensors by the names that the masked parameters have now.
+
+    Args:
+        names: of the masked parameters.
+        shapes: of all tensors that belong to them, by key.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    new_names = renamed([key for key in state if ":" not in key], names)
+    parts = {key: key.partition(":") for key in state}
+    own = {f"{new_names.get(n, n)}{colon}{part}": state[key] for key, (n, colon, part) in parts.items()}
+    check_same_names(set(own), set(shapes), "scores")
+    for key, shape in shapes.items():
+        if own[key].shape != shape:
+            raise ValueError(
+                f"scores of {key} have shape {tuple(own[key].shape)}, the parameter has {tuple(shape)}"
+            )
+    return own
+
+
 def check_free(model: nn.Module, names: Sequence[str]) -> None:
     """Check that the parameters `names` are frozen weights, and not theta of other masks.
 
@@ -218,23 +283,13 @@ def check_free(model: nn.Module, names: Sequence[str]) -> None:
     thetas = {id(mark.entry.theta) for mark in marks.attached(model).values()}
     parameters = dict(model.named_parameters())
     for name in names:
-        if id(parameters[name]) in thetas or hasattr(parameters[name], MARK):
+        if id(parameters[name]) in thetas or hasattr(parameters[name], marks.MARK):
             raise ValueError(
                 f"{name} carries a mask already; call detach() on the earlier masks first, or, where they "
                 f"are lost, selfmask_dist.detach(model)"
             )
     if found := marks.left_over(model):
-        raise ValueError(describe_left_over(found))
-
-
-def describe_left_over(found: Mapping[str, str]) -> str:
-    """Return a sentence on a model whose weights are theta, without its masks."""
-    name, what = next(iter(found.items()))
-    return (
-        f"{len(found)} parameters of this model ({name}, ...) are not the pretrained weights: they are "
-        f"{what}. Load the pretrained weights into it, or, where theta is to count as plain weights, call "
-        f"selfmask_dist.detach(model, restore=False)"
-    )
+        raise ValueError(marks.describe_left_over(found))
 
 
 # ---- layers that derive their weight

@@ -179,6 +179,7 @@ def _build(
         config=config.engine,
         accumulate=config.train.accumulate,
         clip_norm=config.optim.clip_norm,
+        score_step=config.optim.score_step,
     )
     return objective, engine
 
