@@ -1,16 +1,16 @@
-"""Adapting without labels on real photographs: frozen against masks, and against other adapters and objectives.
+"""Adapting without labels on real photographs: frozen against masks, other adapters and other objectives.
 
-Every cell is one data set, one backbone and one size of pictures. Each method trains on the training part with
-the one default of `objective.name=nbd` (or the one setting that stands here for the others), for as many steps
-as any other, and is measured as the frozen backbone is: k-NN (k = 20, T = .07), k-NN of whitened embeddings, a
-linear probe, and instance retrieval, which needs no labels and decides whether the mask is to be used. Errors
-are the standard errors of differences to the frozen backbone, paired over the test pictures.
+Every cell is one data set, one backbone and one size of pictures. Each method trains on the training part
+with the one default of `objective.name=nbd` (or the one setting that stands here for the others), for as many
+steps as any other, and is measured as the frozen backbone is: k-NN (k = 20, T = .07), k-NN of whitened
+embeddings, a linear probe, and instance retrieval, which needs no labels and decides whether the mask is to
+be used. Errors are standard errors of differences to the frozen backbone, paired over the test pictures.
 
 A row that is in the result file already is not run again, so the whole grid can be made in pieces:
 
-    python benchmarks/evidence/labelfree.py --json                    what is missing of the grid, hours
-    python benchmarks/evidence/labelfree.py --sets grocery --models vit --pixels 64 --seeds 0 --methods nbd --json
-    python benchmarks/evidence/labelfree.py --split val ... key=value       settings; never on the test part
+    python benchmarks/evidence/labelfree.py --json               what is missing of the grid: hours
+    python benchmarks/evidence/labelfree.py --sets grocery --models vit --pixels 64 --seeds 0 --methods nbd
+    python benchmarks/evidence/labelfree.py --split val ... key=value       to try settings
 """
 
 import itertools
@@ -102,7 +102,7 @@ Row = dict[str, Any]
 
 
 def held_out(data: Path, dataset: str, folder: Path, split: str) -> list[str]:
-    """The parts to train and measure on; where a set has no validation part, a fifth of the training pictures."""
+    """The parts to train and measure on; a fifth of the training part where there is none for validation."""
     train = data / dataset / "train.tar"
     if split == "test" or (data / dataset / "val.tar").exists():
         return [f"data.train={train}", f"data.test={data / dataset / f'{split}.tar'}"]
