@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from selfmask_dist.config.fields import Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Rates, Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):
@@ -43,6 +43,13 @@ class OptimConfig(Section):
         "ResNets, 10 for CLIP ViT-B/32.",
         unit="score per unit of gradient",
         gt=0,
+    )
+    score_lr_choices: Rates | None = science(
+        None,
+        "Learning rates of the scores to choose from, in place of score_lr: each is tried for a tenth of the "
+        "training from the same start, and the run begins with the one of the highest instance retrieval; "
+        "where the middle one ties with it, with that. For objectives without labels. null: score_lr.",
+        unit="score per unit of gradient",
     )
     weight_lr: float = science(
         0.01,
