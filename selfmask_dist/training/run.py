@@ -34,7 +34,13 @@ from selfmask_dist.training.retrieval.score_lr import describe_choice, with_chos
 
 
 def run_in(
-    config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    *,
+    is_restart: bool,
+    parent: Path | None = None,
+    is_trial: bool = False,
 ) -> dict[str, Any]:
     """Run a configuration to its end within a world that is there, and return what `result.json` holds.
 
@@ -43,6 +49,7 @@ def run_in(
     Args:
         is_restart: go on in the run's folder where there is one.
         parent: the folder of the run that this one is a stage of.
+        is_trial: whether it only tries a setting, so that what speaks against its result is not said.
     """
     directory = run_path(config)
     if world.is_main:
@@ -52,7 +59,9 @@ def run_in(
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     config, choice = with_chosen_score_lr(
-        config, world, train_fn=lambda trial: run_in(trial, world, stop, is_restart=True, parent=directory)
+        config,
+        world,
+        train_fn=lambda trial: run_in(trial, world, stop, is_restart=True, parent=directory, is_trial=True),
     )
     found = find_checkpoint(directory, world)
     if found is None and config.procedure.start_from is not None:
@@ -63,7 +72,7 @@ def run_in(
         result = _run(config, context, found, choice)
         if parent is None:
             context.writer.message(closing(directory, result))
-        else:  # a stage's numbers are shown by the run that it is a part of
+        elif not is_trial:  # a stage's numbers are shown by the run that it is a part of
             for entry in result["verdict"]:
                 context.writer.message(f"VERDICT: {entry['text']}")
         return result
@@ -86,8 +95,7 @@ def _run(
     config: Config, context: RunContext, found: Checkpoint | None, choice: dict[str, Any]
 ) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
-    needs_labels = not trains or config.objective.name == "supervised"
-    train, test = open_data(config) if needs_labels else open_what_there_is(config)
+    train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
