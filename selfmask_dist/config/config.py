@@ -57,6 +57,11 @@ class Config(AllSections):
             raise loading.ConflictError(found)
         return self
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the run is nothing without labels and a test split; one that trains without them is not."""
+        return self.method not in ("mask", "finetune") or self.objective.name == "supervised"
+
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a run: defaults, then the YAML file, then `key=value` overrides.

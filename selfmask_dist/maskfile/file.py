@@ -42,6 +42,7 @@ def write_mask_file(
         "backbone": {"name": file.backbone, "fingerprint": file.backbone_fingerprint},
         "preprocessing": file.preprocessing,
         "metrics": file.metrics,
+        **({"verdict": file.verdict} if file.verdict else {}),
         "masks": {
             name: _describe_mask(mask, sections, file.masks, codec_name, weights)
             for name, mask in file.masks.items()
@@ -89,6 +90,7 @@ def read_mask_file(
             backbone_fingerprint=header["backbone"]["fingerprint"],
             preprocessing=header["preprocessing"],
             metrics=header["metrics"],
+            verdict=str(header.get("verdict", "")),
         )
     except _MISTAKES as error:
         raise _refusal(path, error) from error

@@ -16,6 +16,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.text import NONE, accuracy, count, number, size
 from selfmask_dist.config import Config
 from selfmask_dist.config.masks import FIXED_FAMILIES, LATENT_FAMILIES, MASK_FAMILIES, RANKING_FAMILIES
+from selfmask_dist.runs.decision import decision_text, mark_of
 
 Verdict = list[dict[str, str]]
 
@@ -44,6 +45,8 @@ def judge(config: Config, result: Mapping[str, Any], folder: Path, *, num_test: 
     frozen, adapted = result.get("frozen"), result.get("adapted")
     if isinstance(frozen, Mapping) and isinstance(adapted, Mapping):
         found += below_frozen(frozen, adapted, num_test=num_test, keys=_rate_keys(config))
+    if mark := mark_of(result.get("retrieval")):
+        found.append({"name": "keep the frozen backbone", "text": mark})
     if config.method == "mask" and isinstance(result.get("mask"), Mapping):
         found += _extremes(config, result["mask"])
     return found + _losses(config, losses_of(folder))
@@ -160,6 +163,8 @@ def losses_of(folder: Path) -> list[float]:
 
 def measure_title(name: str) -> str:
     """Return a measure in words, `k-NN 20` of knn20."""
+    if name == "instance_retrieval":
+        return "instance retrieval"
     return f"k-NN {name.removeprefix('knn')}" if name.startswith("knn") else name
 
 
@@ -186,6 +191,8 @@ def closing(folder: Path, result: Mapping[str, Any] | None = None) -> str:
     result = _result(folder) if result is None else result
     parts = [text for text in (_numbers(result), _stored(folder, result)) if text]
     lines = ["; ".join([*parts, f"next: selfmask report {folder}"])]
+    if (decision := decision_text(result.get("retrieval"))) and not mark_of(result.get("retrieval")):
+        lines.append(f"DECISION: {decision}")  # one against the mask is a verdict
     entries = result.get("verdict")
     lines += [f"VERDICT: {entry['text']}" for entry in entries] if isinstance(entries, list) else []
     return "\n".join(lines)

@@ -237,9 +237,9 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("optim.lrr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("lr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("train.score_lr", "optim.score_lr"),  # the right name in the wrong section
+        ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        ("train.score_lr", "optim.score_lr or optim.score_lr_choices"),  # the right name in the wrong section
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),
@@ -296,7 +296,7 @@ def test_dotted_keys_in_a_file_and_keys_below_values_are_explained(write) -> Non
         ("backbone:\n  kwargs: 3", "2: backbone.kwargs: got 3; expected mapping of plain values"),
         (
             "seed: 1\ntrain: 3",
-            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, accumulate",
+            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, keep, accumulate",
         ),
     ],
 )
