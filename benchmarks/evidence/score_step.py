@@ -9,6 +9,8 @@ fourth training picture, 600 of them at most. Test pictures are not read.
     loss        what is lost where the one rate that serves all best is used in place of each architecture's
                 own, and the same for each pair of architecture and set
     spread      standard deviation over the rates of the grid: how much it matters which one is taken
+    neighbour   what is lost by a rate three times smaller or larger than the best, which does not depend on
+                where a grid begins and ends
 
 A loop of one's own with `attach` and `bind(score_step=...)`. Finished runs are kept in a file (`--runs`), so
 that an interrupted grid goes on where it was. A run is 15 to 20 seconds of one core.
@@ -18,6 +20,7 @@ that an interrupted grid goes on where it was. A run is 15 to 20 seconds of one 
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -44,7 +47,7 @@ from selfmask_dist import attach
 from selfmask_dist.evals.knn import knn_vote
 
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-GRID = {"rms": (0.001, 0.003, 0.01, 0.03), "plain": (1.0, 3.0, 10.0, 30.0, 50.0)}
+GRID = {"rms": (0.001, 0.003, 0.01, 0.03), "plain": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 50.0)}
 HALF, IMAGENET = ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 WEIGHTS = {
     "vit_tiny": "vit_tiny_patch16_224.in1k.fp16.safetensors",
@@ -283,6 +286,8 @@ def summarise(scores: Scores) -> dict[str, Any]:
     common = max(rates, key=lambda rate: statistics.fmean(means[a][rate] for a in architectures))
     of_cells = {cell: {rate: mean(rate, cell) for rate in rates} for cell in cells}
     lost = {f"{a}, {d}": max(row.values()) - row[common] for (a, d), row in of_cells.items()}
+    neighbours = [_loss_of_neighbours(list(row.values())) for row in of_cells.values()]
+    neighbour, neighbour_error = mean_and_error(itertools.chain(*neighbours))
     spread, spread_error = mean_and_error(statistics.pstdev(row.values()) for row in scores.values())
     worst, worst_error = mean_and_error(max(row.values()) - min(row.values()) for row in scores.values())
     return {
@@ -293,11 +298,19 @@ def summarise(scores: Scores) -> dict[str, Any]:
         "loss_of_one_rate": {a: means[a][best[a]] - means[a][common] for a in architectures},
         "loss_of_one_rate_by_set": lost,
         "largest_loss_of_one_rate": max(lost.values()),
+        "neighbour_loss": neighbour,
+        "neighbour_loss_error": neighbour_error,
         "spread": spread,
         "spread_error": spread_error,
         "best_minus_worst": worst,
         "best_minus_worst_error": worst_error,
     }
+
+
+def _loss_of_neighbours(row: list[float]) -> list[float]:
+    """Return what the rates below and above the best one lose; at an end of the grid there is but one."""
+    best = row.index(max(row))
+    return [max(row) - row[index] for index in (best - 1, best + 1) if 0 <= index < len(row)]
 
 
 def compare(bench: Benchmark, tables: dict[str, Scores], steps: int) -> None:
@@ -349,7 +362,7 @@ def main() -> int:
     options = bench.parse()
     if options.quick:
         options.seeds, options.steps, options.datasets = [0], 10, options.datasets[:1]
-        options.rms, options.plain = options.rms[1:3], options.plain[1:3]
+        options.rms, options.plain = options.rms[1:3], options.plain[2:4]
     missing = [a for a in options.architectures if not (options.data / "weights" / WEIGHTS[a]).is_file()]
     architectures = [a for a in options.architectures if a not in missing]
     sets = [d for d in options.datasets if (options.data / d / "train.tar").is_file()]

@@ -15,6 +15,7 @@ max(sum M, 1), so theta is exactly zero and every gradient stays finite.
 Knows nothing of modules, names, files, optimizers or process groups.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -147,3 +148,15 @@ def step_factors(mean_squares: Tensor) -> Tensor:
     """
     sizes = mean_squares.clamp(min=0).sqrt()
     return torch.where(sizes > 0, torch.maximum(sizes, _NOISE * sizes.max()).reciprocal(), 0.0)
+
+
+def normalise(grads: Sequence[Tensor], squares: Tensor, sizes: Sequence[int]) -> None:
+    """Put each gradient, or the piece of one at hand, to a root mean square of one, in place.
+
+    Args:
+        squares: sum of squares over each whole tensor, 1-D float64.
+        sizes: elements of each whole tensor.
+    """
+    counts = torch.tensor(sizes, dtype=squares.dtype, device=squares.device).clamp(min=1)
+    for grad, factor in zip(grads, step_factors(squares / counts).unbind(), strict=True):
+        grad.mul_(factor.to(grad.device, grad.dtype))

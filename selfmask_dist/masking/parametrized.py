@@ -167,8 +167,23 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
     def step(self, value: int) -> None:
         self._clock.step = value
 
-    def bind(self, optimizer: Optimizer) -> None:
-        """Do nothing: theta follows from the scores in every forward."""
+    def bind(self, optimizer: Optimizer, *, score_step: core.ScoreStep = "plain") -> None:
+        """Do nothing but what `score_step` says: theta follows from the scores in every forward.
+
+        Raises:
+            ValueError: `rms` with an optimizer that sizes its steps itself.
+        """
+        checks.check_score_step(score_step, optimizer, self.family)
+        if score_step == "rms":
+            optimizer.register_step_pre_hook(self._before_step)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        checks.check_no_closure(optimizer, (*arguments, *keywords.values()))
+        grads = [entry.scores.grad for entry in self.entries if entry.scores.grad is not None]
+        if grads:
+            squares = torch.stack([core.sum_of_squares(grad) for grad in grads])
+            core.normalise(grads, squares, [grad.numel() for grad in grads])
 
     def pull_back(self, sums: Tensor | None = None) -> None:
         """Do nothing: autograd does it."""

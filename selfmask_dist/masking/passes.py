@@ -199,10 +199,7 @@ class Passes:
             sums.append(core.sum_of_squares(number.grad))
         if not grads:
             return
-        counts = torch.tensor(sizes, dtype=torch.float64, device=sums[0].device).clamp(min=1)
-        factors = core.step_factors(torch.stack(sums) / counts)
-        for grad, factor in zip(grads, factors.unbind(), strict=True):
-            grad.mul_(factor.to(grad.device, grad.dtype))
+        core.normalise(grads, torch.stack(sums), sizes)
 
     def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
         """Return what is to be pulled back.

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from selfmask_dist.common.optional import require
 from selfmask_dist.data import Batch
-from selfmask_dist.masking.core import step_factors, sum_of_squares
+from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
@@ -198,12 +198,9 @@ class DeepSpeedEngine(Engine):
         for flat in flats:
             if not (pieces := self._pieces_of(flat)):
                 continue
-            sums = torch.stack([sum_of_squares(flat.grad.narrow(0, start, n)) for _, start, n in pieces])
-            sums = self.world.sum(sums)
-            counts = sums.new_tensor([size for size, _, _ in pieces])
-            factors = step_factors(sums / counts).to(flat.grad.dtype).unbind()
-            for (_, start, n), factor in zip(pieces, factors, strict=True):
-                flat.grad.narrow(0, start, n).mul_(factor)
+            grads = [flat.grad.narrow(0, start, length) for _, start, length in pieces]
+            squares = self.world.sum(torch.stack([core.sum_of_squares(grad) for grad in grads]))
+            core.normalise(grads, squares, [size for size, _, _ in pieces])
 
     def _pieces_of(self, flat: Tensor) -> list[tuple[int, int, int]]:
         """Return (elements of the whole tensor, first element in `flat`, elements in it) of scores in order.

@@ -396,6 +396,7 @@ CONFLICTS = [
     ),
     (["train.accumulate=65"], "train.global_batch_size is 64"),
     (["data.crop_scale=[1, 0.2]"], "[0.2, 1]"),
+    (["optim.score_step=rms", "optim.score_lr=50"], "optim.score_lr=50 is a rate of plain steps"),
 ]
 
 
@@ -404,6 +405,25 @@ def test_values_that_do_not_go_together(overrides: list[str], message: str) -> N
     error = error_of(None, *overrides)
     assert error.startswith(", ".join(f"override {override!r}" for override in overrides) + ": ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["optim.kind=adamw"], "AdamW gives each element's one of its own"),
+        (
+            ["engine.name=deepspeed", "optim.clip_norm=1"],
+            "engine.name=deepspeed clips all gradients together",
+        ),
+        (["mask.init=0.01"], ""),
+    ],
+)
+def test_what_score_steps_of_one_size_do_not_go_with(more: list[str], message: str) -> None:
+    common = ["optim.score_step=rms", "optim.score_lr=0.01"]
+    if message:
+        assert message in error_of(None, *common, *more)
+    else:
+        load_config(None, [*common, *more])
 
 
 def test_a_conflict_names_every_place_it_comes_from(write) -> None:
@@ -423,6 +443,9 @@ def test_a_conflict_names_every_place_it_comes_from(write) -> None:
         ["optim.warmup_epochs=10"],
         ["method=mask", "objective.head=masked"],
         ["mask.init=0", "mask.threshold=-1"],
+        ["optim.score_step=rms", "optim.score_lr=0.01"],
+        ["optim.score_step=rms", "optim.score_lr=3", "mask.init=1000"],
+        ["optim.score_step=rms", "optim.kind=adamw", "method=finetune"],
     ],
 )
 def test_values_that_do_go_together(overrides: list[str]) -> None:

@@ -15,6 +15,7 @@ def conflicts(config: AllSections) -> list[Conflict]:
         general.objective_conflicts,
         general.view_conflicts,
         masks.mask_conflicts,
+        masks.score_step_conflicts,
         procedures.procedure_conflicts,
         retrieval.retrieval_conflicts,
         general.engine_conflicts,

@@ -107,20 +107,6 @@ def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
             ("optim.kind", "engine.name"),
             "optim.kind=adamw is not wired for engine.name=deepspeed; use engine.name=fsdp or optim.kind=sgd",
         )
-    if config.optim.score_step == "rms" and config.method in ("mask", "cascade"):
-        if config.optim.kind == "adamw":
-            yield Conflict(
-                ("optim.score_step", "optim.kind"),
-                "optim.score_step=rms gives each tensor's step one size, and AdamW gives each element's one "
-                "of its own; use optim.kind=sgd, or optim.score_step=plain",
-            )
-        if engine == "deepspeed" and config.optim.clip_norm is not None:
-            yield Conflict(
-                ("optim.score_step", "optim.clip_norm", "engine.name"),
-                "engine.name=deepspeed clips all gradients together, and with optim.score_step=rms only "
-                "those besides the scores' are to be clipped; set optim.clip_norm=null, or use "
-                "engine.name=fsdp",
-            )
     if config.method == "finetune" and config.finetune.train == "lora":
         if engine == "deepspeed":
             yield Conflict(
