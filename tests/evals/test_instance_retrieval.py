@@ -62,8 +62,8 @@ def of_rank(number: int) -> list[list[bool]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     clean, views = made_up(number)
     mine = torch.arange(rank, number, size)
-    parts = [Embeddings(one[mine], torch.full((len(mine),), -1), mine) for one in (clean, views)]
-    return [find_own(*parts, World(rank, size))]
+    parts = (Embeddings(one[mine], torch.full((len(mine),), -1), mine) for one in (clean, views))
+    return [find_own(next(parts), next(parts), World(rank, size))]
 
 
 @pytest.mark.distributed
