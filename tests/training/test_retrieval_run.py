@@ -106,6 +106,22 @@ def test_a_run_without_labels_that_destroys_the_encoder_ends_with_the_frozen_bac
         apply_masks(backbone.encoder, folder / "final.mask")
 
 
+def test_a_larger_bank_is_harder_for_the_same_pictures(tmp_path: Path, photos: dict[str, str]) -> None:
+    path = write(tmp_path, photos)
+    hits: dict[str | int, Any] = {}
+    for bank in ("null", 60):
+        more = ["eval.retrieval_samples=30", f"eval.retrieval_bank={bank}", "train.max_steps=1"]
+        train(path, f"run.name=bank-{bank}", "eval.knn_every=0", "eval.final=false", *more)
+        hits[bank] = np.array(json_of(tmp_path / f"bank-{bank}" / "retrieval.json")["frozen"])
+    assert len(hits[60]) == len(hits["null"]) == 30
+    assert 0 < hits[60].sum() < hits["null"].sum()
+    assert (hits[60] <= hits["null"]).all(), "who is first among all is first among some"
+    few = ["eval.retrieval_samples=10", "eval.retrieval_bank=45", "eval.final=false"]
+    found = train(path, "run.name=bank-45", "eval.knn_every=0", "train.max_steps=1", *few)
+    assert found["retrieval"]["pictures"] == 10
+    assert found["retrieval"]["frozen"] > 0, "places in the bank are those of its pictures"
+
+
 def test_labels_are_used_where_there_are_some(tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path)
     path = write(tmp_path / "runs", data)
@@ -260,6 +276,7 @@ def test_ties_go_to_the_middle_and_failed_trials_to_nobody(tmp_path: Path, photo
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["eval.retrieval_bank=100"], "eval.retrieval_samples (600) or more"),
         (["train.keep=best", "eval.retrieval=false"], "eval.retrieval=true"),
         (["train.keep=best", "objective.name=supervised"], "eval.retrieval=true"),
         (["train.keep=best", "eval.knn_every=0"], "eval.knn_every=0 measures none"),
