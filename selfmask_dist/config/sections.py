@@ -65,13 +65,16 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """The loss (method=mask and method=finetune)."""
 
-    name: Literal["supervised", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = science(
-        "supervised",
-        "supervised: cross-entropy against the labels. Without labels, on views that the crops section "
-        "describes, each with a section of its own: swav: crops predict each other's cluster. simclr: two "
-        "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
-        "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
-        "captions: clip: images and texts find each other. slip: that and simclr.",
+    name: Literal["supervised", "nbd", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = (
+        science(
+            "supervised",
+            "supervised: cross-entropy against the labels. Without labels, each with a section of its own: "
+            "nbd: pictures are found in a bank of all, where frozen neighbours are partly the same. On "
+            "views that the crops section describes: swav: crops predict each other's cluster. simclr: two "
+            "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
+            "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
+            "captions: clip: images and texts find each other. slip: that and simclr.",
+        )
     )
     head: Literal["linear", "masked", "clip_text"] = science(
         "linear",

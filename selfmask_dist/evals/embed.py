@@ -3,8 +3,9 @@
 Knows nothing of masks, objectives or what the embeddings are for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,65 @@ def embed(encoder: nn.Module, loader: Iterable[Batch], *, world: World) -> Embed
     found = Embeddings(features[order], labels[order], ids[order])
     _check_finite(found, world)
     return found
+
+
+@dataclass(frozen=True)
+class EmbeddedViews:
+    """Features of several views of this rank's samples, ascending.
+
+    means: (n, dim), of each sample's views. kept: (m, views, dim), all of some samples'. broken: ids of
+    samples that could not be read, whose rows mean nothing.
+    """
+
+    means: Tensor
+    kept: Tensor
+    broken: Tensor
+
+
+@torch.no_grad()
+def embed_views(
+    encoder: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    world: World,
+    flip: bool,
+    keep: Tensor,
+    on_batch: Callable[[], None] = lambda: None,
+) -> EmbeddedViews:
+    """Embed every view of the samples of this rank's loader, the encoder in eval mode. Collective.
+
+    Args:
+        flip: embed the mirror image of the first view as well; both then count double in the mean.
+        keep: ids, ascending, of this rank's samples whose features are wanted one by one: what is held in
+            memory is that, and a mean for each sample.
+        on_batch: called after each batch.
+
+    Raises:
+        ValueError: on every rank, where an embedding on any of them is not finite.
+    """
+    means: list[Tensor] = []
+    kept: list[Tensor] = []
+    ids: list[Tensor] = []
+    broken: list[int] = []
+    with eval_mode(encoder):
+        for batch in loader:
+            broken += [failure.id for failure in batch.failures]
+            is_padding = batch.weights == 0
+            is_padding[[i in broken for i in batch.ids.tolist()]] = False
+            views = batch.to(world.device).views
+            if flip:
+                views = (views[0], views[0].flip(-1), *views[1:])
+            features = torch.stack([encoder(view).float() for view in views], dim=1)[~is_padding]
+            counts = features.new_ones(len(views))
+            counts[: 2 if flip else 1] = 2
+            means.append(torch.einsum("nvd,v->nd", features, counts / counts.sum()))
+            rows = batch.ids[~is_padding]
+            kept.append(features[torch.isin(rows, keep).to(features.device)])
+            ids.append(rows)
+            on_batch()
+    found = torch.cat(means)
+    _check_finite(Embeddings(found, torch.cat(ids), torch.cat(ids)), world)
+    return EmbeddedViews(found, torch.cat(kept), torch.tensor(broken, dtype=torch.int64))
 
 
 def _check_finite(found: Embeddings, world: World) -> None:

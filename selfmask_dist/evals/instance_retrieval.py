@@ -4,8 +4,8 @@
 
 with z the encoder. Of the n pictures the queries are one view of each; they, and perhaps more, are the bank,
 as evaluation sees them. It is the accuracy of instance discrimination (Wu et al. 2018, arXiv 1805.01978),
-with each picture a class of its own, or recall at 1 of retrieval. Whether an adapted encoder is better than the
-frozen one is read from the difference of R on the same pictures and views. A tie is a miss, so that a
+with each picture a class of its own, or recall at 1 of retrieval. Whether an adapted encoder is better than
+the frozen one is read from the difference of R on the same pictures and views. A tie is a miss, so that a
 collapsed encoder, which gives every picture one embedding, has R = 0. Knows neither models nor files.
 """
 

@@ -82,6 +82,10 @@ class DeepSpeedEngine(Engine):
             rows = self._utils.safe_get_full_fp32_param(parameter)
             self._set(parameter, nn.functional.normalize(rows, dim=1))
 
+    @property
+    def loss_factor(self) -> float:
+        return float(self.world.size)
+
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         self._runner.set_gradient_accumulation_boundary(is_last)
 
@@ -91,7 +95,7 @@ class DeepSpeedEngine(Engine):
 
     def _backward(self, loss: Tensor) -> None:
         # it averages over ranks; the global gradient is a sum
-        self._runner.backward(loss * self.world.size, scale_wrt_gas=False)
+        self._runner.backward(loss * self.loss_factor, scale_wrt_gas=False)
 
     def _finish_backward(self) -> None:
         """Do nothing: DeepSpeed has reduced everything."""

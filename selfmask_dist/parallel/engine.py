@@ -77,6 +77,13 @@ class Engine:
         _prepare_blocks(encoder, blocks, config)
         self._spread(blocks)
 
+    @property
+    def loss_factor(self) -> float:
+        """What a rank's loss is multiplied by before backward; gradients of what the engine does not hold
+        have this factor.
+        """
+        return 1.0
+
     # ---- setting up
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:

@@ -15,7 +15,7 @@ from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.objectives import Context, Nbd, Objective
 from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
@@ -25,7 +25,7 @@ from selfmask_dist.training.build import build_objective, lora_options, train_tr
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
-from selfmask_dist.training.prepare import hold_weights, load_first_state, prepare
+from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
 from selfmask_dist.training.retrieval.best_state import BestState
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
@@ -62,6 +62,10 @@ def adapt(
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     context.writer.message(trained.summary)
+    if isinstance(objective, Nbd):
+        objective.loss_factor = engine.loss_factor
+        if found is None:
+            begin_bank(config, context, backbone, objective, train, quarantine)
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
@@ -90,6 +94,7 @@ def adapt(
         monitor_every=monitor_every,
         log_every=config.run.log_every,
         before_step=objective.start_step,
+        after_step=objective.after_step,
         remarks=objective.remarks,
         sample_key=train.key,
         checkpoints=checkpoints,
@@ -180,7 +185,12 @@ def _build(
 ) -> tuple[Objective, Engine]:
     world = context.world
     ranks = Context(
-        world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
+        world.rank,
+        world.size,
+        config.train.global_batch_size,
+        world.sum,
+        world.sum_with_gradient,
+        num_samples=len(train),
     )
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:

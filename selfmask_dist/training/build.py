@@ -17,7 +17,7 @@ from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
-from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
+from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 
@@ -232,12 +232,36 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
     evaluation's where `data.augment` is off.
     """
     section = config.data
+    if config.objective.name in ON_BANK:
+        return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
     one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one
+
+
+def mild_crops(config: Config, preprocessing: Preprocessing, *, count: int) -> data.MultiCrop:
+    """Return what makes `count` views of a picture as the section nbd describes them."""
+    section = config.nbd
+    distortion = data.Distortion(
+        flip=0.5 if config.data.flip else 0.0,
+        color=1.0,
+        brightness=section.jitter,
+        contrast=section.jitter,
+        saturation=section.jitter,
+        hue=0.0,
+        gray=0.0,
+        blur=0.0,
+    )
+    return data.multicrop_transform(
+        preprocessing,
+        crops=(data.Crops(count, preprocessing.image_size, section.crop_scale),),
+        distortion=distortion,
+        interpolation="bicubic" if preprocessing.interpolation == "bicubic" else "bilinear",
+        on_device=config.crops.on_device,
+    )
 
 
 def _multicrop(config: Config, preprocessing: Preprocessing) -> data.Transform:

@@ -84,7 +84,11 @@ class RunState:
         self._best = best
         self._objective = objective
         self._identity = identity
-        self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
+        self._buffers: dict[str, Tensor] = {}  # as they began; what stays so is not saved
+        if not objective.buffers_all_change:
+            self._buffers = {
+                name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()
+            }
 
     def capture(self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]) -> Checkpoint:
         """Return the state as it stands, copied to the CPU. Collective: every rank must call."""
@@ -93,7 +97,7 @@ class RunState:
             f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
         }
         for name, buffer in self._objective.whole_buffers().items():
-            if not torch.equal(buffer, self._buffers[name]):
+            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
                 tensors[f"buffers/{name}"] = buffer.detach().cpu().clone()
         values = {
             "position": asdict(position),

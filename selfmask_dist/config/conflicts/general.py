@@ -84,7 +84,7 @@ def view_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
             "a backbone open_clip:<model>/<tag>",
         )
-    if name not in ("supervised", "swav") and config.train.accumulate > 1:
+    if name not in ("supervised", "swav", "nbd") and config.train.accumulate > 1:
         yield Conflict(
             ("objective.name", "train.accumulate"),
             f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
@@ -137,12 +137,14 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
     headless = {
         "supervised": ("objective.head", config.objective.head == "clip_text"),
         "clip": ("clip.text", config.clip.text == "frozen"),
+        "nbd": ("nbd.warmup_steps", True),
     }
     key, has_no_head = headless.get(config.objective.name, ("", False))
     if first and has_no_head:
         yield Conflict(
             ("optim.head_first_epochs", key),
-            f"optim.head_first_epochs: with the text tower as it is ({key}) there is no head to train first",
+            f"optim.head_first_epochs: there is no head of the optimizer's to train first ({key}"
+            + (" trains its own)" if config.objective.name == "nbd" else ", the text tower stays as it is)"),
         )
     if first and config.engine.name == "deepspeed":
         yield Conflict(
@@ -160,6 +162,7 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
         ("data.crop_scale", config.data.crop_scale),
         ("crops.global_scale", config.crops.global_scale),
         ("crops.local_scale", config.crops.local_scale),
+        ("nbd.crop_scale", config.nbd.crop_scale),
     ):
         if smallest > largest:
             yield Conflict((key,), f"{key}: the smaller area comes first: [{largest:g}, {smallest:g}]")
