@@ -166,6 +166,14 @@ class EvalConfig(Section):
         unit="images",
         ge=2,
     )
+    retrieval_bank: int | None = science(
+        None,
+        "Training images, at equal distances and those above among them, of which each has to find its own; "
+        "null: those above alone. More make the measure harder: where the frozen backbone's is near 1, it "
+        "cannot rise.",
+        unit="images",
+        ge=2,
+    )
     knn_every: float = orchestration(
         1.0,
         "Time from one measurement (k-NN, instance retrieval) to the next while training; 0: none.",

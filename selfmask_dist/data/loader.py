@@ -77,8 +77,8 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: Workers = IN_THIS_PROCESS,
-    quarantine: Quarantine | None = None,
     seed: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> BatchLoader:
     """Return a loader of each sample exactly once over all ranks, in the source's order. Rank r of W gets the
     samples r, r+W, r+2W, ...

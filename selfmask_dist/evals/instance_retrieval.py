@@ -2,11 +2,11 @@
 
     R = 1/n sum_i 1[ cos(z(view of x_i), z(x_i)) > max over j != i of cos(z(view of x_i), z(x_j)) ]
 
-with z the encoder, and n pictures that are the queries (one view of each) and the bank (as evaluation sees
-them). It is the accuracy of instance discrimination (Wu et al. 2018, arXiv 1805.01978), with each picture a
-class of its own, or recall at 1 of retrieval. Whether an adapted encoder is better than the frozen one is
-read from the difference of R on the same pictures and views. A tie is a miss, so that a collapsed encoder,
-which gives every picture one embedding, has R = 0. Knows neither models nor files.
+with z the encoder. Of the n pictures the queries are one view of each; they, and perhaps more, are the bank,
+as evaluation sees them. It is the accuracy of instance discrimination (Wu et al. 2018, arXiv 1805.01978),
+with each picture a class of its own, or recall at 1 of retrieval. Whether an adapted encoder is better than
+the frozen one is read from the difference of R on the same pictures and views. A tie is a miss, so that a
+collapsed encoder, which gives every picture one embedding, has R = 0. Knows neither models nor files.
 """
 
 import math
@@ -60,7 +60,8 @@ def find_own(clean: Embeddings, views: Embeddings, ranks: Ranks | None = None) -
     The list is the same on every rank. Collective if `ranks` is.
 
     Args:
-        clean: this rank's pictures, the bank. views: the embedding of a view of each, by the same ids.
+        clean: this rank's pictures, the bank. views: embeddings of a view of each of them, or of some, by the
+            same ids.
 
     Raises:
         ValueError: there are fewer than two pictures.

@@ -141,17 +141,25 @@ class Evaluation:
         The images are at equal distances through the training source; images and views are the same every
         time, on any number of ranks.
         """
-        pre = self._backbone.spec.preprocessing
-        source = data.evenly_spaced(self._train, self._config.eval.retrieval_samples)
-        both = data.Joined(
-            data.eval_transform(pre), instance_retrieval.mild_view(pre, flip=self._config.data.flip)
-        )
-        loader = self._loader(source, both, seed=instance_retrieval.VIEW_SEED)
-        found = embed(self._backbone.encoder, _one_view_each(loader, len(source)), world=self._world)
-        is_clean = found.ids < len(source)
-        views = found.where(~is_clean)
-        views = Embeddings(views.features, views.labels, views.ids - len(source))
-        return instance_retrieval.find_own(found.where(is_clean), views, self._world)
+        section, pre = self._config.eval, self._backbone.spec.preprocessing
+        bank = data.evenly_spaced(self._train, section.retrieval_bank or section.retrieval_samples)
+        looked_for = data.evenly_spaced(bank, section.retrieval_samples)
+        view = instance_retrieval.mild_view(pre, flip=self._config.data.flip)
+        if looked_for is bank:  # each picture is read once for both views
+            both = data.Joined(data.eval_transform(pre), view)
+            loader = self._loader(bank, both, seed=instance_retrieval.VIEW_SEED)
+            found = embed(self._backbone.encoder, _one_view_each(loader, len(bank)), world=self._world)
+            is_clean = found.ids < len(bank)
+            clean, views = found.where(is_clean), found.where(~is_clean)
+            views = Embeddings(views.features, views.labels, views.ids - len(bank))
+        else:
+            assert isinstance(looked_for, data.Subset)
+            clean = self._embed(bank)
+            loader = self._loader(looked_for, view, seed=instance_retrieval.VIEW_SEED)
+            views = embed(self._backbone.encoder, loader, world=self._world)
+            places = torch.from_numpy(looked_for.indices).to(views.ids.device)
+            views = Embeddings(views.features, views.labels, places[views.ids])
+        return instance_retrieval.find_own(clean, views, self._world)
 
     def head(self, objective: Objective) -> dict[str, float]:
         """Measure the accuracy of the objective's own head on the test split."""

@@ -10,6 +10,13 @@ from selfmask_dist.config.procedures import trained_by
 
 def retrieval_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield choices by instance retrieval where it is not measured, or where there is nothing to choose."""
+    bank, samples = config.eval.retrieval_bank, config.eval.retrieval_samples
+    if bank is not None and bank < samples:
+        yield Conflict(
+            ("eval.retrieval_bank", "eval.retrieval_samples"),
+            f"eval.retrieval_bank ({bank}) has to hold the images that are looked for in it; set it to "
+            f"eval.retrieval_samples ({samples}) or more, or lower that",
+        )
     if config.train.keep == "best":
         yield from _keep_conflicts(config)
     if config.optim.score_lr_choices is not None:
