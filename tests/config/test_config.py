@@ -239,7 +239,7 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
     [
         ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
         ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
-        ("train.score_lr", "optim.score_lr or optim.score_lr_choices"),  # the right name in the wrong section
+        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),  # the right name in the wrong section
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),
