@@ -239,11 +239,12 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
     [
         ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
         ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
-        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),  # the right name in the wrong section
+        # the right name in the wrong section
+        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),
-        ("optim.warmup", "optim.warmup_epochs"),
+        ("optim.warmup", "optim.warmup_epochs, nbd.warmup_steps, nbd.warmup_rate or nbd.warmup_batch"),
         ("engine.num_workers", "engine.workers or engine.worker_kind"),
     ],
 )
