@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from selfmask_dist.config.fields import Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Rates, Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):
@@ -51,6 +51,13 @@ class OptimConfig(Section):
         "means the same for every tensor, and is small (.003 to .01). It holds for all that optim.score_lr "
         "trains, a masked head's scores too; weights and heads keep plain steps. Not with optim.kind=adamw, "
         "which sizes its steps itself.",
+    )
+    score_lr_choices: Rates | None = science(
+        None,
+        "Learning rates of the scores to choose from, in place of score_lr: each is tried for a tenth of the "
+        "training from the same start, and the run begins with the one of the highest instance retrieval; "
+        "where the middle one ties with it, with that. For objectives without labels. null: score_lr.",
+        unit="score per unit of gradient",
     )
     weight_lr: float = science(
         0.01,

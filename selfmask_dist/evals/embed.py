@@ -16,6 +16,10 @@ from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.parallel import World
 
 
+class NonFiniteEmbeddingsError(ValueError):
+    """Embeddings are not finite: the encoder, or an image, is broken."""
+
+
 @torch.no_grad()
 def embed(encoder: nn.Module, loader: Iterable[Batch], *, world: World) -> Embeddings:
     """Embed the samples of this rank's loader, the encoder in eval mode. Collective: every rank must call.
@@ -25,7 +29,7 @@ def embed(encoder: nn.Module, loader: Iterable[Batch], *, world: World) -> Embed
         loader: yields this rank's part, one batch or more; padding has weight 0.
 
     Raises:
-        ValueError: on every rank, where an embedding on any of them is not finite.
+        NonFiniteEmbeddingsError: on every rank, where an embedding on any of them is not finite.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with eval_mode(encoder):
@@ -110,7 +114,7 @@ def _check_finite(found: Embeddings, world: World) -> None:
     counts[1, world.rank] = bad[0] if len(bad) else 0
     numbers, firsts = world.sum(counts)
     if numbers.any():
-        raise ValueError(
+        raise NonFiniteEmbeddingsError(
             f"embeddings of {int(numbers.sum())} samples are not finite, the first is sample "
             f"{int(firsts[numbers > 0].min())}"
         )

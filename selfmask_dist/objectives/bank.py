@@ -117,19 +117,23 @@ class ShardedBank:
         num, views = embeddings.shape[:2]
         if not len(self.rows):
             return (flat.sum(1) * 0).double().view(1, num, views).expand(2, -1, -1)
-        unit = F.normalize(self.rows, dim=1)
+        # a sample's rows alone are put to unit length; all of them where all are needed
+        unit = F.normalize(self.rows, dim=1) if candidates is None else None
+        of_targets = F.normalize(self.rows[places], dim=2) if unit is None else unit[places]
         # (B, V, 1 + k), of this rank's targets alone
-        on_targets = torch.einsum("bvd,btd->bvt", embeddings, unit[places]) / temperature
+        on_targets = torch.einsum("bvd,btd->bvt", embeddings, of_targets) / temperature
         positive = (on_targets * (shares * is_own)[:, None]).sum(2, dtype=torch.float64)
-        if candidates is None:
+        if unit is not None:
             similar = flat @ unit.T
             mass = ((similar - 1) / temperature).exp()
             mass = torch.where(self.present, mass, 0) if not self.present.all() else mass
             total = mass.sum(1, dtype=torch.float64).view(num, views)
             return torch.stack([total, positive])
+        assert candidates is not None
         chosen = candidates[candidates % self.context.world_size == self.context.rank]
         drawn = chosen // self.context.world_size
-        mass = ((embeddings @ unit[drawn].T - 1) / temperature).exp()  # (B, V, m')
+        of_drawn = F.normalize(self.rows[drawn], dim=1)
+        mass = ((embeddings @ of_drawn.T - 1) / temperature).exp()  # (B, V, m')
         counts = self.present[drawn].expand(num, -1).clone()
         for column in targets.T:  # targets count exactly, and so not as candidates
             counts &= chosen[None] != column[:, None]

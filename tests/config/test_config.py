@@ -237,13 +237,14 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("optim.lrr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("lr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("train.score_lr", "optim.score_lr or optim.score_step"),  # the right name in the wrong section
+        ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        # the right name in the wrong section
+        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),
-        ("optim.warmup", "optim.warmup_epochs"),
+        ("optim.warmup", "optim.warmup_epochs, nbd.warmup_steps, nbd.warmup_rate or nbd.warmup_batch"),
         ("engine.num_workers", "engine.workers or engine.worker_kind"),
     ],
 )
@@ -296,7 +297,7 @@ def test_dotted_keys_in_a_file_and_keys_below_values_are_explained(write) -> Non
         ("backbone:\n  kwargs: 3", "2: backbone.kwargs: got 3; expected mapping of plain values"),
         (
             "seed: 1\ntrain: 3",
-            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, accumulate",
+            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, keep, accumulate",
         ),
     ],
 )

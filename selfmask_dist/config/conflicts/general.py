@@ -62,10 +62,11 @@ def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.distill_from teaches classes, and objective.name={objective.name} has none; set "
             "objective.name=supervised, or objective.distill_from=null",
         )
-    if config.method == "cascade" and objective.name != "swav":
+    if config.method == "cascade" and objective.name in ("supervised", *WITH_CAPTIONS):
         yield Conflict(
             ("method", "objective.name"),
-            f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
+            f"method=cascade trains without labels or captions; set objective.name=nbd or swav in place of "
+            f"{objective.name}",
         )
 
 
