@@ -144,8 +144,12 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
     if first and has_no_head:
         yield Conflict(
             ("optim.head_first_epochs", key),
-            f"optim.head_first_epochs: there is no head of the optimizer's to train first ({key}"
-            + (" trains its own)" if config.objective.name == "nbd" else ", the text tower stays as it is)"),
+            "optim.head_first_epochs: there is no head to train first, as "
+            + (
+                "objective.name=nbd trains its own before the first step (nbd.warmup_steps)"
+                if config.objective.name == "nbd"
+                else f"the text tower stays as it is ({key})"
+            ),
         )
     if first and config.engine.name == "deepspeed":
         yield Conflict(
