@@ -209,14 +209,11 @@ class DeepSpeedEngine(Engine):
         """
         optimizer: Any = self.optimizer
         if self.config.zero_stage == 3:
-            places = {id(p): optimizer.grad_position[optimizer.get_param_id(p)] for p in self._scores()}
             group = _index(optimizer.fp32_partitioned_groups_flat, flat)
-            return [
-                (parameter.ds_numel, start, length)
-                for parameter in self._scores()
-                for index, start, length in [places[id(parameter)]]
-                if index == group
-            ]
+            scores: list[Any] = list(self._scores())  # with attributes of DeepSpeed's own
+            places = [optimizer.grad_position[optimizer.get_param_id(one)] for one in scores]
+            pieces = zip(scores, places, strict=True)
+            return [(one.ds_numel, start, length) for one, (i, start, length) in pieces if i == group]
         found = []
         for parameter in optimizer.bit16_groups[_index(optimizer.single_partition_of_fp32_groups, flat)]:
             if id(parameter) in self._normalised:

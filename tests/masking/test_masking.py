@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selfmask_dist.masking import attach, binarize, build_family, materialize, measure
-from selfmask_dist.masking.core import Scale
+from selfmask_dist.masking.core import Scale, ScoreStep
 from tests.support.models import FAMILIES, make, scores_of
 
-RATES = {"plain": 20.0, "rms": 0.15}  # of the theorems' runs
+RATES: dict[ScoreStep, float] = {"plain": 20.0, "rms": 0.15}  # of the theorems' runs
 
 
 class StraightThrough(torch.autograd.Function):
@@ -131,7 +131,7 @@ def train(
     *,
     steps: int = 12,
     lr: float = 1.0,
-    score_step: str = "plain",
+    score_step: ScoreStep = "plain",
     loss_scale: Callable[[int], float] = lambda step: 1.0,
     **options,
 ) -> tuple[dict, list[float]]:
@@ -156,7 +156,7 @@ def num_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("score_step", RATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str, score_step: str) -> None:
+def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str, score_step: ScoreStep) -> None:
     # in float64 the shift rounds at 1e-16 of a score: no score of this run comes that near to the threshold
     model, preset = make(family)
     base, losses = train(model, preset, init=1.0, score_step=score_step)
@@ -170,7 +170,7 @@ def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str, scor
 
 @pytest.mark.parametrize("score_step", RATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theorem_2_scaling_init_and_learning_rate_changes_no_bit(family: str, score_step: str) -> None:
+def test_theorem_2_scaling_init_and_learning_rate_changes_no_bit(family: str, score_step: ScoreStep) -> None:
     """A power of two scales exactly in floating point, so losses and masks are equal bit for bit, in float32
     too.
     """
@@ -204,7 +204,7 @@ def test_under_rms_the_size_of_the_loss_changes_no_bit(family: str) -> None:
         assert num_different(plain, train(model, preset)[0]) > 0, "a plain step is not invariant"
 
 
-def of_linear(score_step: str, *, scale: str, gains: tuple[float, ...], whole: bool = True) -> Tensor:
+def of_linear(score_step: ScoreStep, *, scale: str, gains: tuple[float, ...], whole: bool = True) -> Tensor:
     """The mask of a weight, each half of it times a gain, whose loss is linear in theta."""
     draw = torch.Generator().manual_seed(4)
     weight = torch.randn(16, 12, generator=draw, dtype=torch.float64)

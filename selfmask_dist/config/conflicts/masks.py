@@ -189,9 +189,10 @@ def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
             "engine.name=deepspeed clips all gradients together, and with optim.score_step=rms only those "
             "besides the scores' are to be clipped; set optim.clip_norm=null, or use engine.name=fsdp",
         )
-    init = config.mask.init
-    distance = abs(init - config.mask.threshold) if isinstance(init, float) else 1.0
-    if optim.score_lr >= max(distance, 1.0):
+    init, distance = config.mask.init, 1.0
+    if isinstance(init, float) and config.mask.family in ("threshold", "piggyback"):
+        distance = abs(init - config.mask.threshold)
+    if optim.score_lr >= distance:
         yield Conflict(
             ("optim.score_step", "optim.score_lr"),
             f"optim.score_lr={optim.score_lr:g} is a rate of plain steps: with optim.score_step=rms a step "
