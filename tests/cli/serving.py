@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import httpx
 import numpy as np
@@ -108,10 +109,16 @@ class Answer:
     reason: str  # of a refusal
 
 
+class Listening(Protocol):
+    """What can be connected to."""
+
+    port: int
+
+
 class Client:
     """A socket to the service, which sends what it is told to and no more."""
 
-    def __init__(self, server: Server, *sent: bytes, receive_buffer: int | None = None) -> None:
+    def __init__(self, server: Listening, *sent: bytes, receive_buffer: int | None = None) -> None:
         self._socket, self._received = socket.socket(), b""
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
