@@ -8,6 +8,7 @@ import asyncio
 import base64
 import io
 import random
+import socket
 import struct
 import time
 import zlib
@@ -24,6 +25,7 @@ NUM_STALLED, NUM_SLOW, NUM_ASKING = 256, 64, 4  # the last of each of `payloads`
 _SLOW_EVERY = 0.5  # seconds between two bytes
 _PAUSE = 1.0  # seconds between two requests of one who asks, on average
 _HEAD = b"POST /embed?mask=pets HTTP/1.1\r\nHost: soak\r\n"
+_QUESTION = b"GET /metrics HTTP/1.1\r\nHost: soak\r\n\r\n"
 _CHUNKED = _HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -119,13 +121,16 @@ class _Crowd:
 
     async def stalled(self, turn: int) -> None:
         """Send nothing, a part of a head, a part of a body, or questions whose answers are not read."""
-        png = _encoded(Image.new("RGB", (64, 64)))
-        starts = (b"", _HEAD, _post(png, length=10**6), b"GET /metrics HTTP/1.1\r\nHost: soak\r\n\r\n" * 5000)
-        reader, writer = await self._connect()
-        writer.write(starts[turn % 4])
+        reads = turn % 16 != 15
+        starts = (b"", _HEAD, _post(b"a" * 1000, length=10**6))
+        reader, writer = await self._connect(is_narrow=not reads)
+        writer.write(starts[turn % 3] if reads else _QUESTION * 1000)
         await writer.drain()
-        await self._until_closed("stalled", reader, reads=turn % 4 != 3)
-        await self._close(writer)
+        if reads:
+            await self._until_closed("stalled", reader)
+        else:
+            await self._until_cut_off(writer)
+        writer.transport.abort()
 
     async def slow(self, turn: int) -> None:
         """Send a byte now and then, of a head or of a body."""
@@ -141,10 +146,10 @@ class _Crowd:
                 await writer.drain()
 
         dribbling = asyncio.create_task(dribble())
-        await self._until_closed("slow", reader, reads=True)
+        await self._until_closed("slow", reader)
         dribbling.cancel()
         await asyncio.gather(dribbling, return_exceptions=True)
-        await self._close(writer)
+        writer.transport.abort()
 
     def asking(self, kind: str, choice: dict[str, Payload]) -> Callable[[int], Coroutine[Any, Any, None]]:
         """Return a client that sends one of several payloads whole, and reads the answer."""
@@ -165,13 +170,13 @@ class _Crowd:
             self.report.add(kind, status, time.monotonic() - start)
             if status not in map(str, payload.allowed):
                 self.report.unexpected[f"{kind}, {name}: {status}"] += 1
-            await self._close(writer)
+            writer.transport.abort()
 
         return ask
 
     async def keep_going(self, client: Callable[[int], Coroutine[Any, Any, None]], turn: int) -> None:
         """Start a client anew whenever it has ended."""
-        await asyncio.sleep(self._rng.uniform(0, 1))
+        await asyncio.sleep(self._rng.uniform(0, 5))
         while True:
             try:
                 await client(turn)
@@ -179,37 +184,47 @@ class _Crowd:
                 self.report.statuses[f"{client.__name__} {type(error).__name__}"] += 1
             await asyncio.sleep(self._rng.uniform(0, 0.5))
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self._port, limit=2**16)
+    async def _connect(self, *, is_narrow: bool = False) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        connection = socket.socket()
+        if is_narrow:  # small buffers on both sides, which a few answers fill
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        connection.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", self._port))
+        except BaseException:
+            connection.close()
+            raise
+        return await asyncio.open_connection(sock=connection, limit=4096 if is_narrow else 2**16)
 
-    async def _until_closed(self, kind: str, reader: asyncio.StreamReader, *, reads: bool) -> None:
+    async def _until_closed(self, kind: str, reader: asyncio.StreamReader) -> None:
         start, status = time.monotonic(), "closed"
         try:
-            while True:
-                if not reads:  # the stream's buffer fills up, and then the system's
-                    await asyncio.sleep(_SLOW_EVERY)
-                    if reader.at_eof() or reader.exception() is not None:
-                        break
-                elif not (data := await reader.read(4096)):
-                    break
-                elif data.startswith(b"HTTP/1.1 "):
+            while data := await reader.read(4096):
+                if data.startswith(b"HTTP/1.1 "):
                     status = data[9:12].decode()
         except OSError:
             status = "cut off"
         self.report.add(kind, status, time.monotonic() - start)
 
-    async def _close(self, writer: asyncio.StreamWriter) -> None:
-        writer.transport.abort()
+    async def _until_cut_off(self, writer: asyncio.StreamWriter) -> None:
+        """Read nothing; only what is sent tells that the other side has ended."""
+        start = time.monotonic()
+        while not writer.transport.is_closing():
+            await asyncio.sleep(_SLOW_EVERY)
+            writer.write(_QUESTION)
+        self.report.add("not reading", "cut off", time.monotonic() - start)
 
 
-async def _all(port: int, stop: Connection) -> Report:
-    crowd = _Crowd(port)
+async def _all(port: int, pipe: Connection) -> Report:
+    crowd, asking = _Crowd(port), payloads()
+    pipe.send("ready")
     tasks = [crowd.keep_going(crowd.stalled, turn) for turn in range(NUM_STALLED)]
     tasks += [crowd.keep_going(crowd.slow, turn) for turn in range(NUM_SLOW)]
-    for kind, choice in payloads().items():
+    for kind, choice in asking.items():
         tasks += [crowd.keep_going(crowd.asking(kind, choice), turn) for turn in range(NUM_ASKING)]
     running = [asyncio.create_task(task) for task in tasks]
-    while not stop.poll():
+    while not pipe.poll():
         await asyncio.sleep(0.2)
     for task in running:
         task.cancel()
@@ -218,5 +233,5 @@ async def _all(port: int, stop: Connection) -> Report:
 
 
 def run_crowd(port: int, pipe: Connection) -> None:
-    """Keep all bad clients going until something comes through the pipe; then send a `Report` back."""
+    """Say "ready", keep all bad clients going until something comes through the pipe, and send a `Report`."""
     pipe.send(asyncio.run(_all(port, pipe)))

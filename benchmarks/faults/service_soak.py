@@ -1,10 +1,10 @@
 """The HTTP service under stalled, slow, oversized, malformed and well-behaved clients: the last are served.
 
-`selfmask serve` with its default limits, over timm's test_vit (random weights, 160 pixels) and two mask files.
-Well-behaved clients ask at a steady rate, now with a new connection, now with the one they have, and hold each
-answer against the embedding computed here. They are alone for a fifth of the time before the bad ones come and
-after those are gone; both together are what the times of the storm are compared to. Memory is the resident size
-of the service's process, the median of five seconds.
+`selfmask serve` with its default limits, over timm's test_vit (random weights, 160 pixels) and two masks.
+Well-behaved clients ask at a steady rate, now with a new connection, now with the one they have, and hold
+each answer against the embedding computed here. They are alone for a fifth of the time before the bad ones
+come and after those are gone; both together are what the times of the storm are compared to. Memory is the
+resident size of the service's process, the median of five seconds.
 
     python benchmarks/faults/service_soak.py [--seconds 300] [--quick] --json
 """
@@ -87,7 +87,6 @@ class WellBehaved:
     def __init__(self, port: int, questions: list[Question]) -> None:
         self._port, self._questions, self._stop = port, questions, threading.Event()
         self.tally = Tally()
-        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(NUM_CLIENTS)]
 
     def run(self, seconds: float) -> Tally:
         """Ask for so long; returns what came."""
@@ -189,6 +188,7 @@ def soak(folder: Path, seconds: float) -> Outcome:
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
             crowd = multiprocessing.get_context("spawn").Process(target=run_crowd, args=(served.port, theirs))
             crowd.start()
+            assert ours.recv() == "ready"
             time.sleep(10)  # until all of them are there
             first = clients.run(minute)
             early = memory.now()
@@ -244,7 +244,10 @@ def main() -> int:
     bench.figure("answered_otherwise", dict(report.unexpected))
     bench.figure("answered_500", sum(report.statuses[key] for key in report.statuses if "500" in key), max=0)
     bench.figure("longest_held_seconds", report.held)
-    bench.figure("longest_held_stalled_seconds", max(report.held["stalled"], report.held["slow"]), max=40)
+    for kind in ("stalled", "slow", "not reading"):
+        # 30 seconds are the longest deadline; a busy machine comes to it later
+        name = f"longest_held_{kind.replace(' ', '_')}_seconds"
+        bench.figure(name, report.held.get(kind), max=40, quick=False)
     bench.figure("files_left_open", found.files_left, max=NUM_SLOW)
     bench.figure("lines_of_errors", len(found.errors.splitlines()), max=0)
     bench.figure("seconds_to_stop", found.stop_seconds, max=5)
