@@ -163,7 +163,8 @@ class _Crowd:
                 writer.write(payload.sent)
                 if payload.half_close:
                     writer.write_eof()
-                answer = await asyncio.wait_for(reader.read(4096), 100)
+                async with asyncio.timeout(100):  # wait_for may swallow that the crowd ends (Python 3.11)
+                    answer = await reader.read(4096)
             except OSError as error:
                 answer = type(error).__name__.encode()
             status = answer[9:12].decode() if answer.startswith(b"HTTP/1.1 ") else f"none: {answer!r}"
