@@ -1,15 +1,19 @@
 """The service as a process of its own: where memory ends, how it ends itself, and what it never says."""
 
+import re
 import resource
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from selfmask_dist import cli
+from selfmask_dist.cli.service import Limits
 from selfmask_dist.data import eval_transform
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.runs import exit_status
@@ -78,6 +82,14 @@ def test_it_ends_with_what_has_arrived_answered_and_the_rest_let_go(
         for client in bodies:
             assert "the service is stopping" in client.answer().reason
     assert served.errors == ""
+
+
+def test_limits_are_in_the_docs_with_their_defaults() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (\S+) \|", text, flags=re.MULTILINE)
+    limits = Limits()
+    stated = {limit.name.replace("_", "-"): str(getattr(limits, limit.name)) for limit in fields(limits)}
+    assert dict(rows) == stated
 
 
 def test_limits_are_options_that_are_checked(
