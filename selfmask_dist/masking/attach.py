@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from selfmask_dist.common.tensor_names import plain_names, renamed
+from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
-from selfmask_dist.masking.guard import Guard
+from selfmask_dist.masking.guard import Guard, follow_in_closure
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.pieces import Shards
@@ -56,8 +56,9 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             whole.num_tensors = len(wholes)
         for entry in self.entries:
             marks.put(model, entry.name, marks.Attached(self, entry))
-            if auto and entry.theta.requires_grad:
+            if self._guard is not None and entry.theta.requires_grad:
                 self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
+                self._hooks.append(entry.theta.register_hook(self._guard.before_accumulate(entry)))
         self.rewrite()
 
     @classmethod
@@ -155,14 +156,18 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         """Make `optimizer.step()` rewrite theta after it, and `zero_grad()` clear theta's gradient too.
 
         Raises:
-            ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores.
+            ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores;
+                the masks are detached.
         """
+        self._check_attached()
         checks.check_optimizer(optimizer, self.entries, self.family)
         if self._guard is not None:
             if self._guard.is_bound(optimizer):
                 return
             self._guard.bind(optimizer)
-        self._hooks.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs))
+        # both stay after detach: a step that trains nothing any more says so
+        optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
         zero_grad = optimizer.zero_grad
 
         def zero_grad_with_theta(set_to_none: bool = True) -> None:
@@ -188,6 +193,8 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             self._guard.check_before_pull()
             self._guard.pulled(sum(entry.theta.grad is not None for entry in self.entries))
         self._passes.pull_back(self.entries, sums)
+        if self._guard is not None:
+            self._guard.note_gradients()
 
     @torch.no_grad()
     def back_sums(self) -> Tensor:
@@ -207,7 +214,11 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         """Rewrite theta in place from the scores, paper eq. 1.
 
         It runs by itself after a step of a bound optimizer.
+
+        Raises:
+            ValueError: the masks are detached.
         """
+        self._check_attached()
         self._write()
         if self._guard is not None:
             self._guard.written()
@@ -268,9 +279,20 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         )
 
     def check_current(self) -> None:
-        """Raise a ValueError where the scores are not what training made of them; see `guard`."""
-        if self._guard is not None and self._attached:
+        """Raise a ValueError where the masks are detached, or the scores are not what training made of them;
+        see `guard`.
+        """
+        self._check_attached()
+        if self._guard is not None:
             self._guard.check_before_save()
+            checks.check_finite({entry.name: entry.scores for entry in self.entries}, self.family)
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise ValueError(
+                "these masks are detached from their model: theta, and statistics that moved, are gone. Call "
+                "save() and whatever else needs them before detach(), or attach masks again"
+            )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -279,20 +301,14 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         A state that was saved without the number of steps or the fingerprint loads without them.
 
         Raises:
-            ValueError: names or shapes differ from the masked parameters', or the scores are for other
-                weights than those under these masks.
+            ValueError: names or shapes differ from the masked parameters', the scores are for other weights
+                than those under these masks, or the masks are detached.
+            TypeError: a value is no tensor.
         """
+        self._check_attached()
         shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
-        given, own = dict(state), [entry.name for entry in self.entries]
-        new_names = renamed([key for key in state if ":" not in key], own)
-        parts = {key: key.partition(":") for key in state if key not in (STEP, FINGERPRINT)}
-        state = {f"{new_names.get(n, n)}{colon}{part}": given[key] for key, (n, colon, part) in parts.items()}
-        checks.check_same_names(set(state), set(shapes), "scores")
-        for key, shape in shapes.items():
-            if state[key].shape != shape:
-                raise ValueError(
-                    f"scores of {key} have shape {tuple(state[key].shape)}, the parameter has {tuple(shape)}"
-                )
+        given = dict(state)
+        state = checks.own_state(given, shapes, [entry.name for entry in self.entries])
         self.check_weights(given)
         for entry in self.entries:
             entry.fill(state[entry.name])
@@ -347,10 +363,17 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         self._is_pull_queued = False
         self.pull_back()
 
+    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        is_followed = self._attached and self.is_trained
+        return follow_in_closure(self.rewrite, args, kwargs) if is_followed else None
+
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
-        if self._attached:
+        if not self._attached:
+            checks.check_steps_others(optimizer, self.entries)
+        else:
             if self._guard is not None:
+                checks.check_decay(optimizer, self.entries, self.family)
                 self._guard.after_step(optimizer)
             self.step += 1
             self._passes.after_step(self.entries)
@@ -366,29 +389,6 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
 
 attach = AttachedMasks.attach
-
-
-def detach(model: nn.Module, *, restore: bool = True) -> None:
-    """Take every mask off a model, also those whose handle is lost; see `AttachedMasks.detach`.
-
-    Args:
-        restore: False leaves theta in place, as plain weights: also in a copy of a masked model, and where a
-            mask file was applied.
-
-    Raises:
-        ValueError: the model carries no masks, or it is theta and its pretrained weights are not at hand.
-    """
-    found = list(dict.fromkeys(mark.masks for mark in marks.attached(model).values()))
-    left_over = marks.left_over(model)
-    if restore and left_over:
-        raise ValueError(checks.describe_left_over(left_over))
-    if any(hasattr(parameter, checks.MARK) for parameter in model.parameters()):
-        raise ValueError("the masks on this model are parametrised (engine.name=deepspeed) and stay on it")
-    if not found and not left_over:
-        raise ValueError("this model carries no masks")
-    for masks in reversed(found):
-        masks.detach(restore=restore)
-    marks.clear(model)
 
 
 def _at_end_of_backward(callback: Any) -> None:

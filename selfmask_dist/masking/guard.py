@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from selfmask_dist.common.text import some
-from selfmask_dist.masking.checks import ForgottenBindWarning
+from selfmask_dist.masking.checks import ForgottenBindWarning, UnusedGradientWarning
 from selfmask_dist.masking.parameter import MaskedParameter
 
-_STEPS_BEFORE_WARNING = 2
+_STEPS_BEFORE_WARNING = {False: 2, True: 20}  # with none bound, and with one that was never stepped
 _WATCHING: "weakref.WeakSet[Guard]" = weakref.WeakSet()
 _HOOK: list[Any] = []  # torch's handle, while there is a guard
 
@@ -49,6 +49,8 @@ class Guard:
         self._is_fresh = False  # scores had a gradient since another optimizer's last step
         self._num_foreign_steps = 0
         self._num_steps = 0
+        self._gradients: dict[int, list[int]] = {}  # versions after the last pull back, theta's first
+        self._has_warned = False
         _WATCHING.add(self)
         if not _HOOK:
             _HOOK.append(register_optimizer_step_post_hook(_after_any_step))
@@ -81,9 +83,37 @@ class Guard:
         self._is_fresh = num_entries > 0
         self._num_backwards += self._is_fresh
 
+    def note_gradients(self) -> None:
+        """Take note of the gradients as they are after pulling back."""
+        self._gradients = {
+            id(entry): _versions_of_gradients(entry)
+            for entry in self._entries
+            if entry.theta.grad is not None
+        }
+
     def cleared(self) -> None:
         """Take note that gradients were cleared."""
         self._num_pulled = -1
+        self._gradients = {}
+
+    def before_accumulate(self, entry: MaskedParameter) -> Callable[[Tensor], None]:
+        """Return a hook that runs before theta's gradient grows.
+
+        Where the caller has cleared the gradients of the scores, by None or zeros, theta's goes too: else it
+        would still hold the batches that were to be forgotten.
+        """
+
+        def hook(_gradient: Tensor) -> None:
+            if entry.theta.grad is None or id(entry) not in self._gradients:
+                return
+            versions = self._gradients[id(entry)][1:]
+            gradients = [parameter.grad for parameter in _trained(entry)]
+            changed = [g for g, v in zip(gradients, versions, strict=True) if g is None or g._version != v]
+            # the look into a tensor is a sync; gradients are changed in place and then added to by few
+            if len(changed) == len(gradients) > 0 and not any(g is not None and g.any() for g in changed):
+                entry.theta.grad = None
+
+        return hook
 
     # ---- what is wrong
 
@@ -112,11 +142,17 @@ class Guard:
             ValueError: scores changed and theta did not follow, or they had gradients and nothing was bound.
         """
         self._check_scores("; a mask of them would not be what was trained")
-        if self._num_backwards > 1 and not self._bound:
+        if self._num_backwards > 1 and not (self._bound and self._num_steps):
+            who = "no optimizer is bound that would step their scores"
+            if self._bound:
+                who = (
+                    f"the {self.bound_to} that is bound to them was never stepped (a copy of it, or a later "
+                    f"one, is perhaps)"
+                )
             raise ValueError(
-                f"these masks had gradients in {self._num_backwards} backwards, and no optimizer is bound "
-                f"that would step their scores: the mask would be as it was attached. Call "
-                f"masks.bind(optimizer) before the loop, or masks.rewrite() after changing scores otherwise"
+                f"these masks had gradients in {self._num_backwards} backwards, and {who}: the mask would be "
+                f"as it was attached. Call masks.bind(optimizer) before the loop, for the optimizer that is "
+                f"stepped, or masks.rewrite() after changing scores otherwise"
             )
 
     def check_in_place(self) -> None:
@@ -183,6 +219,7 @@ class Guard:
         """
         self._num_steps += 1
         num_pulled, self._num_pulled = self._num_pulled, -1
+        self._warn_of_changed_gradients()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = [entry for entry in self._entries if any(id(p) in held for p in _trained(entry))]
         if not trained or num_pulled == len(self._entries):
@@ -208,22 +245,63 @@ class Guard:
             f"requires_grad_(False) on masks.parameters()"
         )
 
+    def _warn_of_changed_gradients(self) -> None:
+        """Warn, once, where theta's gradient was changed after the scores' was made of it."""
+        for entry in self._entries if not self._has_warned else ():
+            before = self._gradients.get(id(entry), [])
+            now = _versions_of_gradients(entry) if entry.theta.grad is not None else before
+            if before and now[0] != before[0] and now[1:] == before[1:]:
+                self._has_warned = True
+                warnings.warn(
+                    f"the gradient of {entry.name} was changed between backward and step, by "
+                    f"clip_grad_norm_(model.parameters()) for example, and the step takes no notice: the "
+                    f"gradients of the scores were made of it before. Change those of masks.parameters()",
+                    UnusedGradientWarning,
+                    stacklevel=5,
+                )
+
     def after_foreign_step(self, optimizer: Optimizer) -> None:
         """Take note of a step of an optimizer that is not bound; warn where it should be."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(p) in held for entry in self._entries for p in _trained(entry)):
             self._stepped_by = type(optimizer).__name__
-        elif self._is_fresh and not self._bound:
+        elif self._is_fresh and not (self._bound and self._num_steps):
             self._is_fresh = False
             self._num_foreign_steps += 1
-            if self._num_foreign_steps == _STEPS_BEFORE_WARNING:
+            limit = _STEPS_BEFORE_WARNING[bool(self._bound)]
+            if self._num_foreign_steps == limit:
+                bound = f"the {self.bound_to} that is bound was never stepped" if self._bound else ""
                 warnings.warn(
                     f"masks on {len(self._entries)} tensors get gradients, {type(optimizer).__name__} steps "
-                    f"other parameters, and no optimizer is bound to the masks: they stay as they are. Build "
-                    f"an optimizer over masks.parameters() and call masks.bind(optimizer)",
+                    f"other parameters, and {bound or 'no optimizer is bound to the masks'}: they stay as "
+                    f"they are. Build an optimizer over masks.parameters() and call masks.bind(optimizer)",
                     ForgottenBindWarning,
                     stacklevel=4,
                 )
+
+
+def follow_in_closure(
+    rewrite: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Return the arguments of an optimizer's step with a closure that lets theta follow the scores first.
+
+    L-BFGS and others move what they train between several calls of it. None where there is no closure.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+    if closure is None:
+        return None
+    num_calls = 0
+
+    def followed() -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 1:  # what was changed before the step is for the guard to judge
+            rewrite()
+        return closure()
+
+    if len(args) > 1:
+        return (args[0], followed, *args[2:]), kwargs
+    return args, {**kwargs, "closure": followed}
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
@@ -236,6 +314,12 @@ def _versions_of(entry: MaskedParameter) -> list[int]:
     """Return how often each trained tensor was written to, scores first; `data` writes are not counted."""
     tensors = (entry.scores, entry.weight, entry.numbers)
     return [tensor._version for tensor in tensors if tensor is not None]
+
+
+def _versions_of_gradients(entry: MaskedParameter) -> list[int]:
+    """Return how often each gradient was written to, theta's first; -1 where there is none."""
+    gradients = [entry.theta.grad, *(parameter.grad for parameter in _trained(entry))]
+    return [-1 if gradient is None else gradient._version for gradient in gradients]
 
 
 def _trained(entry: MaskedParameter) -> list[nn.Parameter]:

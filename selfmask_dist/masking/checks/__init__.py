@@ -1,0 +1,66 @@
+"""What is checked before masks are attached, trained and saved.
+
+`choosing` calls the others when masks are attached; `guard` watches the training after that.
+"""
+
+from selfmask_dist.masking.checks.choosing import (
+    as_family,
+    choose,
+    choose_other,
+    num_segments,
+    warn_where_partly_masked,
+)
+from selfmask_dist.masking.checks.models import (
+    MARK,
+    check_finite_weights,
+    check_free,
+    check_model,
+    check_underived,
+    describe_left_over,
+)
+from selfmask_dist.masking.checks.optimizers import (
+    check_decay,
+    check_optimizer,
+    check_steps_others,
+)
+from selfmask_dist.masking.checks.scores import (
+    check_finite,
+    check_same_names,
+    check_same_weights,
+    check_tensors,
+    own_init,
+    own_state,
+)
+from selfmask_dist.masking.checks.warned import (
+    ForgottenBindWarning,
+    MaskWarning,
+    PartlyMaskedWarning,
+    UnusedGradientWarning,
+)
+
+__all__ = [
+    "MARK",
+    "ForgottenBindWarning",
+    "MaskWarning",
+    "PartlyMaskedWarning",
+    "UnusedGradientWarning",
+    "as_family",
+    "check_decay",
+    "check_finite",
+    "check_finite_weights",
+    "check_free",
+    "check_model",
+    "check_optimizer",
+    "check_same_names",
+    "check_same_weights",
+    "check_steps_others",
+    "check_tensors",
+    "check_underived",
+    "choose",
+    "choose_other",
+    "describe_left_over",
+    "num_segments",
+    "own_init",
+    "own_state",
+    "warn_where_partly_masked",
+]
