@@ -97,6 +97,32 @@ def _reader_is_gone() -> bool:
     return True
 
 
+class _Once(argparse._StoreAction):
+    """Take an option's value, and refuse a second one: the first would be passed over without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        seen = namespace.__dict__.setdefault("_seen", set())
+        if option_string is not None and self.dest in seen:
+            parser.error(f"{option_string} is given twice; it takes one value")
+        seen.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and those of its commands, in which an option is given once; lists take several values."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+
 class _Version(argparse.Action):
     """Print the version, which is looked up only when it is asked for."""
 
@@ -108,9 +134,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks."
-    )
+    parser = _Parser(prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch_command.add_command(commands)

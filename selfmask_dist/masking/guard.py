@@ -51,6 +51,8 @@ class Guard:
         self._num_steps = 0
         self._gradients: dict[int, list[int]] = {}  # versions after the last pull back, theta's first
         self._has_warned = False
+        self._places = [_place(model, entry.name) for entry in self._entries]
+        self._samples = _Samples([entry.theta for entry in entries])
         _WATCHING.add(self)
         if not _HOOK:
             _HOOK.append(register_optimizer_step_post_hook(_after_any_step))
@@ -76,6 +78,7 @@ class Guard:
         """Take note that theta follows from the scores now."""
         self._versions = [(_versions_of(entry), entry.theta._version) for entry in self._entries]
         self._stepped_by, self._num_backwards, self._num_foreign_steps = "", 0, 0
+        self._samples.take()
 
     def pulled(self, num_entries: int) -> None:
         """Take note that so many thetas had a gradient in a backward."""
@@ -134,6 +137,13 @@ class Guard:
                 )
         self._check_scores("")
         self._check_theta()
+        if self._samples.have_changed():
+            raise ValueError(
+                f"theta of these {len(self._entries)} tensors was written to past autograd, by way of .data: "
+                f"adapters were merged into the weights (PEFT's merge_adapter), or an average was copied "
+                f"into the model and not taken back. The next step would undo it. Do that before attach, or "
+                f"call masks.rewrite() to have theta back"
+            )
 
     def check_before_save(self) -> None:
         """Check that the scores are what training made of them.
@@ -141,6 +151,7 @@ class Guard:
         Raises:
             ValueError: scores changed and theta did not follow, or they had gradients and nothing was bound.
         """
+        self.check_in_place()
         self._check_scores("; a mask of them would not be what was trained")
         if self._num_backwards > 1 and not (self._bound and self._num_steps):
             who = "no optimizer is bound that would step their scores"
@@ -162,13 +173,19 @@ class Guard:
             ValueError: another one is in its place.
         """
         own = {id(parameter) for parameter in self._model.parameters()}
-        if lost := [entry.name for entry in self._entries if id(entry.theta) not in own]:
+        held = [parameters.get(key) for parameters, key in self._places]
+        pairs = zip(self._entries, held, strict=True)
+        if lost := [e.name for e, found in pairs if id(e.theta) not in own or found is not e.theta]:
             raise ValueError(
                 f"{some(lost)} carry masks, and the model has other parameters in their place: after attach, "
-                f"it was loaded with load_state_dict(assign=True), converted, or its modules were "
-                f"replaced or sharded. Do that first and attach then; masks.load_state_dict() brings scores "
-                f"back, and detach(restore=False) takes these masks off"
+                f"it was loaded with load_state_dict(assign=True), converted, or its modules were replaced, "
+                f"sharded, pruned or parametrised (torch.nn.utils). Do that first and attach then; "
+                f"masks.load_state_dict() brings scores back, and detach(restore=False) takes these masks off"
             )
+
+    def _are_in_place(self) -> bool:
+        pairs = zip(self._entries, self._places, strict=True)
+        return all(parameters.get(key) is entry.theta for entry, (parameters, key) in pairs)
 
     def _check_scores(self, so: str) -> None:
         changed = [
@@ -222,7 +239,7 @@ class Guard:
         self._warn_of_changed_gradients()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = [entry for entry in self._entries if any(id(p) in held for p in _trained(entry))]
-        if not trained or num_pulled == len(self._entries):
+        if not trained or (num_pulled == len(self._entries) and self._are_in_place()):
             return
         self.check_in_place()
         if not any(entry.theta.requires_grad for entry in trained):
@@ -278,6 +295,44 @@ class Guard:
                     ForgottenBindWarning,
                     stacklevel=4,
                 )
+
+
+class _Samples:
+    """A few values of each tensor, to notice what was written to it by way of `.data`, which leaves no trace.
+
+    On a CPU they are looked at in every step; elsewhere, where a look waits for the device, in one of 64.
+    """
+
+    _NUM_VALUES, _EVERY = 8, 64
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._before: list[Tensor] = []
+        self._num_looks = 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep the values as they are, where the next look is one that counts."""
+        is_free = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        is_due = is_free or self._num_looks % self._EVERY == 0
+        self._before = [piece.clone() for piece in self._pieces()] if is_due else []
+
+    @torch.no_grad()
+    def have_changed(self) -> bool:
+        """Return whether the values differ from those that were kept."""
+        self._num_looks += 1
+        if not self._before:
+            return False
+        return not all(map(torch.equal, self._pieces(), self._before))
+
+    def _pieces(self) -> list[Tensor]:
+        return [tensor.detach().reshape(-1)[: self._NUM_VALUES] for tensor in self._tensors]
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary that a module keeps a parameter in, and its key there."""
+    owner, _, attribute = name.rpartition(".")
+    return model.get_submodule(owner)._parameters, attribute
 
 
 def follow_in_closure(

@@ -67,6 +67,16 @@ def norm_parameters(model: nn.Module) -> set[str]:
     }
 
 
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """Return the full names of the parameters that stand beside a layer's own, as LoRA's in PEFT."""
+    around = [f"{name}." for name, module in model.named_modules() if "base_layer" in module._modules]
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(name.startswith(start) and not name.startswith(f"{start}base_layer.") for start in around)
+    }
+
+
 def select(
     model: nn.Module,
     include: str | Sequence[str] = "auto",
@@ -92,11 +102,12 @@ def select(
     if not _as_tuple(include):
         raise ValueError("include is empty; give a preset (auto) or patterns of parameters' names")
     norms = set() if allow_norm else norm_parameters(model)
+    adapters = adapter_parameters(model)
     chosen: set[str] = set()
     for pattern in _as_tuple(include):
         matched = _expand(pattern, names)
         if pattern in PRESETS or pattern == "auto":
-            matched -= norms  # a preset describes a family; its norms are left out silently
+            matched -= norms | adapters  # a preset describes a family; these are left out silently
         elif matched & norms:
             raise ValueError(
                 f"include pattern {pattern!r} would mask normalisation layers: "
