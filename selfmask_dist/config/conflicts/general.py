@@ -49,6 +49,11 @@ def run_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"run.dir {place!r} is taken as it is written, without variables or ~; write the whole path, or "
             "give it on the command line, where the shell expands it",
         )
+    if config.run.resume and config.run.overwrite:
+        yield Conflict(
+            ("run.resume", "run.overwrite"),
+            "run.resume=true goes on with a run and run.overwrite=true deletes it; set one of them",
+        )
     parts = name.split("/")
     if not name.isprintable() or name != name.strip() or any(part in ("", ".", "..") for part in parts):
         yield Conflict(
