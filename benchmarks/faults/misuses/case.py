@@ -7,6 +7,7 @@ against the outcome that was declared with the case, before anything ran. Knows 
 import contextlib
 import io
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -209,8 +210,6 @@ def selfmask(*arguments: object) -> Said:
 
 def shell(command: str, folder: Path, *, seconds: float = 50.0, **variables: str) -> Said:
     """Run a line of a shell in a process of its own, with `selfmask` as the command."""
-    import os
-
     selfmask = f"{sys.executable} -m selfmask_dist.cli"
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), **variables}
     done = subprocess.run(
@@ -232,8 +231,8 @@ def told(said: Said, *, status: int = 0) -> Said:
     return said
 
 
-def numbered(cases: Sequence[Case]) -> list[Case]:
-    """Return cases whose names are all different."""
-    seen = [case.name for case in cases]
-    assert len(set(seen)) == len(seen), "two cases have one name"
-    return [replace(case) for case in cases]
+def distinct(cases: Sequence[Case]) -> list[Case]:
+    """Return cases after a check that their names are all different."""
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
+    return list(cases)
