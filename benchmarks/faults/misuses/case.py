@@ -108,7 +108,7 @@ def run(case: Case, group: str, folder: Path) -> Outcome:
         with _deadline(case.seconds), _heard() as heard:
             said = case.use(folder)
         verdict, got = _judge(case.wanted, said, "\n".join(heard))
-    except _Late:
+    except (_Late, subprocess.TimeoutExpired):
         verdict, got = "hang", f"not done after {case.seconds:g} s"
     except WrongValueError as wrong:
         verdict, got = "silent", f"wrong: {wrong}"
@@ -208,7 +208,7 @@ def selfmask(*arguments: object) -> Said:
     return Said(status, out.getvalue())
 
 
-def shell(command: str, folder: Path, *, seconds: float = 50.0, **variables: str) -> Said:
+def shell(command: str, folder: Path, *, seconds: float = 110.0, **variables: str) -> Said:
     """Run a line of a shell in a process of its own, with `selfmask` as the command."""
     selfmask = f"{sys.executable} -m selfmask_dist.cli"
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), **variables}

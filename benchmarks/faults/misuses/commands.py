@@ -1,12 +1,14 @@
 """Misuses of commands: files and folders that do not fit, options without sense, closed pipes, resumes."""
 
 import contextlib
+import os
 import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.faults.misuses.case import WORKS, Case, Said, check, error, selfmask, shell, told, warning
 from benchmarks.faults.misuses.shared import config, data, finished
@@ -171,13 +173,12 @@ def failed_cascade_start(folder: Path) -> Said:
     return told(selfmask("train", "--config", path, *own))
 
 
-def port_taken(folder: Path) -> Said:
+def port_taken(_: Path) -> Said:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = other.getsockname()[1]
-        path = finished() / "config.yaml"
-        return shell(f"timeout 45 {'selfmask'} serve --config {path} --port {port}", folder)
+        config_path = finished() / "config.yaml"
+        return selfmask("serve", "--config", config_path, "--port", other.getsockname()[1])
 
 
 def ranks_left_over(rank: str) -> Use:
@@ -185,7 +186,8 @@ def ranks_left_over(rank: str) -> Use:
 
     def use(folder: Path) -> Said:
         path = config(folder, eval={"final": False})
-        return shell(f"selfmask train --config {path} train.max_steps=1 run.name=a", folder, RANK=rank)
+        with mock.patch.dict(os.environ, {"RANK": rank}):
+            return selfmask("train", "--config", path, "train.max_steps=1", "run.name=a")
 
     return use
 
@@ -349,10 +351,16 @@ CASES = [
         "a reader that goes away",
         WORKS,
         line("selfmask help all | head -1; test ${PIPESTATUS[0]} = 141 -o ${PIPESTATUS[0]} = 0"),
+        seconds=120,
     ),
-    Case("standard output closed", WORKS, line("selfmask configs >&-", status=0)),
-    Case("standard error closed", WORKS, line("selfmask status $RUN 2>&-", status=0)),
-    Case("a full disk behind standard output", error("space"), line("selfmask configs > /dev/full")),
+    Case("standard output closed", WORKS, line("selfmask configs >&-", status=0), seconds=120),
+    Case("standard error closed", WORKS, line("selfmask status $RUN 2>&-", status=0), seconds=120),
+    Case(
+        "a full disk behind standard output",
+        error("space"),
+        line("selfmask configs > /dev/full"),
+        seconds=120,
+    ),
     Case("RANK left over, and no number", error("RANK", "one"), ranks_left_over("one")),
     Case("RANK left over alone", error("RANK=1", "WORLD_SIZE"), ranks_left_over("1")),
 ]
