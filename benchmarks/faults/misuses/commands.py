@@ -173,6 +173,32 @@ def failed_cascade_start(folder: Path) -> Said:
     return told(selfmask("train", "--config", path, *own))
 
 
+def failed_procedure_start(folder: Path) -> Said:
+    """A chain of runs that fails in its first link, and then the same name again."""
+    path = config(folder, eval={"final": False})
+    own = ["run.name=a", "train.max_steps=1"]
+    wrong = selfmask("train", "--config", path, *own, "method=packnet", "procedure.include=[nothing]")
+    check(wrong.status == 2, f"exit status {wrong.status}: {wrong.text[-200:]}")
+    return told(selfmask("train", "--config", path, *own))
+
+
+def unbuildable(folder: Path) -> Said:
+    """The library that makes the backbone fails on an argument of it; the name is free afterwards."""
+    path = config(folder, eval={"final": False})
+    own = ["run.name=a", "train.max_steps=1"]
+    wrong = selfmask("train", "--config", path, *own, "backbone.kwargs.num_heads=5")
+    told(selfmask("train", "--config", path, *own))
+    return wrong
+
+
+def unknown_argument(folder: Path) -> Said:
+    path = config(folder, eval={"final": False})
+    own = ["run.name=a", "train.max_steps=1"]
+    wrong = selfmask("train", "--config", path, *own, "backbone.kwargs.num_haeds=2")
+    told(selfmask("train", "--config", path, *own))
+    return wrong
+
+
 def port_taken(_: Path) -> Said:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -207,6 +233,9 @@ CASES = [
     Case("a report of a run with a damaged result", warning("result.json", "damaged"), damaged_result),
     Case("a start that fails, and the name again", WORKS, failed_start),
     Case("a cascade that fails in its first stage, and the name again", WORKS, failed_cascade_start),
+    Case("a procedure that fails in its first link, and the name again", WORKS, failed_procedure_start),
+    Case("a backbone's argument that does not fit", error("num_heads|divisible"), unbuildable),
+    Case("a backbone's argument that is misspelt", error("num_haeds"), unknown_argument),
     Case("status of a file", error("MASK|final.mask"), words("status", "MASK")),
     Case("logs of a rank below 0", error("rank"), words("logs", "RUN", "--rank", "-1")),
     Case("logs of no lines", error("--lines"), words("logs", "RUN", "--lines", "0")),
