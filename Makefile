@@ -13,7 +13,7 @@ WORKERS ?= 2
 CODE := selfmask_dist launchers data_prep benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check wheel-test format slurm-up slurm-down clean
+.PHONY: help demo test test-all test-slow check wheel-test format slurm-up slurm-down clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,11 @@ test: .venv/.installed  ## unit and distributed tests, without the slow ones (6.
 
 test-all: .venv/.installed  ## all tests
 	$(PYTEST) --slow $(PYTEST_ARGS)
+
+# continuous integration has time for a part of them, and takes another part with each commit
+test-slow: .venv/.installed  ## the slow tests alone: as many as begin within MINUTES=10
+	$(PYTEST) --slow -m slow --minutes=$(or $(MINUTES),10) \
+	  --begin-at=$(shell git rev-list --count HEAD 2>/dev/null || echo 0) $(PYTEST_ARGS)
 
 # The tests are not repeated here: `.ci/run` calls `make test` and then `make check`.
 check: .venv/.installed  ## formatter, linter and types

@@ -16,8 +16,8 @@ from selfmask_dist.common.text import some
 from .folder_tree import look_into, tree_text
 from .split_names import resembles_split, split_of
 
-Layout = Literal["auto", "splits", "classes"]
-LAYOUTS = ("auto", "splits", "classes")
+Layout = Literal["auto", "splits", "classes", "unlabelled"]
+LAYOUTS = ("auto", "splits", "classes", "unlabelled")
 
 
 def find_splits(src: Path, layout: Layout) -> tuple[dict[str, Path], list[str]]:
@@ -35,7 +35,7 @@ def find_splits(src: Path, layout: Layout) -> tuple[dict[str, Path], list[str]]:
     folders = look_into(src).folders
     called = {folder: split for folder in folders if (split := split_of(folder.name)) is not None}
     alike = {folder: split for folder in folders if (split := resembles_split(folder.name)) is not None}
-    if layout == "classes":
+    if layout in ("classes", "unlabelled"):
         return {"": src}, []
     if layout == "splits":
         return _as_told(src, folders, alike | called)

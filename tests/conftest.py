@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ if keep_bytecode(os.environ):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--minutes", type=float, help="start no test later than so many minutes after the first")
+    parser.addoption("--begin-at", type=int, default=0, help="a number: begin with another test for each")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,6 +52,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    if items and (first := 7 * config.getoption("--begin-at") % len(items)):
+        items[:] = items[first:] + items[:first]
+
+
+_first_start: list[float] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes is None:
+        return
+    _first_start[:] = _first_start or [time.monotonic()]
+    if time.monotonic() - _first_start[0] > 60 * minutes:
+        pytest.skip(f"no time left of --minutes={minutes:g}")
 
 
 def _seed_of(item: pytest.Item) -> int:

@@ -73,9 +73,14 @@ def make_engine(
     names = set(select(encoder, "vit"))
     encoder.requires_grad_(False)
     step = Step(encoder, size[0], torch.float32, "frozen")
-    config = EngineConfig.model_validate({"name": name, **keys})
+    score_step = keys.pop("score_step", "plain")
     engine = build_engine(
-        step, encoder=encoder, blocks=find_blocks(encoder), world=world_here(), config=config
+        step,
+        encoder=encoder,
+        blocks=find_blocks(encoder),
+        world=world_here(),
+        config=EngineConfig.model_validate({"name": name, **keys}),
+        score_step=score_step,
     )
     if is_full:
         masks = None
@@ -104,6 +109,7 @@ def count(name: str, is_full: bool, keys: dict[str, Any]) -> dict[str, Any]:
         "sent": dict(traffic.bytes),
         "kept": kept,
         "masked": masked,
+        "tensors": len(masks.entries) if masks is not None else 0,
     }
 
 
@@ -184,6 +190,18 @@ def check_memory(bench: Benchmark, worlds: tuple[int, ...]) -> None:
             bench.figure(f"{key}_over_plan", measured / planned[label], min=0.85, max=1.15)
 
 
+def check_score_step(
+    bench: Benchmark, label: str, keys: dict[str, Any], plain: dict[str, dict[str, Any]]
+) -> None:
+    """What optim.score_step=rms sends beyond a plain step: three numbers a tensor, and no call."""
+    for name, before in plain.items():
+        rms = run_distributed(count, 2, name, False, {**keys, "score_step": "rms"}, timeout=120)[0]
+        calls = sum(rms["calls"].values()) - sum(before["calls"].values())
+        more = sum(rms["sent"].values()) - sum(before["sent"].values())
+        bench.figure(f"{label}_{name}_rms_more_calls", calls, max=0)
+        bench.figure(f"{label}_{name}_rms_more_bytes_per_tensor", more / rms["tensors"], max=24)
+
+
 def check_kept(bench: Benchmark, worlds: tuple[int, ...]) -> None:
     """Scores, momentum and frozen weights of a rank fall as one over the world."""
     for label, name, keys in (
@@ -226,6 +244,7 @@ def main() -> int:
         bench.figure(f"{label}_fsdp_more_reductions", more["fsdp"], max=1)
         bench.figure(f"{label}_bits_more_reductions", more["bits"], max=0)
         bench.figure(f"{label}_bits_gathers", bits["calls"]["gather"], max=1)
+        check_score_step(bench, label, keys, {"fsdp": fsdp, "bits": bits})
     check_kept(bench, (1, 2) if options.quick else (1, 2, 4))
     check_memory(bench, (2,) if options.quick else (2, 4))
     bench.figure("vote_share_of_step", run_distributed(vote_share, 2, 5 if options.quick else 30)[0])

@@ -8,8 +8,8 @@ sums over ranks is passed in, and is handed tensors on the device of the embeddi
 
 from selfmask_dist.cascade.clusters import KMeans, Mixture, fit_kmeans, fit_mixture
 from selfmask_dist.cascade.combine import MODES, Combination
-from selfmask_dist.cascade.pca import PCA, AllReduce, fit_pca
 from selfmask_dist.cascade.router import Router
+from selfmask_dist.parallel.pca import PCA, AllReduce, fit_pca
 
 __all__ = [
     "MODES",

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from selfmask_dist.cascade.pca import AllReduce, alone, row_blocks
+from selfmask_dist.parallel.pca import AllReduce, alone, row_blocks
 
 MAX_FIT_ROWS = 2**19
 """Rows that a fit sees at most, drawn by the seed; all rows are assigned. Every rank holds that many while

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from selfmask_dist.cascade.pca import PCA, AllReduce, alone, fit_pca, row_blocks
+from selfmask_dist.parallel.pca import PCA, AllReduce, alone, fit_pca, row_blocks
 
 # mode -> which experts enter, how they are joined, and what is done to the result
 MODES: dict[str, tuple[str, str, str]] = {

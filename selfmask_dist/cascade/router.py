@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfmask_dist.cascade.clusters import KMeans, Mixture, fit_kmeans, fit_mixture
-from selfmask_dist.cascade.pca import PCA, AllReduce, alone, fit_pca, row_blocks
+from selfmask_dist.parallel.pca import PCA, AllReduce, alone, fit_pca, row_blocks
 
 METHODS: dict[str, type[Mixture] | type[KMeans]] = {"gmm": Mixture, "kmeans": KMeans}
 REG_COVAR = 0.05

@@ -206,6 +206,8 @@ def _merge(options: argparse.Namespace) -> None:
             f"--out {options.out} is one of the masks to merge, which would be lost; name another"
         )
     about = {key: getattr(loaded[0][2], key) for key in ("backbone", "backbone_fingerprint", "preprocessing")}
+    # a mark against one of them stays with what is made of it
+    about["verdict"] = "; ".join(sorted({file.verdict for _, _, file in loaded if file.verdict}))
     if options.how == "collect":
         masks = {name: replace(mask, against=None) for name, mask, _ in loaded}
         if len(masks) < len(loaded):

@@ -28,6 +28,7 @@ GIB = 2**30
 # images of full size that one sample costs; one elsewhere. A teacher's forward costs a third of a step's
 _SMALL = 6 * (96 / 224) ** 2
 _CROPS = {
+    "nbd": 1,  # nbd.views of them
     "swav": 2 + _SMALL,
     "simclr": 2,
     "moco_v2": 1 + 1 / 3,
@@ -39,12 +40,13 @@ _CROPS = {
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is assumed of the machines.
+    """What is assumed of the machines, and of the data.
 
-    memory_gib: of a GPU. tflops: what training reaches on one. The bandwidths are what one GPU can send, in
-    GB/s.
+    pictures: in data.train, which objective.name=nbd keeps a bank of. memory_gib: of a GPU. tflops: what
+    training reaches on one. The bandwidths are what one GPU can send, in GB/s.
     """
 
+    pictures: int = 1_000_000
     nodes: int = 1
     gpus_per_node: int = 1
     memory_gib: float = 80.0
@@ -120,7 +122,9 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estima
     reduced = 2.0 if engine.reduce_dtype == "bf16" else full
     x = (w - 1) / w
     rows = -(-config.train.global_batch_size // (w * config.train.accumulate))
-    crops = _CROPS.get(config.objective.name, 1.0)
+    crops = _CROPS.get(config.objective.name, 1.0) * (
+        config.nbd.views if config.objective.name == "nbd" else 1
+    )
     kept = size.kept_with_checkpoints if engine.checkpoint_activations else size.kept_per_image
     activations = kept * rows * crops * gathered_bytes
     passes = 4 if engine.checkpoint_activations else 3
@@ -165,6 +169,24 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware) -> list[Estima
     ]  # fmt: skip
 
 
+def bank_bytes(config: Config, hardware: Hardware) -> float:
+    """Return what objective.name=nbd keeps and computes with on each rank, beside the model: bytes.
+
+    Of each of its pictures a row, two moments, a gradient and the unit row (of a sampled softmax in place of
+    it what backward needs to make the gradient); targets; and for each embedding of the global batch its
+    similarity to every picture of the softmax, thrice.
+    """
+    section = config.nbd
+    own = -(-hardware.pictures // hardware.world_size)
+    rows = own * (5 * 4 * section.dim + 12 * section.neighbours + 1)
+    is_exact = hardware.pictures <= section.exact_up_to
+    candidates = own if is_exact else -(-section.sampled // hardware.world_size)
+    # of a sample the rows are taken out, and masked where they are targets
+    taken = 0 if is_exact else candidates * 3 * 4 * section.dim
+    embeddings = config.train.global_batch_size * section.views // config.train.accumulate
+    return rows + taken + 3 * 4.0 * embeddings * candidates
+
+
 def choose(estimates: Sequence[Estimate], memory_gib: float) -> Estimate | None:
     """Return the engine to take, or None where none fits into the memory of a GPU.
 
@@ -206,6 +228,11 @@ def describe(config: Config, hardware: Hardware) -> str:
     else:
         name, _, stage = best.engine.partition("-")
         advice = f"take engine.name={name}" + (f" engine.zero_stage={stage}" if stage else "")
+    if config.objective.name == "nbd":
+        advice = (
+            f"objective.name=nbd: {bank_bytes(config, hardware) / GIB:.2f} GiB on each rank for the bank of "
+            f"{hardware.pictures:,} pictures and its softmax, beside the above\n{advice}"
+        )
     return (
         f"{config.backbone.name} on {hardware.nodes} x {hardware.gpus_per_node} GPUs of "
         f"{hardware.memory_gib:g} GiB, {config.engine.precision}, "
@@ -223,6 +250,7 @@ def _above_zero(word: str) -> float:
 
 
 _OPTIONS = (
+    ("pictures", int, "images in data.train, for objective.name=nbd"),
     ("nodes", text.positive, "machines"),
     ("gpus_per_node", text.positive, "GPUs in each"),
     ("memory_gib", _above_zero, "memory of a GPU"),

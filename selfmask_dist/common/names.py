@@ -13,6 +13,8 @@ OWNER = "owner.json"
 SUBMITTED = "submitted.json"
 RESULT = "result.json"
 FROZEN = "frozen.json"
+RETRIEVAL = "retrieval.json"
+SCORE_LR = "score_lr.json"
 QUARANTINE = "quarantine.jsonl"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
@@ -20,6 +22,12 @@ STACKS = "stacks"
 REPORT = "report.html"
 EMBEDDINGS = "embeddings"
 EVAL = "eval"
+
+
+def trial(rate: float | str) -> str:
+    """Return the folder in which a learning rate is tried; or of a pattern, as "*"."""
+    return f"trial-{rate}"
+
 
 # what training leaves
 MASK = "final.mask"

@@ -13,6 +13,7 @@ from selfmask_dist.config.objectives import (
     DinoConfig,
     MocoV2Config,
     MocoV3Config,
+    NbdConfig,
     SimclrConfig,
     SlipConfig,
     SwavConfig,
@@ -63,6 +64,7 @@ class AllSections(Section):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     crops: CropsConfig = Field(default_factory=CropsConfig)
     swav: SwavConfig = Field(default_factory=SwavConfig)
+    nbd: NbdConfig = Field(default_factory=NbdConfig)
     simclr: SimclrConfig = Field(default_factory=SimclrConfig)
     moco_v2: MocoV2Config = Field(default_factory=MocoV2Config)
     moco_v3: MocoV3Config = Field(default_factory=MocoV3Config)

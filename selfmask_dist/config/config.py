@@ -19,15 +19,48 @@ from selfmask_dist.config import yaml as config_yaml
 from selfmask_dist.config.all_sections import AllSections
 from selfmask_dist.config.conflicts import conflicts
 
+# What a section's default is under an objective, where it is another one; a value that is given wins.
+DEFAULTS_OF: dict[str, dict[str, dict[str, Any]]] = {
+    "nbd": {
+        "optim": {"score_step": "rms", "score_lr": 0.003},
+        "train": {"global_batch_size": 128, "epochs": 8.0},
+        "backbone": {"batchnorm": "frozen"},
+    }
+}
+_WARMUP = 0.1  # of nbd's epochs
+
 
 class Config(AllSections):
     """A whole run: the same object on every rank, and saved with the run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_objective(cls, values: Any) -> Any:
+        """Fill in what is not given and has another default under the objective."""
+        objective = values.get("objective") if isinstance(values, dict) else None
+        name = objective.get("name") if isinstance(objective, dict) else None
+        if name not in DEFAULTS_OF:
+            return values
+        filled = dict(values)
+        for section, defaults in DEFAULTS_OF[name].items():
+            given = filled.get(section, {})
+            if isinstance(given, dict):
+                filled[section] = {**defaults, **given}
+        optim, train = filled["optim"], filled["train"]
+        if isinstance(optim, dict) and isinstance(train, dict) and isinstance(train["epochs"], int | float):
+            filled["optim"] = {"warmup_epochs": _WARMUP * train["epochs"], **optim}
+        return filled
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         if found := conflicts(self):
             raise loading.ConflictError(found)
         return self
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the run is nothing without labels and a test split; one that trains without them is not."""
+        return self.method not in ("mask", "finetune") or self.objective.name == "supervised"
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -15,6 +15,7 @@ SomeStrings = Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, min_length=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Rates = Annotated[tuple[Positive, ...], Field(strict=False, min_length=2)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # smallest and largest
 
 

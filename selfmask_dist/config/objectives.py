@@ -15,6 +15,8 @@ from selfmask_dist.config.fields import Positive, Scale, Section, efficiency, sc
 VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino", "slip")
 TWO_VIEWS = ("simclr", "moco_v2", "moco_v3", "slip")  # and no other crops
 WITH_CAPTIONS = ("clip", "slip")
+# no labels either, on views that its own section describes
+ON_BANK = ("nbd",)
 WITH_TEACHER = ("moco_v2", "moco_v3", "dino")
 
 Temperatures = Annotated[tuple[Positive, Positive], Field(strict=False)]
@@ -195,6 +197,76 @@ class DinoConfig(Section):
     def freeze_steps(self, steps_per_epoch: int) -> int:
         """Return the steps for which the head's last layer stays as it is."""
         return round(self.freeze_epochs * steps_per_epoch)
+
+
+class NbdConfig(Section):
+    """The objective nbd (objective.name=nbd): every picture is a class, its neighbours are partly the same.
+
+    Its head and its bank have an AdamW of their own; optim.clip_norm does not reach them. Flips follow
+    data.flip.
+    """
+
+    dim: int = science(
+        128, "Principal directions of the frozen features that are kept.", unit="dimensions", ge=2
+    )
+    shrinkage: float = science(
+        0.05, "Added to each direction's variance before whitening.", unit="times the mean variance", ge=0
+    )
+    neighbours: int = science(
+        5,
+        "Pictures that share a picture's target: the nearest under the frozen backbone.",
+        unit="pictures",
+        ge=0,
+    )
+    own_share: float = science(
+        0.5, "Of the target, what lies on the picture itself.", unit="probability", gt=0, le=1
+    )
+    neighbour_temperature: float = science(
+        0.05, "Softmax by which neighbours share the rest.", unit="cosine similarity", gt=0
+    )
+    temperature: float = science(0.1, "Softmax of predictions.", unit="cosine similarity", ge=0.01)
+    frozen_views: int = science(
+        3,
+        "Crops of each picture, beside itself and its mirror image, that its frozen features are the mean "
+        "of.",
+        unit="views",
+        ge=0,
+    )
+    views: int = science(1, "Crops of each picture in a batch.", unit="views", ge=1)
+    crop_scale: Scale = science((0.35, 1.0), "Their area.", unit="fraction of the image")
+    jitter: float = science(
+        0.3,
+        "Strength of the random changes of brightness, contrast and saturation; hue, grey and blur are "
+        "left alone.",
+        unit="fraction",
+        ge=0,
+        le=1,
+    )
+    warmup_steps: int = science(
+        150, "Steps of head and bank alone, on frozen features, before the first.", unit="steps", ge=0
+    )
+    warmup_rate: float = science(3e-3, "Their learning rate (AdamW).", unit="weight per step", gt=0)
+    warmup_batch: int = science(256, "Views in one of them.", unit="views", ge=1)
+    rate: float = science(
+        1e-3, "Learning rate of head and bank after that (AdamW), constant.", unit="weight per step", ge=0
+    )
+    weight_decay: float = science(1e-4, "Of head and bank.", unit="share of a weight per unit of rate", ge=0)
+    bank_momentum: float = science(
+        0.5,
+        "Of a picture's row, what is kept when its new embedding comes in.",
+        unit="share kept from step to step",
+        ge=0,
+        le=1,
+    )
+    exact_up_to: int = science(
+        100_000,
+        "The softmax is over all pictures up to so many; over more it is estimated.",
+        unit="pictures",
+        ge=1,
+    )
+    sampled: int = science(
+        32_768, "Pictures drawn anew in each step for that estimate.", unit="pictures", ge=1
+    )
 
 
 class ClipConfig(Section):

@@ -27,7 +27,11 @@ class DataConfig(Section):
     train: NonEmpty | None = science(
         None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
     )
-    test: NonEmpty | None = science(None, "Folder of tars to measure on. Every run needs it.")
+    test: NonEmpty | None = science(
+        None,
+        "Folder of tars to measure on. Every run needs it but those of method=mask and method=finetune whose "
+        "objective takes no labels: without it they measure instance retrieval alone (see eval.retrieval).",
+    )
     subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
     )
@@ -61,13 +65,16 @@ class DataConfig(Section):
 class ObjectiveConfig(Section):
     """The loss (method=mask and method=finetune)."""
 
-    name: Literal["supervised", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = science(
-        "supervised",
-        "supervised: cross-entropy against the labels. Without labels, on views that the crops section "
-        "describes, each with a section of its own: swav: crops predict each other's cluster. simclr: two "
-        "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
-        "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
-        "captions: clip: images and texts find each other. slip: that and simclr.",
+    name: Literal["supervised", "nbd", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = (
+        science(
+            "supervised",
+            "supervised: cross-entropy against the labels. Without labels, each with a section of its own: "
+            "nbd: pictures are found in a bank of all, where frozen neighbours are partly the same. On "
+            "views that the crops section describes: swav: crops predict each other's cluster. simclr: two "
+            "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
+            "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
+            "captions: clip: images and texts find each other. slip: that and simclr.",
+        )
     )
     head: Literal["linear", "masked", "clip_text"] = science(
         "linear",
@@ -117,6 +124,12 @@ class TrainConfig(Section):
     max_steps: int | None = science(
         None, "Stop after so many steps at the latest, for a quick look; null: do not.", unit="steps", ge=1
     )
+    keep: Literal["last", "best"] = science(
+        "last",
+        "What a run leaves. last: what it trained at its end. best: the state with the highest instance "
+        "retrieval of those measured while training (eval.knn_every) and at the end; checkpoints then hold "
+        "that state too, about half as much again.",
+    )
     accumulate: int = efficiency(
         1,
         "Micro-steps whose gradients are summed into one step: more need less memory. Each has batch "
@@ -127,7 +140,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """What is measured, on data.test."""
+    """What is measured: with labels on data.test, without on training images (retrieval)."""
 
     knn_k: Counts = science(
         (20, 200),
@@ -141,8 +154,31 @@ class EvalConfig(Section):
         unit="cosine similarity",
         gt=0,
     )
+    retrieval: bool | None = science(
+        None,
+        "Measure instance retrieval, which needs no labels: how many training images are found by a mildly "
+        "augmented view of themselves. Frozen against adapted it decides whether the mask is worth using "
+        "(docs/unlabelled.md). null: where the objective takes no labels.",
+    )
+    retrieval_samples: int = science(
+        600,
+        "Training images of that measure at most, at equal distances through data.train.",
+        unit="images",
+        ge=2,
+    )
+    retrieval_bank: int | None = science(
+        None,
+        "Training images, at equal distances and those above among them, of which each has to find its own; "
+        "null: those above alone. More make the measure harder: where the frozen backbone's is near 1, it "
+        "cannot rise.",
+        unit="images",
+        ge=2,
+    )
     knn_every: float = orchestration(
-        1.0, "Time from one k-NN measurement to the next while training; 0: none.", unit="epochs", ge=0
+        1.0,
+        "Time from one measurement (k-NN, instance retrieval) to the next while training; 0: none.",
+        unit="epochs",
+        ge=0,
     )
     monitor_samples: int = orchestration(
         5000, "Images at most in the bank, and in the queries, of those measurements.", unit="images", ge=1
@@ -155,6 +191,10 @@ class EvalConfig(Section):
         True, "Measure the frozen backbone before training, to compare with."
     )
     batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
+
+    def measures_retrieval(self, objective: str) -> bool:
+        """Return whether instance retrieval is measured, in a run with this objective."""
+        return objective != "supervised" if self.retrieval is None else self.retrieval
 
 
 class EngineConfig(Section):

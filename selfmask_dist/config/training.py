@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from selfmask_dist.config.fields import Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Rates, Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):
@@ -41,8 +41,23 @@ class OptimConfig(Section):
         50.0,
         "Peak learning rate of the scores (method=mask): larger flips more weights per step. Paper: 50 for "
         "ResNets, 10 for CLIP ViT-B/32.",
-        unit="score per unit of gradient",
+        unit="score per unit of gradient (optim.score_step=rms: per step)",
         gt=0,
+    )
+    score_step: Literal["plain", "rms"] = science(
+        "plain",
+        "How large a step of scores is. plain: the rate times the gradient (Paper). rms: each tensor's "
+        "gradient is first divided by its root mean square over the whole tensor, so that optim.score_lr "
+        "means the same for every tensor, and is small (.003 to .01). It holds for all that optim.score_lr "
+        "trains, a masked head's scores too; weights and heads keep plain steps. Not with optim.kind=adamw, "
+        "which sizes its steps itself.",
+    )
+    score_lr_choices: Rates | None = science(
+        None,
+        "Learning rates of the scores to choose from, in place of score_lr: each is tried for a tenth of the "
+        "training from the same start, and the run begins with the one of the highest instance retrieval; "
+        "where the middle one ties with it, with that. For objectives without labels. null: score_lr.",
+        unit="score per unit of gradient",
     )
     weight_lr: float = science(
         0.01,
@@ -94,7 +109,8 @@ class OptimConfig(Section):
     )
     clip_norm: float | None = science(
         None,
-        "The gradient of all trained parameters together is scaled down to this norm; null: never.",
+        "The gradient of all trained parameters together is scaled down to this norm; null: never. With "
+        "optim.score_step=rms of all but the scores, whose gradients have one size anyway.",
         unit="L2 norm of the gradient",
         gt=0,
     )

@@ -19,7 +19,7 @@ from selfmask_dist.data.source import Sample, SampleError, Source, check_same_cl
 from selfmask_dist.data.splits import notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
-from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, multicrop_transform
+from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
 from selfmask_dist.data.workers import WorkerLostError, Workers
 
@@ -30,6 +30,7 @@ __all__ = [
     "Distortion",
     "Failure",
     "Joined",
+    "MultiCrop",
     "Quarantine",
     "QuarantineError",
     "Sample",

@@ -77,16 +77,20 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     workers: Workers = IN_THIS_PROCESS,
+    seed: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> BatchLoader:
     """Return a loader of each sample exactly once over all ranks, in the source's order. Rank r of W gets the
     samples r, r+W, r+2W, ...
 
+    seed: of a transform that draws; the same views each time.
     batch_size: rows per rank. Rows of weight 0 pad the last batch and are to be left out.
+    quarantine: takes samples that cannot be read, whose rows get weight 0 too; without it they raise.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
-    plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=0, shuffle=False)
-    return BatchLoader(source, transform, plans, workers=workers)
+    plans = _Plans(len(source), batch_size * world_size, rank, world_size, seed=seed, shuffle=False)
+    return BatchLoader(source, transform, plans, workers=workers, quarantine=quarantine)
 
 
 class BatchLoader:

@@ -1,9 +1,12 @@
-"""Every number of an encoder on the test split: k-NN, linear probe, head accuracy, and the live monitor.
+"""Every number of an encoder: k-NN, linear probe and head accuracy on the test split, instance retrieval on
+training images, and the live monitor.
 
-Glue between `embed` (models) and `evals` (numbers), so that those two need not know each other.
+Without labels, or without a test split, only instance retrieval is left. Glue between `embed` (models) and
+`evals` (numbers), so that those two need not know each other.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
+from selfmask_dist.evals import instance_retrieval
 from selfmask_dist.evals.embed import embed, eval_mode
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.objectives import Objective
@@ -67,10 +71,16 @@ def neighbours_to_measure(config: Config, num_train: int) -> tuple[int, ...]:
     return tuple(k for k in ks if k <= num_train) or ks
 
 
+def are_labelled(train: data.Source, test: data.Source | None) -> bool:
+    """Return whether there are labels to measure k-NN and probe with, on every image of both splits."""
+    return test is not None and all(bool((source.labels >= 0).all()) for source in (train, test))
+
+
 class Evaluation:
     """Evaluates the encoder as it stands. Every method is a collective: every rank must call.
 
     Args:
+        test: None where there is no test split.
         on_batch: called after each batch, on all ranks equally often: the place to stop at.
     """
 
@@ -79,7 +89,7 @@ class Evaluation:
         config: Config,
         backbone: Backbone,
         train: data.Source,
-        test: data.Source,
+        test: data.Source | None,
         world: World,
         *,
         on_batch: Callable[[], None] = lambda: None,
@@ -87,12 +97,17 @@ class Evaluation:
         self._on_batch = on_batch
         self._config = config
         self._backbone = backbone
-        self._train, self._test = train, test
+        self._train = train
+        self._test = test if test is not None and are_labelled(train, test) else None
         self._world = world
         self._num_classes = len(train.classes)
 
     def full(self, *, probe: bool) -> dict[str, float]:
-        """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank."""
+        """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank;
+        nothing without labels.
+        """
+        if self._test is None:
+            return {}
         bank, queries = self._embed(self._train), self._embed(self._test)
         values = self._knn(bank, queries, neighbours_to_measure(self._config, len(self._train)))
         if probe:
@@ -100,17 +115,56 @@ class Evaluation:
         return values
 
     def monitor(self, _step: int) -> dict[str, Any]:
-        """Measure k-NN on the test split with at most `eval.monitor_samples` of bank and queries."""
+        """Measure k-NN on the test split with at most `eval.monitor_samples` of bank and queries, and
+        instance retrieval where the run measures it.
+        """
+        values: dict[str, Any] = {}
+        if self.measures_retrieval:
+            hits = self.retrieve()
+            values[f"monitor/{instance_retrieval.MEASURE}"] = sum(hits) / len(hits)
+        if self._test is None:
+            return values
         limit = self._config.eval.monitor_samples
         bank = self._embed(data.evenly_spaced(self._train, limit))
         queries = self._embed(data.evenly_spaced(self._test, limit))
-        return {
-            f"monitor/{name}": value
-            for name, value in self._knn(bank, queries, self._config.eval.knn_k[:1]).items()
-        }
+        accuracies = self._knn(bank, queries, self._config.eval.knn_k[:1])
+        return {f"monitor/{name}": value for name, value in accuracies.items()} | values
+
+    @property
+    def measures_retrieval(self) -> bool:
+        """Whether the run measures instance retrieval (`eval.retrieval`)."""
+        return self._config.eval.measures_retrieval(self._config.objective.name)
+
+    def retrieve(self) -> list[bool]:
+        """Return for each of `eval.retrieval_samples` training images whether a mild view of it finds it.
+
+        The images are at equal distances through the training source; images and views are the same every
+        time, on any number of ranks.
+        """
+        section, pre = self._config.eval, self._backbone.spec.preprocessing
+        bank = data.evenly_spaced(self._train, section.retrieval_bank or section.retrieval_samples)
+        looked_for = data.evenly_spaced(bank, section.retrieval_samples)
+        view = instance_retrieval.mild_view(pre, flip=self._config.data.flip)
+        if looked_for is bank:  # each picture is read once for both views
+            both = data.Joined(data.eval_transform(pre), view)
+            loader = self._loader(bank, both, seed=instance_retrieval.VIEW_SEED)
+            found = embed(self._backbone.encoder, _one_view_each(loader, len(bank)), world=self._world)
+            is_clean = found.ids < len(bank)
+            clean, views = found.where(is_clean), found.where(~is_clean)
+            views = Embeddings(views.features, views.labels, views.ids - len(bank))
+        else:
+            assert isinstance(looked_for, data.Subset)
+            clean = self._embed(bank)
+            loader = self._loader(looked_for, view, seed=instance_retrieval.VIEW_SEED)
+            views = embed(self._backbone.encoder, loader, world=self._world)
+            places = torch.from_numpy(looked_for.indices).to(views.ids.device)
+            views = Embeddings(views.features, views.labels, places[views.ids])
+        return instance_retrieval.find_own(clean, views, self._world)
 
     def head(self, objective: Objective) -> dict[str, float]:
         """Measure the accuracy of the objective's own head on the test split."""
+        if self._test is None:
+            return {}
         counts = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad(), eval_mode(self._backbone.encoder), eval_mode(objective):
             for batch in self._loader(self._test):
@@ -130,15 +184,25 @@ class Evaluation:
         encoder: nn.Module = self._backbone.encoder
         return embed(encoder, self._loader(source), world=self._world)
 
-    def _loader(self, source: data.Source) -> Iterator[data.Batch]:
+    def _loader(
+        self, source: data.Source, transform: data.Transform | None = None, *, seed: int = 0
+    ) -> Iterator[data.Batch]:
         loader = data.eval_loader(
             source,
-            data.eval_transform(self._backbone.spec.preprocessing),
+            transform or data.eval_transform(self._backbone.spec.preprocessing),
             batch_size=self._config.eval.batch_size,
             rank=self._world.rank,
             world_size=self._world.size,
             workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
+            seed=seed,
         )
         for batch in loader:
             yield batch
             self._on_batch()
+
+
+def _one_view_each(batches: Iterable[data.Batch], num_samples: int) -> Iterator[data.Batch]:
+    """Yield each view of a batch as a batch of its own, the second one's ids from `num_samples` on."""
+    for batch in batches:
+        for view, images in enumerate(batch.views):
+            yield replace(batch, views=(images,), ids=batch.ids + view * num_samples)

@@ -13,12 +13,20 @@ from selfmask_dist.maskfile.file import (
     verify_mask_file,
     write_mask_file,
 )
-from selfmask_dist.maskfile.fit import apply_mask, check_fits, describe_file, from_masks, weights_of
+from selfmask_dist.maskfile.fit import (
+    apply_mask,
+    check_fits,
+    describe_file,
+    from_masks,
+    warn_of_verdict,
+    weights_of,
+)
 from selfmask_dist.maskfile.forms import materialize, take_apart
-from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
 
 __all__ = [
     "MAX_WEIGHTS",
+    "MarkedMaskWarning",
     "Mask",
     "MaskFile",
     "MaskFileError",
@@ -31,6 +39,7 @@ __all__ = [
     "read_mask_file",
     "take_apart",
     "verify_mask_file",
+    "warn_of_verdict",
     "weights_of",
     "write_mask_file",
 ]

@@ -8,7 +8,7 @@ from torch import nn
 
 from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.maskfile.file import read_mask_file, write_mask_file
-from selfmask_dist.maskfile.fit import apply_mask, from_masks, weights_of
+from selfmask_dist.maskfile.fit import apply_mask, from_masks, warn_of_verdict, weights_of
 from selfmask_dist.maskfile.mask import MaskFile, MaskFileError
 from selfmask_dist.masking import AttachedMasks, detach
 
@@ -55,6 +55,7 @@ def save_masks(
     against_weights: bool = False,
     is_writer: bool = True,
     with_rounded: bool = False,
+    verdict: str = "",
 ) -> int:
     """Write masks to a mask file (`maskfile.file`); returns the number of bytes.
 
@@ -68,6 +69,7 @@ def save_masks(
         is_writer: False only takes part in gathering the masks, and returns 0.
         with_rounded: add the fingerprints of the weights in half precision, with which a model in float16 or
             bfloat16 is told from a wrong one.
+        verdict: what speaks against the mask; readers warn with it.
     """
     mask = from_masks(masks, with_rounded=with_rounded)
     weights = masks.first_weights() if against_weights else None
@@ -79,6 +81,7 @@ def save_masks(
         backbone_fingerprint=backbone_fingerprint,
         preprocessing=dict(preprocessing or {}),
         metrics=dict(metrics or {}),
+        verdict=verdict,
     )
     if weights is not None:
         plain = plain_names([*weights, *masks.moved_statistics()])
@@ -109,5 +112,6 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     if name is not None and name not in file.masks:
         raise MaskFileError(f"{path} holds no mask {name!r}; it has {sorted(file.masks)}")
     name = name or next(iter(file.masks))
+    warn_of_verdict(file, path)
     apply_mask(model, file.masks[name], what=f"mask {name!r} of {path}")
     return file

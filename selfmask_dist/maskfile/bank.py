@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from selfmask_dist.common.text import some
 from selfmask_dist.maskfile import codec
 from selfmask_dist.maskfile.file import read_mask_file
-from selfmask_dist.maskfile.fit import fit, weights_of
+from selfmask_dist.maskfile.fit import fit, warn_of_verdict, weights_of
 from selfmask_dist.maskfile.forms import materialize
 from selfmask_dist.maskfile.layers import Change, Layer, decoded
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
@@ -129,6 +129,7 @@ class MaskBank:
                 file = read_mask_file(mask, weights=weights_of(self._encoder))
                 if len(file.masks) != 1:
                     raise MaskFileError(f"{mask} holds the masks {sorted(file.masks)}, not one")
+                warn_of_verdict(file, mask)
                 mask = next(iter(file.masks.values()))
             known = self._fingerprints.get(frozenset(mask.bits))
             fitting = fit(self._encoder, mask, known=known)

@@ -19,6 +19,7 @@ from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 
 MAX_WEIGHTS = 4 * 10**9  # of all masks of a file together: a byte each while they are read
+_MAX_VERDICT = 500  # characters
 Weights = Callable[[str], Tensor]  # the frozen weights, by a parameter's name
 
 _MISTAKES = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
@@ -45,6 +46,7 @@ def write_mask_file(
         "backbone": {"name": file.backbone, "fingerprint": file.backbone_fingerprint},
         "preprocessing": file.preprocessing,
         "metrics": file.metrics,
+        **({"verdict": file.verdict} if file.verdict else {}),
         "masks": {
             name: _describe_mask(mask, sections, file.masks, codec_name, weights)
             for name, mask in file.masks.items()
@@ -92,6 +94,7 @@ def read_mask_file(
             backbone_fingerprint=header["backbone"]["fingerprint"],
             preprocessing=header["preprocessing"],
             metrics=header["metrics"],
+            verdict=_one_line(str(header.get("verdict", ""))),
         )
     except _MISTAKES as error:
         raise _refusal(path, error) from error
@@ -123,6 +126,11 @@ def verify_mask_file(path: str | Path, *, max_weights: int = MAX_WEIGHTS) -> str
         return "checksums hold; its bits were not decoded, which takes its backbone"
     count = sum(mask.num_weights() for mask in file.masks.values())
     return f"whole; {len(file.masks)} masks of {count:,} weights in all"
+
+
+def _one_line(text: str) -> str:
+    """Return what a terminal can be given of a stranger's text: printable, in one line of some length."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:_MAX_VERDICT]
 
 
 def _refusal(path: str | Path, error: Exception) -> MaskFileError:

@@ -1,5 +1,6 @@
 """A mask on a model: taken from masks in training, checked against a backbone, and put on it."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from selfmask_dist.backbones import fingerprint
 from selfmask_dist.common.tensor_names import placements, plain_names
 from selfmask_dist.maskfile.file import Weights, read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
-from selfmask_dist.maskfile.mask import Mask, MaskFileError
+from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.precision import other_precision, rounded_fingerprints, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
-from selfmask_dist.masking.checks import describe_left_over
+from selfmask_dist.masking.marks import describe_left_over
 
 
 def from_masks(masks: AttachedMasks, *, with_rounded: bool = False) -> Mask:
@@ -208,6 +209,12 @@ def _other_shapes(
     return [(name, place) for name, place in places if place and held[place].shape != mask.bits[name].shape]
 
 
+def warn_of_verdict(file: MaskFile, path: str | Path) -> None:
+    """Warn, in one line, of a mask whose own training found that it is of no use."""
+    if file.verdict:
+        warnings.warn(f"{path}: {file.verdict}", MarkedMaskWarning, stacklevel=3)
+
+
 def describe_file(path: str | Path) -> str:
     """Return what a mask file holds, as text for a person; verifies it on the way."""
     file = read_mask_file(path)
@@ -216,6 +223,7 @@ def describe_file(path: str | Path) -> str:
         f"backbone {file.backbone or 'not stated'}, fingerprint "
         f"{file.backbone_fingerprint[:12] or 'not stated'}",
         *(f"{name} {value:.4f}" for name, value in file.metrics.items()),
+        *([f"VERDICT: {file.verdict}"] if file.verdict else []),
     ]
     for name, mask in file.masks.items():
         kept = sum(int(bits.sum()) for bits in mask.bits.values())

@@ -12,6 +12,10 @@ class MaskFileError(ValueError):
     """A mask file that cannot be read, or does not fit the model at hand."""
 
 
+class MarkedMaskWarning(UserWarning):
+    """A mask that its own training found to be of no use is put on a model."""
+
+
 class WithoutWeightsError(MaskFileError):
     """A file that is read only together with its backbone's weights, and they were not given."""
 
@@ -64,6 +68,8 @@ class MaskFile:
     """The contents of a mask file: `masks` by name, and where they come from.
 
     tensors: of a cascade, its router and combinations.
+    verdict: what the run that trained it found against it, for example that the frozen backbone is to be
+        kept; empty where it found nothing.
     """
 
     masks: dict[str, Mask]
@@ -72,3 +78,4 @@ class MaskFile:
     preprocessing: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    verdict: str = ""

@@ -13,9 +13,9 @@ from selfmask_dist.masking.checks import (
     UnusedGradientWarning,
 )
 from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
-from selfmask_dist.masking.detaching import detach
 from selfmask_dist.masking.families import Family, FamilyOptions
 from selfmask_dist.masking.families import build as build_family
+from selfmask_dist.masking.marks import detach
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.pieces import Segment, SegmentedParameter, Shards
 from selfmask_dist.masking.reading import MaskStatistics, measure

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
-from selfmask_dist.masking.guard import Guard, follow_in_closure
+from selfmask_dist.masking.following import AfterBackward, follow_in_closure
+from selfmask_dist.masking.guard import Guard
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
 from selfmask_dist.masking.pieces import Shards
@@ -48,16 +49,16 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         super().__init__(model, entries, family=family, shards=shards)
         self._attached = True
         self._guard = Guard(model, self.entries, self._write) if auto and self.is_trained else None
-        self._is_pull_queued = False
         self._hooks: list[Any] = []
         self._passes = Passes(family, shards)
         wholes = [whole for entry in self.entries for whole in entry.wholes]
         for whole in wholes:
             whole.num_tensors = len(wholes)
+        after_backward = AfterBackward(self.pull_back)
         for entry in self.entries:
             marks.put(model, entry.name, marks.Attached(self, entry))
             if self._guard is not None and entry.theta.requires_grad:
-                self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
+                self._hooks.append(entry.theta.register_post_accumulate_grad_hook(after_backward))
                 self._hooks.append(entry.theta.register_hook(self._guard.before_accumulate(entry)))
         self.rewrite()
 
@@ -152,21 +153,30 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     # ---- training
 
-    def bind(self, optimizer: Optimizer) -> None:
+    def bind(self, optimizer: Optimizer, *, score_step: core.ScoreStep = "plain") -> None:
         """Make `optimizer.step()` rewrite theta after it, and `zero_grad()` clear theta's gradient too.
+
+        Args:
+            score_step: `rms` normalises scores' gradients before each step (with `auto=False` in each
+                `pull_back`), so that a learning rate means the same for every tensor; see `core`.
 
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores;
-                the masks are detached.
+                `rms` with an optimizer that sizes its steps itself, or with nothing to normalise; the
+                masks are detached.
         """
         self._check_attached()
         checks.check_optimizer(optimizer, self.entries, self.family)
+        checks.check_score_step(score_step, optimizer, self.family)
         if self._guard is not None:
             if self._guard.is_bound(optimizer):
                 return
             self._guard.bind(optimizer)
-        optimizer.register_step_pre_hook(lambda _, args, kwargs: self._before_step(args, kwargs))
-        # both stay after detach: a step that trains nothing any more says so
+        self._passes.score_step = "plain" if self._guard is not None else score_step
+        if score_step == "rms" and self._guard is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: follow_in_closure(self, args, kwargs))
+        # it stays after detach: a step that trains nothing any more says so
         optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
         zero_grad = optimizer.zero_grad
 
@@ -204,10 +214,28 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         """
         return self._passes.back_sums(self.entries)
 
+    @torch.no_grad()
+    def normalise_gradients(self) -> None:
+        """Divide each scores tensor's gradient by its root mean square, in place. Collective under `shards`.
+
+        `bind(score_step="rms")` does it. By hand: after a step's last backward (and a scaler's `unscale_`).
+        """
+        self._passes.normalise(self.entries)
+
+    @property
+    def has_sums(self) -> bool:
+        """Return whether `pull_back` needs `back_sums` summed over processes."""
+        return self.is_trained and self._passes.has_sums
+
     @property
     def is_trained(self) -> bool:
         """Return whether anything of these masks is trained; theta then has gradients."""
         return self.family.trains_scores or self.family.trains_weight
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether these masks are on their model still."""
+        return self._attached
 
     @torch.no_grad()
     def rewrite(self) -> None:
@@ -306,17 +334,13 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             TypeError: a value is no tensor.
         """
         self._check_attached()
+        given = {key: value for key, value in state.items() if key not in (STEP, FINGERPRINT)}
         shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
-        given = dict(state)
-        state = checks.own_state(given, shapes, [entry.name for entry in self.entries])
-        self.check_weights(given)
+        tensors = checks.own_state(given, [entry.name for entry in self.entries], shapes)
+        self.check_weights(state)
         for entry in self.entries:
-            entry.fill(state[entry.name])
-            if f"{entry.name}:weight" in shapes:
-                entry.fill(state[f"{entry.name}:weight"], of=entry.weight)
-            if entry.numbers is not None:
-                entry.numbers.copy_(state[f"{entry.name}:numbers"])
-        self.step = int(given.get(STEP, self.step))
+            entry.load(tensors)
+        self.step = int(state.get(STEP, self.step))
         self.rewrite()
 
     # ---- ending
@@ -340,32 +364,16 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         for hook in self._hooks:
             hook.remove()
         for entry in self.entries:
-            if restore:
-                entry.piece(entry.theta.detach()).copy_(entry.piece(entry.first_weight))
-            entry.theta.grad = None
-            entry.theta.requires_grad_(False)
+            entry.release(restore=restore)
             marks.take_off(self._model, entry.name, self)
         marks.give_buffers_back(self._model, self, restore=restore)
 
     # ---- hooks
 
-    def _after_accumulate(self, _theta: Tensor) -> None:
-        if not self._is_pull_queued:
-            self._is_pull_queued = True
-            _at_end_of_backward(self._first_callback)
-
-    def _first_callback(self) -> None:
-        # queued a second time: DistributedDataParallel writes its reduced gradients in a callback that may
-        # come after ours
-        _at_end_of_backward(self._second_callback)
-
-    def _second_callback(self) -> None:
-        self._is_pull_queued = False
-        self.pull_back()
-
-    def _before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        is_followed = self._attached and self.is_trained
-        return follow_in_closure(self.rewrite, args, kwargs) if is_followed else None
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        checks.check_no_closure(optimizer, (*arguments, *keywords.values()))
+        if self._attached:
+            self.normalise_gradients()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
@@ -389,7 +397,3 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
 
 attach = AttachedMasks.attach
-
-
-def _at_end_of_backward(callback: Any) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -15,12 +15,17 @@ max(sum M, 1), so theta is exactly zero and every gradient stays finite.
 Knows nothing of modules, names, files, optimizers or process groups.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Scale = Literal["through", "detached", "none"]
+ScoreStep = Literal["plain", "rms"]
+
+# of the largest tensor's gradient: below lies the rounding of gradients that are zero, see `step_factors`
+_NOISE = 1e-5
 
 # float32 adds ones exactly up to 2^24; larger tensors are counted in float64
 _EXACT_FLOAT32_COUNT = 2**24
@@ -87,6 +92,11 @@ def inner_product(grad: Tensor, theta: Tensor) -> Tensor:
     return (grad * theta).sum()
 
 
+def shift_of(grad_dot_theta: Tensor, num_kept: Tensor) -> Tensor:
+    """Return the second term of formula (*), one number for the whole tensor, 0-d."""
+    return grad_dot_theta / (-2 * num_kept.clamp(min=1))
+
+
 def pullback(
     grad: Tensor,
     weight: Tensor,
@@ -107,10 +117,9 @@ def pullback(
         out: float32 (float64 for float64 weights), the shape of `grad`.
     """
     grad = grad.to(out.dtype)
-    if grad_dot_theta is None:
-        shift = out.new_zeros(())
-    else:
-        shift = (grad_dot_theta / (-2 * num_kept.clamp(min=1))).to(out.dtype)
+    shift = out.new_zeros(())
+    if grad_dot_theta is not None:
+        shift = shift_of(grad_dot_theta, num_kept).to(out.dtype)
     if out.device.type == "cpu":  # one pass instead of three; reading a scalar stops nothing there
         factor = 1.0 if scale is None else scale.item()
         return torch.addcmul(shift, grad, weight.to(out.dtype), value=factor, out=out)
@@ -118,3 +127,36 @@ def pullback(
     if scale is not None:
         out.mul_(scale)
     return out.add_(shift) if grad_dot_theta is not None else out
+
+
+def sum_of_squares(grad: Tensor) -> Tensor:
+    """Return the sum of squares over the piece at hand, 0-d float64; pieces of one tensor add up."""
+    return torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+
+
+def step_factors(mean_squares: Tensor) -> Tensor:
+    """Return what each gradient is to be multiplied by so that its root mean square is one, 1-D float64.
+
+    This is the score step `rms`: g <- g / sqrt(mean(g^2)), the mean over the whole tensor. The factor of a
+    gradient of zeros is 0. Some gradients are zero but for rounding (a key's bias changes nothing in a
+    softmax, a bias before batch normalisation nothing either), and dividing by their own size would make
+    steps of noise that differ with the number of processes. So nothing is divided by less than a
+    hundred-thousandth of the largest tensor's root mean square.
+
+    Args:
+        mean_squares: mean(g^2) of each tensor, 1-D float64.
+    """
+    sizes = mean_squares.clamp(min=0).sqrt()
+    return torch.where(sizes > 0, torch.maximum(sizes, _NOISE * sizes.max()).reciprocal(), 0.0)
+
+
+def normalise(grads: Sequence[Tensor], squares: Tensor, sizes: Sequence[int]) -> None:
+    """Put each gradient, or the piece of one at hand, to a root mean square of one, in place.
+
+    Args:
+        squares: sum of squares over each whole tensor, 1-D float64.
+        sizes: elements of each whole tensor.
+    """
+    counts = torch.tensor(sizes, dtype=squares.dtype, device=squares.device).clamp(min=1)
+    for grad, factor in zip(grads, step_factors(squares / counts).unbind(), strict=True):
+        grad.mul_(factor.to(grad.device, grad.dtype))

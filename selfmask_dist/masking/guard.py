@@ -335,30 +335,6 @@ def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return model.get_submodule(owner)._parameters, attribute
 
 
-def follow_in_closure(
-    rewrite: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Return the arguments of an optimizer's step with a closure that lets theta follow the scores first.
-
-    L-BFGS and others move what they train between several calls of it. None where there is no closure.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-    if closure is None:
-        return None
-    num_calls = 0
-
-    def followed() -> Any:
-        nonlocal num_calls
-        num_calls += 1
-        if num_calls > 1:  # what was changed before the step is for the guard to judge
-            rewrite()
-        return closure()
-
-    if len(args) > 1:
-        return (args[0], followed, *args[2:]), kwargs
-    return args, {**kwargs, "closure": followed}
-
-
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
     for guard in list(_WATCHING):
         if not guard.is_bound(optimizer):

@@ -5,7 +5,7 @@ a model that was saved whole, it becomes a plain record, as the masks themselves
 all that is there, and the record says so to whoever attaches masks or applies a file.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
 _ATTRIBUTE = "_selfmask_marks"  # of a module: {its parameter's name: Attached or a record}
 _HELD = "_selfmask_held"  # likewise, of what a bank of masks rewrites: Held, or a record in a copy
 _SAMPLE = 2**16  # values of a tensor that are looked at for a record
@@ -235,3 +236,36 @@ def give_buffers_back(model: nn.Module, masks: Any, *, restore: bool) -> None:
             before = found.buffers.get(name)
             if restore and before is not None and before.shape == buffer.shape:
                 buffer.copy_(before)
+
+
+def detach(model: nn.Module, *, restore: bool = True) -> None:
+    """Take every mask off a model, also those whose handle is lost; see `attach.AttachedMasks.detach`.
+
+    Args:
+        restore: False leaves theta in place, as plain weights: also in a copy of a masked model, and where a
+            mask file was applied.
+
+    Raises:
+        ValueError: the model carries no masks, or it is theta and its pretrained weights are not at hand.
+    """
+    found = list(dict.fromkeys(mark.masks for mark in attached(model).values()))
+    lost = left_over(model)
+    if restore and lost:
+        raise ValueError(describe_left_over(lost))
+    if any(hasattr(parameter, MARK) for parameter in model.parameters()):
+        raise ValueError("the masks on this model are parametrised (engine.name=deepspeed) and stay on it")
+    if not found and not lost:
+        raise ValueError("this model carries no masks")
+    for masks in reversed(found):
+        masks.detach(restore=restore)
+    clear(model)
+
+
+def describe_left_over(found: Mapping[str, str]) -> str:
+    """Return a sentence on a model whose weights are theta, without its masks."""
+    name, what = next(iter(found.items()))
+    return (
+        f"{len(found)} parameters of this model ({name}, ...) are not the pretrained weights: they are "
+        f"{what}. Load the pretrained weights into it, or, where theta is to count as plain weights, call "
+        f"selfmask_dist.detach(model, restore=False)"
+    )

@@ -6,7 +6,7 @@ a piece may hold all of a segment, a part of it or nothing. Knows nothing of mod
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,23 @@ class MaskedParameter:
             piece.fill_(values)
             return
         piece.copy_(self._part_of(values, piece))
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Set all that is trained from whole tensors, by the keys of `state_shapes`."""
+        self.fill(state[self.name])
+        if isinstance(self.weight, nn.Parameter):
+            self.fill(state[f"{self.name}:weight"], of=self.weight)
+        if self.numbers is not None:
+            self.numbers.copy_(state[f"{self.name}:numbers"])
+
+    @torch.no_grad()
+    def release(self, *, restore: bool) -> None:
+        """Freeze theta; `restore` makes it the weight that it was before training."""
+        if restore:
+            self.piece(self.theta).copy_(self.piece(self.first_weight))
+        self.theta.grad = None
+        self.theta.requires_grad_(False)
 
     def state_shapes(self) -> dict[str, torch.Size]:
         """Return the shapes of the whole tensors that `state_dict` has of this parameter, by their keys."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from selfmask_dist.masking import checks, core, first_scores
+from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
 from selfmask_dist.masking.passes import measure_and_rank
@@ -167,8 +167,23 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
     def step(self, value: int) -> None:
         self._clock.step = value
 
-    def bind(self, optimizer: Optimizer) -> None:
-        """Do nothing: theta follows from the scores in every forward."""
+    def bind(self, optimizer: Optimizer, *, score_step: core.ScoreStep = "plain") -> None:
+        """Do nothing but what `score_step` says: theta follows from the scores in every forward.
+
+        Raises:
+            ValueError: `rms` with an optimizer that sizes its steps itself.
+        """
+        checks.check_score_step(score_step, optimizer, self.family)
+        if score_step == "rms":
+            optimizer.register_step_pre_hook(self._before_step)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        checks.check_no_closure(optimizer, (*arguments, *keywords.values()))
+        grads = [entry.scores.grad for entry in self.entries if entry.scores.grad is not None]
+        if grads:
+            squares = torch.stack([core.sum_of_squares(grad) for grad in grads])
+            core.normalise(grads, squares, [grad.numel() for grad in grads])
 
     def pull_back(self, sums: Tensor | None = None) -> None:
         """Do nothing: autograd does it."""
@@ -209,7 +224,7 @@ def parametrized_attach(
     if isinstance(init, Mapping):
         init = checks.own_init(init, names)
     for parameter in model.parameters():
-        if not hasattr(parameter, checks.MARK):  # scores of earlier masks
+        if not hasattr(parameter, marks.MARK):  # scores of earlier masks
             parameter.requires_grad_(False)
     shards, entries, clock = ReadShards(read), [], Clock()
     for name in names:
@@ -226,14 +241,14 @@ def parametrized_attach(
         parametrize.register_parametrization(module, attribute, mask, unsafe=True)
         trained = module.get_parameter(f"parametrizations.{attribute}.original")
         trained.requires_grad_(family.trains_scores)
-        setattr(trained, checks.MARK, True)
+        setattr(trained, marks.MARK, True)
         entries.append(ParametrizedEntry(name, trained, mask.weight, weight.shape, num_segments, shards))
     return ParametrizedMasks(model, entries, family=family, shards=shards, clock=clock)
 
 
 def _check_family(family: Family) -> None:
     """Raise a ValueError where theta cannot be made of one parameter's scores and frozen weight alone."""
-    numbers = type(family).first_numbers is not Family.first_numbers
+    numbers = checks.has_numbers(family)
     if not family.is_mask or family.trains_weight or family.moves_scores or numbers:
         raise ValueError(
             f"mask.family={family.name} is more than a mask on frozen weights, which engine.name=deepspeed "

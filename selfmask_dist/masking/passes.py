@@ -1,7 +1,7 @@
 """The two passes over the tensors under a mask: scores to theta, and theta's gradient to what is trained.
 
     forward    measure, rank -> write -> sum over ranks, all tensors at once -> finish
-    backward   back sums -> sum over ranks -> pull back
+    backward   back sums -> sum over ranks -> pull back -> where asked for, put to unit size
 
 A `Family` says what happens to a piece; this says when, and to which pieces together. Knows nothing of
 modules, optimizers or process groups.
@@ -39,6 +39,7 @@ class Passes:
         self.shards = shards
         self._sizes: dict[str, Tensor] = {}  # N of every segment on the device, by a group's first entry
         self._lengths: list[int] = []  # of the newest back sums
+        self.score_step: core.ScoreStep = "plain"  # rms: `pull_back` normalises too
 
     # ---- forward
 
@@ -96,12 +97,43 @@ class Passes:
 
     # ---- backward
 
+    @property
+    def has_sums(self) -> bool:
+        """Return whether `pull_back` needs sums over processes."""
+        return not self.shards.is_whole and (self.family.has_back_sums or self._sends_squares)
+
+    @property
+    def _sends_squares(self) -> bool:
+        """Return whether squares for the score step `rms` can be summed together with back sums."""
+        is_rms = self.score_step == "rms" and _trains_scores(self.family)
+        is_shifted = type(self.family).shift is not Family.shift
+        return is_rms and (not self.family.has_back_sums or is_shifted)
+
     def back_sums(self, entries: Sequence[MaskedParameter]) -> Tensor:
-        """Return the back sums of what this process holds, 1-D, where tensors are in pieces."""
+        """Return the sums of what this process holds, 1-D, where tensors are in pieces.
+
+        First what the family needs, then, under the score step `rms`, three numbers for each segment.
+        """
         assert not self.shards.is_whole, "a missing gradient would leave a gap"
-        sums = [self.family.back_sums(p.segment, p.grad) for p in self._pulls(entries)]
+        pulls = self._pulls(entries)
+        sums = [self.family.back_sums(p.segment, p.grad) for p in pulls] if self.family.has_back_sums else []
         self._lengths = [len(part) for part in sums]
+        if self._sends_squares:
+            sums += [self._moments(pull) for pull in pulls]
         return torch.cat(sums).double()
+
+    def _moments(self, pull: Pull) -> Tensor:
+        """Return sum(u^2), sum(u) and the count of u over the piece, where dL/dS = u + one number.
+
+        Of a family without back sums u is dL/dS itself. Weights that are always kept have no u.
+        """
+        assert pull.scores is not None
+        self.family.gradient(pull.segment, pull.grad, None, pull.scores)
+        count = pull.scores.new_tensor(pull.scores.numel(), dtype=torch.float64)
+        if self.family.options.maskable < 1:
+            count -= pull.segment.scores.isposinf().sum()
+        total = pull.scores.sum(dtype=torch.float64)
+        return torch.stack([core.sum_of_squares(pull.scores), total, count])
 
     def pull_back(self, entries: Sequence[MaskedParameter], sums: Tensor | None) -> None:
         """Set gradients of all that is trained, from theta's.
@@ -109,20 +141,25 @@ class Passes:
         Args:
             sums: `back_sums()` summed over all processes, where the caller has done so.
         """
+        if self.has_sums and sums is None:
+            sums = self.shards.sum(self.back_sums(entries))
+        squares = None
         for group in self._groups(entries):
             if pulls := self._pulls(group):
-                self._pull_back(group, pulls, sums)
+                squares = self._pull_back(pulls, sums)
+        if self.score_step == "rms":
+            if squares is not None:
+                squares = torch.stack([s.sum() for s in squares.split([e.num_segments for e in entries])])
+            self.normalise(entries, squares)
 
-    def _pull_back(
-        self, entries: Sequence[MaskedParameter], pulls: Sequence[Pull], sums: Tensor | None
-    ) -> None:
+    def _pull_back(self, pulls: Sequence[Pull], sums: Tensor | None) -> Tensor | None:
+        """Pull back; returns the sum of squares of each segment's dL/dS, where `sums` have them."""
         backs: Sequence[Tensor | None] = [None] * len(pulls)
         if self.family.has_back_sums:
-            if self.shards.is_whole:
+            if sums is None:
                 backs = [self.family.back_sums(p.segment, p.grad) for p in pulls]
             else:
-                sums = self.shards.sum(self.back_sums(entries)) if sums is None else sums
-                backs = sums.split(self._lengths)
+                backs = sums[: sum(self._lengths)].split(self._lengths)
         for pull, back in zip(pulls, backs, strict=True):
             if pull.scores is not None:
                 self.family.gradient(pull.segment, pull.grad, back, pull.scores)
@@ -130,6 +167,39 @@ class Passes:
                 self.family.pull_back_weight(pull.segment, pull.grad, back, pull.weight)
             if pull.numbers is not None:
                 self.family.pull_back_numbers(pull.segment, back, pull.numbers)
+        if sums is None or not self._sends_squares:
+            return None
+        squared, total, count = sums[sum(self._lengths) :].double().view(len(pulls), 3).unbind(1)
+        if not self.family.has_back_sums:
+            return squared
+        parts = [self.family.shift(p.segment, b) for p, b in zip(pulls, backs, strict=True) if b is not None]
+        shifts = torch.stack(parts).double()
+        return squared + 2 * shifts * total + shifts.square() * count
+
+    def normalise(self, entries: Sequence[MaskedParameter], squares: Tensor | None = None) -> None:
+        """Put the gradient of each tensor of scores to a root mean square of one, in place (`rms`).
+
+        The mean is over a whole parameter: of a fused q, k and v with a scale each too, as a key's bias has a
+        gradient of rounding alone. Collective under `shards` unless `squares` are given.
+
+        Args:
+            squares: sum of squares of each whole scores gradient, where the caller has them.
+        """
+        scores = [e for e in entries if e.scores.grad is not None and _trains_scores(self.family)]
+        numbers = [e.numbers for e in entries if e.numbers is not None and not self.family.starts_from_weight]
+        numbers = [n for n in numbers if n.grad is not None]  # the same on all ranks, and whole
+        grads = [e.piece(e.scores.grad) for e in scores if e.scores.grad is not None]
+        if scores and squares is None:
+            squares = self.shards.sum(torch.stack([core.sum_of_squares(grad) for grad in grads]))
+        sums = [] if squares is None else list(squares.unbind())
+        sizes = [sum(entry.segment_sizes()) for entry in scores] + [n.numel() for n in numbers]
+        for number in numbers:
+            assert number.grad is not None
+            grads.append(number.grad)
+            sums.append(core.sum_of_squares(number.grad))
+        if not grads:
+            return
+        core.normalise(grads, torch.stack(sums), sizes)
 
     def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
         """Return what is to be pulled back.
@@ -150,6 +220,11 @@ class Passes:
             parts = zip(segments, entry.split(grad), *outs, numbers, strict=True)
             pulls += [Pull(*part) for part in parts]
         return pulls
+
+
+def _trains_scores(family: Family) -> bool:
+    """Return whether what an entry calls scores is trained, and is no latent weight."""
+    return family.trains_scores and not family.starts_from_weight
 
 
 def measure_and_rank(family: Family, segments: Sequence[Segment], shards: Shards, step: int) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, simclr, slip, supervised, swav
+from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, nbd, simclr, slip, supervised, swav
 from selfmask_dist.objectives.base import Context, MomentumTeacher, Objective
 from selfmask_dist.objectives.clip import Clip
 from selfmask_dist.objectives.dino import Dino
 from selfmask_dist.objectives.moco_v2 import MocoV2
 from selfmask_dist.objectives.moco_v3 import MocoV3
+from selfmask_dist.objectives.nbd import Nbd
 from selfmask_dist.objectives.simclr import Simclr
 from selfmask_dist.objectives.slip import Slip
 from selfmask_dist.objectives.supervised import LogitsFn, Supervised
@@ -28,6 +29,7 @@ __all__ = [
     "MocoV2",
     "MocoV3",
     "MomentumTeacher",
+    "Nbd",
     "Objective",
     "Simclr",
     "Slip",
@@ -43,6 +45,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "moco_v2": moco_v2.build,
     "moco_v3": moco_v3.build,
     "dino": dino.build,
+    "nbd": nbd.build,
     "clip": clip.build,
     "slip": slip.build,
 }

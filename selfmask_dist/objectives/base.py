@@ -27,6 +27,7 @@ class Context:
     all_reduce_with_gradient: the sum over ranks as a new tensor; gradients that come back are summed as well.
     steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
         that rises until the end follows the second.
+    num_samples: pictures in the training data.
     """
 
     rank: int = 0
@@ -36,6 +37,7 @@ class Context:
     all_reduce_with_gradient: Callable[[Tensor], Tensor] = lambda tensor: tensor
     steps_per_epoch: int = 1
     num_steps: int = 1
+    num_samples: int = 1
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, (rows, ...) of each -> (rows * ranks, ...).
@@ -79,6 +81,8 @@ class Objective(nn.Module):
     """
 
     teacher: MomentumTeacher = NoTeacher()
+    # every buffer differs from its first value after a step, so a run keeps no copy of that to compare with
+    buffers_all_change = False
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this rank's share of the loss, and of each metric.
@@ -94,6 +98,9 @@ class Objective(nn.Module):
 
     def start_step(self, step: int) -> None:
         """Take notice of the step that comes next, from 0; by default there is nothing to do."""
+
+    def after_step(self) -> None:
+        """Take notice that the optimizer has stepped; by default there is nothing to do. Collective."""
 
     def held_parameters(self) -> list[nn.Parameter]:
         """Return the head parameters that the coming optimizer step leaves as they are; none by default."""

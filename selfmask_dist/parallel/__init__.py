@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from selfmask_dist.config.sections import EngineConfig
+from selfmask_dist.masking.core import ScoreStep
 from selfmask_dist.parallel.batchnorm import synchronise_batchnorm
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.trained import EngineState
@@ -35,6 +36,7 @@ def build_engine(
     config: EngineConfig,
     accumulate: int = 1,
     clip_norm: float | None = None,
+    score_step: ScoreStep = "plain",
 ) -> Engine:
     """Return the engine `config.name` around a module; see `Engine` for the arguments. Collective.
 
@@ -52,4 +54,5 @@ def build_engine(
         config=config,
         accumulate=accumulate,
         clip_norm=clip_norm,
+        score_step=score_step,
     )

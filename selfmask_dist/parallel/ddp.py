@@ -38,6 +38,10 @@ class DDPEngine(Engine):
                 **_LEAVE_BUFFERS,
             )
 
+    @property
+    def loss_factor(self) -> float:
+        return float(self.world.size)
+
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         if isinstance(self._replica, DistributedDataParallel):
             self._replica.require_backward_grad_sync = is_last  # what its no_sync() sets
@@ -47,4 +51,4 @@ class DDPEngine(Engine):
         return loss, metrics
 
     def _backward(self, loss: Tensor) -> None:
-        (loss * self.world.size).backward()
+        (loss * self.loss_factor).backward()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from selfmask_dist.common.optional import require
 from selfmask_dist.data import Batch
+from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
@@ -47,6 +48,13 @@ class DeepSpeedEngine(Engine):
             raise ValueError(
                 "engine.name=deepspeed is wired for SGD alone; set optim.kind=sgd, or use engine.name=fsdp"
             )
+        self._normalised = frozenset(id(parameter) for parameter in self._scores())
+        if self._normalised and self.clip_norm is not None:
+            raise ValueError(
+                "engine.name=deepspeed clips all gradients together, and with optim.score_step=rms only "
+                "those besides the scores' are to be clipped; set optim.clip_norm=null, or use "
+                "engine.name=fsdp"
+            )
         self.trained = self._find_trained(optimizer)
         rates = [group["lr"] for group in optimizer.param_groups]
         decays = [group["weight_decay"] for group in optimizer.param_groups]
@@ -62,6 +70,9 @@ class DeepSpeedEngine(Engine):
             group["lr"], group["weight_decay"] = rate, decay
         self.optimizer = self._runner.optimizer
         self._make_momentum()
+        if self._normalised:
+            inner = self.optimizer.optimizer  # type: ignore[attr-defined]
+            inner.register_step_pre_hook(self._normalise_scores)
 
     def keep_teacher(self, heads: Sequence[nn.Parameter]) -> MovingAverage:
         raise ValueError(
@@ -82,6 +93,10 @@ class DeepSpeedEngine(Engine):
             rows = self._utils.safe_get_full_fp32_param(parameter)
             self._set(parameter, nn.functional.normalize(rows, dim=1))
 
+    @property
+    def loss_factor(self) -> float:
+        return float(self.world.size)
+
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         self._runner.set_gradient_accumulation_boundary(is_last)
 
@@ -91,7 +106,7 @@ class DeepSpeedEngine(Engine):
 
     def _backward(self, loss: Tensor) -> None:
         # it averages over ranks; the global gradient is a sum
-        self._runner.backward(loss * self.world.size, scale_wrt_gas=False)
+        self._runner.backward(loss * self.loss_factor, scale_wrt_gas=False)
 
     def _finish_backward(self) -> None:
         """Do nothing: DeepSpeed has reduced everything."""
@@ -173,6 +188,40 @@ class DeepSpeedEngine(Engine):
         if self.config.zero_stage != 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
 
+    @torch.no_grad()
+    def _normalise_scores(self, inner: Optimizer, *_: Any) -> None:
+        """Normalise scores' gradients in the flat partitions that a step is about to use. Collective.
+
+        DeepSpeed steps one partition after the other; each takes one small all-reduce.
+        """
+        flats = [flat for group in inner.param_groups for flat in group["params"] if flat.grad is not None]
+        for flat in flats:
+            if not (pieces := self._pieces_of(flat)):
+                continue
+            grads = [flat.grad.narrow(0, start, length) for _, start, length in pieces]
+            squares = self.world.sum(torch.stack([core.sum_of_squares(grad) for grad in grads]))
+            core.normalise(grads, squares, [size for size, _, _ in pieces])
+
+    def _pieces_of(self, flat: Tensor) -> list[tuple[int, int, int]]:
+        """Return (elements of the whole tensor, first element in `flat`, elements in it) of scores in order.
+
+        A tensor of which this rank has nothing in `flat` is there too, as other ranks have.
+        """
+        optimizer: Any = self.optimizer
+        if self.config.zero_stage == 3:
+            group = _index(optimizer.fp32_partitioned_groups_flat, flat)
+            scores: list[Any] = list(self._scores())  # with attributes of DeepSpeed's own
+            places = [optimizer.grad_position[optimizer.get_param_id(one)] for one in scores]
+            pieces = zip(scores, places, strict=True)
+            return [(one.ds_numel, start, length) for one, (i, start, length) in pieces if i == group]
+        found = []
+        for parameter in optimizer.bit16_groups[_index(optimizer.single_partition_of_fp32_groups, flat)]:
+            if id(parameter) in self._normalised:
+                part = getattr(parameter, "_hp_mapping", None)
+                place = part.get_hp_fragment_address() if part is not None else None
+                found.append((parameter.numel(), *((place.start, place.numel) if place else (0, 0))))
+        return found
+
     def _make_config(self) -> dict[str, Any]:
         micro_batch, parts = 1, self.accumulate
         bucket = max(int(self.config.bucket_mb * 2**18), 1)  # in numbers
@@ -195,6 +244,10 @@ class DeepSpeedEngine(Engine):
             },
         }
         return _overlay(config, self.config.deepspeed)
+
+
+def _index(tensors: Sequence[Tensor], wanted: Tensor) -> int:
+    return next(index for index, tensor in enumerate(tensors) if tensor is wanted)
 
 
 def _overlay(config: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

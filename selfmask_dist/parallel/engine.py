@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import Shards
+from selfmask_dist.masking.core import ScoreStep
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
 from selfmask_dist.parallel.moving_average import MovingAverage
@@ -48,6 +49,8 @@ class Engine:
         blocks: names of the encoder's repeated blocks, each wrapped by itself.
         accumulate: micro-steps of a step.
         clip_norm: the largest L2 norm of a step's gradient; None for any.
+        score_step: `rms` puts each scores tensor's gradient to a root mean square of one, see
+            `masking.core.step_factors`. Clipping then leaves scores out.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Engine:
         config: EngineConfig,
         accumulate: int = 1,
         clip_norm: float | None = None,
+        score_step: ScoreStep = "plain",
     ) -> None:
         self.module = module
         self.encoder = encoder
@@ -67,6 +71,7 @@ class Engine:
         self.config = config
         self.accumulate = accumulate
         self.clip_norm = clip_norm
+        self.score_step: ScoreStep = score_step
         self.masks: dict[str, Any] = {}  # by the name of the model they are on
         self.trained: dict[str, TrainedParameter] = {}
         self.optimizer: Optimizer
@@ -74,8 +79,16 @@ class Engine:
         self._statistics = NormStatistics(module)
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
+        self._normalised: frozenset[int] = frozenset()  # ids of tensors whose gradient has a size of one
         _prepare_blocks(encoder, blocks, config)
         self._spread(blocks)
+
+    @property
+    def loss_factor(self) -> float:
+        """What a rank's loss is multiplied by before backward; gradients of what the engine does not hold
+        have this factor.
+        """
+        return 1.0
 
     # ---- setting up
 
@@ -105,8 +118,10 @@ class Engine:
         """Take the optimizer over. Every parameter that will be trained is in it. Collective."""
         self.optimizer = optimizer
         self.trained = self._find_trained(optimizer)
+        self._normalised = frozenset(id(parameter) for parameter in self._scores())
         for masks in self.masks.values():
-            masks.bind(optimizer)
+            is_normalised = any(id(parameter) in self._normalised for parameter in masks.parameters())
+            masks.bind(optimizer, score_step=self.score_step if is_normalised else "plain")
         inside = {id(parameter) for parameter in self.encoder.parameters()}
         self._replicated = [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
@@ -156,11 +171,14 @@ class Engine:
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scale all gradients down to one global L2 norm, and return the norm before. Collective."""
+        """Scale gradients down to one global L2 norm, and return the norm before. Collective.
+
+        Gradients that `score_step` normalises have one size anyway, and are left as they are.
+        """
         squares: dict[bool, list[Tensor]] = {False: [], True: []}
         shards, grads = Shards(), []
         for trained in self.trained.values():
-            if trained.tensor.grad is None:
+            if trained.tensor.grad is None or id(trained.tensor) in self._normalised:
                 continue
             piece = trained.piece(trained.tensor.grad)
             grads.append(piece)
@@ -246,15 +264,23 @@ class Engine:
     def _finish_backward(self) -> None:
         """Sum over ranks what backward left on each, and pull masks' gradients back.
 
-        One collective carries the gradients of all that is replicated and sums (<G, theta>) of sharded masks.
+        One collective carries the gradients of all that is replicated and sums of sharded masks: <G, theta>,
+        and under score_step=rms the squares.
         """
         grads = [p.grad for p in self._replicated if p.grad is not None]
-        sharded = [masks for masks in self.masks.values() if _sums_over_ranks(masks)]
+        sharded = [masks for masks in self.masks.values() if masks.has_sums]
         sums = [masks.back_sums() / masks.shards.copies for masks in sharded]
         if self.world.size > 1 and (grads or sums):
             _sum_together(self.world, [*grads, *sums])
         for masks in self.masks.values():
-            masks.pull_back(sums.pop(0) if _sums_over_ranks(masks) else None)
+            masks.pull_back(sums.pop(0) if masks.has_sums else None)
+
+    def _scores(self) -> list[nn.Parameter]:
+        """Return the tensors whose gradients are normalised: scores, but no weights that stand for them."""
+        if self.score_step == "plain":
+            return []
+        chosen = [masks for masks in self.masks.values() if not masks.family.starts_from_weight]
+        return [parameter for masks in chosen for parameter in masks.parameters()]
 
     def _slots(self) -> dict[str, str]:
         return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
@@ -335,10 +361,6 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
         replace(batch, views=views, labels=labels, weights=weights, ids=ids)
         for views, labels, weights, ids in rows
     ]
-
-
-def _sums_over_ranks(masks: Any) -> bool:
-    return not masks.shards.is_whole and masks.is_trained and masks.family.has_back_sums
 
 
 def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:

@@ -65,6 +65,10 @@ class FSDPEngine(Engine):
     def _shards_of(self, model: nn.Module, options: Mapping[str, Any]) -> Shards:
         return self._row_shards if model is self.encoder else Shards()
 
+    @property
+    def loss_factor(self) -> float:
+        return float(self.world.size)
+
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         assert isinstance(self.encoder, FSDPModule)
         self.encoder.set_requires_gradient_sync(is_last)
@@ -75,7 +79,7 @@ class FSDPEngine(Engine):
 
     def _backward(self, loss: Tensor) -> None:
         # FSDP2 averages over ranks and the global gradient is a sum; heads get the factor taken off again
-        (loss * self.world.size).backward()
+        (loss * self.loss_factor).backward()
 
     def _finish_backward(self) -> None:
         for parameter in self._replicated:

@@ -85,6 +85,8 @@ class Tracker:
             self._run.summary[name] = value
         if isinstance(verdict := result.get("verdict"), list):
             self._run.summary["final/verdict"] = ", ".join(entry["name"] for entry in verdict) or "none"
+        if decision := (result.get("retrieval") or {}).get("decision"):
+            self._run.summary["final/decision"] = decision
         if isinstance(views := result.get("views"), Mapping):
             measures = list(dict.fromkeys(name for row in views.values() for name in row))
             rows = [[view, *(row.get(name) for name in measures)] for view, row in views.items()]

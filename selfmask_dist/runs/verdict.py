@@ -16,6 +16,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.text import NONE, accuracy, count, number, size
 from selfmask_dist.config import Config
 from selfmask_dist.config.masks import FIXED_FAMILIES, LATENT_FAMILIES, MASK_FAMILIES, RANKING_FAMILIES
+from selfmask_dist.runs.decision import decision_text, mark_of
 
 Verdict = list[dict[str, str]]
 
@@ -26,8 +27,9 @@ _HEADLINE_VIEWS = ("unconditional", "conditional")  # and the row of a cascade
 _BETTER = "The frozen backbone is the better choice."
 # families for which a share of kept weights of 1 is no mistake: signs, levels, another network's weights
 _KEEP_ALL = (*LATENT_FAMILIES, "graft")
-# their target moves with the encoder, or a queue fills at first: their loss may rise while features improve
-_MOVING_TARGETS = {"moco_v2": 1.5, "moco_v3": 1.5, "dino": 1.5}
+# their target moves with the encoder, a queue fills at first, or head and bank were fitted to the frozen
+# encoder before the first step: their loss may rise while features improve
+_MOVING_TARGETS = {"moco_v2": 1.5, "moco_v3": 1.5, "dino": 1.5, "nbd": 1.5}
 
 
 def judge(config: Config, result: Mapping[str, Any], folder: Path, *, num_test: int) -> Verdict:
@@ -44,6 +46,8 @@ def judge(config: Config, result: Mapping[str, Any], folder: Path, *, num_test: 
     frozen, adapted = result.get("frozen"), result.get("adapted")
     if isinstance(frozen, Mapping) and isinstance(adapted, Mapping):
         found += below_frozen(frozen, adapted, num_test=num_test, keys=_rate_keys(config))
+    if mark := mark_of(result.get("retrieval")):
+        found.append({"name": "keep the frozen backbone", "text": mark})
     if config.method == "mask" and isinstance(result.get("mask"), Mapping):
         found += _extremes(config, result["mask"])
     return found + _losses(config, losses_of(folder))
@@ -160,6 +164,8 @@ def losses_of(folder: Path) -> list[float]:
 
 def measure_title(name: str) -> str:
     """Return a measure in words, `k-NN 20` of knn20."""
+    if name == "instance_retrieval":
+        return "instance retrieval"
     return f"k-NN {name.removeprefix('knn')}" if name.startswith("knn") else name
 
 
@@ -186,6 +192,8 @@ def closing(folder: Path, result: Mapping[str, Any] | None = None) -> str:
     result = _result(folder) if result is None else result
     parts = [text for text in (_numbers(result), _stored(folder, result)) if text]
     lines = ["; ".join([*parts, f"next: selfmask report {folder}"])]
+    if (decision := decision_text(result.get("retrieval"))) and not mark_of(result.get("retrieval")):
+        lines.append(f"DECISION: {decision}")  # one against the mask is a verdict
     entries = result.get("verdict")
     lines += [f"VERDICT: {entry['text']}" for entry in entries] if isinstance(entries, list) else []
     return "\n".join(lines)

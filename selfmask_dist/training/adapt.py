@@ -15,16 +15,19 @@ from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import WITH_CAPTIONS
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.objectives import Context, Objective
+from selfmask_dist.objectives import Context, Nbd, Objective
 from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
 from selfmask_dist.runs.context import RunContext
+from selfmask_dist.runs.decision import mark_of
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
-from selfmask_dist.training.prepare import hold_weights, load_first_state, prepare
+from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
+from selfmask_dist.training.retrieval.best_state import BestState
+from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
@@ -39,12 +42,14 @@ def adapt(
     backbone: Backbone,
     train: data.Source,
     evaluation: Evaluation,
+    record: RetrievalRecord,
     found: Checkpoint | None,
     measure_frozen: Callable[[], None],
 ) -> dict[str, Any]:
     """Train, measure and save; return what `result.json` is to hold of it. Collective: every rank must call.
 
     Args:
+        record: of the instance retrieval of the frozen and of the adapted encoder.
         found: the checkpoint to go on from.
         measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
@@ -57,17 +62,24 @@ def adapt(
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     context.writer.message(trained.summary)
+    if isinstance(objective, Nbd):
+        objective.loss_factor = engine.loss_factor
+        if found is None:
+            begin_bank(config, context, backbone, objective, train, quarantine)
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
         return loader
 
+    best = BestState(engine, objective) if config.train.keep == "best" else None
     identity = _identity(config, backbone, len(loader))
-    state, meter = RunState(engine, objective, identity=identity, data=loader), Meter(context.world)
+    state = RunState(engine, objective, identity=identity, data=loader, best=best)
+    meter = Meter(context.world)
     start = _resume(state, found, engine, batches_of, meter, context, asked=config.run.resume)
     hold_weights(config, engine)
     checkpoints = build_checkpoint_schedule(config, state, context)
     context.update_status(num_steps=steps)
+    monitor = evaluation.monitor if best is None else best.after(evaluation.monitor)
     monitor_every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
     trainer = Trainer(
         engine=engine,
@@ -78,10 +90,11 @@ def adapt(
         writer=context.writer,
         directory=context.directory,
         telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
-        monitor=evaluation.monitor if monitor_every else None,
+        monitor=monitor if monitor_every else None,
         monitor_every=monitor_every,
         log_every=config.run.log_every,
         before_step=objective.start_step,
+        after_step=objective.after_step,
         remarks=objective.remarks,
         sample_key=train.key,
         checkpoints=checkpoints,
@@ -89,8 +102,32 @@ def adapt(
         quarantine=quarantine,
     )
     trainer.run(start, meter)
+    kept = {} if best is None else _keep_best(best, checkpoints, meter, evaluation, context, steps)
     checkpoints.finish()
-    return _conclude(config, context, backbone, objective, engine, trained, evaluation) | {"steps": steps}
+    result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
+    return result | {"steps": steps, **kept}
+
+
+def _keep_best(
+    best: BestState,
+    checkpoints: CheckpointSchedule,
+    meter: Meter,
+    evaluation: Evaluation,
+    context: RunContext,
+    steps: int,
+) -> dict[str, Any]:
+    """Make the best of the measured states the present one, the last state among them, and save it; return
+    its step for `result.json`.
+    """
+    if best.last_step < steps:  # the monitor's interval does not divide the training
+        hits = evaluation.retrieve()
+        best.offer(steps, sum(hits) / len(hits))
+    context.writer.message(f"kept     the state of step {best.step}, instance retrieval {best.value:.4f}")
+    if best.step < steps:
+        best.put_back()
+        # what goes on from a run's newest checkpoint finds there what its mask holds
+        checkpoints.save_again(Position(steps), meter)
+    return {"kept_step": best.step}
 
 
 def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
@@ -148,7 +185,12 @@ def _build(
 ) -> tuple[Objective, Engine]:
     world = context.world
     ranks = Context(
-        world.rank, world.size, config.train.global_batch_size, world.sum, world.sum_with_gradient
+        world.rank,
+        world.size,
+        config.train.global_batch_size,
+        world.sum,
+        world.sum_with_gradient,
+        num_samples=len(train),
     )
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:
@@ -169,6 +211,7 @@ def _build(
         config=config.engine,
         accumulate=config.train.accumulate,
         clip_norm=config.optim.clip_norm,
+        score_step=config.optim.score_step,
     )
     return objective, engine
 
@@ -181,16 +224,25 @@ def _conclude(
     engine: Engine,
     trained: Trainable,
     evaluation: Evaluation,
+    record: RetrievalRecord,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     if config.eval.final:
         result["adapted"] = evaluation.full(probe=config.eval.probe)
         if objective.classifies:
             result["adapted"] |= evaluation.head(objective)
+        result["adapted"] |= record.measure("adapted")
         context.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
-    metrics = result.get("adapted", {})
+    result |= record.result()
     return result | save(
-        config, trained, backbone, objective, context.directory, engine=engine, metrics=metrics
+        config,
+        trained,
+        backbone,
+        objective,
+        context.directory,
+        engine=engine,
+        metrics=result.get("adapted", {}),
+        verdict=mark_of(result.get("retrieval")),
     )
 
 

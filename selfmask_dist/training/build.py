@@ -17,8 +17,8 @@ from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
-from selfmask_dist.config.objectives import VIEWS, WITH_CAPTIONS
-from selfmask_dist.evals.measure import neighbours_to_measure
+from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
+from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 
 
@@ -28,12 +28,44 @@ def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Sour
     missing = [key for key, path in paths.items() if path is None]
     if missing:
         raise ValueError(f"{' and '.join(missing)} is not set; give a folder of shards (see docs/data.md)")
-    assert config.data.train is not None
     assert config.data.test is not None
+    train = open_train(config, require_labels=require_labels)
+    test = data.open_source(config.data.test, classes=train.classes, require_labels=require_labels)
+    return train, _subset("data.test_subset", config.data.test_subset, test)
+
+
+def open_train(config: Config, *, require_labels: bool = True) -> data.Source:
+    """Return the train source."""
+    if config.data.train is None:
+        raise ValueError("data.train is not set; give a folder of shards (see docs/data.md)")
     whole = data.open_source(config.data.train, require_labels=require_labels)
-    test = data.open_source(config.data.test, classes=whole.classes, require_labels=require_labels)
-    chosen = _subset("data.subset", config.data.subset, whole)
-    return chosen, _subset("data.test_subset", config.data.test_subset, test)
+    return _subset("data.subset", config.data.subset, whole)
+
+
+def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]:
+    """Return the train source and the test source of a run whose objective takes no labels, None where there
+    is no test split. Where not one training image has a label, labels are not asked for.
+
+    Raises:
+        ValueError: as `open_data`; also where some images have a label and some have none, and k-NN or probe
+            are to be measured.
+    """
+    section = config.eval
+    measures = section.final or section.frozen_baseline or section.knn_every > 0
+    if not measures or config.data.test is None:
+        if config.data.test is None:
+            return open_train(config, require_labels=False), None
+        return open_data(config, require_labels=False)
+    try:
+        return open_data(config)
+    except ValueError as error:
+        try:
+            found = open_data(config, require_labels=False)
+        except ValueError:
+            raise error from None
+        if (found[0].labels >= 0).any():
+            raise
+        return found
 
 
 def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
@@ -82,7 +114,7 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
 # ---- checked before anything is measured or trained
 
 
-def check_run(config: Config, backbone: Backbone, train: data.Source, test: data.Source) -> list[str]:
+def check_run(config: Config, backbone: Backbone, train: data.Source, test: data.Source | None) -> list[str]:
     """Return sentences on what a person should know of the data before a run begins, mostly none.
 
     Raises:
@@ -98,8 +130,18 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             first_layers=section.first_layers,
             allow_norm=section.allow_norm,
         )
-    notes = check_neighbours(config, len(train))
-    return notes + (data.notes_on_splits(train, test) if len(train.classes) else [])
+    if test is None or not are_labelled(train, test):
+        return _notes_without_labels(config, test)
+    return check_neighbours(config, len(train)) + data.notes_on_splits(train, test)
+
+
+def _notes_without_labels(config: Config, test: data.Source | None) -> list[str]:
+    section = config.eval
+    if not (section.final or section.frozen_baseline or section.knn_every):
+        return []
+    why = "data.test is not set" if test is None else "images have no labels"
+    rest = "nothing" if not section.measures_retrieval(config.objective.name) else "instance retrieval alone"
+    return [f"k-NN and probe are left out, as {why}: {rest} is measured"]
 
 
 def check_neighbours(config: Config, num_train: int) -> list[str]:
@@ -190,12 +232,36 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
     evaluation's where `data.augment` is off.
     """
     section = config.data
+    if config.objective.name in ON_BANK:
+        return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
     one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one
+
+
+def mild_crops(config: Config, preprocessing: Preprocessing, *, count: int) -> data.MultiCrop:
+    """Return what makes `count` views of a picture as the section nbd describes them."""
+    section = config.nbd
+    distortion = data.Distortion(
+        flip=0.5 if config.data.flip else 0.0,
+        color=1.0,
+        brightness=section.jitter,
+        contrast=section.jitter,
+        saturation=section.jitter,
+        hue=0.0,
+        gray=0.0,
+        blur=0.0,
+    )
+    return data.multicrop_transform(
+        preprocessing,
+        crops=(data.Crops(count, preprocessing.image_size, section.crop_scale),),
+        distortion=distortion,
+        interpolation="bicubic" if preprocessing.interpolation == "bicubic" else "bilinear",
+        on_device=config.crops.on_device,
+    )
 
 
 def _multicrop(config: Config, preprocessing: Preprocessing) -> data.Transform:

@@ -13,14 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from selfmask_dist import objectives
+from selfmask_dist import data, objectives
+from selfmask_dist.backbones import Backbone
 from selfmask_dist.backbones.weights import read_state_dict
 from selfmask_dist.common.names import ENCODER
 from selfmask_dist.config import Config
+from selfmask_dist.evals.embed import embed_views
+from selfmask_dist.evals.search import search
 from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family
+from selfmask_dist.objectives.nbd import Nbd, WarmupViews, Whitening
 from selfmask_dist.parallel import Engine
+from selfmask_dist.parallel.pca import fit_pca
 from selfmask_dist.parallel.trained import EngineState
+from selfmask_dist.runs.context import RunContext
+from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, read_last_checkpoint, read_outcome
@@ -234,3 +241,55 @@ def load_first_state(engine: Engine, run: Path, *, fingerprint: str) -> None:
         if part in parts:
             parts[part][name] = tensor
     engine.load_state(EngineState(parts["parameters"], {}, parts["statistics"]))
+
+
+# ---- the bank of objective.name=nbd
+
+
+def begin_bank(
+    config: Config,
+    context: RunContext,
+    backbone: Backbone,
+    objective: Nbd,
+    train: data.Source,
+    quarantine: data.Quarantine,
+) -> None:
+    """Give the objective features of every picture under the encoder as it stands, and let it warm up.
+
+    One pass over the data, the encoder in eval mode: each picture as evaluations see it, its mirror image
+    (both count double) and `nbd.frozen_views` mild crops. Collective: every rank must call.
+    """
+    world, preprocessing = context.world, backbone.spec.preprocessing
+    context.writer.message(
+        f"bank     frozen features of {len(train):,} pictures, {config.nbd.frozen_views} crops each"
+    )
+    one = data.eval_transform(preprocessing)
+    crops = config.nbd.frozen_views
+    loader = data.eval_loader(
+        train,
+        data.Joined(one, mild_crops(config, preprocessing, count=crops)) if crops else one,
+        batch_size=max(config.eval.batch_size // (2 + crops), 1),
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.Workers(config.engine.workers, config.engine.worker_kind),
+        quarantine=quarantine,
+    )
+    drawn = objective.warmup_draws[0].unique()
+    drawn = drawn[drawn % world.size == world.rank]
+    found = embed_views(
+        backbone.encoder, loader, world=world, flip=config.data.flip, keep=drawn, on_batch=context.check
+    )
+    present = torch.ones(len(found.means), dtype=torch.bool, device=world.device)
+    present[found.broken // world.size] = False
+    seen = found.means[present]
+    pca = fit_pca([seen], num_components=objective.dim, all_reduce=world.sum, at_most=True)
+    variance = pca.explained_variance
+    scale = (variance + config.nbd.shrinkage * variance.mean()).rsqrt()
+    whitening = Whitening(pca.mean.float(), (pca.components.T * scale).float())
+
+    def nearest(bank: Tensor, present: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(len(bank), device=bank.device) * world.size + world.rank
+        return search(bank[present], bank, k=k, bank_ids=ids[present], query_ids=ids, ranks=world)
+
+    views = WarmupViews(drawn.to(world.device), found.kept)
+    objective.begin(found.means, whitening, views, present, nearest)

@@ -28,11 +28,19 @@ from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, 
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
-from selfmask_dist.training.build import build_backbone, check_run, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data, open_what_there_is
+from selfmask_dist.training.retrieval.record import RetrievalRecord
+from selfmask_dist.training.retrieval.score_lr import describe_choice, with_chosen_score_lr
 
 
 def run_in(
-    config: Config, world: World, stop: StopRequest, *, is_restart: bool, parent: Path | None = None
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    *,
+    is_restart: bool,
+    parent: Path | None = None,
+    is_trial: bool = False,
 ) -> dict[str, Any]:
     """Run a configuration to its end within a world that is there, and return what `result.json` holds.
 
@@ -41,6 +49,7 @@ def run_in(
     Args:
         is_restart: go on in the run's folder where there is one.
         parent: the folder of the run that this one is a stage of.
+        is_trial: whether it only tries a setting, so that what speaks against its result is not said.
     """
     directory = run_path(config)
     if world.is_main:
@@ -49,16 +58,21 @@ def run_in(
     if (directory / names.RESULT).exists():  # requeued after its end
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
+    config, choice = with_chosen_score_lr(
+        config,
+        world,
+        train_fn=lambda trial: run_in(trial, world, stop, is_restart=True, parent=directory, is_trial=True),
+    )
     found = find_checkpoint(directory, world)
     if found is None and config.procedure.start_from is not None:
         found = find_checkpoint(Path(config.procedure.start_from), world)
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
     with open_run(config, directory, world, stop, parent=parent) as context:
-        result = _run(config, context, found)
+        result = _run(config, context, found, choice)
         if parent is None:
             context.writer.message(closing(directory, result))
-        else:  # a stage's numbers are shown by the run that it is a part of
+        elif not is_trial:  # a stage's numbers are shown by the run that it is a part of
             for entry in result["verdict"]:
                 context.writer.message(f"VERDICT: {entry['text']}")
         return result
@@ -77,9 +91,12 @@ def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
     return read_checkpoint(directory / names.CHECKPOINTS / name[0])
 
 
-def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[str, Any]:
+def _run(
+    config: Config, context: RunContext, found: Checkpoint | None, choice: dict[str, Any]
+) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
-    train, test = open_data(config, require_labels=not trains or _needs_labels(config))
+    train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
+    num_test = 0 if test is None else len(test)
     cuts_weights = trains and config.engine.name == "fsdp"
     backbone = build_backbone(config, in_file=cuts_weights)
     notes = check_run(config, backbone, train, test)
@@ -87,7 +104,8 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
         backbone.encoder.to(context.world.device)
     evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     writer = context.writer
-    writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=len(test))
+    record = RetrievalRecord(evaluation, context.directory, context.world)
+    writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=num_test)
     writer.message(_describe(config, backbone, train, test, context.world))
     for note in notes if config.data.subset is None else ():  # a part need not have all classes
         writer.event("note", text=note)
@@ -97,36 +115,37 @@ def _run(config: Config, context: RunContext, found: Checkpoint | None) -> dict[
         "method": config.method,
         "backbone": backbone.spec.name,
         "fingerprint": backbone.spec.fingerprint,
+        **choice,
     }
+    if choice:
+        writer.message(f"score_lr {describe_choice(choice)}")
 
     def measure_frozen() -> None:
         if config.eval.frozen_baseline or not trains:
             result["frozen"] = _once(
                 context.directory / names.FROZEN,
                 context.world,
-                lambda: evaluation.full(probe=config.eval.probe or config.method == "probe"),
+                lambda: (
+                    evaluation.full(probe=config.eval.probe or config.method == "probe")
+                    | record.measure("frozen")
+                ),
             )
+            result["frozen"] |= record.measure("frozen")  # which a restart finds
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
-        result |= adapt(config, context, backbone, train, evaluation, found, measure_frozen)
+        result |= adapt(config, context, backbone, train, evaluation, record, found, measure_frozen)
     else:
         measure_frozen()
-        result["stored_bytes"] = 0  # beside the backbone; the probe is a head
+        result |= record.result() | {"stored_bytes": 0}  # beside the backbone; the probe is a head
     # of the main rank, which has the metrics: the others' results say nothing of it
     is_main = context.world.is_main
-    result["verdict"] = judge(config, result, context.directory, num_test=len(test)) if is_main else []
+    result["verdict"] = judge(config, result, context.directory, num_test=num_test) if is_main else []
     if is_main:
         write_json(context.directory / names.RESULT, result)
     context.world.barrier()  # nobody looks for a file that is not there yet
     writer.event("end", **result)
     return result
-
-
-def _needs_labels(config: Config) -> bool:
-    """Return whether training or any measurement needs labels, which image-text data may lack."""
-    measures = config.eval.final or config.eval.frozen_baseline or config.eval.knn_every > 0
-    return measures or config.objective.name == "supervised"
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -141,12 +160,15 @@ def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) 
     return values
 
 
-def _describe(config: Config, backbone: Backbone, train: data.Source, test: data.Source, world: World) -> str:
+def _describe(
+    config: Config, backbone: Backbone, train: data.Source, test: data.Source | None, world: World
+) -> str:
     spec = backbone.spec
+    tested = "no" if test is None else f"{len(test):,}"
     return (
         f"run      {run_path(config)}: {config.method} on {world.size} process(es), {world.device.type}\n"
         f"backbone {spec.name}: {spec.num_parameters:,} weights, dim {spec.dim}, "
         f"{spec.preprocessing.image_size} px, "
         f"fingerprint {spec.fingerprint[:12]}\n"
-        f"data     {len(train):,} train and {len(test):,} test images, {len(train.classes)} classes"
+        f"data     {len(train):,} train and {tested} test images, {len(train.classes)} classes"
     )

@@ -57,10 +57,14 @@ def save(
     *,
     engine: Engine,
     metrics: dict[str, float],
+    verdict: str = "",
 ) -> dict[str, Any]:
     """Write the mask file (or the trained weights, as theta) and the head; return their sizes in bytes.
 
     Collective: every rank must call; the first one writes.
+
+    Args:
+        verdict: what speaks against the mask; the file is marked with it.
     """
     sizes: dict[str, Any] = {}
     is_main = engine.world.is_main
@@ -74,6 +78,7 @@ def save(
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=backbone.spec.preprocessing.to_dict(),
             metrics=metrics,
+            verdict=verdict,
         )
         sizes["mask"] = {
             "masked_weights": num_weights,

@@ -51,8 +51,19 @@ class DataState(Protocol):
     def check_state(self, state: dict[str, Any]) -> None: ...
 
 
+class KeptState(Protocol):
+    """A state that is kept beside the present one: whole tensors on the CPU by name, and a dict for JSON."""
+
+    tensors: dict[str, Tensor]
+
+    def values(self) -> dict[str, Any]: ...
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+
+
 class RunState:
     """Gathers and restores a run. Collective: every rank must make one.
+
+    best: what `train.keep=best` is to leave, as far as it has come; None where the last state is left.
 
     Args:
         identity: what must be the same for a resume to make sense, each with a readable name.
@@ -60,13 +71,24 @@ class RunState:
     """
 
     def __init__(
-        self, engine: Engine, objective: Objective, *, identity: dict[str, Any], data: DataState | None = None
+        self,
+        engine: Engine,
+        objective: Objective,
+        *,
+        identity: dict[str, Any],
+        data: DataState | None = None,
+        best: KeptState | None = None,
     ) -> None:
         self._engine = engine
         self._data = data
+        self._best = best
         self._objective = objective
         self._identity = identity
-        self._buffers = {name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()}
+        self._buffers: dict[str, Tensor] = {}  # as they began; what stays so is not saved
+        if not objective.buffers_all_change:
+            self._buffers = {
+                name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()
+            }
 
     def capture(self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]) -> Checkpoint:
         """Return the state as it stands, copied to the CPU. Collective: every rank must call."""
@@ -75,7 +97,7 @@ class RunState:
             f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
         }
         for name, buffer in self._objective.whole_buffers().items():
-            if not torch.equal(buffer, self._buffers[name]):
+            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
                 tensors[f"buffers/{name}"] = buffer.detach().cpu().clone()
         values = {
             "position": asdict(position),
@@ -84,6 +106,9 @@ class RunState:
             "metrics": metrics,
             "data": self._data.state_dict() if self._data is not None else None,
         }
+        if self._best is not None:
+            tensors |= {f"best/{name}": tensor for name, tensor in self._best.tensors.items()}
+            values["best"] = self._best.values()
         return Checkpoint({name: tensor.contiguous() for name, tensor in tensors.items()}, values)
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -106,7 +131,7 @@ class RunState:
             ValueError: it is another run's.
         """
         self.check(checkpoint)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "buffers")}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "buffers", "best")}
         for key, tensor in checkpoint.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
@@ -115,6 +140,8 @@ class RunState:
         moved = parts["buffers"]
         self._objective.load_buffers(self._buffers | moved)
         telemetry.load_state(checkpoint.values["telemetry"])
+        if self._best is not None and "best" in checkpoint.values:
+            self._best.load(parts["best"], checkpoint.values["best"])
         return position
 
 
@@ -181,6 +208,10 @@ class CheckpointSchedule:
             self._saver.finish()
         if stop:
             raise Preempted
+
+    def save_again(self, position: Position, telemetry: RunningMeans) -> None:
+        """Save the state as it stands, whatever was saved at this step before. Collective."""
+        self._save(position, telemetry)
 
     def finish(self) -> None:
         """Wait for what is being written."""

@@ -51,7 +51,7 @@ class Trainer:
         monitor: (step) -> numbers, called every `monitor_every` steps (0: never). Collective: every rank
             calls it.
         directory: where a failure leaves what is needed to look at it.
-        before_step: (step), called before its forward.
+        before_step: (step), called before its forward. after_step: after its update. Collective.
         remarks: (numbers of a logged step) -> what the user should know about them.
         sample_key: sample id -> key, for messages.
         quarantine: counts this rank's unreadable samples, and judges the sum over ranks.
@@ -71,6 +71,7 @@ class Trainer:
     sample_key: Callable[[int], str] = str
     checkpoints: CheckpointSchedule | None = None
     before_step: Callable[[int], None] = lambda step: None
+    after_step: Callable[[], None] = lambda: None
     on_step: Callable[[], None] = lambda: None
     remarks: Callable[[dict[str, Any]], list[str]] = lambda values: []
     quarantine: Quarantine | None = None
@@ -101,6 +102,7 @@ class Trainer:
                 if is_logged and self.telemetry is not None:
                     self.telemetry.before_step()
                 self.engine.step()
+                self.after_step()
                 step, done = step + 1, done + 1
                 meter.add(metrics, batch)
                 self.on_step()

@@ -26,6 +26,7 @@ from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import MaskFileError, read_mask_file
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.runs.checkpoint import committed, read_checkpoint
 from selfmask_dist.runs.folder import create_run_directory
 from selfmask_dist.runs.status import read_status
 from selfmask_dist.training.build import build_backbone, open_data
@@ -208,7 +209,10 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
     for change, message in (
         ("cascade.components=40", "cascade.components is 40; .* has embeddings of 32 dimensions"),
         ("cascade.clusters=[60]", "too few for 60 clusters"),
-        ("objective.name=supervised", "method=cascade trains without labels; set objective.name=swav"),
+        (
+            "objective.name=supervised",
+            "trains without labels or captions; set objective.name=nbd",
+        ),
         ("crops.local_size=10", "crops.local_size=10 is not a multiple of 8"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -291,6 +295,21 @@ def test_other_families_train_a_cascade_too(cascade: Path, tmp_path: Path, famil
     (batch,) = eval_loader(test, eval_transform(backbone.spec.preprocessing), batch_size=32)
     stored = EmbeddingStore.open(other / "embeddings" / "unconditional" / "test").read_slice()
     assert torch.allclose(loaded.embed(batch.views[0], mode="unconditional"), stored.features, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cascade_of_nbd_has_a_bank_for_each_of_its_parts(cascade: Path, tmp_path: Path) -> None:
+    own = ["objective.name=nbd", "nbd.dim=8", "nbd.warmup_steps=10", "nbd.warmup_batch=16"]
+    own += ["optim.score_lr=0.05", "run.name=other"]
+    run(load_config(None, settings(cascade.parent / "shards", tmp_path, *own)))
+    other = tmp_path / "other"
+    sizes = result_of(other)["clusters"]
+    for name, pictures in (("dispatcher", 96), ("expert-0", sizes[0]), ("expert-1", sizes[1])):
+        (checkpoint,) = committed(other / name / "checkpoints")[:1]
+        assert len(read_checkpoint(checkpoint).tensors["buffers/bank"]) == pictures
+    masks = read_mask_file(other / "cascade.mask").masks
+    assert len(masks) == 3
+    assert all(any((~bits).any() for bits in mask.bits.values()) for mask in masks.values())
 
 
 def test_families_that_are_more_than_masks_are_refused_in_a_cascade() -> None:

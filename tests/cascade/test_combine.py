@@ -7,7 +7,7 @@ import torch.distributed as dist
 from sklearn import decomposition
 
 from selfmask_dist.cascade import MODES, Combination
-from selfmask_dist.cascade import pca as pca_module
+from selfmask_dist.parallel import pca as pca_module
 from tests.support.distributed import run_distributed
 
 K, DIM = 3, 8

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_merge_collects(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     out = tmp_path / "m.mask"
     assert run("merge", folder / "a.mask", folder / "b.mask", "--how", "collect", "--out", out) == 0
     assert list(read_mask_file(out).masks) == ["a", "b"]
+    marked = tmp_path / "marked.mask"
+    write_mask_file(marked, replace(read_mask_file(folder / "b.mask"), verdict="keep the frozen backbone"))
+    assert run("merge", folder / "a.mask", marked, "--how", "collect", "--out", out) == 0
+    assert read_mask_file(out).verdict == "keep the frozen backbone"
     assert run("merge", folder / "a.mask", folder / "a.mask", "--how", "collect", "--out", out) == 2
     assert "two masks have one name" in capsys.readouterr().err
 

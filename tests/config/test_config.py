@@ -237,13 +237,14 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("optim.lrr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("lr", "optim.score_lr, optim.weight_lr or optim.head_lr"),
-        ("train.score_lr", "optim.score_lr"),  # the right name in the wrong section
+        ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
+        # the right name in the wrong section
+        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),
-        ("optim.warmup", "optim.warmup_epochs"),
+        ("optim.warmup", "optim.warmup_epochs, nbd.warmup_steps, nbd.warmup_rate or nbd.warmup_batch"),
         ("engine.num_workers", "engine.workers or engine.worker_kind"),
     ],
 )
@@ -296,7 +297,7 @@ def test_dotted_keys_in_a_file_and_keys_below_values_are_explained(write) -> Non
         ("backbone:\n  kwargs: 3", "2: backbone.kwargs: got 3; expected mapping of plain values"),
         (
             "seed: 1\ntrain: 3",
-            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, accumulate",
+            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, keep, accumulate",
         ),
     ],
 )
@@ -396,6 +397,7 @@ CONFLICTS = [
     ),
     (["train.accumulate=65"], "train.global_batch_size is 64"),
     (["data.crop_scale=[1, 0.2]"], "[0.2, 1]"),
+    (["optim.score_step=rms", "optim.score_lr=50"], "optim.score_lr=50 is a rate of plain steps"),
 ]
 
 
@@ -404,6 +406,27 @@ def test_values_that_do_not_go_together(overrides: list[str], message: str) -> N
     error = error_of(None, *overrides)
     assert error.startswith(", ".join(f"override {override!r}" for override in overrides) + ": ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["optim.kind=adamw"], "AdamW gives each element's one of its own"),
+        (
+            ["engine.name=deepspeed", "optim.clip_norm=1"],
+            "engine.name=deepspeed clips all gradients together",
+        ),
+        (["mask.init=0.01"], "they start 0.01 from the threshold"),
+        (["mask.init=0.02"], ""),
+        (["mask.family=edge_popup", "mask.init=0", "mask.scale=detached"], ""),
+    ],
+)
+def test_what_score_steps_of_one_size_do_not_go_with(more: list[str], message: str) -> None:
+    common = ["optim.score_step=rms", "optim.score_lr=0.01"]
+    if message:
+        assert message in error_of(None, *common, *more)
+    else:
+        load_config(None, [*common, *more])
 
 
 def test_a_conflict_names_every_place_it_comes_from(write) -> None:
@@ -423,6 +446,9 @@ def test_a_conflict_names_every_place_it_comes_from(write) -> None:
         ["optim.warmup_epochs=10"],
         ["method=mask", "objective.head=masked"],
         ["mask.init=0", "mask.threshold=-1"],
+        ["optim.score_step=rms", "optim.score_lr=0.01"],
+        ["optim.score_step=rms", "optim.score_lr=3", "mask.init=1000"],
+        ["optim.score_step=rms", "optim.kind=adamw", "method=finetune"],
     ],
 )
 def test_values_that_do_go_together(overrides: list[str]) -> None:

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from selfmask_dist import Masks, apply_masks, attach
 from selfmask_dist.maskfile import (
+    MarkedMaskWarning,
     Mask,
     MaskFile,
     MaskFileError,
     container,
+    describe_file,
     from_masks,
     read_mask_file,
     write_mask_file,
 )
+from selfmask_dist.maskfile.api import save_masks
+from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 from selfmask_dist.masking import build_family
 from tests.support.models import FAMILIES, make, scores_of
@@ -303,3 +307,27 @@ def test_arithmetic_of_masks() -> None:
         OPERATIONS["union"]([masks[0], replace(masks[1], weights_fingerprint="y")])
     with pytest.raises(MaskFileError, match="no mask"):
         OPERATIONS["union"]([])
+
+
+def test_a_mask_that_is_marked_says_so_where_it_is_put_on(tmp_path: Path) -> None:
+    backbone, model, masks = trained("timm_vit")
+    plain, marked = tmp_path / "plain.mask", tmp_path / "marked.mask"
+    save_masks(masks, plain)
+    save_masks(masks, marked, verdict="keep the frozen backbone: it fell")
+    assert "verdict" not in container.read(plain).header, "without a mark the bytes are as they were"
+    assert read_mask_file(plain).verdict == ""
+    file = read_mask_file(marked)
+    assert file.verdict == "keep the frozen backbone: it fell"
+    assert "\nVERDICT: keep the frozen backbone: it fell\n" in describe_file(marked)
+    assert write_mask_file(tmp_path / "again.mask", file) == marked.stat().st_size, "a copy keeps the mark"
+    assert (tmp_path / "again.mask").read_bytes() == marked.read_bytes()
+    bank = MaskBank(copy.deepcopy(backbone))
+    with pytest.warns(MarkedMaskWarning, match=r"marked\.mask: keep the frozen backbone"):
+        bank.add("task", marked)
+    with pytest.warns(MarkedMaskWarning, match=r"marked\.mask: keep the frozen backbone"):
+        apply_masks(backbone, marked)
+    assert torch.equal(backbone(images()), model(images())), "it is put on nonetheless"
+    foul = replace(file, verdict="one\ntwo \x1b[31mred" + "e" * 1000)
+    write_mask_file(marked, foul)
+    assert read_mask_file(marked).verdict.startswith("one two [31mred")
+    assert len(read_mask_file(marked).verdict) == 500

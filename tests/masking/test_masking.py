@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from selfmask_dist.masking import attach, binarize, build_family, materialize, measure
-from selfmask_dist.masking.core import Scale
+from selfmask_dist.masking.core import Scale, ScoreStep
 from tests.support.models import FAMILIES, make, scores_of
+
+RATES: dict[ScoreStep, float] = {"plain": 20.0, "rms": 0.15}  # of the theorems' runs
 
 
 class StraightThrough(torch.autograd.Function):
@@ -124,17 +126,25 @@ def test_the_term_through_the_scale_matters() -> None:
 
 
 def train(
-    model: nn.Module, preset: str, *, steps: int = 12, lr: float = 20.0, **options
+    model: nn.Module,
+    preset: str,
+    *,
+    steps: int = 12,
+    lr: float = 1.0,
+    score_step: ScoreStep = "plain",
+    loss_scale: Callable[[int], float] = lambda step: 1.0,
+    **options,
 ) -> tuple[dict, list[float]]:
+    """Train at `lr` times the rate that suits a kind of score step."""
     masks = attach(model, include=preset, **options)
-    optimizer = torch.optim.SGD(masks.parameters(), lr=lr, momentum=0.9)
-    masks.bind(optimizer)
+    optimizer = torch.optim.SGD(masks.parameters(), lr=lr * RATES[score_step], momentum=0.9)
+    masks.bind(optimizer, score_step=score_step)
     losses = []
     for step in range(steps):
         images, labels = batch(seed=step, dtype=next(model.parameters()).dtype)
         optimizer.zero_grad()
         loss = loss_of(model(images), labels)
-        loss.backward()
+        (loss_scale(step) * loss).backward()
         optimizer.step()
         losses.append(loss.item())
     return masks.masks(), losses
@@ -144,33 +154,86 @@ def num_different(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
     return sum(int((a[name] ^ b[name]).sum()) for name in a)
 
 
+@pytest.mark.parametrize("score_step", RATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str) -> None:
+def test_theorem_1_shifting_init_and_threshold_changes_no_mask(family: str, score_step: ScoreStep) -> None:
     # in float64 the shift rounds at 1e-16 of a score: no score of this run comes that near to the threshold
     model, preset = make(family)
-    base, losses = train(model, preset, init=1.0)
+    base, losses = train(model, preset, init=1.0, score_step=score_step)
     assert sum(int((~m).sum()) for m in base.values()) > 50, "the run must prune something"
     model, _ = make(family)
-    shifted, shifted_losses = train(model, preset, init=3.5, family=build_family("threshold", threshold=2.5))
+    family_of_it = build_family("threshold", threshold=2.5)
+    shifted, shifted_losses = train(model, preset, init=3.5, family=family_of_it, score_step=score_step)
     assert num_different(base, shifted) == 0
     assert shifted_losses == pytest.approx(losses, rel=1e-12)
 
 
+@pytest.mark.parametrize("score_step", RATES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_theorem_2_scaling_init_and_learning_rate_changes_no_bit(family: str) -> None:
+def test_theorem_2_scaling_init_and_learning_rate_changes_no_bit(family: str, score_step: ScoreStep) -> None:
     """A power of two scales exactly in floating point, so losses and masks are equal bit for bit, in float32
     too.
     """
     model, preset = make(family, dtype=torch.float32)
-    base, losses = train(model, preset, init=1.0, lr=20.0)
+    base, losses = train(model, preset, init=1.0, score_step=score_step)
     assert sum(int((~m).sum()) for m in base.values()) > 50
     model, _ = make(family, dtype=torch.float32)
-    scaled, scaled_losses = train(model, preset, init=4.0, lr=80.0)
+    scaled, scaled_losses = train(model, preset, init=4.0, lr=4.0, score_step=score_step)
     assert num_different(base, scaled) == 0
     assert scaled_losses == losses
     model, _ = make(family, dtype=torch.float32)
-    other, _ = train(model, preset, init=4.0, lr=20.0)
+    other, _ = train(model, preset, init=4.0, score_step=score_step)
     assert num_different(base, other) > 0, "scaling the scores alone must change the masks"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_rms_the_size_of_the_loss_changes_no_bit(family: str) -> None:
+    """Nor does a size that changes from step to step: of a sum in place of a mean, or of a loss scaler."""
+    sizes = {"one": lambda step: 2.0**-6, "moving": lambda step: 2.0 ** (step % 5)}
+    model, preset = make(family, dtype=torch.float32)
+    base, losses = train(model, preset, score_step="rms")
+    assert sum(int((~m).sum()) for m in base.values()) > 50
+    for loss_scale in sizes.values():
+        model, _ = make(family, dtype=torch.float32)
+        found, found_losses = train(model, preset, score_step="rms", loss_scale=loss_scale)
+        assert num_different(base, found) == 0
+        assert found_losses == losses
+        model, _ = make(family, dtype=torch.float32)
+        plain, _ = train(model, preset, loss_scale=loss_scale)
+        model, _ = make(family, dtype=torch.float32)
+        assert num_different(plain, train(model, preset)[0]) > 0, "a plain step is not invariant"
+
+
+def of_linear(score_step: ScoreStep, *, scale: str, gains: tuple[float, ...], whole: bool = True) -> Tensor:
+    """The mask of a weight, each half of it times a gain, whose loss is linear in theta."""
+    draw = torch.Generator().manual_seed(4)
+    weight = torch.randn(16, 12, generator=draw, dtype=torch.float64)
+    rows = [gain * half for gain, half in zip(gains, weight.chunk(2), strict=True)]
+    parts = [torch.cat(rows)] if whole else rows
+    model = nn.ParameterList([nn.Parameter(part.clone()) for part in parts])
+    masks = attach(model, include="*", family=build_family("threshold", scale=scale))
+    optimizer = torch.optim.SGD(masks.parameters(), lr=0.5 if score_step == "rms" else 2.0, momentum=0.9)
+    masks.bind(optimizer, score_step=score_step)
+    for _ in range(6):
+        optimizer.zero_grad()
+        direction = torch.randn(16, 12, generator=draw, dtype=torch.float64)
+        (torch.cat(list(model)) * direction).sum().backward()
+        optimizer.step()
+    return torch.cat(list(masks.masks().values()))
+
+
+def test_under_rms_the_size_of_a_tensors_weights_drops_out() -> None:
+    """Of all its weights alike, and with it the scale a; not of a part of them, nor how tensors are cut."""
+    base = of_linear("rms", scale="detached", gains=(1, 1))
+    assert 20 < int(base.sum()) < 172
+    assert torch.equal(of_linear("rms", scale="detached", gains=(8, 8)), base)
+    assert torch.equal(of_linear("rms", scale="none", gains=(1, 1)), base)
+    assert not torch.equal(of_linear("rms", scale="detached", gains=(8, 1)), base)
+    assert not torch.equal(of_linear("rms", scale="detached", gains=(1, 1), whole=False), base)
+    plain = of_linear("plain", scale="none", gains=(1, 1))
+    assert torch.equal(of_linear("plain", scale="none", gains=(1, 1), whole=False), plain)
+    plain = of_linear("plain", scale="detached", gains=(1, 1))
+    assert not torch.equal(of_linear("plain", scale="detached", gains=(8, 8)), plain)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

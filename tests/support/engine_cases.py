@@ -21,6 +21,7 @@ from selfmask_dist.parallel import (
 )
 from tests.support.models import make
 
+OF_STEP = ("accumulate", "clip_norm", "score_step")
 ROWS = 8  # of the global batch; divisible by every world size used here
 CLASSES = 5
 BLOCKS = {
@@ -124,8 +125,8 @@ def make_model(case: Case) -> tuple[nn.Module, str]:
 
 
 def engine_keys(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `build_engine` for keys of the engine section, `accumulate` and `clip_norm`."""
-    of_step: dict[str, Any] = {key: options[key] for key in ("accumulate", "clip_norm") if key in options}
+    """The keywords of `build_engine` for keys of the engine section and those of a step."""
+    of_step: dict[str, Any] = {key: options[key] for key in OF_STEP if key in options}
     of_engine = {key: value for key, value in options.items() if key not in of_step}
     return {"config": EngineConfig.model_validate({"name": name, **of_engine}), **of_step}
 
@@ -212,7 +213,7 @@ def check_equal(outcome: Outcome, reference: Outcome, *, loss: float = 1e-12, bi
 
 def reference_of(case: Case) -> Outcome:
     """The same training on one process, engine ddp, without what must not change results."""
-    options = {key: value for key, value in case.options.items() if key == "clip_norm"}
+    options = {key: value for key, value in case.options.items() if key in ("clip_norm", "score_step")}
     batchnorm = "train" if case.batchnorm == "sync" else case.batchnorm
     return run_case(Case(**{**vars(case), "engine": "ddp", "options": options, "batchnorm": batchnorm}))
 

@@ -73,6 +73,8 @@ def _expand(charts: Iterable[_Curve], known: set[str]) -> list[_Curve]:
             rest = metric.removeprefix(name[:-1])
             is_rate = name == "lr/*"
             shown = f"Learning rate, {rest}" if is_rate else f"{measure_name(metric)} on test images"
+            if rest == "instance_retrieval":
+                shown = "Instance retrieval on training images"
             found.append((metric, shown, format_fn))
     return found
 

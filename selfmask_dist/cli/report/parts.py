@@ -14,7 +14,13 @@ from selfmask_dist.common.text import NONE
 
 COLOURS = 8  # of curves; beyond, they come again in another style
 
-_MEASURES = {"probe": "linear probe", "head": "own head", "zeroshot": "zero-shot"}
+_MEASURES = {
+    "probe": "linear probe",
+    "head": "own head",
+    "zeroshot": "zero-shot",
+    "instance_retrieval": "instance retrieval",
+    "monitor/instance_retrieval": "instance retrieval",
+}
 
 
 @dataclass(frozen=True)

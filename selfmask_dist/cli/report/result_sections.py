@@ -25,7 +25,9 @@ from selfmask_dist.cli.report.parts import (
 from selfmask_dist.cli.report.reading import Run, median_of
 from selfmask_dist.common import names
 from selfmask_dist.common.text import NONE, accuracy, compact, count, number, percent, size
+from selfmask_dist.runs.decision import decision_text, mark_of
 
+RETRIEVAL = "instance_retrieval"
 # settings in the files of earlier versions that say nothing to a reader
 _INTERNAL = ("not_accuracies", "lower_is_better")
 
@@ -46,7 +48,12 @@ def tiles(run: Run) -> list[Tile]:
     frozen = views.get("frozen", {})
     view = "unconditional" if "unconditional" in views else run.own_view  # of a cascade its last stage's
     best = views.get(view, {})
-    for measure in [*in_order(name for name in best if name.startswith("knn"))[:1], "probe", "head"]:
+    for measure in [
+        *in_order(name for name in best if name.startswith("knn"))[:1],
+        "probe",
+        "head",
+        RETRIEVAL,
+    ]:
         if measure in best:
             known = frozen.get(measure)
             note = "" if known is None else f"frozen {accuracy(known)} ({_delta(best[measure] - known)})"
@@ -79,7 +86,8 @@ def results(runs: Sequence[Run]) -> PageSection | None:
     found: dict[tuple[str, str], list[float]] = {}
     for run, view in rows:
         for name, value in run.views[view].items():
-            found.setdefault((_data(run), name), []).append(value)
+            if name != RETRIEVAL:  # it does not rank objectives, some of which train for it
+                found.setdefault((_data(run), name), []).append(value)
     best = {key: max(values) for key, values in found.items() if len(values) > 1}
     lines: list[list[Text]] = []
     for run, view in rows:
@@ -87,15 +95,29 @@ def results(runs: Sequence[Run]) -> PageSection | None:
         values = run.views[view]
         cells = [_value(values.get(name), frozen.get(name), best.get((_data(run), name))) for name in columns]
         lines.append([named(run, view) if len(runs) > 1 else Cell(view), *cells])
-    note = (
-        "Test accuracy; under it, the difference to the frozen backbone. The best on the same data is bold."
-    )
+    under = "under it, the difference to the frozen backbone"
+    note = f"Test accuracy; {under}. The best on the same data is bold."
+    if columns == [RETRIEVAL]:
+        note = f"Instance retrieval, of training images and without labels; {under}."
+    elif RETRIEVAL in columns:
+        note = f"{note} Instance retrieval is of training images, without labels."
     return section(
         "Results",
         table(["", *map(measure_name, columns)], lines, css="values"),
+        *_decisions(runs),
         _paper_table(runs),
         note=f"{note}{_standard_error(runs)}",
     )
+
+
+def _decisions(runs: Sequence[Run]) -> list[Paragraph]:
+    """Return what instance retrieval says of each run, but where it is among the verdicts already."""
+    found = []
+    for run in runs:
+        text, is_verdict = (fn(run.result.get("retrieval")) for fn in (decision_text, mark_of))
+        if text and not is_verdict:
+            found.append(Paragraph(f"{run.label}: {text}." if len(runs) > 1 else f"{text.capitalize()}."))
+    return found
 
 
 def _data(run: Run) -> str:

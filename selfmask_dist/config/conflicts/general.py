@@ -93,10 +93,11 @@ def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.distill_from teaches classes, and objective.name={objective.name} has none; set "
             "objective.name=supervised, or objective.distill_from=null",
         )
-    if config.method == "cascade" and objective.name != "swav":
+    if config.method == "cascade" and objective.name in ("supervised", *WITH_CAPTIONS):
         yield Conflict(
             ("method", "objective.name"),
-            f"method=cascade trains without labels; set objective.name=swav in place of {objective.name}",
+            f"method=cascade trains without labels or captions; set objective.name=nbd or swav in place of "
+            f"{objective.name}",
         )
 
 
@@ -115,7 +116,7 @@ def view_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
             "a backbone open_clip:<model>/<tag>",
         )
-    if name not in ("supervised", "swav") and config.train.accumulate > 1:
+    if name not in ("supervised", "swav", "nbd") and config.train.accumulate > 1:
         yield Conflict(
             ("objective.name", "train.accumulate"),
             f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
@@ -168,12 +169,18 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
     headless = {
         "supervised": ("objective.head", config.objective.head == "clip_text"),
         "clip": ("clip.text", config.clip.text == "frozen"),
+        "nbd": ("nbd.warmup_steps", True),
     }
     key, has_no_head = headless.get(config.objective.name, ("", False))
     if first and has_no_head:
         yield Conflict(
             ("optim.head_first_epochs", key),
-            f"optim.head_first_epochs: with the text tower as it is ({key}) there is no head to train first",
+            "optim.head_first_epochs: there is no head to train first, as "
+            + (
+                "objective.name=nbd trains its own before the first step (nbd.warmup_steps)"
+                if config.objective.name == "nbd"
+                else f"the text tower stays as it is ({key})"
+            ),
         )
     if first and config.engine.name == "deepspeed":
         yield Conflict(
@@ -191,6 +198,7 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
         ("data.crop_scale", config.data.crop_scale),
         ("crops.global_scale", config.crops.global_scale),
         ("crops.local_scale", config.crops.local_scale),
+        ("nbd.crop_scale", config.nbd.crop_scale),
     ):
         if smallest > largest:
             yield Conflict((key,), f"{key}: the smaller area comes first: [{largest:g}, {smallest:g}]")

@@ -170,3 +170,32 @@ def _other_conflicts(config: AllSections) -> Iterator[Conflict]:
 def _head(config: AllSections) -> str:
     """Return the kind of the supervised head; "" where the objective has none."""
     return config.objective.head if config.objective.name == "supervised" else ""
+
+
+def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield what does not go with score steps of one size: other sizes, clipping, and a plain step's rate."""
+    optim = config.optim
+    if optim.score_step == "plain" or config.method not in ("mask", "cascade", "supsup", "ensemble"):
+        return
+    if optim.kind == "adamw":
+        yield Conflict(
+            ("optim.score_step", "optim.kind"),
+            "optim.score_step=rms gives each tensor's step one size, and AdamW gives each element's one of "
+            "its own; use optim.kind=sgd, or optim.score_step=plain",
+        )
+    if config.engine.name == "deepspeed" and optim.clip_norm is not None:
+        yield Conflict(
+            ("optim.score_step", "optim.clip_norm", "engine.name"),
+            "engine.name=deepspeed clips all gradients together, and with optim.score_step=rms only those "
+            "besides the scores' are to be clipped; set optim.clip_norm=null, or use engine.name=fsdp",
+        )
+    init, distance = config.mask.init, 1.0
+    if isinstance(init, float) and config.mask.family in ("threshold", "piggyback"):
+        distance = abs(init - config.mask.threshold)
+    if optim.score_lr >= distance:
+        yield Conflict(
+            ("optim.score_step", "optim.score_lr"),
+            f"optim.score_lr={optim.score_lr:g} is a rate of plain steps: with optim.score_step=rms a step "
+            f"moves scores by about so much, and they start {distance:g} from the threshold; set it to .003 "
+            "to .01 times that",
+        )

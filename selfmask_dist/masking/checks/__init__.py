@@ -11,17 +11,18 @@ from selfmask_dist.masking.checks.choosing import (
     warn_where_partly_masked,
 )
 from selfmask_dist.masking.checks.models import (
-    MARK,
     check_finite_weights,
     check_free,
     check_model,
     check_underived,
-    describe_left_over,
 )
 from selfmask_dist.masking.checks.optimizers import (
     check_decay,
+    check_no_closure,
     check_optimizer,
+    check_score_step,
     check_steps_others,
+    has_numbers,
 )
 from selfmask_dist.masking.checks.scores import (
     check_finite,
@@ -39,7 +40,6 @@ from selfmask_dist.masking.checks.warned import (
 )
 
 __all__ = [
-    "MARK",
     "ForgottenBindWarning",
     "MaskWarning",
     "PartlyMaskedWarning",
@@ -50,15 +50,17 @@ __all__ = [
     "check_finite_weights",
     "check_free",
     "check_model",
+    "check_no_closure",
     "check_optimizer",
     "check_same_names",
     "check_same_weights",
+    "check_score_step",
     "check_steps_others",
     "check_tensors",
     "check_underived",
     "choose",
     "choose_other",
-    "describe_left_over",
+    "has_numbers",
     "num_segments",
     "own_init",
     "own_state",

@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 from selfmask_dist.common.text import some
 from selfmask_dist.masking import marks
 
-MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
-
 
 def check_model(model: nn.Module) -> None:
     """Check that masks can be trained on `model`.
@@ -55,23 +53,13 @@ def check_free(model: nn.Module, names: Sequence[str]) -> None:
     thetas = {id(mark.entry.theta) for mark in marks.attached(model).values()}
     parameters = dict(model.named_parameters())
     for name in names:
-        if id(parameters[name]) in thetas or hasattr(parameters[name], MARK):
+        if id(parameters[name]) in thetas or hasattr(parameters[name], marks.MARK):
             raise ValueError(
                 f"{name} carries a mask already; call detach() on the earlier masks first, or, where they "
                 f"are lost, selfmask_dist.detach(model)"
             )
     if found := marks.left_over(model):
-        raise ValueError(describe_left_over(found))
-
-
-def describe_left_over(found: Mapping[str, str]) -> str:
-    """Return a sentence on a model whose weights are theta, without its masks."""
-    name, what = next(iter(found.items()))
-    return (
-        f"{len(found)} parameters of this model ({name}, ...) are not the pretrained weights: they are "
-        f"{what}. Load the pretrained weights into it, or, where theta is to count as plain weights, call "
-        f"selfmask_dist.detach(model, restore=False)"
-    )
+        raise ValueError(marks.describe_left_over(found))
 
 
 def check_underived(model: nn.Module, names: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
 """Whether an optimizer can train masks, and whether it still does."""
 
 from collections.abc import Sequence
+from typing import Any, get_args
 
 from torch.optim import Optimizer
 
+from selfmask_dist.masking import core
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.parameter import MaskedParameter
 
@@ -52,3 +54,45 @@ def check_steps_others(optimizer: Optimizer, entries: Sequence[MaskedParameter])
             f"step trained nothing. End the training before detach(), or attach masks again and build an "
             f"optimizer over theirs"
         )
+
+
+def check_score_step(score_step: core.ScoreStep, optimizer: Optimizer, family: Family) -> None:
+    """Check that a score step can be made by an optimizer, for masks of a family.
+
+    Raises:
+        ValueError: the name is unknown, the optimizer sizes its steps itself, or no scores are trained.
+    """
+    if score_step not in get_args(core.ScoreStep):
+        raise ValueError(f"score_step {score_step!r} is not one of {', '.join(get_args(core.ScoreStep))}")
+    if score_step == "plain":
+        return
+    if "betas" in optimizer.defaults:
+        raise ValueError(
+            f"score_step='rms' gives each tensor's step one size, and {type(optimizer).__name__} gives each "
+            f"element's a size of its own; take torch.optim.SGD, or score_step='plain'"
+        )
+    if family.starts_from_weight or not (family.trains_scores or has_numbers(family)):
+        raise ValueError(
+            f"score_step='rms' is for scores, and the family {family.name} trains none; take "
+            f"score_step='plain'"
+        )
+
+
+def check_no_closure(optimizer: Optimizer, arguments: Sequence[Any]) -> None:
+    """Check that `optimizer.step` was called without a closure.
+
+    Raises:
+        ValueError: it was; its backward would come after the gradients were normalised.
+    """
+    # torch hands a hook the optimizer itself among the arguments
+    if any(argument is not None and argument is not optimizer for argument in arguments):
+        raise ValueError(
+            "score_step='rms' normalises gradients before optimizer.step(closure) calls the closure, which "
+            "computes new ones; call backward first and step() without a closure, or bind with "
+            "score_step='plain' and call masks.normalise_gradients() at the end of the closure"
+        )
+
+
+def has_numbers(family: Family) -> bool:
+    """Return whether a family trains small numbers beside the scores or in their place."""
+    return type(family).first_numbers is not Family.first_numbers

@@ -21,13 +21,13 @@ def own_init(init: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, T
 
 
 def own_state(
-    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], names: Sequence[str]
+    state: Mapping[str, Tensor], names: Sequence[str], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
     """Return what a state has of these parameters, by their own names, without what is of all masks.
 
     Args:
-        shapes: of every tensor that it must have, by key: `name`, or `name:part`.
         names: of the masked parameters.
+        shapes: of every tensor that it must have, by key: `name`, or `name:part`.
 
     Raises:
         ValueError: names or shapes differ.

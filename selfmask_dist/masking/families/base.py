@@ -190,6 +190,14 @@ class Family:
             grad, segment.weight, scale=scale, grad_dot_theta=None, num_kept=segment.whole.kept, out=out
         )
 
+    def shift(self, segment: Segment, back: Tensor) -> Tensor:
+        """Return the one number, 0-d, by which `pull_back` with `back` differs from `pull_back` with None.
+
+        Families that have it can send the sums that the score step `rms` needs along with `back_sums`; for
+        others these sums are a collective of their own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what back sums add to a gradient")
+
     def pull_back_weight(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
         """Write dL/dW into `out`, for families that train W."""
         raise NotImplementedError(f"{type(self).__name__} trains weights and has no gradient for them")

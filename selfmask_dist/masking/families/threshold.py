@@ -43,6 +43,9 @@ class Threshold(Family):
     def back_sums(self, segment: Segment, grad: Tensor) -> Tensor:
         return core.inner_product(grad, segment.theta).view(1)
 
+    def shift(self, segment: Segment, back: Tensor) -> Tensor:
+        return core.shift_of(back[0], segment.whole.kept)
+
     def pull_back(self, segment: Segment, grad: Tensor, back: Tensor | None, out: Tensor) -> None:
         core.pullback(
             grad,
