@@ -68,6 +68,8 @@ def convert_image_folder(
     named = [] if layout == "unlabelled" else named
     class_of, told = settle_classes(named, chosen.similar_classes)
     classes = tuple(sorted(set(class_of.values())))
+    if len(classes) == 1:
+        told.append(f"there is one class ({classes[0]}): every accuracy on these pictures is 1")
     folders = _choose_split(src, folders, split)
     targets = {name: out / name for name in folders}
     for target in targets.values():

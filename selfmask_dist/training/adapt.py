@@ -75,7 +75,7 @@ def adapt(
     identity = _identity(config, backbone, len(loader))
     state = RunState(engine, objective, identity=identity, data=loader, best=best)
     meter = Meter(context.world)
-    start = _resume(state, found, engine, batches_of, meter, context)
+    start = _resume(state, found, engine, batches_of, meter, context, asked=config.run.resume)
     hold_weights(config, engine)
     checkpoints = build_checkpoint_schedule(config, state, context)
     context.update_status(num_steps=steps)
@@ -253,9 +253,19 @@ def _resume(
     batches_of: BatchesOf,
     meter: Meter,
     context: RunContext,
+    *,
+    asked: bool,
 ) -> Position:
-    """Restore the checkpoint that was found and return where it stands; the start where there is none."""
+    """Restore the checkpoint that was found and return where it stands; the start where there is none.
+
+    Args:
+        asked: the user wants the run to go on (`run.resume`), and hears of it where it begins again.
+    """
     if found is None:
+        if asked:
+            text = f"no checkpoint in {context.directory} to go on from: training begins at its first step"
+            context.writer.event("note", text=text)
+            context.writer.message(f"note: {text}")
         return Position()
     state.check(found)
     if found.values["position"]["step"]:
