@@ -27,7 +27,7 @@ from selfmask_dist.common.class_names import similar_names, similar_text
 from .command import add_options, run_converter
 from .options import ConversionOptions, OptionValues
 from .shards import Conversion
-from .split_names import split_of
+from .split_names import misspelt_split, split_of
 from .tables import Listed, convert_lists
 
 _COLUMNS = {  # role -> what else such a column is called
@@ -104,6 +104,10 @@ def _read(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Listed], di
         for split in splits
         if written.get(split, split) != split.casefold()
     }
+    for split in splits:
+        if near := misspelt_split(split):
+            text = f"split {split!r} is none of train, val and test, and is written as it is"
+            notes.setdefault(split, []).append(f"{text}; did you mean {near}?")
     return splits, notes
 
 

@@ -2,9 +2,10 @@
 
     SRC/<class>/**/*.jpg          ->  OUT/shard-000000.tar ..., OUT/dataset.json
     SRC/<split>/<class>/**/*.jpg  ->  OUT/<split>/shard-000000.tar ..., one class list for all splits
+    SRC/**/*.jpg                  ->  OUT/shard-000000.tar ..., no labels (layout "unlabelled")
 
-`layout` says which of the two a folder is. Pictures may lie deeper inside a class folder; hidden files are
-left out. `shards` says what a tar holds. Knows folders, and nothing of torch, backbones or training.
+`layout` says which of the first two a folder is. Pictures may lie deeper inside a class folder; hidden files
+are left out. `shards` says what a tar holds. Knows folders, and nothing of torch, backbones or training.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def convert_image_folder(
     """Convert `src` into tars under `out`, and return a `Conversion` for each split.
 
     split: with split folders in `src`, convert only this one; without, the folder to write to (`out/split`).
-    layout: what the folders in `src` are; "auto" reads it from their names and depth.
+    layout: what the folders in `src` are; "auto" reads it from their names and depth, "unlabelled" takes
+        every picture, in whatever folder, without a label.
     Raises ValueError naming the file or folder: nothing to convert, a tree that can be read in two ways, a
     class without pictures, a file that is no picture, an output folder that is not empty.
     """
@@ -63,13 +65,19 @@ def convert_image_folder(
     # the training split's spelling of a class comes first
     roots = sorted(folders, key=lambda name: name != "train")
     named = [folder.name for name in roots for folder in look_into(folders[name]).folders]
+    named = [] if layout == "unlabelled" else named
     class_of, told = settle_classes(named, chosen.similar_classes)
     classes = tuple(sorted(set(class_of.values())))
+    if len(classes) == 1:
+        told.append(f"there is one class ({classes[0]}): every accuracy on these pictures is 1")
     folders = _choose_split(src, folders, split)
     targets = {name: out / name for name in folders}
     for target in targets.values():
         check_target(target, chosen.overwrite)
-    listed = {name: _list_pictures(src, root, class_of, chosen) for name, root in folders.items()}
+    if layout == "unlabelled":
+        listed = {name: _list_unlabelled(root, chosen) for name, root in folders.items()}
+    else:
+        listed = {name: _list_pictures(src, root, class_of, chosen) for name, root in folders.items()}
     done = []
     for name, found in listed.items():
         conversion = write_split(targets[name], classes, found.pictures, found.rejects, chosen)
@@ -95,7 +103,10 @@ def _list_pictures(src: Path, root: Path, class_of: dict[str, str], options: Con
     top = look_into(root)
     loose = [path.name for path in top.files if is_picture(path)]
     if loose:
-        raise ValueError(f"{root} has pictures outside of class folders ({some(loose)}); move them into one")
+        raise ValueError(
+            f"{root} has pictures outside of class folders ({some(loose)}); move them into one, or take all "
+            f"pictures without labels with --layout unlabelled"
+        )
     listing = _Listing(rejects=_broken(src, top.broken), notes=top.notes(src))
     if top.files:
         names = some([path.name for path in top.files])
@@ -119,6 +130,28 @@ def _list_pictures(src: Path, root: Path, class_of: dict[str, str], options: Con
         _refuse(root, listing.rejects)
     if not listing.pictures:
         raise ValueError(f"{root}: no class folders with pictures; expected {root}/CLASS/PICTURE.jpg")
+    return listing
+
+
+def _list_unlabelled(root: Path, options: ConversionOptions) -> _Listing:
+    """Return every picture below a folder, by path and without a label, and the files that are none."""
+    found = look_below(root)
+    pictures = [path for path in found.files if is_picture(path)]
+    foreign = {*found.files} - {*pictures}
+    listing = _Listing(rejects=_broken(root, found.broken), notes=found.notes(root))
+    listing.rejects += _broken(
+        root, [(path, "not a picture by its name or its first bytes") for path in sorted(foreign)]
+    )
+    taken: set[str] = set()
+    for path in pictures:
+        name = path.relative_to(root).as_posix()
+        key = _free_key(Path(name.replace("/", "__")), taken)  # a key's folder would be taken for a class
+        taken.add(key)
+        listing.pictures.append(Picture(path, name, key, None))
+    if not options.skip_broken:
+        _refuse(root, listing.rejects)
+    if not listing.pictures:
+        raise ValueError(f"{root}: no pictures, in it or in its folders")
     return listing
 
 

@@ -14,10 +14,10 @@ from selfmask_dist.common.class_names import normal_name
 from selfmask_dist.common.text import some
 
 from .folder_tree import look_into, tree_text
-from .split_names import split_of
+from .split_names import resembles_split, split_of
 
-Layout = Literal["auto", "splits", "classes"]
-LAYOUTS = ("auto", "splits", "classes")
+Layout = Literal["auto", "splits", "classes", "unlabelled"]
+LAYOUTS = ("auto", "splits", "classes", "unlabelled")
 
 
 def find_splits(src: Path, layout: Layout) -> tuple[dict[str, Path], list[str]]:
@@ -34,12 +34,14 @@ def find_splits(src: Path, layout: Layout) -> tuple[dict[str, Path], list[str]]:
         raise ValueError(f"layout is {layout!r}; choose from {', '.join(LAYOUTS)}")
     folders = look_into(src).folders
     called = {folder: split for folder in folders if (split := split_of(folder.name)) is not None}
-    if layout == "classes":
+    alike = {folder: split for folder in folders if (split := resembles_split(folder.name)) is not None}
+    if layout in ("classes", "unlabelled"):
         return {"": src}, []
     if layout == "splits":
-        return _as_told(src, folders, called)
+        return _as_told(src, folders, alike | called)
     deep = [folder for folder in called if look_into(folder).folders]
     _check_is_clear(src, folders, called, deep)
+    _check_sound(src, [folder for folder in alike if folder not in called])
     if not deep:
         names = some([folder.name for folder in called])
         return {"": src}, [f"{names}: a class, as pictures lie in it directly"] if called else []
@@ -63,6 +65,21 @@ def _as_told(src: Path, folders: list[Path], called: dict[Path, str]) -> tuple[d
     if not others:
         return splits, []
     return splits, [f"{len(others)} folders that are no splits are left out ({some(others)})"]
+
+
+def _check_sound(src: Path, alike: list[Path]) -> None:
+    """Check that folders whose names sound like splits, such as train2017 and val2017, are no splits.
+
+    Raises:
+        ValueError: at least two of them hold folders and no pictures of their own.
+    """
+    deep = [folder for folder in alike if (found := look_into(folder)).folders and not found.files]
+    if len(deep) > 1:
+        raise ValueError(
+            f"{src} holds folders that sound like splits ({some([folder.name for folder in deep])}); say "
+            f"which they are with --layout splits or --layout classes, or rename them to train, val and test:"
+            f"\n{tree_text(src)}"
+        )
 
 
 def _check_is_clear(src: Path, folders: list[Path], called: dict[Path, str], deep: list[Path]) -> None:

@@ -179,6 +179,9 @@ def _describe(
         partial_path(target, "rejects.jsonl").write_text("".join(lines))
     unlabelled = len(contents) - sum(counts.values())
     notes = (f"{unlabelled} of {len(contents)} pictures have no label",) if unlabelled else ()
+    if turned := [name for report in reports for name in report.get("turned", ())]:
+        text = f"{len(turned)} pictures have an EXIF orientation, which is not applied in training either"
+        notes = (*notes, f"{text}; turn their pixels first where that matters ({some(turned)})")
     return Conversion(target, classes, len(contents), len(rejects), notes, contents)
 
 

@@ -5,6 +5,9 @@ Knows neither folders nor lists.
 
 from __future__ import annotations
 
+import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 from selfmask_dist.common.class_names import normal_name, similar_names, similar_text
@@ -20,6 +23,23 @@ SPLIT_OF = {synonym: split for split, synonyms in _SYNONYMS.items() for synonym 
 def split_of(name: str) -> str | None:
     """Return train, val or test for a name that means it, in any case; None for another name."""
     return SPLIT_OF.get(normal_name(name).casefold())
+
+
+def resembles_split(name: str) -> str | None:
+    """Return train, val or test for a name that one of their words is in, such as train2017 or Test Set.
+
+    Such a name may be a class's as well: a test tube. None where there is none, or where it is one exactly.
+    """
+    words = re.findall(r"[a-z]+", normal_name(name).casefold())
+    meant = [SPLIT_OF.get(word.removesuffix("set"), SPLIT_OF.get(word)) for word in words]
+    return next((split for split in meant if split is not None), None)
+
+
+def misspelt_split(name: str) -> str | None:
+    """Return the usual name of a split that another one is nearly spelt like; None where it is not."""
+    if split_of(name) is not None:
+        return None
+    return next(iter(difflib.get_close_matches(name.casefold(), SPLIT_OF, n=1, cutoff=0.8)), None)
 
 
 def settle_classes(
@@ -40,6 +60,8 @@ def settle_classes(
     class_of = {name: normal_name(name) for name in written}
     if "" in class_of.values():
         raise ValueError("a class has an empty name; name it, or leave its pictures out")
+    if bad := [name for name in written if any(unicodedata.category(sign) == "Cc" for sign in name)]:
+        raise ValueError(f"the name of a class has a line break or another control character: {bad[0]!r}")
     notes = []
     joined = [name for name in written if class_of[name] != name]
     if joined:

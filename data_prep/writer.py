@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from selfmask_dist.common.pictures import check_shape, extension_of, is_deep, read_picture, to_rgb
+from selfmask_dist.common.pictures import check_shape, extension_of, is_deep, is_turned, read_picture, to_rgb
 
 from .options import ConversionOptions
 
@@ -78,11 +78,13 @@ def write_shard(job: Job) -> dict[str, Any]:
         return done
     rejects: list[RejectedFile] = []
     contents: list[tuple[str, str | None, str]] = []
+    turned: list[str] = []  # by EXIF, which no reader here heeds
     writing = target / f".{name}.writing"
     with open(writing, "wb") as file:
         hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0, user="", group="", format="PAX_FORMAT") as writer:
-            for picture, extension, data in _encode_all(pictures, options, rejects):
+            for picture, extension, data, is_turned in _encode_all(pictures, options, rejects):
+                turned += [picture.name] if is_turned else []
                 about = {
                     "class": picture.class_name,
                     "path": picture.name,
@@ -103,6 +105,7 @@ def write_shard(job: Job) -> dict[str, Any]:
         "shard": asdict(shard) if shard.samples else None,
         "counts": counts,
         "contents": contents,
+        "turned": turned,
         "rejects": [asdict(reject) for reject in rejects],
     }
     if shard.samples:
@@ -117,11 +120,13 @@ def write_shard(job: Job) -> dict[str, Any]:
 
 def _encode_all(
     pictures: Iterable[tuple[Picture, Read]], options: ConversionOptions, rejects: list[RejectedFile]
-) -> Iterator[tuple[Picture, str, bytes]]:
-    """Yield picture, extension and bytes of the readable ones; the others go to `rejects`, or raise."""
+) -> Iterator[tuple[Picture, str, bytes, bool]]:
+    """Yield picture, extension, bytes and whether EXIF would turn it, of the readable ones; the others go to
+    `rejects`, or raise.
+    """
     for picture, data in pictures:
         try:
-            extension, encoded = _encode(picture.path, data, options)
+            extension, encoded, is_turned = _encode(picture.path, data, options)
         except ValueError as error:
             if not options.skip_broken:
                 raise ValueError(
@@ -130,11 +135,13 @@ def _encode_all(
                 ) from error
             rejects.append(RejectedFile(picture.name, str(error)))
             continue
-        yield picture, extension, encoded
+        yield picture, extension, encoded, is_turned
 
 
-def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[str, bytes]:
-    """Decode a picture as a check, and return its extension by content and its bytes. Raises ValueError."""
+def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[str, bytes, bool]:
+    """Decode a picture as a check, and return its extension by content, its bytes and whether EXIF would turn
+    it. Raises ValueError.
+    """
     if isinstance(data, str):
         raise ValueError(data)
     if data is None:
@@ -145,11 +152,11 @@ def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[
             raise ValueError(f"cannot be read ({error.strerror})") from error
     image = read_picture(data)
     check_shape(image.size)  # no view can be made of it
-    extension = extension_of(image)
+    extension, would_turn = extension_of(image), is_turned(image)
     if is_deep(image) or image.mode not in ("L", "RGB", "RGBA", "P", "CMYK"):
         to_rgb(image)  # raises where the reader would: its values have no known scale
     if options.short_side is None or min(image.size) <= options.short_side:
-        return extension, data
+        return extension, data, would_turn
     if is_deep(image):
         raise ValueError("has more than 8 bits per pixel, which JPEG cannot hold; convert it to 8 bits first")
     scale = options.short_side / min(image.size)
@@ -157,7 +164,7 @@ def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[
     plain = image if image.mode in ("L", "RGB") else to_rgb(image)
     buffer = io.BytesIO()
     plain.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=options.quality)
-    return "jpg", buffer.getvalue()
+    return "jpg", buffer.getvalue(), would_turn
 
 
 class _HashingFile:

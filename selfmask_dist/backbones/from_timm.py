@@ -75,7 +75,7 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         raise ValueError(f"timm's {name} does not take these backbone.kwargs: {error}") from error
     except Exception as error:
         if not pretrained:
-            raise
+            raise ValueError(f"cannot build timm's {name} with backbone.kwargs {kwargs}: {error}") from error
         raise ValueError(
             f"cannot load the pretrained weights of timm's {name}: {error}\nWithout access to the hub, set "
             f"backbone.weights to a local file; backbone.pretrained=false gives random weights"

@@ -28,7 +28,14 @@ from selfmask_dist.cli import status as status_command
 from selfmask_dist.runs import exit_status
 
 # a path that does not fit: the message says all there is to say
-_WRONG_PATH = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_WRONG_PATH = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+_WRONG_PLACE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY)  # likewise, without a type
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that the signal SIGPIPE ended
 
 
@@ -42,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.words += rest
     try:
         code = int(options.command(options) or 0)
-        sys.stdout.flush()  # a reader that has gone away is found out here, not while Python shuts down
+        if sys.stdout is not None:  # closed by the caller
+            # a reader that has gone away is found out here, not while Python shuts down
+            sys.stdout.flush()
         return code
     except (ValueError, *_WRONG_PATH) as error:
         return _fail(f"error: {_reason(error)}", exit_status.BAD_INPUT)
@@ -51,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return _BROKEN_PIPE
+        if error.errno in _WRONG_PLACE and error.filename is not None:
+            return _fail(f"error: {_reason(error)}", exit_status.BAD_INPUT)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(f"error: {error}; make room and go on with run.resume=true", exit_status.BAD_INPUT)
@@ -97,6 +108,32 @@ def _reader_is_gone() -> bool:
     return True
 
 
+class _Once(argparse._StoreAction):
+    """Take an option's value, and refuse a second one: the first would be passed over without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        seen = namespace.__dict__.setdefault("_seen", set())
+        if option_string is not None and self.dest in seen:
+            parser.error(f"{option_string} is given twice; it takes one value")
+        seen.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and those of its commands, in which an option is given once; lists take several values."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+
+
 class _Version(argparse.Action):
     """Print the version, which is looked up only when it is asked for."""
 
@@ -108,9 +145,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks."
-    )
+    parser = _Parser(prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     launch_command.add_command(commands)

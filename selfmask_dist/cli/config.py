@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 import textwrap
 from typing import Any
 
@@ -9,18 +10,6 @@ EPILOG = (
     "`selfmask help` lists the sections of a configuration, `selfmask help optim` the keys of one section, "
     "`selfmask help packnet` what a method reads, and `selfmask help all` every key."
 )
-
-# what every method reads, and what each one reads beyond
-_ALWAYS = ("backbone", "data", "eval", "engine", "checkpoint", "run", "launch")
-_TRAINING = ("objective", "optim", "train")
-_OBJECTIVES = ("crops", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip")
-_READS = {
-    "mask": ("mask", *_TRAINING, *_OBJECTIVES),
-    "finetune": ("finetune", *_TRAINING, *_OBJECTIVES),
-    "cascade": ("mask", *_TRAINING, "crops", "swav", "cascade"),
-    "probe": (),
-    "frozen": (),
-}
 
 
 def add_commands(commands: Any) -> None:
@@ -62,8 +51,12 @@ def add_settings(command: argparse.ArgumentParser) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     from selfmask_dist.config import load_config, to_yaml
+    from selfmask_dist.config.unread import unread
 
-    print(to_yaml(load_config(options.config, options.overrides)), end="")
+    config = load_config(options.config, options.overrides)
+    print(to_yaml(config), end="")
+    for note in unread(config, options.overrides):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _help(options: argparse.Namespace) -> None:
@@ -108,8 +101,9 @@ def explain(topic: str | None) -> str:
 def methods() -> list[str]:
     """Return the values that `method` takes."""
     from selfmask_dist.config.procedures import PROCEDURES
+    from selfmask_dist.config.unread import READS
 
-    return [*_READS, *PROCEDURES]
+    return [*READS, *PROCEDURES]
 
 
 def _explain_method(name: str) -> str:
@@ -117,9 +111,10 @@ def _explain_method(name: str) -> str:
     from selfmask_dist.config import Config
     from selfmask_dist.config import help as config_help
     from selfmask_dist.config.procedures import PROCEDURES, ProcedureConfig, trained_by
+    from selfmask_dist.config.unread import ALWAYS, READS
 
     stage = trained_by(ProcedureConfig(), name)
-    reads = [*_ALWAYS, *_READS[stage], *(["procedure"] if name in PROCEDURES else [])]
+    reads = [*ALWAYS, *READS[stage], *(["procedure"] if name in PROCEDURES else [])]
     table = [
         f"  {section:12s}{meaning}"
         for section, meaning in config_help.sections(Config).items()

@@ -3,6 +3,7 @@
 import argparse
 
 from selfmask_dist.common.shipped import shipped_module
+from selfmask_dist.common.text import positive
 
 # what `selfmask data convert` takes first: the module of data_prep that converts it, and what it is
 _SOURCES = {
@@ -25,7 +26,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     index = actions.add_parser("index", help="check every picture and write the index beside the tars")
     index.add_argument("--no-decode", dest="decode", action="store_false", help="do not decode the pictures")
     index.add_argument(
-        "--budget", type=float, default=0.001, help="share of samples that may be unusable (0.001)"
+        "--budget", type=_share, default=0.001, help="share of samples that may be unusable (0.001)"
     )
     index.add_argument("--classes", metavar="A,B,...", help="class names in the order of their numbers")
     index.add_argument("--unlabelled", action="store_true", help="take samples without a label")
@@ -43,7 +44,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     for action in (index, verify, stats):
         action.add_argument("path", metavar="PATH", help="folder of tars, or one tar")
     for action in (index, verify):
-        action.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+        action.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (1)")
+
+
+def _share(text: str) -> float:
+    """Return a number from 0 to 1. Raises ValueError, of which argparse makes a message."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to 1 (0.05 is five percent)")
+    return float(text)
 
 
 def _add_convert(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -1,9 +1,9 @@
 """`selfmask demo`: the whole method in minutes on a laptop.
 
-A small ViT learns digits 0-4, is frozen, and a mask adapts it to digits 5-9.
+A small ViT learns digits 0-4, is frozen, and a mask adapts it to digits 5-9; once more without their labels.
 
-    real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9 ->
-    picture
+    real scanned digits (scikit-learn ships them) -> shards -> pretrain on 0-4 -> freeze -> mask on 5-9
+        -> 5-9 as one folder without labels -> mask -> picture
 
 Everything goes through the ordinary path: `data_prep`, `selfmask train`, `selfmask launch` with two
 processes.
@@ -68,16 +68,22 @@ def run_demo(out: str | Path, *, num_processes: int = 2) -> int:
         return status
     print("\n2. It is frozen. A mask, one bit per weight, is learned for digits 5-9.", flush=True)
     frozen = {**BACKBONE, "weights": str(out / "pretrain" / names.ENCODER)}
-    adapt = _config(out, "new", method="mask", backbone=frozen, name="mask", epochs=80)
+    adapt = _config(out, "new", method="mask", backbone=frozen, name="mask", epochs=50)
     if status := _train(adapt, num_processes):
+        return status
+    print("\n3. The same pictures in one folder, without labels: another mask on the frozen ViT.", flush=True)
+    write_unlabelled(out / "digits" / "new" / "train", out / "digits" / "unlabelled", out / "shards")
+    if status := _train(_unlabelled_config(out, frozen), num_processes):
         return status
 
     result = json.loads((out / "mask" / names.RESULT).read_text())
+    unlabelled = json.loads((out / "unlabelled" / names.RESULT).read_text())
+    unlabelled["adapted"] |= measure(out)
     if reason := why_no_pictures():
         ending = f"The picture is left out: {reason}"
     else:
-        ending = f"Picture: {draw(result, _metrics(out / 'mask'), out / 'demo.png')}"
-    print(f"\n{table(result)}\n\n{ending}\n{time.perf_counter() - started:.0f} seconds in all.")
+        ending = f"Picture: {draw(result, unlabelled, _metrics(out / 'mask'), out / 'demo.png')}"
+    print(f"\n{table(result, unlabelled)}\n\n{ending}\n{time.perf_counter() - started:.0f} seconds in all.")
     return 0
 
 
@@ -96,12 +102,38 @@ def write_digits(folder: Path, shards: Path, digits: list[int]) -> None:
     shipped_module("data_prep.image_folder").convert_image_folder(folder, shards)
 
 
-def table(result: dict[str, Any]) -> str:
+def write_unlabelled(pictures: Path, folder: Path, shards: Path) -> None:
+    """Copy all pictures below `pictures` into one folder, and shard it as what has no labels."""
+    folder.mkdir(parents=True)
+    for path in pictures.rglob("*.png"):
+        shutil.copyfile(path, folder / path.name)
+    shipped_module("data_prep.image_folder").convert_image_folder(
+        folder, shards / "unlabelled", layout="unlabelled"
+    )
+
+
+def measure(out: Path) -> dict[str, float]:
+    """Return k-NN and probe of the mask that was learned without labels, on the digits' labels."""
+    from selfmask_dist.config import load_config
+    from selfmask_dist.evals.measure import Evaluation
+    from selfmask_dist.parallel import World
+    from selfmask_dist.training.build import build_backbone, open_data
+    from selfmask_dist.training.saving import read_outcome
+
+    labelled = [f"data.{split}={out / 'shards' / 'new' / split}" for split in ("train", "test")]
+    config = load_config(out / "unlabelled" / names.CONFIG, labelled)
+    backbone = build_backbone(config)
+    read_outcome(out / "unlabelled").put_on(backbone.encoder)
+    return Evaluation(config, backbone, *open_data(config), World()).full(probe=True)
+
+
+def table(result: dict[str, Any], unlabelled: dict[str, Any]) -> str:
     """Return what the demo found as text: frozen against masked, and bytes against bytes."""
-    frozen, adapted, mask = result["frozen"], result["adapted"], result["mask"]
-    rows = [["digits 5-9, test accuracy", "frozen", "masked"]]
+    frozen, mask = result["frozen"], result["mask"]
+    columns = (frozen, result["adapted"], unlabelled["adapted"])
+    rows = [["digits 5-9, test accuracy", "frozen", "masked", "masked without labels"]]
     for key, name in (("knn20", "k-NN (20)"), ("probe", "linear probe"), ("head", "its own linear head")):
-        rows.append([name, f"{frozen[key]:.3f}" if key in frozen else text.NONE, f"{adapted[key]:.3f}"])
+        rows.append([name, *(f"{part[key]:.3f}" if key in part else text.NONE for part in columns)])
     return (
         f"{text.table(rows)}\n\n"
         f"The mask takes {mask['bytes']:,} bytes ({mask['bits_per_weight']:.2f} bits per weight, "
@@ -110,7 +142,9 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> Path:
+def draw(
+    result: dict[str, Any], unlabelled: dict[str, Any], metrics: list[dict[str, Any]], path: Path
+) -> Path:
     """Write one picture and return its path: accuracy, its course, what is pruned by layer, and bytes."""
     from selfmask_dist.maskfile.tools.pictures import draw_shares  # imports torch
 
@@ -121,12 +155,17 @@ def draw(result: dict[str, Any], metrics: list[dict[str, Any]], path: Path) -> P
 
     # frozen and masked stand beside each other under their own names: a legend would cover bars
     shown = [(f"{name},\n{view}", values[key], color)
-             for key, name in (("knn20", "k-NN"), ("probe", "linear probe"))
-             for view, values, color in (("frozen", frozen, "C7"), ("masked", adapted, "C0"))]  # fmt: skip
+             for key, name in (("knn20", "k-NN"), ("probe", "probe"))
+             for view, values, color in (("frozen", frozen, "C7"), ("labels", adapted, "C0"),
+                                         ("no labels", unlabelled["adapted"], "C2"))]  # fmt: skip
     labels, heights, colors = zip(*shown, strict=True)
     drawn = bars.bar(labels, heights, color=colors)
     bars.bar_label(drawn, fmt="%.3f")
-    bars.set(ylim=(0, 1.12), ylabel="test accuracy", title="Accuracy on 5-9")
+    bars.set(
+        ylim=(0, 1.12),
+        ylabel="test accuracy",
+        title="Accuracy on 5-9: frozen, masked with labels and without",
+    )
 
     monitor = [(line["step"], line["monitor/knn20"]) for line in metrics if "monitor/knn20" in line]
     course.plot(*zip((0, frozen["knn20"]), *monitor, strict=True), marker="o")
@@ -164,12 +203,31 @@ def _config(out: Path, digits: str, *, method: str, backbone: dict[str, Any], na
     }
     if method == "finetune":  # from random weights: their frozen numbers say nothing
         settings["eval"] = {**_COMMON["eval"], "frozen_baseline": False, "probe": False}
+    return _write(settings, out / f"{name}.yaml")
+
+
+def _write(settings: dict[str, Any], path: Path) -> Path:
     from selfmask_dist.config import load_config, to_yaml
 
-    path = out / f"{name}.yaml"
     write_text(path, json.dumps(settings))  # which is YAML too
     write_text(path, to_yaml(load_config(path)))  # checked, and complete
     return path
+
+
+def _unlabelled_config(out: Path, backbone: dict[str, Any]) -> Path:
+    """Write the run without labels: the objective's defaults, crops for small scans, no test part."""
+    settings: dict[str, Any] = {
+        "method": "mask",
+        "objective": {"name": "nbd"},
+        "backbone": backbone,
+        "data": {"train": str(out / "shards" / "unlabelled"), "flip": False},
+        "nbd": {"crop_scale": [0.6, 1.0]},
+        "train": {"epochs": 24},
+        "eval": {"knn_k": [20], "knn_every": 0},
+        "engine": _COMMON["engine"],
+        "run": {"dir": str(out), "name": "unlabelled", "log_every": 40},
+    }
+    return _write(settings, out / "unlabelled.yaml")
 
 
 def _train(config: Path, num_processes: int) -> int:

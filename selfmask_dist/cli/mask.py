@@ -199,6 +199,12 @@ def _merge(options: argparse.Namespace) -> None:
     from selfmask_dist.maskfile.tools.arithmetic import OPERATIONS
 
     loaded = [_load(name) for name in options.files]
+    if any(
+        options.out.resolve() == Path(name.rpartition(":")[0] or name).resolve() for name in options.files
+    ):
+        raise ValueError(
+            f"--out {options.out} is one of the masks to merge, which would be lost; name another"
+        )
     about = {key: getattr(loaded[0][2], key) for key in ("backbone", "backbone_fingerprint", "preprocessing")}
     # a mark against one of them stays with what is made of it
     about["verdict"] = "; ".join(sorted({file.verdict for _, _, file in loaded if file.verdict}))
@@ -212,7 +218,7 @@ def _merge(options: argparse.Namespace) -> None:
     kept = ", ".join(
         f"{name} keeps {mask.num_kept() / mask.num_weights():.2%}" for name, mask in masks.items()
     )
-    print(f"{options.out}: {size:,} bytes; {', '.join(kept)}")
+    print(f"{options.out}: {size:,} bytes; {kept}")
 
 
 def _interpolate(options: argparse.Namespace) -> None:

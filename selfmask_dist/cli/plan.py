@@ -242,14 +242,21 @@ def describe(config: Config, hardware: Hardware) -> str:
     )
 
 
+def _above_zero(word: str) -> float:
+    """Return a number above 0. Raises argparse's error, of which it makes a message."""
+    if not 0 < float(word) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is not a number above 0")
+    return float(word)
+
+
 _OPTIONS = (
     ("pictures", int, "images in data.train, for objective.name=nbd"),
-    ("nodes", int, "machines"),
-    ("gpus_per_node", int, "GPUs in each"),
-    ("memory_gib", float, "memory of a GPU"),
-    ("tflops", float, "TFLOP/s that training reaches on one"),
-    ("within_node_gbs", float, "GB/s that one sends inside a node"),
-    ("between_nodes_gbs", float, "GB/s that one sends to other nodes"),
+    ("nodes", text.positive, "machines"),
+    ("gpus_per_node", text.positive, "GPUs in each"),
+    ("memory_gib", _above_zero, "memory of a GPU"),
+    ("tflops", _above_zero, "TFLOP/s that training reaches on one"),
+    ("within_node_gbs", _above_zero, "GB/s that one sends inside a node"),
+    ("between_nodes_gbs", _above_zero, "GB/s that one sends to other nodes"),
 )
 
 

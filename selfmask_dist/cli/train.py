@@ -16,6 +16,7 @@ from typing import Any
 
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.config.unread import unread
 from selfmask_dist.runs import exit_status
 from selfmask_dist.runs.folder import check_start, is_finished, note_failed_start, run_path
 from selfmask_dist.runs.owner import Claim, check_free
@@ -105,6 +106,8 @@ def _is_restart() -> bool:
 def train(options: argparse.Namespace) -> int:
     """Run `selfmask train`; returns the exit status."""
     config = load_config(options.config, options.overrides)
+    for note in unread(config, options.overrides) if _is_main() else ():
+        print(f"note: {note}", file=sys.stderr)
     # said before torch is imported, which takes seconds; the other ranks may find the folder half made
     if _is_main():
         check_start(config, is_restart=_is_restart() or options.part not in (None, names.ROUTER))

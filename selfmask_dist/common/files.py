@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         partial.replace(path)
         if sync:
             sync_path(path.parent)
+    except OSError as error:
+        if error.filename == str(partial):  # the name that the user knows
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that takes nothing; the reason was raised above
+            partial.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = False) -> None:

@@ -64,6 +64,8 @@ class ShapeError(ValueError):
 # drawings and films that PIL would hand to another program, or knows only by name
 _NO_PICTURES = {"EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5"}
 
+_ORIENTATION = 274  # EXIF's tag
+
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 _SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _ABOUT = re.compile(
@@ -189,6 +191,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError:
         raise ValueError(f"has pixels of mode {image.mode}; convert it to RGB or grey first") from None
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Return whether the EXIF data of a picture ask to turn or mirror it, which readers here do not do."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # data as broken as they come
+        return False
 
 
 def is_deep(image: Image.Image) -> bool:

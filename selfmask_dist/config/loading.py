@@ -218,6 +218,11 @@ def _text(path: Path) -> str:
         ) from error
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        if path.is_dir():
+            inside = sorted(path.glob("*.yaml"))
+            reason = (
+                f"it is a folder{f'; did you mean {inside[0]}?' if len(inside) == 1 else ', name a file'}"
+            )
         raise ConfigError(f"{path}: cannot read the configuration: {reason}") from error
 
 

@@ -216,6 +216,8 @@ def _reason(error: MarkedYAMLError) -> str:
     reason = reason.replace(r"'\x00'", "the end")
     if "alias" in reason or "anchor" in reason:
         reason += ' (text that begins with * or & needs quotes: "*.bias")'
+    elif r"'\t'" in reason:
+        reason += " (indent with blanks: YAML allows no tabs)"
     elif "cannot start any token" in reason:
         reason += " (such text needs quotes)"
     return reason

@@ -100,7 +100,12 @@ def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) 
     Raises:
         MaskFileError: the file is damaged, or does not fit the model's architecture or weights, or the model
             carries masks already.
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"apply_masks takes the model and then the file, and the model is a {type(model).__name__}"
+        )
     file = read_mask_file(path, weights=weights_of(model))
     if name is None and len(file.masks) > 1:
         raise MaskFileError(f"{path} holds several masks; name one of {sorted(file.masks)}")

@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import RLock
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.common.text import some
 from selfmask_dist.maskfile import codec
 from selfmask_dist.maskfile.file import read_mask_file
 from selfmask_dist.maskfile.fit import fit, warn_of_verdict, weights_of
@@ -27,7 +29,7 @@ from selfmask_dist.maskfile.forms import materialize
 from selfmask_dist.maskfile.layers import Change, Layer, decoded
 from selfmask_dist.maskfile.mask import Mask, MaskFileError
 from selfmask_dist.maskfile.rewrite import rewrite
-from selfmask_dist.masking import core
+from selfmask_dist.masking import core, marks
 
 CACHE_MIB = 512
 _HALF_WRITTEN = object()
@@ -76,7 +78,16 @@ class MaskBank:
         self.cached_bytes = 0
         self.layers_decoded = 0
         self._current: object = None  # a mask's name, or what is no name
+        self._versions: dict[str, int] = {}  # of what masks write, after the last change of masks
+        self._is_replaced = False  # by a later bank on the same encoder
+        self._changed: list[str] = []  # what others have written to
         self._lock = RLock()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a MaskBank cannot be copied or pickled, as it holds its encoder and a thread's lock; build "
+            "another one on a copy of the encoder (under bank.under(None)) and add the mask files to it"
+        )
 
     @property
     def encoder(self) -> nn.Module:
@@ -107,6 +118,9 @@ class MaskBank:
             MaskFileError: it does not fit the backbone, the file is damaged or holds several masks.
             ValueError: there is a mask of that name.
         """
+        for other in marks.holders(self._encoder):
+            if other is not self:
+                other.give_up()
         with self._lock:
             if name in self._coded:
                 raise ValueError(f"the bank holds a mask {name!r} already; remove it, or take another name")
@@ -123,6 +137,10 @@ class MaskBank:
                 if key not in self._frozen:
                     self._tensors[key] = tensor
                     self._frozen[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+                    self._versions[key] = tensor._version
+                    if key in mask.bits:
+                        held = marks.Held(self, tensor, self._frozen[key], self._what_is_on)
+                        marks.hold(self._encoder, fitting.names[key], held)
             self._fingerprints[frozenset(mask.bits)] = fitting.fingerprint
             self._coded[name] = _Coded(
                 sections={key: codec.encode(bits.numpy()) for key, bits in mask.bits.items()},
@@ -143,6 +161,13 @@ class MaskBank:
                 self._put(None)
             del self._coded[name]
             self.cached_bytes -= sum(layer.num_bytes for layer in self._decoded.pop(name, {}).values())
+
+    def give_up(self) -> None:
+        """Give the encoder back as it is frozen, for another bank; this one says so when it is used again."""
+        with self._lock:
+            if not self._is_replaced:
+                self._put(None)
+            self._is_replaced = True
 
     def forget_decoded(self) -> None:
         """Empty the cache of decoded layers; the mask that is on stays on."""
@@ -170,8 +195,11 @@ class MaskBank:
                 go through together.
 
         Raises:
-            ValueError: a mask that is not there (nothing is then computed), or not as many names as images.
+            ValueError: a mask that is not there (nothing is then computed), not as many names as images, or
+                images of another shape, dtype or device than the encoder takes; the encoder was changed.
+            TypeError: the images are no tensor.
         """
+        self._check_images(images)
         if names is None or isinstance(names, str):
             with self.under(names) as encoder:
                 features: Tensor = encoder(images)
@@ -193,18 +221,88 @@ class MaskBank:
             raise ValueError("there are no images")
         return found
 
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images are a {type(images).__name__}; give a tensor (n, 3, H, W)")
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}; give (n, 3, H, W), n of them at once")
+        own = next((p for p in self._encoder.parameters() if p.is_floating_point()), images)
+        fits = images.dtype == own.dtype or torch.is_autocast_enabled(own.device.type)
+        if not images.is_floating_point() or not fits or images.device != own.device:
+            raise ValueError(
+                f"images are {images.dtype} on {images.device}, the encoder is {own.dtype} on {own.device}; "
+                f"give it normalised pixels, images.to(device, dtype)"
+            )
+
     # ---- putting a mask on
+
+    def _what_is_on(self) -> str | None:
+        if self._current is None:
+            return None
+        what = f"mask {self._current!r}" if isinstance(self._current, str) else "a mask"
+        return f"theta of {what}, which a MaskBank has on (within bank.under(None) it is off)"
+
+    def _check_encoder(self) -> None:
+        """Check that the encoder is as this bank left it.
+
+        Raises:
+            ValueError: another bank took it over, it was moved or converted, its weights were changed, or
+                masks are attached to it.
+        """
+        if self._is_replaced:
+            raise ValueError(
+                "another MaskBank was made on this encoder and has taken it over. Use that one, or one bank "
+                "for all masks (load_cascade takes a bank too)"
+            )
+        if self._encoder.training:
+            self._encoder.eval()
+        changed = []
+        for key, tensor in self._tensors.items():
+            frozen = self._frozen[key]
+            if tensor.dtype != frozen.dtype or tensor.device != frozen.device:
+                raise ValueError(
+                    f"{key} is {tensor.dtype} on {tensor.device} now and was {frozen.dtype} on "
+                    f"{frozen.device} when the bank took its masks: move or convert the encoder first, and "
+                    f"make the bank then"
+                )
+            if tensor._version != self._versions[key] and self._current is not _HALF_WRITTEN:
+                changed.append(key)
+        self._changed = self._changed or self._find_changed(changed)
+        if self._changed:
+            raise ValueError(
+                f"{some(self._changed)} of the bank's encoder were changed by others: masks are attached to "
+                f"it, a state was loaded or an optimizer steps it. Its masks are of other weights; build "
+                f"another bank"
+            )
+
+    @torch.no_grad()
+    def _find_changed(self, written: Sequence[str]) -> list[str]:
+        """Return what was written to and has other values: what took its values back may write."""
+        if not written:
+            return []
+        before = {key: self._tensors[key].detach().clone() for key in written}
+        self._write(self._current if isinstance(self._current, str) else None)
+        changed = [key for key, tensor in before.items() if not torch.equal(self._tensors[key], tensor)]
+        for key in changed:
+            self._tensors[key].copy_(before[key])
+        return changed
+
+    def _note_versions(self) -> None:
+        self._versions = {key: tensor._version for key, tensor in self._tensors.items()}
 
     def _check(self, name: str | None) -> None:
         if name is not None and name not in self._coded:
             known = ", ".join(list(self._coded)[:10]) or "none"
             raise ValueError(f"the bank has no mask {name!r}; it has {known}")
 
-    @torch.no_grad()
     def _put(self, name: str | None) -> None:
-        if name == self._current:
-            return
         self._check(name)
+        self._check_encoder()
+        if name != self._current:
+            self._write(name)
+
+    @torch.no_grad()
+    def _write(self, name: str | None) -> None:
         coded = None if name is None else self._coded[name]
         written = {} if coded is None else {**coded.sections, **coded.statistics}
         self._current = _HALF_WRITTEN  # were it cut off here, nothing must be taken for what is on
@@ -222,6 +320,7 @@ class MaskBank:
                 self._materialize(coded)
             for key, statistic in coded.statistics.items():
                 self._tensors[key].copy_(statistic)
+        self._note_versions()
         self._current = name
 
     def _scales(self, mask: Mask, key: str) -> tuple[float, ...]:

@@ -43,6 +43,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+# what is found in a mask file's place, by its first bytes
+_OTHERS = {
+    b"PK": "a zip archive, such as torch.save writes",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
+    b"version https://git": "a pointer of Git LFS; git lfs pull brings the file",
+    b"<": "a web page; the download did not bring the file",
+    b"{": "JSON text",
+}
+
+
 class Sections:
     """Collects sections while a header is made."""
 
@@ -124,7 +135,15 @@ def open_part(path: Path) -> Container:
 
 def _check_kind(path: Path, prefix: bytes, size: int) -> None:
     if size < _BODY + _DIGEST_BYTES or not prefix.startswith(MAGIC):
-        raise MaskFileError(f"{path} is not a mask file (it does not begin with {MAGIC.decode()})")
+        is_cut = prefix.startswith(MAGIC)
+        known = next((what for start, what in _OTHERS.items() if prefix.lstrip().startswith(start)), "")
+        if prefix[8:9] == b"{" and not known:
+            known = "a safetensors file, of weights or of scores (selfmask mask import reads scores)"
+        known = "empty" if not size else f"cut short, to {size} bytes" if is_cut else known
+        raise MaskFileError(
+            f"{path} is not a mask file (it does not begin with {MAGIC.decode()})"
+            f"{f': it is {known}' if known else ''}"
+        )
 
 
 def _open(path: Path, size: int, read: Callable[[int, int], bytes]) -> Container:

@@ -4,6 +4,7 @@
 nothing that a limit does not allow.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def write_mask_file(
         MaskFileError: a statistic has a dtype the format does not hold, or a mask is to be coded against
             something that its kind leaves no use for.
     """
+    if bad := {name: value for name, value in file.metrics.items() if not math.isfinite(value)}:
+        raise MaskFileError(f"metrics that are not finite numbers are not stored: {bad}; leave them out")
     sections = Sections()
     header = {
         "backbone": {"name": file.backbone, "fingerprint": file.backbone_fingerprint},

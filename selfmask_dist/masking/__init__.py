@@ -6,7 +6,12 @@ where an engine shards.
 """
 
 from selfmask_dist.masking.attach import AttachedMasks, attach
-from selfmask_dist.masking.checks import ForgottenBindWarning, MaskWarning, PartlyMaskedWarning
+from selfmask_dist.masking.checks import (
+    ForgottenBindWarning,
+    MaskWarning,
+    PartlyMaskedWarning,
+    UnusedGradientWarning,
+)
 from selfmask_dist.masking.core import binarize, materialize, pullback, scale_factor
 from selfmask_dist.masking.families import Family, FamilyOptions
 from selfmask_dist.masking.families import build as build_family
@@ -29,6 +34,7 @@ __all__ = [
     "Segment",
     "SegmentedParameter",
     "Shards",
+    "UnusedGradientWarning",
     "attach",
     "binarize",
     "build_family",

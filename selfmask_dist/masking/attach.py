@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.masking import checks, core, first_scores, marks
 from selfmask_dist.masking.families import Family
+from selfmask_dist.masking.following import AfterBackward, follow_in_closure
 from selfmask_dist.masking.guard import Guard
 from selfmask_dist.masking.parameter import MaskedParameter
 from selfmask_dist.masking.passes import Passes
@@ -48,16 +49,17 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         super().__init__(model, entries, family=family, shards=shards)
         self._attached = True
         self._guard = Guard(model, self.entries, self._write) if auto and self.is_trained else None
-        self._is_pull_queued = False
         self._hooks: list[Any] = []
         self._passes = Passes(family, shards)
         wholes = [whole for entry in self.entries for whole in entry.wholes]
         for whole in wholes:
             whole.num_tensors = len(wholes)
+        after_backward = AfterBackward(self.pull_back)
         for entry in self.entries:
             marks.put(model, entry.name, marks.Attached(self, entry))
-            if auto and entry.theta.requires_grad:
-                self._hooks.append(entry.theta.register_post_accumulate_grad_hook(self._after_accumulate))
+            if self._guard is not None and entry.theta.requires_grad:
+                self._hooks.append(entry.theta.register_post_accumulate_grad_hook(after_backward))
+                self._hooks.append(entry.theta.register_hook(self._guard.before_accumulate(entry)))
         self.rewrite()
 
     @classmethod
@@ -160,8 +162,10 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
         Raises:
             ValueError: the optimizer holds none of the scores, holds theta itself, or would decay the scores;
-                `rms` with an optimizer that sizes its steps itself, or with nothing to normalise.
+                `rms` with an optimizer that sizes its steps itself, or with nothing to normalise; the
+                masks are detached.
         """
+        self._check_attached()
         checks.check_optimizer(optimizer, self.entries, self.family)
         checks.check_score_step(score_step, optimizer, self.family)
         if self._guard is not None:
@@ -171,7 +175,9 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         self._passes.score_step = "plain" if self._guard is not None else score_step
         if score_step == "rms" and self._guard is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-        self._hooks.append(optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped)))
+        optimizer.register_step_pre_hook(lambda _, args, kwargs: follow_in_closure(self, args, kwargs))
+        # it stays after detach: a step that trains nothing any more says so
+        optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped))
         zero_grad = optimizer.zero_grad
 
         def zero_grad_with_theta(set_to_none: bool = True) -> None:
@@ -197,6 +203,8 @@ class AttachedMasks(MaskSet[MaskedParameter]):
             self._guard.check_before_pull()
             self._guard.pulled(sum(entry.theta.grad is not None for entry in self.entries))
         self._passes.pull_back(self.entries, sums)
+        if self._guard is not None:
+            self._guard.note_gradients()
 
     @torch.no_grad()
     def back_sums(self) -> Tensor:
@@ -224,12 +232,21 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         """Return whether anything of these masks is trained; theta then has gradients."""
         return self.family.trains_scores or self.family.trains_weight
 
+    @property
+    def is_attached(self) -> bool:
+        """Return whether these masks are on their model still."""
+        return self._attached
+
     @torch.no_grad()
     def rewrite(self) -> None:
         """Rewrite theta in place from the scores, paper eq. 1.
 
         It runs by itself after a step of a bound optimizer.
+
+        Raises:
+            ValueError: the masks are detached.
         """
+        self._check_attached()
         self._write()
         if self._guard is not None:
             self._guard.written()
@@ -290,9 +307,20 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         )
 
     def check_current(self) -> None:
-        """Raise a ValueError where the scores are not what training made of them; see `guard`."""
-        if self._guard is not None and self._attached:
+        """Raise a ValueError where the masks are detached, or the scores are not what training made of them;
+        see `guard`.
+        """
+        self._check_attached()
+        if self._guard is not None:
             self._guard.check_before_save()
+            checks.check_finite({entry.name: entry.scores for entry in self.entries}, self.family)
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise ValueError(
+                "these masks are detached from their model: theta, and statistics that moved, are gone. Call "
+                "save() and whatever else needs them before detach(), or attach masks again"
+            )
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -301,9 +329,11 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         A state that was saved without the number of steps or the fingerprint loads without them.
 
         Raises:
-            ValueError: names or shapes differ from the masked parameters', or the scores are for other
-                weights than those under these masks.
+            ValueError: names or shapes differ from the masked parameters', the scores are for other weights
+                than those under these masks, or the masks are detached.
+            TypeError: a value is no tensor.
         """
+        self._check_attached()
         given = {key: value for key, value in state.items() if key not in (STEP, FINGERPRINT)}
         shapes = {key: shape for entry in self.entries for key, shape in entry.state_shapes().items()}
         tensors = checks.own_state(given, [entry.name for entry in self.entries], shapes)
@@ -340,20 +370,6 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     # ---- hooks
 
-    def _after_accumulate(self, _theta: Tensor) -> None:
-        if not self._is_pull_queued:
-            self._is_pull_queued = True
-            _at_end_of_backward(self._first_callback)
-
-    def _first_callback(self) -> None:
-        # queued a second time: DistributedDataParallel writes its reduced gradients in a callback that may
-        # come after ours
-        _at_end_of_backward(self._second_callback)
-
-    def _second_callback(self) -> None:
-        self._is_pull_queued = False
-        self.pull_back()
-
     def _before_step(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
         checks.check_no_closure(optimizer, (*arguments, *keywords.values()))
         if self._attached:
@@ -361,8 +377,11 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
-        if self._attached:
+        if not self._attached:
+            checks.check_steps_others(optimizer, self.entries)
+        else:
             if self._guard is not None:
+                checks.check_decay(optimizer, self.entries, self.family)
                 self._guard.after_step(optimizer)
             self.step += 1
             self._passes.after_step(self.entries)
@@ -378,7 +397,3 @@ class AttachedMasks(MaskSet[MaskedParameter]):
 
 
 attach = AttachedMasks.attach
-
-
-def _at_end_of_backward(callback: Any) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)

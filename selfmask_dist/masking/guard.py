@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from selfmask_dist.common.text import some
-from selfmask_dist.masking.checks import ForgottenBindWarning
+from selfmask_dist.masking.checks import ForgottenBindWarning, UnusedGradientWarning
 from selfmask_dist.masking.parameter import MaskedParameter
 
-_STEPS_BEFORE_WARNING = 2
+_STEPS_BEFORE_WARNING = {False: 2, True: 20}  # with none bound, and with one that was never stepped
 _WATCHING: "weakref.WeakSet[Guard]" = weakref.WeakSet()
 _HOOK: list[Any] = []  # torch's handle, while there is a guard
 
@@ -49,6 +49,10 @@ class Guard:
         self._is_fresh = False  # scores had a gradient since another optimizer's last step
         self._num_foreign_steps = 0
         self._num_steps = 0
+        self._gradients: dict[int, list[int]] = {}  # versions after the last pull back, theta's first
+        self._has_warned = False
+        self._places = [_place(model, entry.name) for entry in self._entries]
+        self._samples = _Samples([entry.theta for entry in entries])
         _WATCHING.add(self)
         if not _HOOK:
             _HOOK.append(register_optimizer_step_post_hook(_after_any_step))
@@ -74,6 +78,7 @@ class Guard:
         """Take note that theta follows from the scores now."""
         self._versions = [(_versions_of(entry), entry.theta._version) for entry in self._entries]
         self._stepped_by, self._num_backwards, self._num_foreign_steps = "", 0, 0
+        self._samples.take()
 
     def pulled(self, num_entries: int) -> None:
         """Take note that so many thetas had a gradient in a backward."""
@@ -81,9 +86,37 @@ class Guard:
         self._is_fresh = num_entries > 0
         self._num_backwards += self._is_fresh
 
+    def note_gradients(self) -> None:
+        """Take note of the gradients as they are after pulling back."""
+        self._gradients = {
+            id(entry): _versions_of_gradients(entry)
+            for entry in self._entries
+            if entry.theta.grad is not None
+        }
+
     def cleared(self) -> None:
         """Take note that gradients were cleared."""
         self._num_pulled = -1
+        self._gradients = {}
+
+    def before_accumulate(self, entry: MaskedParameter) -> Callable[[Tensor], None]:
+        """Return a hook that runs before theta's gradient grows.
+
+        Where the caller has cleared the gradients of the scores, by None or zeros, theta's goes too: else it
+        would still hold the batches that were to be forgotten.
+        """
+
+        def hook(_gradient: Tensor) -> None:
+            if entry.theta.grad is None or id(entry) not in self._gradients:
+                return
+            versions = self._gradients[id(entry)][1:]
+            gradients = [parameter.grad for parameter in _trained(entry)]
+            changed = [g for g, v in zip(gradients, versions, strict=True) if g is None or g._version != v]
+            # the look into a tensor is a sync; gradients are changed in place and then added to by few
+            if len(changed) == len(gradients) > 0 and not any(g is not None and g.any() for g in changed):
+                entry.theta.grad = None
+
+        return hook
 
     # ---- what is wrong
 
@@ -104,6 +137,13 @@ class Guard:
                 )
         self._check_scores("")
         self._check_theta()
+        if self._samples.have_changed():
+            raise ValueError(
+                f"theta of these {len(self._entries)} tensors was written to past autograd, by way of .data: "
+                f"adapters were merged into the weights (PEFT's merge_adapter), or an average was copied "
+                f"into the model and not taken back. The next step would undo it. Do that before attach, or "
+                f"call masks.rewrite() to have theta back"
+            )
 
     def check_before_save(self) -> None:
         """Check that the scores are what training made of them.
@@ -111,12 +151,19 @@ class Guard:
         Raises:
             ValueError: scores changed and theta did not follow, or they had gradients and nothing was bound.
         """
+        self.check_in_place()
         self._check_scores("; a mask of them would not be what was trained")
-        if self._num_backwards > 1 and not self._bound:
+        if self._num_backwards > 1 and not (self._bound and self._num_steps):
+            who = "no optimizer is bound that would step their scores"
+            if self._bound:
+                who = (
+                    f"the {self.bound_to} that is bound to them was never stepped (a copy of it, or a later "
+                    f"one, is perhaps)"
+                )
             raise ValueError(
-                f"these masks had gradients in {self._num_backwards} backwards, and no optimizer is bound "
-                f"that would step their scores: the mask would be as it was attached. Call "
-                f"masks.bind(optimizer) before the loop, or masks.rewrite() after changing scores otherwise"
+                f"these masks had gradients in {self._num_backwards} backwards, and {who}: the mask would be "
+                f"as it was attached. Call masks.bind(optimizer) before the loop, for the optimizer that is "
+                f"stepped, or masks.rewrite() after changing scores otherwise"
             )
 
     def check_in_place(self) -> None:
@@ -126,13 +173,19 @@ class Guard:
             ValueError: another one is in its place.
         """
         own = {id(parameter) for parameter in self._model.parameters()}
-        if lost := [entry.name for entry in self._entries if id(entry.theta) not in own]:
+        held = [parameters.get(key) for parameters, key in self._places]
+        pairs = zip(self._entries, held, strict=True)
+        if lost := [e.name for e, found in pairs if id(e.theta) not in own or found is not e.theta]:
             raise ValueError(
                 f"{some(lost)} carry masks, and the model has other parameters in their place: after attach, "
-                f"it was loaded with load_state_dict(assign=True), converted, or its modules were "
-                f"replaced or sharded. Do that first and attach then; masks.load_state_dict() brings scores "
-                f"back, and detach(restore=False) takes these masks off"
+                f"it was loaded with load_state_dict(assign=True), converted, or its modules were replaced, "
+                f"sharded, pruned or parametrised (torch.nn.utils). Do that first and attach then; "
+                f"masks.load_state_dict() brings scores back, and detach(restore=False) takes these masks off"
             )
+
+    def _are_in_place(self) -> bool:
+        pairs = zip(self._entries, self._places, strict=True)
+        return all(parameters.get(key) is entry.theta for entry, (parameters, key) in pairs)
 
     def _check_scores(self, so: str) -> None:
         changed = [
@@ -183,9 +236,10 @@ class Guard:
         """
         self._num_steps += 1
         num_pulled, self._num_pulled = self._num_pulled, -1
+        self._warn_of_changed_gradients()
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = [entry for entry in self._entries if any(id(p) in held for p in _trained(entry))]
-        if not trained or num_pulled == len(self._entries):
+        if not trained or (num_pulled == len(self._entries) and self._are_in_place()):
             return
         self.check_in_place()
         if not any(entry.theta.requires_grad for entry in trained):
@@ -208,22 +262,77 @@ class Guard:
             f"requires_grad_(False) on masks.parameters()"
         )
 
+    def _warn_of_changed_gradients(self) -> None:
+        """Warn, once, where theta's gradient was changed after the scores' was made of it."""
+        for entry in self._entries if not self._has_warned else ():
+            before = self._gradients.get(id(entry), [])
+            now = _versions_of_gradients(entry) if entry.theta.grad is not None else before
+            if before and now[0] != before[0] and now[1:] == before[1:]:
+                self._has_warned = True
+                warnings.warn(
+                    f"the gradient of {entry.name} was changed between backward and step, by "
+                    f"clip_grad_norm_(model.parameters()) for example, and the step takes no notice: the "
+                    f"gradients of the scores were made of it before. Change those of masks.parameters()",
+                    UnusedGradientWarning,
+                    stacklevel=5,
+                )
+
     def after_foreign_step(self, optimizer: Optimizer) -> None:
         """Take note of a step of an optimizer that is not bound; warn where it should be."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(p) in held for entry in self._entries for p in _trained(entry)):
             self._stepped_by = type(optimizer).__name__
-        elif self._is_fresh and not self._bound:
+        elif self._is_fresh and not (self._bound and self._num_steps):
             self._is_fresh = False
             self._num_foreign_steps += 1
-            if self._num_foreign_steps == _STEPS_BEFORE_WARNING:
+            limit = _STEPS_BEFORE_WARNING[bool(self._bound)]
+            if self._num_foreign_steps == limit:
+                bound = f"the {self.bound_to} that is bound was never stepped" if self._bound else ""
                 warnings.warn(
                     f"masks on {len(self._entries)} tensors get gradients, {type(optimizer).__name__} steps "
-                    f"other parameters, and no optimizer is bound to the masks: they stay as they are. Build "
-                    f"an optimizer over masks.parameters() and call masks.bind(optimizer)",
+                    f"other parameters, and {bound or 'no optimizer is bound to the masks'}: they stay as "
+                    f"they are. Build an optimizer over masks.parameters() and call masks.bind(optimizer)",
                     ForgottenBindWarning,
                     stacklevel=4,
                 )
+
+
+class _Samples:
+    """A few values of each tensor, to notice what was written to it by way of `.data`, which leaves no trace.
+
+    On a CPU they are looked at in every step; elsewhere, where a look waits for the device, in one of 64.
+    """
+
+    _NUM_VALUES, _EVERY = 8, 64
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._before: list[Tensor] = []
+        self._num_looks = 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep the values as they are, where the next look is one that counts."""
+        is_free = all(tensor.device.type == "cpu" for tensor in self._tensors)
+        is_due = is_free or self._num_looks % self._EVERY == 0
+        self._before = [piece.clone() for piece in self._pieces()] if is_due else []
+
+    @torch.no_grad()
+    def have_changed(self) -> bool:
+        """Return whether the values differ from those that were kept."""
+        self._num_looks += 1
+        if not self._before:
+            return False
+        return not all(map(torch.equal, self._pieces(), self._before))
+
+    def _pieces(self) -> list[Tensor]:
+        return [tensor.detach().reshape(-1)[: self._NUM_VALUES] for tensor in self._tensors]
+
+
+def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the dictionary that a module keeps a parameter in, and its key there."""
+    owner, _, attribute = name.rpartition(".")
+    return model.get_submodule(owner)._parameters, attribute
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
@@ -236,6 +345,12 @@ def _versions_of(entry: MaskedParameter) -> list[int]:
     """Return how often each trained tensor was written to, scores first; `data` writes are not counted."""
     tensors = (entry.scores, entry.weight, entry.numbers)
     return [tensor._version for tensor in tensors if tensor is not None]
+
+
+def _versions_of_gradients(entry: MaskedParameter) -> list[int]:
+    """Return how often each gradient was written to, theta's first; -1 where there is none."""
+    gradients = [entry.theta.grad, *(parameter.grad for parameter in _trained(entry))]
+    return [-1 if gradient is None else gradient._version for gradient in gradients]
 
 
 def _trained(entry: MaskedParameter) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ a model that was saved whole, it becomes a plain record, as the masks themselves
 all that is there, and the record says so to whoever attaches masks or applies a file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 MARK = "_is_masked"  # an attribute of scores that are parameters of the module; see `parametrized`
 _ATTRIBUTE = "_selfmask_marks"  # of a module: {its parameter's name: Attached or a record}
+_HELD = "_selfmask_held"  # likewise, of what a bank of masks rewrites: Held, or a record in a copy
 _SAMPLE = 2**16  # values of a tensor that are looked at for a record
 _PLACES = 32
 
@@ -40,6 +41,31 @@ class Attached:
         if not entry.shards.is_whole:
             return {"what": what}
         return record(what, entry.theta.detach(), entry.first_weight) or {}
+
+    def __deepcopy__(self, memo: Any) -> Record:
+        return self.record()
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[Record]]:
+        return dict, (self.record(),)
+
+
+@dataclass(eq=False)
+class Held:
+    """The mark of a parameter that a bank rewrites from one mask to the next.
+
+    owner: the bank, which lives as long as the module does.
+    what: returns what the parameter is now; None where it is the frozen weight.
+    """
+
+    owner: Any
+    theta: Tensor
+    weight: Tensor
+    what: Callable[[], str | None]
+
+    def record(self) -> Record:
+        """Return what a copy of the module says of the parameter; nothing where it is the frozen weight."""
+        what = self.what()
+        return {} if what is None else record(what, self.theta.detach(), self.weight) or {}
 
     def __deepcopy__(self, memo: Any) -> Record:
         return self.record()
@@ -119,12 +145,26 @@ def freeze_unmasked(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Non
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in thetas)
 
 
+def hold(model: nn.Module, name: str, held: Held) -> None:
+    """Mark a parameter of `model` as one that a bank rewrites, beside what else it is marked as."""
+    owner, _, attribute = name.rpartition(".")
+    model.get_submodule(owner).__dict__.setdefault(_HELD, {})[attribute] = held
+
+
+def holders(model: nn.Module) -> list[Any]:
+    """Return the banks that rewrite parameters of `model`."""
+    found = {id(mark.owner): mark.owner for _, mark in _marks(model, _HELD) if isinstance(mark, Held)}
+    return list(found.values())
+
+
 def left_over(model: nn.Module) -> dict[str, str]:
-    """Return what each parameter is that is theta without its masks: a copy, or a mask file was applied."""
+    """Return what each parameter is that is theta without its masks in training: a copy, a mask file was
+    applied, or a bank has a mask on.
+    """
     found = {}
-    for name, mark in _marks(model):
+    for name, mark in [*_marks(model), *_marks(model, _HELD)]:
         if not isinstance(mark, Attached):
-            text = says(mark, model.get_parameter(name))
+            text = mark.what() if isinstance(mark, Held) else says(mark, model.get_parameter(name))
             if text is not None:
                 found[name] = text
     return found
@@ -135,11 +175,13 @@ def clear(model: nn.Module) -> None:
     for name, mark in list(_marks(model)):
         if not isinstance(mark, Attached):
             put(model, name, None)
+    for module in model.modules():
+        module.__dict__.pop(_HELD, None)
 
 
-def _marks(model: nn.Module) -> Iterator[tuple[str, Attached | Record]]:
+def _marks(model: nn.Module, kind: str = _ATTRIBUTE) -> Iterator[tuple[str, Attached | Held | Record]]:
     for module_name, module in model.named_modules():
-        for attribute, mark in module.__dict__.get(_ATTRIBUTE, {}).items():
+        for attribute, mark in module.__dict__.get(kind, {}).items():
             parameter = module._parameters.get(attribute)
             is_gone = isinstance(mark, Attached) and mark.entry.theta is not parameter
             if parameter is not None and not is_gone:  # another parameter was put in its place

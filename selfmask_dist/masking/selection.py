@@ -8,7 +8,7 @@ Knows nothing of scores, files or process groups.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypedDict
@@ -67,6 +67,16 @@ def norm_parameters(model: nn.Module) -> set[str]:
     }
 
 
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """Return the full names of the parameters that stand beside a layer's own, as LoRA's in PEFT."""
+    around = [f"{name}." for name, module in model.named_modules() if "base_layer" in module._modules]
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if any(name.startswith(start) and not name.startswith(f"{start}base_layer.") for start in around)
+    }
+
+
 def select(
     model: nn.Module,
     include: str | Sequence[str] = "auto",
@@ -89,12 +99,15 @@ def select(
         ValueError: a pattern matches nothing, a pattern matches a normalisation layer, or nothing is left.
     """
     names = [name for name, _ in model.named_parameters()]
+    if not _as_tuple(include):
+        raise ValueError("include is empty; give a preset (auto) or patterns of parameters' names")
     norms = set() if allow_norm else norm_parameters(model)
+    adapters = adapter_parameters(model)
     chosen: set[str] = set()
     for pattern in _as_tuple(include):
         matched = _expand(pattern, names)
         if pattern in PRESETS or pattern == "auto":
-            matched -= norms  # a preset describes a family; its norms are left out silently
+            matched -= norms | adapters  # a preset describes a family; these are left out silently
         elif matched & norms:
             raise ValueError(
                 f"include pattern {pattern!r} would mask normalisation layers: "
@@ -103,7 +116,9 @@ def select(
                 f"want"
             )
         if not matched:
-            raise ValueError(f"include {pattern!r} matches no parameter; {_hint(pattern, names)}")
+            raise ValueError(
+                f"include {pattern!r} matches no parameter; {_hint(pattern, names)}{_quantized(model)}"
+            )
         chosen |= matched
     for pattern in _as_tuple(exclude):
         removed = {name for name in names if _matches(name, pattern)}
@@ -142,12 +157,27 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if isinstance(patterns, str):
+        return (patterns,)
+    found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
+    if not all(isinstance(one, str) for one in found):
+        raise TypeError(f"include and exclude take text or a list of texts, and not {patterns!r}")
+    return found
+
+
+def _quantized(model: nn.Module) -> str:
+    """Return a sentence on layers whose weights are no parameters, as they are quantized; empty for none."""
+    found = [name for name, module in model.named_modules() if ".quantized." in type(module).__module__]
+    if not found:
+        return ""
+    return f". The weights of {_some(found, 3)} are quantized and packed: attach before quantizing"
 
 
 def _hint(pattern: str, names: list[str]) -> str:
     if not names:
         return "the model has no parameters"
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"it is a module; {pattern}.* names its parameters"
     near = difflib.get_close_matches(pattern, [*PRESETS, "auto"], n=1) or difflib.get_close_matches(
         pattern, names, n=3, cutoff=0.4
     )

@@ -117,7 +117,7 @@ def join_world(
         ValueError: the processes do not divide into groups; cuda is asked for and there is none, or fewer
             GPUs than processes on this node.
     """
-    size, rank, local_rank = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
+    size, rank, local_rank = _place_in_environment()
     if threads is not None:
         torch.set_num_threads(threads)
     if size % num_groups:
@@ -143,6 +143,27 @@ def join_world(
         dist.destroy_process_group()
 
 
+def _place_in_environment() -> tuple[int, int, int]:
+    """Return (world size, rank, local rank) as the launcher's variables have them.
+
+    Raises:
+        ValueError: one is no number, or the rank is not below the world size; such variables are left over
+            from another program.
+    """
+    given = {key: os.environ.get(key, default) for key, default in _ENVIRONMENT}
+    if bad := [f"{key}={value!r}" for key, value in given.items() if not str(value).isdecimal()]:
+        raise ValueError(
+            f"{', '.join(bad)} of the environment is no number; unset it, or start with a launcher"
+        )
+    size, rank, local_rank = (int(value) for value in given.values())
+    if rank >= size:
+        raise ValueError(
+            f"RANK={rank} and WORLD_SIZE={size} of the environment do not go together (ranks count from 0): "
+            f"unset RANK, LOCAL_RANK and WORLD_SIZE, or start with a launcher"
+        )
+    return size, rank, local_rank
+
+
 def set_timeout(timeout: timedelta) -> None:
     """Set how long collectives wait for other processes from now on, in every group this one is in.
 
@@ -155,7 +176,7 @@ def set_timeout(timeout: timedelta) -> None:
 
 def group_of(num_groups: int) -> int:
     """Return which of `num_groups` groups this process belongs to."""
-    size, rank, _ = (int(os.environ.get(key, default)) for key, default in _ENVIRONMENT)
+    size, rank, _ = _place_in_environment()
     return rank * num_groups // size
 
 

@@ -76,8 +76,8 @@ class Tracker:
         self._run.log(numbers, step=step)
 
     def conclude(self, result: Mapping[str, Any]) -> None:
-        """Log the run's result: every number as `final/...` in the summary, a cascade's views as a table, and
-        the mask file as an artifact.
+        """Log the run's result: every number as `final/...` in the summary, a cascade's views as a table and
+        its picture, and the mask file as an artifact.
         """
         if self._run is None:
             return
@@ -91,6 +91,8 @@ class Tracker:
             measures = list(dict.fromkeys(name for row in views.values() for name in row))
             rows = [[view, *(row.get(name) for name in measures)] for view, row in views.items()]
             self._run.log({"final/views": self._wandb.Table(columns=["view", *measures], data=rows)})
+        if (picture := self._directory / names.CASCADE_PICTURE).exists():
+            self._run.log({"final/picture": self._wandb.Image(str(picture))})
         for name in (names.MASK, names.CASCADE_MASK):
             if (path := self._directory / name).exists():
                 metadata = dict(_numbers(result, "final"))

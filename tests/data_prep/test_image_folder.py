@@ -139,6 +139,31 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert open_source(done.folder).classes == ("plane", "train")
 
 
+def test_a_folder_without_classes_becomes_pictures_without_labels(src: Path, tmp_path: Path) -> None:
+    (src / "LICENSE").unlink()
+    save(src / "loose.jpg", 8)
+    with pytest.raises(ValueError, match=r"outside of class folders \(loose.jpg\).*--layout unlabelled"):
+        convert(src, tmp_path / "out")
+    (done,) = convert(src, tmp_path / "out", layout="unlabelled")
+    assert (done.num_samples, done.classes) == (8, ())
+    assert done.notes == (
+        "1 hidden files or folders, or those of a system, are left out (cat/.DS_Store)",
+        "8 of 8 pictures have no label",
+    )
+    data = open_source(done.folder, require_labels=False)
+    assert (data.labels == -1).all()
+    assert {data.key(i) for i in range(8)} == {
+        *("cat__1", "cat__1-2", "cat__1-3", "loose", "t-shirt v1_0__a_b", "t-shirt v1_0__deep__a"),
+        *("z\u00fc__misnamed", f"z\u00fc__{'long' * 40}"),
+    }
+    (src / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"files that are not pictures \(notes.txt\)"):
+        convert(src, tmp_path / "other", layout="unlabelled")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures, in it or in its folders"):
+        convert(tmp_path / "empty", tmp_path / "third", layout="unlabelled")
+
+
 def test_large_pictures_shrink_and_small_ones_keep_their_bytes(tmp_path: Path) -> None:
     src = tmp_path / "src" / "c"
     save(src / "large.jpg", 1, size=(90, 60))

@@ -1,9 +1,11 @@
 """Runs on a real SLURM of four virtual nodes; see `tests.support.slurm`."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from selfmask_dist.cli.train import run as run_here
 from selfmask_dist.config import load_config
+from selfmask_dist.runs.owner import FREE_AFTER_SECONDS
 from tests.support import slurm
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import (
@@ -160,6 +163,56 @@ def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: 
     last = events_of(run)[-1]
     assert (last["event"], last["reason"]) == ("preempted", "SIGTERM"), logs_of(run)
     assert f"step-{last['step']:09d}" == (run / "checkpoints" / "latest").read_text().strip()
+
+
+# a process-id namespace of its own: to who asks elsewhere, its processes are those of another machine
+APART = "launch.container=[unshare, --pid, --fork, --kill-child, --mount-proc]"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["on one machine", "on another machine"])
+def test_a_second_job_on_a_living_run_is_refused_and_takes_a_killed_one_over(
+    where: str, config_path: Path, tmp_path: Path
+) -> None:
+    keys = ["run.name=a", "train.epochs=100000", "checkpoint.every_steps=5", "eval.final=false"]
+    apart = [APART] if where == "on another machine" else []
+    first = submit(config_path, *keys, *apart, nodes=1, cluster="slurm")
+    assert first.returncode == 0, first.stderr
+    job, run = slurm.submitted_job(first.stdout), tmp_path / "a"
+    wait_until(lambda: (run / "checkpoints" / "latest").exists())
+
+    launched = submit(config_path, *keys, "run.resume=true", nodes=1, cluster="slurm")
+    assert launched.returncode == 2
+    assert f"{run} is being trained by process" in launched.stderr
+    assert f"SLURM job {job}" in launched.stderr
+    command = [sys.executable, "-m", "selfmask_dist.cli", "train", f"--config={config_path}", *keys]
+    output = tmp_path / "second.out"
+    second = slurm.sbatch(shlex.join([*command, "run.resume=true"]), output, "--nodes=1", "--no-requeue")
+    assert slurm.wait_for_end(second) == "FAILED", logs_of(run)  # a job, past the launcher
+    assert f"SLURM job {job}" in output.read_text()
+    steps = len(steps_of(run))
+    wait_until(lambda: len(steps_of(run)) > steps)  # the first goes on as if nothing had been
+    assert slurm.job_state(job) == "RUNNING"
+
+    slurm.kill(job)
+    killed = time.monotonic()
+    slurm.wait_for_end(job)
+    assert [event["event"] for event in events_of(run)].count("preempted") == 0, "it had time to say so"
+    while (again := submit(config_path, *keys, "run.resume=true", nodes=1, cluster="slurm")).returncode:
+        assert f"SLURM job {job}" in again.stderr
+        assert time.monotonic() - killed < FREE_AFTER_SECONDS + 30, again.stderr
+    free = time.monotonic() - killed
+    wait_until(lambda: any(event["event"] == "resume" for event in events_of(run)))
+    print(f"{where}: free {free:.1f} s after the kill, resumed {time.monotonic() - killed:.1f} s after it")
+    # 30 s: what a launcher takes to look on a machine that is busy; the heartbeat was up to 5 s old
+    earliest, latest = (FREE_AFTER_SECONDS - 10, FREE_AFTER_SECONDS + 30) if apart else (0.0, 30.0)
+    assert earliest < free < latest
+    last = slurm.submitted_job(again.stdout)
+    slurm.cancel(last)
+    assert slurm.wait_for_end(last) == "CANCELLED"
+    done = steps_of(run)
+    assert done == list(range(1, len(done) + 1)), "no step twice, none left out"
+    assert not (run / "owner.json").exists()
 
 
 def test_a_second_cluster_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,11 +231,11 @@ def test_a_swap_that_fails_leaves_nothing_behind() -> None:
             assert torch.equal(bank.embed(images(), on), embeddings), on
     sections |= whole
     bank.embed(images(), "dense")
-    theta = bank._tensors[last]
-    bank._tensors[last] = theta.to(torch.int8)  # all the others are written by the time that this fails
-    with pytest.raises(RuntimeError, match="result type"):
+    scales = bank._coded["half"].scales
+    right, scales[last] = scales[last], ("a",)  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="mul"):  # all the others are written by the time that this fails
         bank.embed(images(), "half")
-    bank._tensors[last] = theta
+    scales[last] = right
     for on, embeddings in expected.items():
         assert torch.equal(bank.embed(images(), on), embeddings), on
 

@@ -3,6 +3,8 @@
 import json
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -77,7 +79,7 @@ def masks_of(folder: Path) -> list[Any]:
     return [artifact for artifact in found if artifact.type == "mask"]
 
 
-def test_a_run_and_a_cascade(tmp_path: Path) -> None:
+def test_a_run(tmp_path: Path) -> None:
     data = write_tiny_data(tmp_path / "data")
     path = write_config(
         tmp_path / "tiny.yaml", data, run={"wandb": "offline", "progress": False, "log_every": 1}
@@ -99,24 +101,76 @@ def test_a_run_and_a_cascade(tmp_path: Path) -> None:
     assert artifact.type == "mask"
     assert [entry.path for entry in artifact.manifest.contents] == ["final.mask"]
 
-    more = ["method=cascade", "objective.name=swav", "cascade.clusters=[2]", "cascade.components=4"]
-    more += [
-        "cascade.restarts=2",
-        "swav.prototypes=8",
-        "swav.dim=8",
-        "swav.queue_length=12",
-        "optim.score_lr=20",
-    ]
-    more += ["crops.local_size=8", "crops.local_count=1", "run.name=c"]
-    assert main(["train", *keys, *more]) == 0
-    folders = [tmp_path / "c", *(tmp_path / "c" / stage for stage in ("dispatcher", "expert-0", "expert-1"))]
-    runs = [run_of(folder) for folder in folders]
-    assert {one.run_group for one in runs} == {"c"}
-    assert [one.display_name for one in runs] == ["c", "c/dispatcher", "c/expert-0", "c/expert-1"]
-    summary = summary_of(tmp_path / "c")
-    assert summary["final/views/frozen/knn5"] == result_of(tmp_path / "c")["views"]["frozen"]["knn5"]
-    assert any(key.startswith("final/views/") for key in keys_of_history(tmp_path / "c"))  # the table
-    assert masks_of(tmp_path / "c")[0].manifest.contents[0].path == "cascade.mask"
+
+@pytest.mark.slow
+def test_a_cascade_read_back_by_wandb_itself(tmp_path: Path) -> None:
+    """`wandb leet inspect` is the reader of wandb's own core; no server, and nothing stands for it."""
+    data = write_tiny_data(tmp_path / "data")
+    keys = [f"data.train={data['train']}", f"data.test={data['test']}", f"run.dir={tmp_path}", "run.name=c"]
+    keys += ["run.wandb=offline", "run.progress=false", "run.log_every=1", "engine.device=cpu"]
+    assert main(["train", "--config", "debug_cascade", *keys]) == 0
+    run, result = tmp_path / "c", result_of(tmp_path / "c")
+    stages = ("dispatcher", "expert-0", "expert-1")
+    read = {name: by_wandb(run / name) for name in ("", *stages)}
+
+    runs = {name: of_kind(lines, "run")[0] for name, lines in read.items()}
+    assert {one["run_group"] for one in runs.values()} == {"c"}
+    assert [one["display_name"] for one in runs.values()] == ["c", *(f"c/{stage}" for stage in stages)]
+    assert {one["run_id"] for one in of_kind(read[""], "run")} == {runs[""]["run_id"]}, "one run, three times"
+    assert [one["job_type"] for one in runs.values()] == ["cascade", *stages]
+    tags = {"swav", "timm:vit_tiny_patch16_224", "threshold"}
+    assert set(runs[""]["tags"]) == {"cascade", *tags}
+    assert all(set(runs[stage]["tags"]) == {"mask", *tags} for stage in stages)
+
+    summary = merged(read[""], "summary", "update")
+    views = {
+        f"final/views/{view}/{name}": v for view, row in result["views"].items() for name, v in row.items()
+    }
+    assert {name: summary[name] for name in views} == views
+    assert summary["final/mask/bytes"] == result["mask"]["bytes"] == (run / "cascade.mask").stat().st_size
+    assert summary["final/verdict"] == (", ".join(one["name"] for one in result["verdict"]) or "none")
+
+    (table,) = run.glob("wandb/offline-run-*/files/media/table/final/views_*.table.json")
+    rows = json.loads(table.read_text())
+    assert rows["columns"] == ["view", *next(iter(result["views"].values()))]
+    assert {row[0]: row[1:] for row in rows["data"]} == {
+        v: list(r.values()) for v, r in result["views"].items()
+    }
+    (picture,) = run.glob("wandb/offline-run-*/files/media/images/final/picture_*.png")
+    assert picture.read_bytes() == (run / "cascade.png").read_bytes()
+    history = merged(read[""], "history", "item")
+    assert history["final/picture._type"] == "image-file"
+    assert history["final/views._type"] == "table-file"
+
+    (mask,) = [one for one in of_kind(read[""], "artifact") if one["type"] == "mask"]
+    assert [entry["path"] for entry in mask["manifest"]["contents"]] == ["cascade.mask"]
+    for stage in stages:
+        charts = {key for key in merged(read[stage], "history", "item") if not key.startswith("_")}
+        assert {"loss", "mask/active"} <= charts
+        assert not [key for key in charts if "blocks." in key]
+        drawn = {key.partition(".")[0] for key in charts if key.startswith("mask/pruned_by_layer")}
+        assert len(drawn) == 1, drawn
+        (mask,) = [one for one in of_kind(read[stage], "artifact") if one["type"] == "mask"]
+        assert [entry["path"] for entry in mask["manifest"]["contents"]] == ["final.mask"]
+        assert len(records(run / stage)) == len(read[stage]), "the quick reader above reads as wandb does"
+
+
+def by_wandb(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the offline runs of a folder as wandb's own reader gives them."""
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        found += [json.loads(line) for line in done.stdout.splitlines()]
+    return found
+
+
+def of_kind(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line[kind] for line in lines if line["type"] == kind]
+
+
+def merged(lines: list[dict[str, Any]], kind: str, part: str) -> dict[str, Any]:
+    return {key: value for entry in of_kind(lines, kind) for key, value in entry.get(part, {}).items()}
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "no such name"])

@@ -84,6 +84,10 @@ def test_masks_stay_whole_without_momentum_while_the_head_learns(tmp_path: Path)
             ["optim.head_first_epochs=1", "objective.name=clip", "backbone.name=open_clip:ViT-B-32/openai"],
             "no head to train",
         ),
+        (
+            ["optim.head_first_epochs=1", "objective.name=nbd"],
+            "nbd trains its own before the first step",
+        ),
     ],
 )
 def test_what_does_not_go_together(overrides: list[str], message: str) -> None:

@@ -11,6 +11,7 @@ from selfmask_dist.config.loading import Conflict
 def conflicts(config: AllSections) -> list[Conflict]:
     """Return every conflict of a configuration; none where its values go together."""
     checks = (
+        general.run_conflicts,
         general.backbone_conflicts,
         general.objective_conflicts,
         general.view_conflicts,

@@ -6,6 +6,8 @@ from selfmask_dist.config.all_sections import AllSections
 from selfmask_dist.config.loading import Conflict
 from selfmask_dist.config.objectives import TWO_VIEWS, WITH_CAPTIONS, WITH_TEACHER
 
+_LONGEST_NAME = 200  # file systems allow 255
+
 
 def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield names without weights, weights that are drawn and loaded, and half of a normalisation."""
@@ -35,6 +37,35 @@ def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
         yield Conflict(
             ("backbone.mean", "backbone.std"),
             "backbone.mean and backbone.std go together: set both or neither",
+        )
+
+
+def run_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield a folder of runs that a shell would have expanded, and names that are no folder within it."""
+    place, name = config.run.dir, config.run.name
+    if "$" in place or place.startswith("~"):
+        yield Conflict(
+            ("run.dir",),
+            f"run.dir {place!r} is taken as it is written, without variables or ~; write the whole path, or "
+            "give it on the command line, where the shell expands it",
+        )
+    if config.run.resume and config.run.overwrite:
+        yield Conflict(
+            ("run.resume", "run.overwrite"),
+            "run.resume=true goes on with a run and run.overwrite=true deletes it; set one of them",
+        )
+    parts = name.split("/")
+    if not name.isprintable() or name != name.strip() or any(part in ("", ".", "..") for part in parts):
+        yield Conflict(
+            ("run.name",),
+            f"run.name {name!r} is no folder within run.dir; take letters, digits, - and _ (run.dir says "
+            "where runs go)",
+        )
+    if any(len(part.encode()) > _LONGEST_NAME for part in parts):
+        yield Conflict(
+            ("run.name",),
+            f"run.name has {len(name.encode())} bytes, and a folder may have {_LONGEST_NAME}, to which "
+            "seeds and files add; shorten it",
         )
 
 
@@ -144,8 +175,12 @@ def number_conflicts(config: AllSections) -> Iterator[Conflict]:
     if first and has_no_head:
         yield Conflict(
             ("optim.head_first_epochs", key),
-            f"optim.head_first_epochs: there is no head of the optimizer's to train first ({key}"
-            + (" trains its own)" if config.objective.name == "nbd" else ", the text tower stays as it is)"),
+            "optim.head_first_epochs: there is no head to train first, as "
+            + (
+                "objective.name=nbd trains its own before the first step (nbd.warmup_steps)"
+                if config.objective.name == "nbd"
+                else f"the text tower stays as it is ({key})"
+            ),
         )
     if first and config.engine.name == "deepspeed":
         yield Conflict(

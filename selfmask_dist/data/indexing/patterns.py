@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _BETWEEN = "::"
@@ -23,7 +23,11 @@ _INNERMOST = re.compile(r"\{([^{}]*)\}")
 def written(path: str | Path | Sequence[str | Path]) -> str:
     """Return one text for a path or for several, which `expand` takes apart again."""
     if isinstance(path, str | os.PathLike):
+        if not os.fspath(path):
+            raise ValueError("the path is empty; name a folder of tars, a tar or a pattern")
         return os.fspath(path)
+    if not isinstance(path, Iterable):
+        raise TypeError(f"{path!r} ({type(path).__name__}) is no path, and no list of paths")
     if not path:
         raise ValueError("the list of paths is empty; name at least one folder, tar or pattern")
     return _BETWEEN.join(os.fspath(part) for part in path)
