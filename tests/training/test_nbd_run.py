@@ -116,7 +116,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, tiny_data: dict[str, str]) -> None:
-    path = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"score_lr": 200.0}, eval={"final": False})
+    path = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"score_lr": 0.3}, eval={"final": False})
     check_resumed_equals_whole(path, ["run.name=a", *SMALL, "nbd.views=2"], tmp_path / "a", step=3)
     state = last_state(tmp_path / "a")
     assert len(state["buffers/bank"]) == 48
@@ -134,7 +134,7 @@ def train_elsewhere(path: Path, overrides: list[str]) -> None:
 def test_two_processes_see_the_same_bank_and_one_goes_on_from_it(
     tmp_path: Path, tiny_data: dict[str, str]
 ) -> None:
-    path = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"score_lr": 20.0}, eval={"final": False})
+    path = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"score_lr": 0.05}, eval={"final": False})
     train(path, [*KEEP, *SMALL, "run.name=one"])
     two = [*KEEP, *SMALL, "run.name=two"]
     run_distributed(train_elsewhere, 2, path, two, backend="", timeout=120.0)
