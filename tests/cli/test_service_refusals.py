@@ -113,6 +113,8 @@ FORM = b'--x\r\nContent-Disposition: form-data; name="f"\r\n\r\n' + picture(0) +
         (b'{"image": "', {"Content-Type": "application/json"}, 400, "looks like JSON"),
         (json.dumps([[0] * 30] * 30).encode(), {}, 400, "looks like JSON"),
         (base64.b64encode(picture(0)), {}, 400, "looks like base64 text"),
+        (base64.b64encode(picture(0, kind="JPEG"))[:20], {}, 400, "looks like base64 text"),
+        (base64.b64encode(b"\x01" * 99), {}, 400, "looks like base64 text"),
         (b"data:image/png;base64," + base64.b64encode(picture(0)), {}, 400, "is a data URL"),
         (b"\x1f\x8b\x08" + b"\0" * 100, {}, 400, "is compressed by gzip"),
         (b"%PDF-1.7\n", {}, 400, "is a PDF"),

@@ -7,6 +7,7 @@ with more than any program writes is refused. Knows nothing of HTTP.
 
 import base64
 import binascii
+import contextlib
 import io
 import struct
 
@@ -97,10 +98,12 @@ def _what(data: bytes, content_type: str) -> str:
     for mark, name in ((b"\x1f\x8b", "compressed by gzip"), (b"%PDF", "a PDF"), (b"<", "HTML, SVG or XML")):
         if start.startswith(mark):
             return f"is {name},"
-    try:
-        if len(start) >= 32:
-            base64.b64decode(start[: len(start) // 4 * 4].replace(b"\n", b""), validate=True)
-            return "looks like base64 text,"
-    except (binascii.Error, ValueError):
-        pass
-    return "is"
+    # how PNG, JPEG, WebP and GIF begin in it
+    is_base64 = start.startswith((b"iVBORw0K", b"/9j/", b"UklGR", b"R0lGOD"))
+    # how PNG, JPEG, WebP and GIF begin in it
+    is_base64 = start.startswith((b"iVBORw0K", b"/9j/", b"UklGR", b"R0lGOD"))
+    with contextlib.suppress(binascii.Error):
+        if not is_base64 and len(start) >= 32:
+            base64.b64decode(start[: len(start) // 4 * 4], validate=True)
+            is_base64 = True
+    return "looks like base64 text," if is_base64 else "is"
