@@ -1,9 +1,12 @@
 """`selfmask embed` and `selfmask serve`: pictures through one backbone under any of several masks."""
 
 import argparse
+import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from selfmask_dist.cli.service import Limits
 from selfmask_dist.common import names
 
 
@@ -19,8 +22,16 @@ def add_commands(commands: Any) -> None:
     serve = commands.add_parser("serve", help="a small HTTP service: a picture in, its embedding out")
     serve.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (8000)")
-    serve.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests at once (256)")
     _add_common(serve)
+    limits = serve.add_argument_group("limits")
+    for limit in fields(Limits):
+        limits.add_argument(
+            f"--{limit.name.replace('_', '-')}",
+            type=type(limit.default),
+            default=limit.default,
+            metavar="N",
+            help=f"{limit.metadata['help']} ({limit.default})",
+        )
     serve.set_defaults(command=_serve)
 
 
@@ -100,14 +111,19 @@ def _embed(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
     try:
-        import uvicorn
-
-        from selfmask_dist.cli.service import Limits, create_app
+        from selfmask_dist.cli.service.app import create_app
+        from selfmask_dist.cli.service.server import make_server
     except ImportError as error:
         raise ValueError(
             f"the service needs starlette and uvicorn ({error}): pip install -e '.[serve]'"
         ) from error
     bank, preprocessing = _bank(options)
-    app = create_app(bank, preprocessing, Limits(max_waiting=options.max_waiting))
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    server = make_server(
+        create_app(bank, preprocessing, limits), limits, host=options.host, port=options.port
+    )
+    # what PIL finds odd in a client's picture is the client's to know
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    print(f"serving {len(bank)} masks on {options.host}:{options.port}", flush=True)
+    server.run()

@@ -62,19 +62,16 @@ def adapt(
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     context.writer.message(trained.summary)
-    if isinstance(objective, Nbd):
-        objective.loss_factor = engine.loss_factor
-        if found is None:
-            begin_bank(config, context, backbone, objective, train, quarantine)
+    if isinstance(objective, Nbd) and found is None:
+        begin_bank(config, context, backbone, objective, train, quarantine)
 
     def batches_of(epoch: int, first: int) -> data.BatchLoader:
         loader.set_epoch(epoch, first_step=first)
         return loader
 
     best = BestState(engine, objective) if config.train.keep == "best" else None
-    identity = _identity(config, backbone, len(loader))
+    identity, meter = _identity(config, backbone, len(loader)), Meter(context.world)
     state = RunState(engine, objective, identity=identity, data=loader, best=best)
-    meter = Meter(context.world)
     start = _resume(state, found, engine, batches_of, meter, context, asked=config.run.resume)
     hold_weights(config, engine)
     checkpoints = build_checkpoint_schedule(config, state, context)
@@ -213,6 +210,8 @@ def _build(
         clip_norm=config.optim.clip_norm,
         score_step=config.optim.score_step,
     )
+    if isinstance(objective, Nbd):
+        objective.loss_factor = engine.loss_factor
     return objective, engine
 
 

@@ -1,9 +1,6 @@
 """The HTTP service, for real: a server on a port of this machine, and clients that crowd it."""
 
-import asyncio
-import io
 import os
-import socket
 import struct
 import threading
 import time
@@ -15,28 +12,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
-from PIL import Image
 
 from selfmask_dist.backbones import fingerprint
-from selfmask_dist.cli.service import Limits, create_app
-from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import eval_transform
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.cli.service import Limits
 from selfmask_dist.maskfile import Mask
 from selfmask_dist.maskfile.bank import MaskBank
-from tests.support.models import make
+from tests.cli.serving import Client, Server, expected, make_bank, picture, post, until
 
-PREPROCESSING = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MAX_POOL = 40  # threads of Starlette's pool
 LIMITS = Limits(max_bytes=20_000, max_pixels=10_000, max_waiting=24, max_batch=8)
-
-
-def picture(seed: int, *, side: int = 20, kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
 
 
 def png_of_many_pixels() -> bytes:
@@ -52,63 +36,15 @@ def eps() -> bytes:
     return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
 
-def make_bank() -> MaskBank:
-    model, _ = make("timm_vit", dtype=torch.float32)
-    weights = {name: value for name, value in model.named_parameters() if value.ndim == 2}
-    bank = MaskBank(model)
-    for seed, name in enumerate(("a", "b", "c")):
-        generator = torch.Generator().manual_seed(seed)
-        bits = {key: torch.rand(value.shape, generator=generator) > 0.3 for key, value in weights.items()}
-        bank.add(name, Mask(bits, fingerprint(weights.items())))
-    return bank
-
-
 def weights_of_bank(bank: MaskBank) -> dict[str, torch.Tensor]:
     with bank.under(None) as encoder:
         return {key: value.detach().clone() for key, value in encoder.named_parameters() if value.ndim == 2}
 
 
-class Server:
-    def __init__(self, bank: MaskBank) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        config = uvicorn.Config(
-            create_app(bank, PREPROCESSING, LIMITS), port=port, log_level="error", ws="none"
-        )
-        self.bank = bank
-        self.url, self._server = f"http://127.0.0.1:{port}", uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
-
-    def __enter__(self) -> "Server":
-        self._thread.start()
-        deadline = time.monotonic() + 30
-        while not self._server.started:
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.02)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(timeout=30)
-        assert not self._thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with Server(make_bank()) as running:
+    with Server(make_bank(), LIMITS) as running:
         yield running
-
-
-def expected(data: bytes, mask: str | None) -> list[float]:
-    image = eval_transform(PREPROCESSING)(decode(data), np.random.default_rng(0))[0]
-    embedding: list[float] = make_bank().embed(image[None], mask)[0].tolist()
-    return embedding
-
-
-def metric(server: Server, name: str) -> float:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def test_a_picture_gets_its_embedding(server: Server) -> None:
@@ -154,12 +90,12 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
         "too many bytes": (b"\0" * 30_000, 413),
         "too many pixels": (png_of_many_pixels(), 413),
     }
-    passes, pictures = metric(server, "selfmask_passes_total"), metric(server, "selfmask_pictures_total")
+    passes, pictures = server.metric("selfmask_passes_total"), server.metric("selfmask_pictures_total")
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     outcomes: list[str] = []
 
     def client(turn: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=60) as http:
+        with httpx.Client(base_url=server.url, timeout=60, verify=False) as http:
             for step in range(12):
                 seed, mask = (turn * 5 + step) % 6, masks[(turn + step) % 4]
                 kind = (turn + step) % 6
@@ -179,10 +115,10 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(client, range(16)))
     assert set(outcomes) == {"right", "refused"}
-    served = metric(server, "selfmask_pictures_total") - pictures
+    served = server.metric("selfmask_pictures_total") - pictures
     assert served == outcomes.count("right")
-    assert metric(server, "selfmask_passes_total") - passes < served, "no two pictures shared a pass"
-    assert metric(server, "selfmask_waiting") == 0
+    assert server.metric("selfmask_passes_total") - passes < served, "no two pictures shared a pass"
+    assert server.metric("selfmask_waiting") == 0
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     deadline = time.monotonic() + 30
     while len(os.listdir("/proc/self/fd")) > files + 2:  # connections close when the loop comes to it
@@ -193,52 +129,37 @@ def test_a_crowd_gets_right_answers_in_common_passes_and_nothing_is_left(server:
 
 
 def test_more_than_can_wait_is_told_to_come_back(server: Server) -> None:
-    """Slow bodies hold their places; the next request is turned away at once, and later served."""
-    release = threading.Event()
+    """While the encoder is taken, requests that have arrived fill the slots; the next one is turned away."""
 
-    def slow_body() -> Iterator[bytes]:
-        yield picture(0)[:10]
-        assert release.wait(30)
-        yield picture(0)[10:]
-
-    def slow(_turn: int) -> int:
-        return httpx.post(f"{server.url}/embed", content=slow_body(), timeout=60).status_code
+    def ask(seed: int) -> httpx.Response:
+        return httpx.post(f"{server.url}/embed", content=picture(seed), timeout=60)
 
     with ThreadPoolExecutor(LIMITS.max_waiting) as pool:
-        waiting = [pool.submit(slow, turn) for turn in range(LIMITS.max_waiting)]
-        deadline = time.monotonic() + 30
-        while metric(server, "selfmask_waiting") < LIMITS.max_waiting:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        answer = httpx.post(f"{server.url}/embed", content=picture(0))
-        release.set()
-        assert answer.status_code == 503
-        assert answer.headers["Retry-After"] == "1"
-        assert [future.result() for future in waiting] == [200] * LIMITS.max_waiting
-    assert httpx.post(f"{server.url}/embed", content=picture(0)).status_code == 200
+        with server.bank.under(None):
+            waiting = [pool.submit(ask, seed) for seed in range(LIMITS.max_waiting)]
+            until(lambda: server.metric("selfmask_waiting") == LIMITS.max_waiting)
+            answer = ask(0)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert "24 requests are waiting already; try again" in answer.json()["error"]
+        assert [future.result().status_code for future in waiting] == [200] * LIMITS.max_waiting
+    assert ask(0).status_code == 200
 
 
 def test_a_mask_that_is_removed_meanwhile_costs_the_others_nothing(server: Server) -> None:
     bits = {name: value > 0 for name, value in weights_of_bank(server.bank).items()}
     server.bank.add("brief", Mask(bits, fingerprint(weights_of_bank(server.bank).items())))
-    release = threading.Event()
 
-    def slow_body() -> Iterator[bytes]:
-        yield picture(0)[:10]
-        assert release.wait(30)
-        yield picture(0)[10:]
+    def ask(mask: str) -> httpx.Response:
+        return httpx.post(f"{server.url}/embed", params={"mask": mask}, content=picture(0), timeout=60)
 
-    def slow(mask: str) -> httpx.Response:
-        return httpx.post(f"{server.url}/embed", params={"mask": mask}, content=slow_body(), timeout=60)
-
-    with ThreadPoolExecutor(8) as pool:
-        waiting = {pool.submit(slow, mask): mask for mask in ["brief", "a", "brief", "b"] * 2}
-        deadline = time.monotonic() + 30
-        while metric(server, "selfmask_waiting") < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        server.bank.remove("brief")
-        release.set()
+    with ThreadPoolExecutor(9) as pool:
+        with server.bank.under(None):
+            first = pool.submit(ask, "a")  # its pass waits for the encoder, and the others for the pass
+            until(lambda: server.metric("selfmask_waiting") == 1)
+            waiting = {pool.submit(ask, mask): mask for mask in ["brief", "a", "brief", "b"] * 2}
+            until(lambda: server.metric("selfmask_waiting") == 9)
+            server.bank.remove("brief")
+        assert first.result().status_code == 200
         for future, mask in waiting.items():
             answer = future.result()
             if mask == "brief":
@@ -249,10 +170,18 @@ def test_a_mask_that_is_removed_meanwhile_costs_the_others_nothing(server: Serve
 
 
 def test_clients_that_go_away_leave_no_place_taken(server: Server) -> None:
+    """Neither in the middle of a body nor while their answers are computed."""
     for _ in range(5):
-        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
-            client.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\nabc")
-    deadline = time.monotonic() + 30
-    while metric(server, "selfmask_waiting"):
-        assert time.monotonic() < deadline, "a place is held for ever"
-        time.sleep(0.02)
+        with Client(server, post(5000), b"abc"):
+            pass
+    with server.bank.under(None):
+        clients = [Client(server, post(len(picture(0))), picture(0)) for _ in range(5)]
+        until(lambda: server.metric("selfmask_waiting") == 5)
+        for client in clients:
+            client.half_close()
+        until(lambda: server.metric("selfmask_waiting") == 0)
+    until(lambda: server.metric("selfmask_body_bytes") == 0)
+    for client in clients:
+        with client:
+            assert client.rest() == b""
+    assert server.metric('selfmask_requests_total{status="499"}') == 10

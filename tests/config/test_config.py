@@ -421,7 +421,7 @@ def test_values_that_do_not_go_together(overrides: list[str], message: str) -> N
         ),
         (["mask.init=0.01"], "they start 0.01 from the threshold"),
         (["mask.init=0.02"], ""),
-        (["mask.family=edge_popup", "mask.init=0", "mask.scale=detached"], ""),
+        (["mask.family=edge_popup", "mask.init=normal", "mask.scale=detached"], ""),
     ],
 )
 def test_what_score_steps_of_one_size_do_not_go_with(more: list[str], message: str) -> None:

@@ -59,6 +59,28 @@ def train_transform(
     return TrainTransform(pre, crop_scale, crop_ratio, flip)
 
 
+def resized_size(pre: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) that a picture of `size` is resized to before its centre is cut out.
+
+    Raises:
+        ShapeError: it is too long and thin, or would have more than `MAX_RESIZED` pixels.
+    """
+    check_shape(size)  # before the work, which grows with the ratio of the sides
+    (width, height), short = size, pre.resize_size
+    if pre.crop_mode == "squash":
+        width, height = short, short
+    elif width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    if width * height > MAX_RESIZED:
+        raise ShapeError(
+            f"is {size[0]} x {size[1]} pixels and would be resized to {width} x {height}, more"
+            f" than {MAX_RESIZED:,}; cut or resize it"
+        )
+    return width, height
+
+
 @dataclass(frozen=True)
 class EvalTransform:
     """Makes the view of `eval_transform`. It is no closure because worker processes receive it by pickle."""
@@ -66,20 +88,8 @@ class EvalTransform:
     pre: Preprocessing
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        size, short = self.pre.image_size, self.pre.resize_size
-        check_shape(image.size)  # before the work, which grows with the ratio of the sides
-        width, height = image.size
-        if self.pre.crop_mode == "squash":
-            width, height = short, short
-        elif width <= height:
-            width, height = short, int(short * height / width)
-        else:
-            width, height = int(short * width / height), short
-        if width * height > MAX_RESIZED:
-            raise ShapeError(
-                f"is {image.width} x {image.height} pixels and would be resized to {width} x {height}, more"
-                f" than {MAX_RESIZED:,}; cut or resize it"
-            )
+        size = self.pre.image_size
+        width, height = resized_size(self.pre, image.size)
         image = image.resize((width, height), _resample(self.pre))
         left, top = _centre(width, size), _centre(height, size)
         return (_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
