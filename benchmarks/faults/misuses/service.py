@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.misuses.case import WORKS, Case, Said, Wanted, check, error
-from tests.cli.test_service import LIMITS, Server, expected, make_bank, picture
+from tests.cli.serving import Server, expected, make_bank, picture
+from tests.cli.test_service import LIMITS
 
 
 @cache
 def server() -> Server:
     """Return a server that lives as long as this process."""
-    running = Server(make_bank())
+    running = Server(make_bank(), LIMITS)
     running._thread.daemon = True
     return running.__enter__()
 
