@@ -27,6 +27,10 @@ def _captioned(name: str, source: str, *own: str) -> Row:
 
 ROWS: tuple[Row, ...] = (
     config_row(
+        *("nbd", _GROUP, "docs/unlabelled.md", "mask.include=vit", "backbone.batchnorm=frozen"),
+        *("optim.score_step=rms", "nbd.crop_scale=[0.6, 1.0]"),
+    ),
+    config_row(
         *("swav", _GROUP, "arXiv 2006.09882", *_MASKS),
         # the paper's epsilon of 0.05 is for 500 prototypes and more: with it, nothing is learned here
         *("swav.prototypes=30", "swav.dim=32", "swav.epsilon=0.01", "swav.freeze_steps=30"),

@@ -24,6 +24,8 @@ _CHAIN = {_WEIGHT: 0.05}
 # rates of another setting, relative to `STARTS`, for rows that are not tuned there
 CARRIED = {"groceries": {_SCORE: 0.1, _WEIGHT: 0.2, _HEAD: 1.0}}
 
+MEANS_THE_SAME = ("nbd",)  # in every setting: rates of score_step=rms
+
 # the middle of each row's line; rows that train nothing are not here
 STARTS: dict[str, dict[str, float]] = {
     "finetune_sgd": _WEIGHTS,
@@ -68,6 +70,7 @@ STARTS: dict[str, dict[str, float]] = {
     "wise_ft": _CHAIN,
     "rebasin": _CHAIN,
     "ensemble": {_SCORE: 100.0, _WEIGHT: 0.05},
+    "nbd": {_SCORE: 0.003},
     "swav": _SCORES,
     "simclr": _SCORES,
     "moco_v2": _SCORES,
@@ -100,7 +103,7 @@ def chosen(setting: str, row: str) -> tuple[str, ...]:
     """The overrides that tuning chose for a row; without it, where its line starts, carried over."""
     if found := table().get(setting, {}).get(row):
         return tuple(found["rates"])
-    relative = CARRIED.get(setting, {})
+    relative = {} if row in MEANS_THE_SAME else CARRIED.get(setting, {})
     # not what the digits chose: their small network bears rates that destroy a larger one
     return tuple(f"{key}={rate * relative.get(key, 1):.3g}" for key, rate in STARTS.get(row, {}).items())
 

@@ -148,7 +148,7 @@ class _Version(argparse.Action):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
     adapt_command.add_command(commands)
     launch_command.add_command(commands)
     _add_train(commands)

@@ -40,7 +40,7 @@ WANTED = {
     "fine-tuning": ("finetune_sgd", "finetune_adamw", "finetune_frozen_embedding"),
     "few weights": ("finetune_bias", "finetune_norm", "lora"),
     "frozen": ("probe", "frozen_knn"),
-    "objectives": ("swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"),
+    "objectives": ("nbd", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"),
 }
 
 

@@ -5,6 +5,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -146,7 +147,7 @@ def other_size_of_image(folder: Path) -> None:
     """Weights that do not depend on the image's size take the mask of another size."""
     import timm
 
-    kwargs = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    kwargs: dict[str, Any] = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
     small = make("timm_vit", dtype=torch.float32)[0]
     masks = attach(small, include="vit")
     masks.save(folder / "x.mask")

@@ -83,10 +83,10 @@ def peft_merged(folder: Path) -> None:
 
 def fused_layer(folder: Path) -> None:
     """Batch norm is folded into the convolutions of a masked model."""
-    model = conv_net().eval()
+    model: Any = conv_net().eval()
     attach(model, include="resnet")
-    folded = torch.nn.utils.fusion.fuse_conv_bn_eval(model.conv1, model.bn1)  # type: ignore[arg-type]
-    model.conv1, model.bn1 = folded, nn.Identity()  # type: ignore[assignment]
+    folded = torch.nn.utils.fusion.fuse_conv_bn_eval(model.conv1, model.bn1)
+    model.conv1, model.bn1 = folded, nn.Identity()
     attach(model, include="resnet")
 
 
