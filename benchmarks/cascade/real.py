@@ -129,7 +129,7 @@ def digits_settings(folder: Path) -> list[str]:
         *("optim.weight_lr=0.05", "optim.head_lr=0.05", "optim.warmup_epochs=2", "eval.knn_every=0"),
         *("eval.frozen_baseline=false", "eval.probe=false", "engine.workers=0", "engine.threads=1"),
         *(f"run.dir={folder}", "run.name=pretrain", "run.progress=false"),
-        f"run.resume={(folder / 'pretrain').exists()}",
+        f"run.resume={(folder / 'pretrain' / 'config.yaml').exists()}",
     ]
     run(load_config(None, pretrain))
     new = _data(folder / "shards" / "new" / "train", folder / "shards" / "new" / "test")
@@ -290,7 +290,7 @@ def main() -> int:
         for seed in range(seeds):
             own = ["method=cascade", f"seed={seed}", f"train.epochs={epochs}", f"run.dir={folder}"]
             queue = [f"swav.queue_start_epoch={epochs / 5}", "run.progress=false", f"run.name=seed-{seed}"]
-            queue.append(f"run.resume={(Path(folder) / f'seed-{seed}').exists()}")
+            queue.append(f"run.resume={(Path(folder) / f'seed-{seed}' / 'config.yaml').exists()}")
             overrides = [*base, *COMMON, *own, *queue, *options.overrides]
             result = run(load_config(None, overrides))
             cascade = Path(folder) / f"seed-{seed}"
