@@ -26,6 +26,7 @@ VERDICTS: tuple[Verdict, ...] = ("right", "silent", "traceback", "hang", "unclea
 
 # what the package raises on purpose; any other exception came out of something that nobody looked at
 _MEANT = (ValueError, TypeError, OSError, ArithmeticError, ImportError)
+_PATH = re.compile(r"/[^\s'\":]*/")  # folders of this machine, which no result needs
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -118,7 +119,7 @@ def run(case: Case, group: str, folder: Path) -> Outcome:
         where = traceback.extract_tb(caught.__traceback__)[-1]
         got = f"{type(caught).__name__} at {Path(where.filename).name}:{where.lineno}: {caught}"
         verdict = "traceback"
-    line = " ".join(got.split())
+    line = _PATH.sub(".../", " ".join(got.split()))
     return Outcome(group, case.name, str(case.wanted), verdict, line, round(time.monotonic() - start, 2))
 
 
