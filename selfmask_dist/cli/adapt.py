@@ -2,7 +2,9 @@
 
     PHOTOS/ -> OUT/shards (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
 
-The same command again goes on where it was stopped, or says that it is done.
+A rate that is too large for a network, as it sooner is for a convolutional one, destroys its features, which
+instance retrieval shows without labels: then a third of the rate is tried, and a tenth (OUT/adapt-lower,
+OUT/adapt-lowest). The same command again goes on where it was stopped, or says that it is done.
 """
 
 import argparse
@@ -18,7 +20,8 @@ from selfmask_dist.common.shipped import shipped_module
 from selfmask_dist.common.text import count, positive, some
 
 BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
-RUN = "adapt"
+# runs by name, and their share of the rate; the next one is made where this one is no better than frozen
+RUNS = {"adapt": 1.0, "adapt-lower": 1 / 3, "adapt-lowest": 1 / 10}
 # what the defaults of objective.name=nbd were chosen at; longer trainings keep the product of rate and steps
 _BATCH, _RATE, _EPOCHS = 128, 0.003, 8
 _FEWEST_STEPS, _STEPS_AT_FULL_RATE = 100, 250
@@ -54,30 +57,28 @@ def _adapt(options: argparse.Namespace) -> int:
         raise ValueError(f"{photos} is no folder; give one with pictures in it")
     out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
     number = prepare(photos, out / "shards")
-    settings = settings_for(number)
-    print(f"  {' '.join(settings)}", flush=True)
-    command = [sys.executable, "-m", "selfmask_dist.cli", "launch", "--cluster", options.cluster]
-    command += ["--nodes", str(options.nodes), "--config", "nbd", f"run.name={RUN}", *settings]
-    command += [
-        f"{key}={flow(str(value))}"
-        for key, value in (
-            ("data.train", out / "shards"),
-            ("run.dir", out),
-            ("backbone.name", options.backbone),
-        )
-    ]
-    if (out / RUN / names.CONFIG).exists():
-        command.append("run.resume=true")
-    if status := subprocess.run([*command, *options.words], check=False).returncode:
-        return status
-    if not (out / RUN / names.RESULT).exists():
-        print(
-            f"submitted; `selfmask status {out / RUN}` follows it, and the same command again ends with the "
-            "report"
-        )
-        return 0
-    report = [sys.executable, "-m", "selfmask_dist.cli", "report", str(out / RUN)]
-    return subprocess.run(report, check=False).returncode
+    places = (("data.train", out / "shards"), ("run.dir", out), ("backbone.name", options.backbone))
+    shared = [f"{key}={flow(str(value))}" for key, value in places]
+    for name, share in RUNS.items():
+        folder = out / name
+        settings = [*settings_for(number, share=share), f"run.name={name}"]
+        print(f"{folder}: {' '.join(settings)}", flush=True)
+        if (folder / names.CONFIG).exists():
+            settings.append("run.resume=true")
+        place = ["--cluster", options.cluster, "--nodes", str(options.nodes)]
+        launch = ["launch", *place, "--config", "nbd", *shared, *settings, *options.words]
+        if status := _selfmask(*launch):
+            return status
+        if not (folder / names.RESULT).exists():
+            print(f"submitted; `selfmask status {folder}` follows it, and the same command again goes on")
+            return 0
+        if json.loads((folder / names.RESULT).read_text())["retrieval"]["decision"] != "frozen":
+            break
+    return _selfmask("report", str(folder))
+
+
+def _selfmask(*words: str) -> int:
+    return subprocess.run([sys.executable, "-m", "selfmask_dist.cli", *words], check=False).returncode
 
 
 def prepare(photos: Path, shards: Path) -> int:
@@ -107,15 +108,15 @@ def prepare(photos: Path, shards: Path) -> int:
     return number
 
 
-def settings_for(num_pictures: int) -> list[str]:
-    """Return the length of training and the rate for a number of pictures, as overrides.
+def settings_for(num_pictures: int, *, share: float = 1.0) -> list[str]:
+    """Return the length of training and the rate (or a share of it) for a number of pictures, as overrides.
 
     At least a hundred steps; and where there are more than 250, a rate that is lower in proportion, so that
     scores go as far as they do at the size where the rate was chosen (a guess beyond 250 steps).
     """
     per_epoch = math.ceil(num_pictures / _BATCH)
     epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / per_epoch))
-    rate = _RATE * min(1.0, _STEPS_AT_FULL_RATE / (epochs * per_epoch))
+    rate = share * _RATE * min(1.0, _STEPS_AT_FULL_RATE / (epochs * per_epoch))
     return [
         f"train.epochs={epochs}",
         f"optim.warmup_epochs={epochs / 10:g}",

@@ -1,7 +1,6 @@
 """`selfmask adapt`: a folder of pictures, some of them broken, to a mask and a report; and once more."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +63,7 @@ def test_length_and_rate_follow_the_number_of_pictures() -> None:
     many = of(1_000_000)
     steps = many["train.epochs"] * 7813
     assert many["optim.score_lr"] * steps == pytest.approx(0.003 * 250, rel=0.01)
+    assert float(settings_for(2640, share=1 / 3)[2].partition("=")[2]) == 0.001
     assert many["optim.warmup_epochs"] == pytest.approx(many["train.epochs"] / 10)
 
 
@@ -83,12 +83,24 @@ def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
         "engine.workers=0",
     ]
     assert main(command) == 0
-    said = "".join(capfd.readouterr())
-    assert "instance retrieval" in said
-    assert (out / "adapt" / "final.mask").exists()
-    assert (out / "adapt" / "report.html").exists()
-    mask = (out / "adapt" / "final.mask").read_bytes()
+    assert "instance retrieval" in "".join(capfd.readouterr())
+    (report,) = out.glob(
+        "adapt*/report.html"
+    )  # of the last one, should noise have come out worse than frozen
+    mask = (report.parent / "final.mask").read_bytes()
     assert main(command) == 0
     assert "finished: nothing is left to do" in "".join(capfd.readouterr())
-    assert (out / "adapt" / "final.mask").read_bytes() == mask
-    shutil.rmtree(out)
+    assert (report.parent / "final.mask").read_bytes() == mask
+    # as if the first had come out better, and then as if all but the lowest had come out worse
+    result = json.loads((report.parent / "result.json").read_text())
+    for decision, folder in (("adapted", "adapt"), ("frozen", "adapt-lowest")):
+        result["retrieval"]["decision"] = decision
+        for name in ("adapt", "adapt-lower"):
+            (out / name).mkdir(exist_ok=True)
+            (out / name / "result.json").write_text(json.dumps(result))
+            (out / name / "config.yaml").write_bytes((report.parent / "config.yaml").read_bytes())
+        for path in out.glob("adapt*/report.html"):
+            path.unlink()
+        assert main(command) == 0
+        assert [path.parent.name for path in out.glob("adapt*/report.html")] == [folder]
+    assert "optim.score_lr=0.0003" in "".join(capfd.readouterr())
