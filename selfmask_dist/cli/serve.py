@@ -8,6 +8,9 @@ from typing import Any
 
 from selfmask_dist.cli.service import Limits
 from selfmask_dist.common import names
+from selfmask_dist.common.text import positive
+
+_LAST_PORT = 65535
 
 
 def add_commands(commands: Any) -> None:
@@ -15,13 +18,13 @@ def add_commands(commands: Any) -> None:
     embed = commands.add_parser("embed", help="embeddings of pictures under each of several masks")
     embed.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz: an array for each mask")
-    embed.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at a time (32)")
+    embed.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures at a time (32)")
     _add_common(embed)
     embed.set_defaults(command=_embed)
 
     serve = commands.add_parser("serve", help="a small HTTP service: a picture in, its embedding out")
     serve.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (8000)")
+    serve.add_argument("--port", type=_port, default=8000, metavar="N", help="port to listen on (8000)")
     _add_common(serve)
     limits = serve.add_argument_group("limits")
     for limit in fields(Limits):
@@ -47,16 +50,42 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, metavar="NAME", help="cuda where there is one, else cpu")
 
 
+def _port(text: str) -> int:
+    """Return a port's number, 0 for any free one. Raises ArgumentTypeError for what is none."""
+    if not text.isdecimal() or int(text) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no port; they go from 1 to {_LAST_PORT} (0: any free one)"
+        )
+    return int(text)
+
+
+def _device(name: str | None) -> Any:
+    """Return the device of that name. Raises ValueError where there is none here."""
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    name = name or ("cuda" if has_cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    count = torch.cuda.device_count() if has_cuda else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"--device {name}: there are {count} usable GPUs here; take cpu, or cuda:N with N below that"
+        )
+    return device
+
+
 def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return (bank, preprocessing). Masks are named after their files, `runs/pets/final.mask` after its
     folder.
     """
-    import torch
 
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.training.build import build_backbone
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:

@@ -16,7 +16,7 @@ _OBJECTIVES = ("crops", "swav", "simclr", "moco_v2", "moco_v3", "dino", "nbd", "
 READS = {
     "mask": ("mask", *_TRAINING, *_OBJECTIVES),
     "finetune": ("finetune", *_TRAINING, *_OBJECTIVES),
-    "cascade": ("mask", *_TRAINING, "crops", "swav", "cascade"),
+    "cascade": ("mask", *_TRAINING, *_OBJECTIVES, "cascade"),
     "probe": (),
     "frozen": (),
 }
@@ -36,8 +36,6 @@ def sections_of(config: AllSections) -> tuple[str, ...]:
     stage = trained_by(config.procedure, config.method)
     own = config.objective.name if "objective" in READS[stage] else ""
     read = [name for name in READS[stage] if name not in _OBJECTIVES or name in (own, "crops")]
-    if stage == "cascade":
-        read.append("swav")
     if own == "slip":
         read += ["simclr", "clip"]
     return (*ALWAYS, *read, *(["procedure"] if config.method in PROCEDURES else []))
