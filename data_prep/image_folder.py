@@ -85,6 +85,12 @@ def convert_image_folder(
     return publish(done)
 
 
+def count_files(src: str | Path) -> int:
+    """Return how many files the layout "unlabelled" takes or rejects."""
+    found = look_below(Path(src))
+    return len(found.files) + len(found.broken)
+
+
 def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dict[str, Path]:
     if split is None:
         return folders

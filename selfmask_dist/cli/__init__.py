@@ -1,5 +1,5 @@
-"""The command line: `selfmask launch | train | eval | config | configs | help | plan | inspect | report |
-mask | embed | serve | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask adapt | launch | train | eval | config | configs | help | plan | inspect |
+report | mask | embed | serve | data | status | logs | checkpoints | demo`.
 
 A module of `cli` adds its commands to the parser and imports what a command needs (torch, the configuration)
 only when it runs, so that `--help` answers at once.
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from selfmask_dist.cli import adapt as adapt_command
 from selfmask_dist.cli import config as config_command
 from selfmask_dist.cli import configs as configs_command
 from selfmask_dist.cli import data as data_command
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="selfmask", description="Self-Masking Networks: one frozen backbone, many masks.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    adapt_command.add_command(commands)
     launch_command.add_command(commands)
     _add_train(commands)
     config_command.add_commands(commands)

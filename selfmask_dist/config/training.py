@@ -48,7 +48,7 @@ class OptimConfig(Section):
         "plain",
         "How large a step of scores is. plain: the rate times the gradient (Paper). rms: each tensor's "
         "gradient is first divided by its root mean square over the whole tensor, so that optim.score_lr "
-        "means the same for every tensor, and is small (.003 to .01). It holds for all that optim.score_lr "
+        "means the same for every tensor, and is small (.001 to .01). It holds for all that optim.score_lr "
         "trains, a masked head's scores too; weights and heads keep plain steps. Not with optim.kind=adamw, "
         "which sizes its steps itself.",
     )

@@ -378,7 +378,7 @@ class AttachedMasks(MaskSet[MaskedParameter]):
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
         if not self._attached:
-            checks.check_steps_others(optimizer, self.entries)
+            checks.check_steps_others(optimizer)
         else:
             if self._guard is not None:
                 checks.check_decay(optimizer, self.entries, self.family)

@@ -192,7 +192,10 @@ ROUND_TRIPS = [
         "backbone.mean=[0.5, 0, 1]",
         "backbone.std=[1, 2, 3]",
     ],
-    *([f"run.name={config_yaml.flow(text)}", f"mask.exclude=[{config_yaml.flow(text)}]"] for text in STRINGS),
+    *(
+        [f"run.wandb_project={config_yaml.flow(text)}", f"mask.exclude=[{config_yaml.flow(text)}]"]
+        for text in STRINGS
+    ),
 ]
 
 
@@ -207,7 +210,7 @@ def test_a_saved_config_loads_as_itself(write, overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("text", STRINGS)
 def test_strings_arrive_unchanged(text: str) -> None:
-    assert load_config(None, [f"run.name={config_yaml.flow(text)}"]).run.name == text
+    assert load_config(None, [f"run.wandb_project={config_yaml.flow(text)}"]).run.wandb_project == text
 
 
 @pytest.mark.parametrize("version", [(1, 1), (1, 2)])

@@ -196,6 +196,6 @@ def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
         yield Conflict(
             ("optim.score_step", "optim.score_lr"),
             f"optim.score_lr={optim.score_lr:g} is a rate of plain steps: with optim.score_step=rms a step "
-            f"moves scores by about so much, and they start {distance:g} from the threshold; set it to .003 "
+            f"moves scores by about so much, and they start {distance:g} from the threshold; set it to .001 "
             "to .01 times that",
         )

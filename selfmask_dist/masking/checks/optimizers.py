@@ -40,15 +40,13 @@ def check_decay(optimizer: Optimizer, entries: Sequence[MaskedParameter], family
             )
 
 
-def check_steps_others(optimizer: Optimizer, entries: Sequence[MaskedParameter]) -> None:
-    """Check that an optimizer of masks that are detached has something else to train.
+def check_steps_others(optimizer: Optimizer) -> None:
+    """Check that an optimizer of masks that are detached has something to train still.
 
     Raises:
-        ValueError: its step trained nothing.
+        ValueError: none of its parameters has a gradient, so its step trained nothing.
     """
-    own = {id(tensor) for entry in entries for tensor in (entry.scores, entry.weight, entry.numbers)}
-    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
-    if all(parameter.grad is None for parameter in others):
+    if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             f"the masks that this {type(optimizer).__name__} trains are detached from their model, so its "
             f"step trained nothing. End the training before detach(), or attach masks again and build an "

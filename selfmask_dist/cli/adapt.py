@@ -1,0 +1,133 @@
+"""`selfmask adapt PHOTOS`: from a folder of pictures without labels to a mask, and whether to use it.
+
+    PHOTOS/ -> OUT/shards (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
+
+The same command again goes on where it was stopped, or says that it is done.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from selfmask_dist.common import names
+from selfmask_dist.common.shipped import shipped_module
+from selfmask_dist.common.text import count, positive, some
+
+BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
+RUN = "adapt"
+# what the defaults of objective.name=nbd were chosen at; longer trainings keep the product of rate and steps
+_BATCH, _RATE, _EPOCHS = 128, 0.003, 8
+_FEWEST_STEPS, _STEPS_AT_FULL_RATE = 100, 250
+
+
+def add_command(commands: Any) -> None:
+    """Add `adapt` to the command line."""
+    command = commands.add_parser(
+        "adapt",
+        help="learn a mask from a folder of pictures without labels",
+        description="Learn a mask from the pictures in a folder, in whatever folders below it and without "
+        "labels, and say whether the adapted backbone is to be used in place of the frozen one. The same "
+        "command again goes on, or says that it is done.",
+    )
+    command.add_argument("photos", metavar="PHOTOS", help="folder of pictures")
+    command.add_argument("--out", metavar="DIR", help="where everything goes (runs/NAME-adapted)")
+    command.add_argument(
+        "--backbone", default=BACKBONE, metavar="NAME", help=f"timm's or open_clip's ({BACKBONE})"
+    )
+    command.add_argument("--nodes", type=positive, default=1, metavar="N", help="as of selfmask launch (1)")
+    command.add_argument(
+        "--cluster", choices=("auto", "slurm", "local"), default="local", help="where to (local)"
+    )
+    command.add_argument("words", nargs="*", metavar="key=value", help="settings over those of --config nbd")
+    command.set_defaults(command=_adapt)
+
+
+def _adapt(options: argparse.Namespace) -> int:
+    from selfmask_dist.config.yaml import flow
+
+    photos = Path(options.photos)
+    if not photos.is_dir():
+        raise ValueError(f"{photos} is no folder; give one with pictures in it")
+    out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
+    number = prepare(photos, out / "shards")
+    settings = settings_for(number)
+    print(f"  {' '.join(settings)}", flush=True)
+    command = [sys.executable, "-m", "selfmask_dist.cli", "launch", "--cluster", options.cluster]
+    command += ["--nodes", str(options.nodes), "--config", "nbd", f"run.name={RUN}", *settings]
+    command += [
+        f"{key}={flow(str(value))}"
+        for key, value in (
+            ("data.train", out / "shards"),
+            ("run.dir", out),
+            ("backbone.name", options.backbone),
+        )
+    ]
+    if (out / RUN / names.CONFIG).exists():
+        command.append("run.resume=true")
+    if status := subprocess.run([*command, *options.words], check=False).returncode:
+        return status
+    if not (out / RUN / names.RESULT).exists():
+        print(
+            f"submitted; `selfmask status {out / RUN}` follows it, and the same command again ends with the "
+            "report"
+        )
+        return 0
+    report = [sys.executable, "-m", "selfmask_dist.cli", "report", str(out / RUN)]
+    return subprocess.run(report, check=False).returncode
+
+
+def prepare(photos: Path, shards: Path) -> int:
+    """Write the pictures as tars, once, and return their number.
+
+    Broken files are left out, named, and listed in `rejects.jsonl`.
+
+    Raises:
+        ValueError: there are none, or others than when the tars were written.
+    """
+    image_folder = shipped_module("data_prep.image_folder")
+    described = shards / "dataset.json"
+    if described.exists():
+        known = json.loads(described.read_text())["num_samples"] + _num_lines(shards / "rejects.jsonl")
+        now = image_folder.count_files(photos)
+        if now != known:
+            raise ValueError(
+                f"{photos} has {count(now)} files, and had {count(known)} when {shards} was made of it; give "
+                f"another --out, or remove {shards.parent} to begin anew"
+            )
+    else:
+        (done,) = image_folder.convert_image_folder(photos, shards, layout="unlabelled", skip_broken=True)
+        print(f"{done.folder}: {count(done.num_samples)} pictures")
+        if rejected := _rejects(shards / "rejects.jsonl"):
+            print(f"  left out: {len(rejected)} files that are no pictures or broken: {some(rejected)}")
+    number: int = json.loads(described.read_text())["num_samples"]
+    return number
+
+
+def settings_for(num_pictures: int) -> list[str]:
+    """Return the length of training and the rate for a number of pictures, as overrides.
+
+    At least a hundred steps; and where there are more than 250, a rate that is lower in proportion, so that
+    scores go as far as they do at the size where the rate was chosen (a guess beyond 250 steps).
+    """
+    per_epoch = math.ceil(num_pictures / _BATCH)
+    epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / per_epoch))
+    rate = _RATE * min(1.0, _STEPS_AT_FULL_RATE / (epochs * per_epoch))
+    return [
+        f"train.epochs={epochs}",
+        f"optim.warmup_epochs={epochs / 10:g}",
+        f"optim.score_lr={rate:.3g}",
+        f"eval.knn_every={epochs / 4:g}",  # instance retrieval, four times
+    ]
+
+
+def _rejects(path: Path) -> list[str]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [str(json.loads(line)["path"]) for line in lines]
+
+
+def _num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0

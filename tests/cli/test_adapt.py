@@ -1,0 +1,94 @@
+"""`selfmask adapt`: a folder of pictures, some of them broken, to a mask and a report; and once more."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from selfmask_dist.cli import main
+from selfmask_dist.cli.adapt import prepare, settings_for
+from tests.support.tiny_run import SETTINGS
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twenty pictures, flat and deeper, and three files that are none."""
+    folder = tmp_path / "my photos"
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        path = folder / ("" if index % 2 else "2024/june") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    (folder / "cut.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / "empty.jpg").touch()
+    return folder
+
+
+def test_pictures_become_tars_once_and_what_is_broken_is_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tmp_path / "out" / "shards"
+    assert prepare(photos, shards) == 20
+    said = capsys.readouterr().out
+    assert "20 pictures" in said
+    assert "left out: 3 files" in said
+    for name in ("cut.png", "notes.txt", "empty.jpg"):
+        assert name in said
+    before = (shards / "shard-000000.tar").stat().st_mtime_ns
+    assert prepare(photos, shards) == 20
+    assert (shards / "shard-000000.tar").stat().st_mtime_ns == before
+    (photos / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"has 22 files, and had 23 .* give another --out, or remove"):
+        prepare(photos, shards)
+
+
+def test_what_is_no_folder_of_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapt", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["adapt", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert "no pictures, in it or in its folders" in capsys.readouterr().err
+
+
+def test_length_and_rate_follow_the_number_of_pictures() -> None:
+    def of(number: int) -> dict[str, float]:
+        return {key: float(value) for key, _, value in (text.partition("=") for text in settings_for(number))}
+
+    assert of(2640)["train.epochs"] == 8
+    assert of(2640)["optim.score_lr"] == 0.003
+    assert of(50)["train.epochs"] == 100, "a hundred steps at least"
+    many = of(1_000_000)
+    steps = many["train.epochs"] * 7813
+    assert many["optim.score_lr"] * steps == pytest.approx(0.003 * 250, rel=0.01)
+    assert many["optim.warmup_epochs"] == pytest.approx(many["train.epochs"] / 10)
+
+
+@pytest.mark.slow
+def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    backbone = dict(SETTINGS["backbone"])
+    words = [f"backbone.{key}={json.dumps(value)}" for key, value in backbone.items() if key != "name"]
+    command = ["adapt", str(photos), "--out", str(out), "--backbone", backbone["name"], *words]
+    command += [
+        "nbd.dim=8",
+        "nbd.warmup_steps=5",
+        "train.epochs=6",
+        "optim.warmup_epochs=1",
+        "engine.workers=0",
+    ]
+    assert main(command) == 0
+    said = "".join(capfd.readouterr())
+    assert "instance retrieval" in said
+    assert (out / "adapt" / "final.mask").exists()
+    assert (out / "adapt" / "report.html").exists()
+    mask = (out / "adapt" / "final.mask").read_bytes()
+    assert main(command) == 0
+    assert "finished: nothing is left to do" in "".join(capfd.readouterr())
+    assert (out / "adapt" / "final.mask").read_bytes() == mask
+    shutil.rmtree(out)
