@@ -37,6 +37,7 @@ class _Connection(h11.Connection):
     _chunks = _bytes = 0
 
     def next_event(self) -> Any:
+        """Return what h11 finds next."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
@@ -98,12 +99,14 @@ class GuardedProtocol(H11Protocol):
         self._sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the deadline of the first head, and count the connection."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # `pause_writing` tells of every byte that cannot be sent
         self._follow()
         self.crowd.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End all deadlines."""
         self._phase = "lost"
         self.crowd.lost(self)
         self._set_receiving(None)
@@ -115,17 +118,20 @@ class GuardedProtocol(H11Protocol):
     # ---- receiving
 
     def data_received(self, data: bytes) -> None:
+        """Take what has come, and set the deadline of the phase that this leads to."""
         if self.transport.is_closing():
             return
         super().data_received(data)
         self._follow()
 
     def eof_received(self) -> None:
+        """Tell a client that ends in the middle of a request what is missing."""
         if self._phase == "body" or (self._phase == "head" and self._has_begun):
             self.conn.receive_data(b"")  # h11 says what is missing
             self.handle_events()
 
     def on_response_complete(self) -> None:
+        """Start the deadline of the next head, or of the rest of a body that is not wanted."""
         super().on_response_complete()
         self._follow()
 
@@ -226,11 +232,13 @@ class GuardedProtocol(H11Protocol):
     # ---- sending
 
     def pause_writing(self) -> None:
+        """Start the deadline of sending, as the client does not take what there is."""
         super().pause_writing()
         if self._sending is None:
             self._sending = self.loop.call_later(self.limits.send_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
+        """End the deadline of sending, as all is sent."""
         super().resume_writing()
         if self._sending is not None:
             self._sending.cancel()
