@@ -219,6 +219,7 @@ def test_what_would_fail_late_is_refused_at_once(cascade: Path, tmp_path: Path) 
             run(load_config(None, settings(shards, tmp_path, change, "run.overwrite=true")))
 
 
+@pytest.mark.slow
 def test_parts_run_one_after_the_other_end_with_the_same_file(cascade: Path, tmp_path: Path) -> None:
     config = load_config(None, settings(cascade.parent / "shards", tmp_path, "run.name=parts", VARIANTS))
     with pytest.raises(ValueError, match="parts has no router yet; run the part router first"):
@@ -263,7 +264,10 @@ def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "family",
     [
-        ("piggyback", "mask.threshold=0.005", "mask.init=0.01", "mask.scale=none", "optim.score_lr=0.2"),
+        pytest.param(
+            ("piggyback", "mask.threshold=0.005", "mask.init=0.01", "mask.scale=none", "optim.score_lr=0.2"),
+            marks=pytest.mark.slow,
+        ),
         ("topk", "mask.keep=0.7", "mask.keep_schedule=cubic", "mask.init=magnitude", "mask.scale=detached"),
     ],
     ids=["piggyback", "topk"],
@@ -330,6 +334,7 @@ def _run_rank(overrides: list[str]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_path: Path) -> None:
     shards = cascade.parent / "shards"
     overrides = settings(shards, tmp_path, "run.name=two", "cascade.expert_groups=2", VARIANTS)
@@ -345,6 +350,7 @@ def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_p
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Path) -> None:
     shards = write_shards(tmp_path, train=20, test=3)
     few = ("cascade.clusters=[1]", "train.global_batch_size=32", "swav.queue_length=0", "eval.probe=false")

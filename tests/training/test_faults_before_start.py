@@ -61,6 +61,7 @@ def test_it_is_refused_by_name_and_the_name_stays_free(
     check_start(load_config(path, ["run.name=a"]))  # would raise where the name is taken
 
 
+@pytest.mark.slow
 def test_a_launched_start_that_fails_leaves_its_log_and_the_name(
     tmp_path: Path, data: dict[str, str]
 ) -> None:
