@@ -24,7 +24,7 @@ demo: .venv/.installed  ## learn a mask on real scanned digits with two processe
 # worksteal: neighbours stay together, so most fixtures of a module are made once, and no worker waits for the other
 PYTEST := .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
-test: .venv/.installed  ## unit and distributed tests, without the slow ones (8 minutes on two cores)
+test: .venv/.installed  ## unit and distributed tests, without the slow ones (8 to 10 minutes on two cores)
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: .venv/.installed  ## all tests
