@@ -59,9 +59,11 @@ def _adapt(options: argparse.Namespace) -> int:
     number = prepare(photos, out / "shards")
     places = (("data.train", out / "shards"), ("run.dir", out), ("backbone.name", options.backbone))
     shared = [f"{key}={flow(str(value))}" for key, value in places]
+    # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
+    micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
     for name, share in RUNS.items():
         folder = out / name
-        settings = [*settings_for(number, share=share), f"run.name={name}"]
+        settings = [*settings_for(number, share=share), f"run.name={name}", micro_steps]
         print(f"{folder}: {' '.join(settings)}", flush=True)
         if (folder / names.CONFIG).exists():
             settings.append("run.resume=true")

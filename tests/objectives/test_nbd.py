@@ -13,6 +13,7 @@ from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Context, Nbd
 from selfmask_dist.objectives.bank import AdamW, ShardedBank, draw_candidates
 from selfmask_dist.objectives.nbd import WarmupViews, Whitening
+from selfmask_dist.parallel.engine import split_batch
 from tests.objectives.test_objectives import IN_DIM, Encoder, unit
 
 NUM, K, DIM = 14, 3, 5
@@ -121,6 +122,24 @@ def test_steps_are_those_of_the_plain_formula(views: int) -> None:
         assert torch.allclose(encoder.weight.grad / 7, at.grad, rtol=1e-9, atol=1e-12)
         for name, tensor in trained(objective).items():
             assert torch.allclose(tensor, leaves[name], rtol=1e-9, atol=1e-11), (step, name)
+
+
+def test_micro_steps_add_up_to_the_step_of_the_whole_batch() -> None:
+    whole, halves, encoder = started(), started(), Encoder()
+    batch = batch_of([0, 5, 13, 2, 7, 9])
+    loss, _ = whole(encoder, batch)
+    loss.backward()
+    assert encoder.weight.grad is not None
+    expected = encoder.weight.grad.clone()
+    encoder.zero_grad()
+    for part in split_batch(batch, 3):
+        loss, _ = halves(encoder, part)
+        loss.backward()
+    assert torch.allclose(encoder.weight.grad, expected, rtol=1e-10, atol=1e-13)
+    for objective in (whole, halves):
+        objective.after_step()
+    for name, tensor in trained(halves).items():
+        assert torch.allclose(tensor, trained(whole)[name], rtol=1e-10, atol=1e-12), name
 
 
 def test_adamw_is_torchs() -> None:
