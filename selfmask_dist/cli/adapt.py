@@ -61,7 +61,8 @@ def _adapt(options: argparse.Namespace) -> int:
     shared = [f"{key}={flow(str(value))}" for key, value in places]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
-    for name, share in RUNS.items():
+    has_rate = any(word.partition("=")[0] == "optim.score_lr" for word in options.words)
+    for name, share in list(RUNS.items())[: 1 if has_rate else None]:  # a rate that is given is the only one
         folder = out / name
         settings = [*settings_for(number, share=share), f"run.name={name}", micro_steps]
         print(f"{folder}: {' '.join(settings)}", flush=True)

@@ -1,6 +1,7 @@
 """`selfmask adapt`: a folder of pictures, some of them broken, to a mask and a report; and once more."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +85,8 @@ def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
     ]
     assert main(command) == 0
     assert "instance retrieval" in "".join(capfd.readouterr())
-    (report,) = out.glob(
-        "adapt*/report.html"
-    )  # of the last one, should noise have come out worse than frozen
+    # of the last one, should noise have come out worse than frozen
+    (report,) = out.glob("adapt*/report.html")
     mask = (report.parent / "final.mask").read_bytes()
     assert main(command) == 0
     assert "finished: nothing is left to do" in "".join(capfd.readouterr())
@@ -98,7 +98,10 @@ def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
         for name in ("adapt", "adapt-lower"):
             (out / name).mkdir(exist_ok=True)
             (out / name / "result.json").write_text(json.dumps(result))
-            (out / name / "config.yaml").write_bytes((report.parent / "config.yaml").read_bytes())
+            rate = {"adapt": "0.003", "adapt-lower": "0.001"}[name]
+            text = (report.parent / "config.yaml").read_text()
+            text = text.replace(f"name: {report.parent.name}\n", f"name: {name}\n")
+            (out / name / "config.yaml").write_text(re.sub(r"score_lr: \S+", f"score_lr: {rate}", text))
         for path in out.glob("adapt*/report.html"):
             path.unlink()
         assert main(command) == 0
