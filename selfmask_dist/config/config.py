@@ -22,12 +22,13 @@ from selfmask_dist.config.conflicts import conflicts
 # What a section's default is under an objective, where it is another one; a value that is given wins.
 DEFAULTS_OF: dict[str, dict[str, dict[str, Any]]] = {
     "nbd": {
-        "optim": {"score_step": "rms", "score_lr": 0.003},
+        "optim": {"score_step": "rms"},
         "train": {"global_batch_size": 128, "epochs": 8.0},
         "backbone": {"batchnorm": "frozen"},
     }
 }
 _WARMUP = 0.1  # of nbd's epochs
+_REACH = 1.2  # of its scores, where no rate is given
 
 
 class Config(AllSections):
@@ -49,6 +50,8 @@ class Config(AllSections):
         optim, train = filled["optim"], filled["train"]
         if isinstance(optim, dict) and isinstance(train, dict) and isinstance(train["epochs"], int | float):
             filled["optim"] = {"warmup_epochs": _WARMUP * train["epochs"], **optim}
+        if isinstance(optim, dict) and not {"score_lr", "score_lr_choices"} & optim.keys():
+            filled["optim"] = {"score_reach": _REACH, **filled["optim"]}
         return filled
 
     @model_validator(mode="after")

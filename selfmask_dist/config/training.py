@@ -52,6 +52,15 @@ class OptimConfig(Section):
         "trains, a masked head's scores too; weights and heads keep plain steps. Not with optim.kind=adamw, "
         "which sizes its steps itself.",
     )
+    score_reach: float | None = science(
+        None,
+        "How far the whole training can carry a score, in place of score_lr: the rate is set at the start so "
+        "that a score whose gradient stays one root mean square large and of one sign goes so many times the "
+        "way from mask.init to mask.threshold. The same number then serves trainings of any length. Needs "
+        "optim.score_step=rms and optim.kind=sgd. null: score_lr.",
+        unit="way from mask.init to mask.threshold",
+        gt=0,
+    )
     score_lr_choices: Rates | None = science(
         None,
         "Learning rates of the scores to choose from, in place of score_lr: each is tried for a tenth of the "

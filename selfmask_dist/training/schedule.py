@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from selfmask_dist.config import Config
+
 HEAD_GROUPS = ("head", "head_scores")
 
 
@@ -45,7 +47,29 @@ class Schedule:
         progress = (done - self.warmup_steps) / max(total - self.warmup_steps, 1)
         return (1 + math.cos(math.pi * progress)) / 2
 
+    def travel(self, momentum: float) -> float:
+        """Return how far SGD at a base rate of 1 carries a number of the backbone's groups whose gradient is
+        1 in every step: sum_t f(t) * (1 - m^(t + 1)) / (1 - m).
+        """
+        built_up = (
+            self.factor(step, is_head=False) * (1 - momentum ** (step + 1)) for step in range(self.num_steps)
+        )
+        return sum(built_up) / (1 - momentum)
+
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set every group's learning rate for `step` from its `base_lr`."""
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor(step, is_head=group["name"] in HEAD_GROUPS)
+
+
+def with_reached_rate(config: Config, schedule: Schedule) -> Config:
+    """Return the configuration with the rate that `optim.score_reach` stands for; itself where that is null.
+
+    With it a gradient of one size and one sign carries a score reach * (way from `mask.init` to
+    `mask.threshold`) in the whole training.
+    """
+    optim = config.optim
+    if optim.score_reach is None or config.method != "mask":
+        return config
+    rate = optim.score_reach * config.mask.way_to_threshold / schedule.travel(optim.momentum)
+    return config.model_copy(update={"optim": optim.model_copy(update={"score_lr": rate})})

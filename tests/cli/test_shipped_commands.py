@@ -23,7 +23,7 @@ def test_configs_lists_each_with_a_line_of_its_own(capsys: pytest.CaptureFixture
         (line,) = [line for line in lines if line.split(" ")[0] == name]
         assert line.endswith(summary(path))
         assert len(summary(path)) > 10
-    assert summary(shipped_configs()["cascade_vitb32"]).endswith("dispatcher, router, five experts")
+    assert summary(shipped_configs()["cascade_vitb32"]).endswith("five experts, each by nbd")
 
 
 def test_launch_is_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
