@@ -3,8 +3,9 @@
     PHOTOS/ -> OUT/shards (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
 
 Scores that travel too far destroy a network's features, a convolutional one's sooner, which instance
-retrieval shows without labels: then a third of the way is tried, and an eighth (OUT/adapt-lower,
-OUT/adapt-lowest). The same command again goes on where it was stopped, or says that it is done.
+retrieval shows without labels: then a smaller optim.score_reach is tried, and a smaller one yet
+(OUT/adapt-lower, OUT/adapt-lowest). The same command again goes on where it was stopped, or says that it is
+done.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from selfmask_dist.common.text import count, positive, some
 
 BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
 # runs by name, and their optim.score_reach; the next one is made where this one is no better than frozen
-RUNS = {"adapt": 1.2, "adapt-lower": 0.4, "adapt-lowest": 0.15}
+RUNS = {"adapt": "auto", "adapt-lower": 0.3, "adapt-lowest": 0.1}
 _BATCH, _EPOCHS = 128, 8  # the defaults of objective.name=nbd
 _FEWEST_STEPS = 100
 

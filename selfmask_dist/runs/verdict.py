@@ -109,7 +109,7 @@ def _extremes(config: Config, mask: Mapping[str, Any]) -> Verdict:
     weights = number(mask.get("masked_weights")) or 0
     if 1 - active < _NOTHING:
         if config.optim.score_reach is not None:
-            reach = f"optim.score_reach={config.optim.score_reach:g}"
+            reach = f"optim.score_reach={config.optim.score_reach}"
             cause = f"{reach} is too little for scores to cross the threshold; raise it"
         else:
             cause = "optim.score_lr is too low for scores to cross the threshold, or training too short"
@@ -150,7 +150,7 @@ def _rate_keys(config: Config) -> str:
     if config.mask.family in FIXED_FAMILIES:
         return f"mask.keep={config.mask.keep:g} prunes too much; raise it"
     key = _rate_key(config)
-    rate = f"{key}={getattr(config.optim, key.partition('.')[2]):g} does not suit this backbone"
+    rate = f"{key}={getattr(config.optim, key.partition('.')[2])} does not suit this backbone"
     return f"{rate} (a configuration of another architecture?); try a tenth of it"
 
 

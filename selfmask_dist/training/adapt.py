@@ -57,7 +57,7 @@ def adapt(
     loader = _open_loader(config, context, backbone, train, quarantine)
     objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
-    config, steps, schedule = _plan_steps(config, context, len(loader))
+    config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
     trained = prepare(config, engine, objective, num_steps=schedule.num_steps)
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
@@ -127,7 +127,9 @@ def _keep_best(
     return {"kept_step": best.step}
 
 
-def _plan_steps(config: Config, context: RunContext, per_epoch: int) -> tuple[Config, int, Schedule]:
+def _plan_steps(
+    config: Config, context: RunContext, backbone: Backbone, per_epoch: int
+) -> tuple[Config, int, Schedule]:
     """Return the configuration with its rate of scores, how many steps to make, and the learning rates'
     course, which `train.max_steps` does not cut.
     """
@@ -139,12 +141,9 @@ def _plan_steps(config: Config, context: RunContext, per_epoch: int) -> tuple[Co
         optim.schedule,
         round(optim.head_first_epochs * per_epoch),
     )
-    config = with_reached_rate(config, schedule)
-    if optim.score_reach is not None and config.method == "mask":
-        context.writer.message(
-            f"rate     {config.optim.score_lr:.3g} for the scores: {steps:,} steps can carry one "
-            f"{optim.score_reach:g} times the way to its threshold"
-        )
+    config, line = with_reached_rate(config, schedule, backbone.encoder)
+    if line:
+        context.writer.message(line)
     return config, min(steps, config.train.max_steps or steps), schedule
 
 

@@ -102,4 +102,4 @@ def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
             path.unlink()
         assert main(command) == 0
         assert [path.parent.name for path in out.glob("adapt*/report.html")] == [folder]
-    assert "optim.score_reach=0.15" in "".join(capfd.readouterr())
+    assert "optim.score_reach=0.1" in "".join(capfd.readouterr())

@@ -100,7 +100,7 @@ def test_what_does_not_go_together(overrides: list[str], message: str) -> None:
 def test_a_gradient_of_one_size_and_sign_carries_a_score_as_far_as_asked(steps: int, init: float) -> None:
     config = load_config(None, ["objective.name=nbd", "optim.score_reach=0.8", f"mask.init={init}"])
     schedule = Schedule(steps, warmup_steps=steps // 10)
-    rate = with_reached_rate(config, schedule).optim.score_lr
+    rate = with_reached_rate(config, schedule, torch.nn.Linear(1, 1))[0].optim.score_lr
     score = torch.full((), init, requires_grad=True)
     groups = [{"name": "scores", "base_lr": rate, "params": [score]}]
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.optim.momentum)
@@ -113,10 +113,19 @@ def test_a_gradient_of_one_size_and_sign_carries_a_score_as_far_as_asked(steps: 
 
 
 def test_a_rate_that_is_given_wins_over_the_reach_that_an_objective_brings() -> None:
-    assert load_config(None, ["objective.name=nbd"]).optim.score_reach == 1.2
+    assert load_config(None, ["objective.name=nbd"]).optim.score_reach == "auto"
     given = load_config(None, ["objective.name=nbd", "optim.score_lr=0.002"])
     assert given.optim.score_reach is None
-    assert with_reached_rate(given, Schedule(10)) is given
+    assert with_reached_rate(given, Schedule(10), torch.nn.Linear(1, 1)) == (given, "")
+
+
+def test_a_convolutional_network_gets_a_third_of_the_reach() -> None:
+    config, schedule = load_config(None, ["objective.name=nbd"]), Schedule(100)
+    vit = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2), torch.nn.MultiheadAttention(8, 2))
+    resnet = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Linear(8, 8))
+    (small, words), (large, _) = (with_reached_rate(config, schedule, model) for model in (resnet, vit))
+    assert large.optim.score_lr == pytest.approx(3 * small.optim.score_lr)
+    assert "0.4 times the way to its threshold (a convolutional network)" in words
 
 
 @pytest.mark.parametrize(
@@ -125,7 +134,7 @@ def test_a_rate_that_is_given_wins_over_the_reach_that_an_objective_brings() -> 
         (["optim.score_reach=1"], "optim.score_reach reckons with gradients of one size"),
         (
             ["objective.name=nbd", "optim.score_reach=1", "optim.score_lr_choices=[0.001,0.003]"],
-            "set one of them to null",
+            "set one to null",
         ),
     ],
 )
@@ -137,4 +146,4 @@ def test_a_reach_is_refused_where_it_means_nothing(overrides: list[str], text: s
 def test_a_rate_beside_a_reach_is_said_to_be_unread() -> None:
     overrides = ["objective.name=nbd", "optim.score_reach=1", "optim.score_lr=0.002"]
     (complaint,) = unread(load_config(None, overrides), overrides)
-    assert "optim.score_reach=1 is in its place; set that to null" in complaint
+    assert "optim.score_reach=1.0 is in its place; set that to null" in complaint

@@ -184,8 +184,7 @@ def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
     if optim.score_reach is not None and optim.score_lr_choices is not None:
         yield Conflict(
             ("optim.score_reach", "optim.score_lr_choices"),
-            "optim.score_reach sets the rate that optim.score_lr_choices is to choose; set one of the two to "
-            "null",
+            "optim.score_reach sets the rate that optim.score_lr_choices is to choose; set one to null",
         )
     if optim.score_step == "plain" or config.method not in ("mask", "cascade", "supsup", "ensemble"):
         return
