@@ -24,6 +24,7 @@ from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
+from selfmask_dist.parallel.together import take_several
 from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
@@ -37,6 +38,8 @@ class DeepSpeedEngine(Engine):
         self._runner: Any = None
         self._deepspeed = _import_deepspeed(self.world.device.type)
         self._utils = self._deepspeed.utils
+        if self.config.zero_stage > 1:  # gradients are cut
+            take_several(self.encoder, blocks)
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
         masks = parametrized_attach(model, read=self._whole_parameter, **options)
