@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,27 +29,38 @@ _seat = threading.local()  # .own: the forward that this thread computes, if it 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def take_several(encoder: nn.Module, blocks: Sequence[str]) -> None:
+def take_several(
+    encoder: nn.Module,
+    blocks: Sequence[str],
+    *,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Let `encoder` take a list of tensors, in place: before it is sharded, after blocks are compiled.
 
     It gets the attribute `takes_several`, by which `objectives.parts.encode_views` knows.
+
+    Args:
+        around: entered around a block's work on all resolutions.
     """
     for name in blocks:
         block = encoder.get_submodule(name)
-        block.forward = _mapped(block.forward)
+        block.forward = _mapped(block.forward, around)
         # the class, as forward hooks (by which engines gather) run inside of `__call__`
         block.__class__ = _meeting_class(type(block))
     encoder.forward = _advancing(encoder.forward)
     encoder.takes_several = True  # type: ignore[assignment]
 
 
-def _mapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _mapped(
+    forward: Callable[..., Any], around: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
     """Return a block's forward that also takes `several` calls at once, as a list of (args, kwargs)."""
 
     def mapped_forward(*args: Any, several: Sequence[tuple[Any, Any]] | None = None, **kwargs: Any) -> Any:
         if several is None:
             return forward(*args, **kwargs)
-        return [forward(*own_args, **own_kwargs) for own_args, own_kwargs in several]
+        with around():
+            return [forward(*own_args, **own_kwargs) for own_args, own_kwargs in several]
 
     return mapped_forward
 
