@@ -1,6 +1,6 @@
 """What a rank needs at its highest in every stage of a run, on 1, 2, 4 and 8 processes of one machine.
 
-A ViT of 16 blocks of width 512 (50 million masked weights, 4N = 192 MiB) under SwAV, with two crops of 16
+A ViT of 16 blocks of width 384 (28 million masked weights, 4N = 108 MiB) under SwAV, with two crops of 16
 pixels and four of 8, so that weights and not activations take the memory. The global batch stays the same.
 Counted is, for each row, by how much a rank's resident memory grows at its highest over what the process had
 before the model. A sharded rank needs C + S / world, where C is what it needs at any world size, stated for
@@ -54,7 +54,7 @@ from tests.support.engine_cases import world_here
 SIDES = (16, 16, 8, 8, 8, 8)
 BATCH = 32  # pictures of a step, over all ranks
 BUCKET_MB = 4.0  # a tenth of this model would be the default's 25
-WIDTH, DEPTH, QUICK_DEPTH = 512, 16, 4
+WIDTH, DEPTH, QUICK_DEPTH = 384, 16, 4
 ENGINES = {"fsdp": {}, "bits": {}, "deepspeed": {"zero_stage": 3}}
 FALLING = 1.2  # (peak - C) x world over world 1's
 EXCESS = 1.1  # of a second resolution; of what a resume reads over the share

@@ -59,7 +59,8 @@ def add_command(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from selfmask_dist.cli.plan.tables import describe, describe_sizes  # imports torch
     from selfmask_dist.config import load_config
+    from selfmask_dist.config.site import find_site
 
     hardware = Hardware(**{name: getattr(options, name) for name, _, _ in _OPTIONS})
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, site=find_site(options.site))
     print(describe_sizes(config, hardware, options.sizes) if options.sizes else describe(config, hardware))
