@@ -19,6 +19,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def _advancing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def advancing_forward(images: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(images, list):
             return forward(images, *args, **kwargs)
-        return _Table([_Seat(lambda own=own: forward(own, *args, **kwargs)) for own in images]).run()
+        return _Table([_Seat(partial(forward, own, *args, **kwargs)) for own in images]).run()
 
     return advancing_forward
 
