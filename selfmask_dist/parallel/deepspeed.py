@@ -11,11 +11,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from selfmask_dist.common.optional import require
@@ -24,6 +26,7 @@ from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
+from selfmask_dist.parallel.together import take_several
 from selfmask_dist.parallel.trained import TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
@@ -37,6 +40,11 @@ class DeepSpeedEngine(Engine):
         self._runner: Any = None
         self._deepspeed = _import_deepspeed(self.world.device.type)
         self._utils = self._deepspeed.utils
+        if self.config.zero_stage > 1:  # gradients are cut
+            # Theta is kept until backward, so resolutions share one. Recomputation makes it for each anew and
+            # wants in its graph what the forward had in it.
+            is_apart = self.config.checkpoint_activations or self.config.compile
+            take_several(self.encoder, blocks, around=nullcontext if is_apart else parametrize.cached)
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
         masks = parametrized_attach(model, read=self._whole_parameter, **options)
