@@ -123,6 +123,7 @@ class DeepSpeedEngine(Engine):
         if "momentum" not in wanted:
             self._fragments(trained)[2].zero_()
 
+    @torch.no_grad()
     def load(self, source: StateSource, *, step: int, parts: Collection[str] = PARTS) -> None:
         super().load(source, step=step, parts=parts)
         # the optimizer's float32 partitions were read; the model's own tensors follow
