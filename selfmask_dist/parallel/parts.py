@@ -62,6 +62,8 @@ class StateSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]: ...
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]: ...
     def read_into(self, part: TensorPart) -> None: ...
 
 
@@ -71,12 +73,14 @@ class KeptParts:
 
     parts: Iterable[TensorPart]
     shapes: dict[str, torch.Size] = field(init=False)
+    dtypes: dict[str, torch.dtype] = field(init=False)
 
     def __post_init__(self) -> None:
         self._of: dict[str, list[TensorPart]] = {}
         for part in self.parts:
             self._of.setdefault(part.name, []).append(part)
         self.shapes = {name: parts[0].shape for name, parts in self._of.items()}
+        self.dtypes = {name: parts[0].tensor.dtype for name, parts in self._of.items()}
 
     def read_into(self, part: TensorPart) -> None:
         """Copy what was kept of these elements into a part."""

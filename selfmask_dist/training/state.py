@@ -10,7 +10,7 @@ mean nor how masks are laid out.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -150,14 +150,7 @@ class RunState:
         self.check(checkpoint)
         position = Position(**checkpoint.values["position"])
         self._engine.load(checkpoint, step=position.step)
-
-        def read(part: TensorPart) -> None:
-            if part.name in checkpoint.shapes:
-                checkpoint.read_into(part)
-            else:
-                part.tensor.copy_(self._buffers[part.name, part.start])
-
-        load_buffers(self._objective, read)
+        load_buffers(self._objective, checkpoint, self._buffers)
         telemetry.load_state(checkpoint.values["telemetry"])
         if self._best is not None and "best" in checkpoint.values:
             self._best.load(_Below(checkpoint, _BEST), checkpoint.values["best"])
@@ -172,6 +165,7 @@ class _Below:
         self._prefix = prefix
         names = [name for name in source.shapes if name.startswith(prefix)]
         self.shapes = {name.removeprefix(prefix): source.shapes[name] for name in names}
+        self.dtypes = {name.removeprefix(prefix): source.dtypes[name] for name in names}
 
     def read_into(self, part: TensorPart) -> None:
         self._source.read_into(replace(part, name=f"{self._prefix}{part.name}"))
@@ -193,11 +187,25 @@ def buffer_parts(objective: Objective, world: World) -> list[TensorPart]:
 
 
 @torch.no_grad()
-def load_buffers(objective: Objective, read_fn: Callable[[TensorPart], None]) -> None:
-    """Have this process's parts of an objective's buffers filled, and put them in place. Collective."""
-    parts = objective.buffer_parts()
-    for part in parts:
-        read_fn(TensorPart(f"{_BUFFERS}{part.name}", part.shape, part.tensor, part.start))
+def load_buffers(
+    objective: Objective, source: StateSource, first: Mapping[tuple[str, int], Tensor] | None = None
+) -> None:
+    """Read this process's parts of an objective's buffers, and put them in place. Collective.
+
+    Args:
+        first: the values, by name and place, of buffers that the source does not have.
+    """
+    parts = []
+    for part in objective.buffer_parts():
+        name = f"{_BUFFERS}{part.name}"
+        if name not in source.shapes:
+            part.tensor.copy_((first or {})[name, part.start])
+        else:
+            # in the source's dtype, which an objective's beginning may have changed
+            values = part.tensor.detach().to(source.dtypes[name])
+            source.read_into(TensorPart(name, part.shape, values, part.start))
+            part = replace(part, tensor=values)
+        parts.append(part)
     objective.take_buffers(parts)
 
 

@@ -20,4 +20,4 @@ def whole_buffers(objective: Objective, world: World | None = None) -> dict[str,
 def load_whole_buffers(objective: Objective, buffers: Mapping[str, Tensor]) -> None:
     """Collective: every rank must call."""
     named = {f"buffers/{name}": tensor for name, tensor in buffers.items()}
-    load_buffers(objective, KeptParts(whole_parts(named)).read_into)
+    load_buffers(objective, KeptParts(whole_parts(named)))

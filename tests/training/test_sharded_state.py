@@ -180,11 +180,11 @@ def check(folder: Path, pairs: list[Pair]) -> None:
 
 
 def test_what_one_engine_and_world_saves_another_goes_on_from(tmp_path: Path) -> None:
-    """Each engine at a world size goes on from itself and from another engine at another size."""
+    """Each engine at a world size goes on from another at another size, and those of swav from themselves."""
     pairs = []
     for name, kinds in KINDS.items():
         starts = [(name, kind, WORLDS[index % 3]) for index, kind in enumerate(kinds)]
-        pairs += [(start, start) for start in starts]
+        pairs += [(start, start) for start in starts if name == "swav"]
         pairs += zip(starts, [*starts[1:], starts[0]], strict=True)
     check(tmp_path, pairs)
 

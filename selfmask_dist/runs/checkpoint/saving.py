@@ -9,6 +9,7 @@ A process that fails says so instead, and nothing is committed: the checkpoint b
 
 import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from selfmask_dist.runs.checkpoint.peers import Peers
 from selfmask_dist.runs.checkpoint.rank_file import BLOCK, Staged, Staging, WrittenFile, write_file
 from selfmask_dist.runs.checkpoint.reading import Checkpoint
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SPARE_BYTES = 64 * 1024  # for what is not tensors, and for the run's other files
 
 
@@ -65,12 +67,12 @@ def save_together(
         partial = _partial(path)
         written = _write(partial / f"rank-{peers.rank:05d}.safetensors", staged)
         all_written = peers.gather(written)
-        peers.from_main(lambda: _commit(path, _checked(all_written, folder, needed), staged, values, step))
+        peers.from_main(lambda: _commit(path, _checked(all_written), staged, values, step))
     except BaseException as error:
         if peers.is_main and partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full(folder, needed) from error
+        if peers.is_main and isinstance(error, OSError) and error.errno in _FULL:
+            raise _disk_full(folder, needed, error) from error
         raise
     return path
 
@@ -86,7 +88,7 @@ def _begin(folder: Path, step: int, needed: int) -> Path:
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     if shutil.disk_usage(folder).free < needed + _SPARE_BYTES:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     partial.mkdir()
     return path
 
@@ -104,15 +106,14 @@ def _write(path: Path, staged: Staged | Exception) -> WrittenFile | Exception:
         return error
 
 
-def _checked(written: Sequence[WrittenFile | Exception], folder: Path, needed: int) -> list[WrittenFile]:
+def _checked(written: Sequence[WrittenFile | Exception]) -> list[WrittenFile]:
     """Return the files of all ranks. Raises the first rank's error where not all were written."""
     for rank, one in enumerate(written):
         if isinstance(one, Exception):
-            number = one.errno if isinstance(one, OSError) and one.errno is not None else errno.EIO
-            if number in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(folder, needed, rank if len(written) > 1 else None)
             where = f"rank {rank}: " if len(written) > 1 else ""
-            raise OSError(number, f"{where}{type(one).__name__}: {one}")
+            if isinstance(one, OSError) and one.errno is not None:
+                raise OSError(one.errno, f"{where}{one.strerror}")
+            raise OSError(errno.EIO, f"{where}{type(one).__name__}: {one}")
     return [one for one in written if isinstance(one, WrittenFile)]
 
 
@@ -162,14 +163,12 @@ def _places(written: list[WrittenFile], staged: Staged) -> dict[str, Any]:
     return {"files": [one.name for one in written], "tensors": tensors}
 
 
-def _disk_full(folder: Path, needed: int, rank: int | None = None) -> OSError:
+def _disk_full(folder: Path, needed: int, error: OSError) -> OSError:
     free = shutil.disk_usage(folder).free
-    where = "" if rank is None else f" on rank {rank}"
     return OSError(
-        errno.ENOSPC,
-        f"No space left on device{where}: it takes {needed / 1e6:.1f} MB and {folder} has "
-        f"{free / 1e6:.1f} MB free (a quota may leave less); make room, or keep fewer checkpoints "
-        f"(checkpoint.keep_last)",
+        error.errno,
+        f"{error.strerror}: it takes {needed / 1e6:.1f} MB and {folder} has {free / 1e6:.1f} MB free (a "
+        f"quota may leave less); make room, or keep fewer checkpoints (checkpoint.keep_last)",
     )
 
 

@@ -61,7 +61,7 @@ class BestState:
         kept = KeptParts(self._parts)
         self._engine.load(kept, step=self._masks_step, parts=_PARTS)
         if self._objective.classifies:
-            load_buffers(self._objective, kept.read_into)
+            load_buffers(self._objective, kept)
 
     def _present_parts(self) -> list[TensorPart]:
         """Return what is kept of the state, as it stands."""
