@@ -75,20 +75,22 @@ def saver_of(folder: Path, said: list[str]) -> Saver:
 
 def live(folder: Path) -> tuple[list[str], str | None, list[str], int]:
     """Save, fail on one rank, save again; then find the newest valid one after a rank's file was damaged."""
-    world, said, told = world_here(), [], []
+    world = world_here()
+    said: list[str] = []
+    told: list[str] = []
     saver = saver_of(folder, said)
     saver.save(parts_of(world.rank, 1), {"step": 1}, step=1)
     saver.finish()
     fsync = os.fsync
     if world.rank == 1:
 
-        def full(_: int) -> None:
+        def full(_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        rank_file.os.fsync = full  # type: ignore[attr-defined]
+        os.fsync = full
     saver.save(parts_of(world.rank, 2), {"step": 2}, step=2)
     saver.finish()
-    rank_file.os.fsync = fsync  # type: ignore[attr-defined]
+    os.fsync = fsync
     odd = [TensorPart("cut", torch.Size((2,)), torch.zeros(2, dtype=torch.complex64))]
     saver.save(odd if world.rank == 2 else parts_of(world.rank, 3), {"step": 3}, step=3)
     saver.finish()

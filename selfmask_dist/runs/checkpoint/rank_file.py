@@ -158,7 +158,7 @@ def write_file(path: Path, staged: Staged) -> WrittenFile:
     header += b" " * (-len(header) % 8)  # data begins at a multiple of 8 bytes
     begin = 8 + len(header)
     written = WrittenFile(path.name)
-    data = memoryview(staged.data.numpy()) if len(staged.data) else memoryview(b"")
+    data = staged.data.numpy().data
     with open(path, "wb") as stream:
         digest, filled = hashlib.sha256(), 0
         for chunk in (memoryview(len(header).to_bytes(8, "little") + header), data):

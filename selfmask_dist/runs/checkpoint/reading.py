@@ -70,7 +70,7 @@ class OpenCheckpoint:
 
     def _read(self, file: str, place: int, num: int, dtype: torch.dtype) -> Tensor:
         values = torch.empty(num, dtype=dtype)
-        view, done = memoryview(values.view(torch.uint8).numpy()), 0
+        view, done = values.view(torch.uint8).numpy().data, 0
         try:
             with open(self.path / file, "rb", buffering=0) as stream:
                 stream.seek(place)
