@@ -21,7 +21,7 @@ from torch import Tensor
 
 from selfmask_dist.parallel.parts import TensorPart
 
-BLOCK = 2**24  # bytes that have one checksum, so that many processes verify a file together
+BLOCK = 2**22  # bytes that have one checksum, so that many processes verify a file together
 _SPLIT = 2**18  # bytes of what several processes hold that are worth a piece of their own
 
 _DTYPES = {
