@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,20 +93,24 @@ def save_steps(folder: Path, peers: Peers, steps: range, store: str, writer: int
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         group = dist.FileStore(store, peers.size)
         dist.init_process_group("gloo", store=group, rank=peers.rank, world_size=peers.size)
-    failures: list[str] = []
+        peers = replace(peers, group=dist.group.WORLD)
+
+    def tell(path: Path, seconds: float) -> None:
+        os.write(writer, step_of(path).to_bytes(4, "little"))
+
     saver = Saver(
         folder,
         Retention(last=2),
         peers=peers,
-        on_commit=lambda path, seconds: os.write(writer, step_of(path).to_bytes(4, "little")) and None,
-        on_failure=failures.append,
+        on_commit=tell,
+        on_failure=lambda text: None,
     )
     if peers.is_main:
         os.write(writer, bytes(4))
     for step in steps:
         saver.save(cut(make(step), peers), {"step": step}, step=step)
         saver.finish()
-        if failures:  # a rank is gone
+        if saver.is_lost:
             return
 
 

@@ -54,7 +54,8 @@ def build(model: str) -> Engine:
     torch.manual_seed(0)
     encoder = timm.create_model(model, img_size=IMAGE_SIZE, num_classes=0)
     encoder.requires_grad_(False)
-    step = Step(encoder, encoder.num_features, torch.float32, "frozen")
+    width: Any = encoder.num_features
+    step = Step(encoder, width, torch.float32, "frozen")
     engine = build_engine(
         step,
         encoder=encoder,

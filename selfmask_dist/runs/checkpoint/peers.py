@@ -5,7 +5,8 @@ training's collectives, and no GPU waits for them.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,16 @@ from selfmask_dist.parallel.world import World
 _made: list[tuple[Any, Any]] = []  # the run's process group, and the one for saving beside it
 
 
+class LostPeersError(RuntimeError):
+    """A message did not arrive: another process is gone, and no later message of the group can be trusted."""
+
+
 @dataclass(frozen=True)
 class Peers:
     """This process's place among those that save together; alone, it needs no process group.
 
-    group: the one for their messages; None is training's own, which only loading may use.
+    group: the one for their messages, which raise LostPeersError where another process is gone; None is
+        training's own, with its own errors, which only loading may use.
     """
 
     rank: int = 0
@@ -32,12 +38,22 @@ class Peers:
         """Say whether this process commits."""
         return self.rank == 0
 
+    @contextmanager
+    def _messages(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.group is None:
+                raise
+            raise LostPeersError(f"another process is gone: {error}") from error
+
     def share(self, value: Any) -> list[Any]:
         """Return what every rank gave, by rank. Collective: every rank must call."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        with self._messages():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def gather(self, value: Any) -> list[Any]:
@@ -45,7 +61,8 @@ class Peers:
         if self.size == 1:
             return [value]
         found: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, found, dst=0, group=self.group)
+        with self._messages():
+            dist.gather_object(value, found, dst=0, group=self.group)
         return found or []
 
     def from_main(self, fn: Callable[[], Any]) -> Any:
@@ -62,7 +79,8 @@ class Peers:
             except Exception as error:
                 failure, told[1] = error, str(error)
         if self.size > 1:
-            dist.broadcast_object_list(told, src=0, group=self.group)
+            with self._messages():
+                dist.broadcast_object_list(told, src=0, group=self.group)
         if failure is not None:
             raise failure
         if told[1] is not None:

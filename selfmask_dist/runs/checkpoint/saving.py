@@ -29,7 +29,7 @@ from selfmask_dist.runs.checkpoint.folder import (
     prune,
     write_manifest,
 )
-from selfmask_dist.runs.checkpoint.peers import Peers
+from selfmask_dist.runs.checkpoint.peers import LostPeersError, Peers
 from selfmask_dist.runs.checkpoint.rank_file import BLOCK, Staged, Staging, WrittenFile, write_file
 from selfmask_dist.runs.checkpoint.reading import Checkpoint
 
@@ -179,6 +179,9 @@ class Saver:
         peers: the processes that save together.
         on_commit: called in the thread of the main rank with each new directory and the seconds it took.
         on_failure: called there with the reason why one could not be saved.
+
+    `is_lost`: another process was gone while one was saved. Nothing is saved any more, as the others may be
+    anywhere in their messages; training meets the loss at its next collective.
     """
 
     def __init__(
@@ -197,6 +200,7 @@ class Saver:
         self._on_failure = on_failure
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self.is_lost = False
 
     @property
     def is_main(self) -> bool:
@@ -214,6 +218,10 @@ class Saver:
         A failure is reported and training goes on. Collective: every rank must call.
         """
         self.finish()
+        if self.is_lost:
+            if self.is_main:
+                self._on_failure(f"the checkpoint of step {step} is not saved: another process is gone")
+            return
         staged: Staged | Exception
         try:
             staged = self._staging.fill(parts)
@@ -233,6 +241,7 @@ class Saver:
         try:
             path = save_together(self._folder, staged, values, step=step, peers=self._peers)
         except Exception as error:
+            self.is_lost = isinstance(error, LostPeersError)
             if self.is_main:
                 self._on_failure(f"the checkpoint of step {step} could not be saved: {error}")
             return
