@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
@@ -22,7 +21,7 @@ from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.parallel import World
-from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoint
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path
 from selfmask_dist.runs.preempt import StopRequest
@@ -78,21 +77,17 @@ def run_in(
         return result
 
 
-def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
+def find_checkpoint(directory: Path, world: World) -> OpenCheckpoint | None:
     """Return a run's newest valid checkpoint, the same on every rank. Collective: every rank must call."""
-    name: list[str | None] = [None]
-    if world.is_main:
-        found = load_newest(directory / names.CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
-        name = [found[1].name if found else None]
-    if world.size > 1:
-        dist.broadcast_object_list(name, src=0)
-    if name[0] is None:
-        return None
-    return read_checkpoint(directory / names.CHECKPOINTS / name[0])
+    return open_newest(
+        directory / names.CHECKPOINTS,
+        peers=loading_peers(world),
+        report=lambda text: print(text, file=sys.stderr),
+    )
 
 
 def _run(
-    config: Config, context: RunContext, found: Checkpoint | None, choice: dict[str, Any]
+    config: Config, context: RunContext, found: OpenCheckpoint | None, choice: dict[str, Any]
 ) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)

@@ -24,7 +24,7 @@ from selfmask_dist.config import Config, load_config
 from selfmask_dist.maskfile.api import Masks, apply_masks, save_masks
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
-from selfmask_dist.runs.checkpoint import Checkpoint, load_newest
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, Peers, open_newest
 from selfmask_dist.training.build import lora_options
 from selfmask_dist.training.finetune import load_trained, save_changed
 
@@ -198,14 +198,16 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(folder, find(names.MASK), find(names.FINETUNED, names.ENCODER), find(names.HEAD))
 
 
-def read_last_checkpoint(folder: Path) -> tuple[Checkpoint, Path]:
-    """Return the newest valid checkpoint of another run, and where it is. Nothing in its folder is changed.
+def open_last_checkpoint(folder: Path, peers: Peers | None = None) -> OpenCheckpoint:
+    """Return the newest valid checkpoint of another run. Nothing in its folder is changed.
+
+    Collective, where `peers` are given: every one of them must call.
 
     Raises:
         ValueError: there is none; the message says what is wrong with those that are there.
     """
     problems: list[str] = []
-    found = load_newest(folder / names.CHECKPOINTS, report=problems.append, set_aside=False)
+    found = open_newest(folder / names.CHECKPOINTS, peers=peers, report=problems.append, set_aside=False)
     if found is None:
         raise ValueError("; ".join([f"{folder} has no valid checkpoint", *problems]))
     return found
