@@ -155,15 +155,18 @@ def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path:
     assert steps_of(run) == list(range(1, 161))
 
 
+def planted(path: str) -> list[str]:
+    """Return the keys of a job whose processes read PYTHONPATH `path`, and not a snapshot of the code."""
+    return ["launch.exclusive=true", "launch.snapshot=false", f"launch.environment={{PYTHONPATH: '{path}'}}"]
+
+
 @pytest.mark.slow
 def test_a_failed_device_takes_its_node_out_and_the_run_ends_elsewhere(
     config_path: Path, tmp_path: Path
 ) -> None:
     path = plant(tmp_path / "plant", DEVICE_FAULT, rank=1, step=12, once=True)
-    keys = ["run.name=a", "train.epochs=10", "checkpoint.every_steps=5", "launch.exclusive=true"]
-    done = submit(
-        config_path, *keys, f"launch.environment={{PYTHONPATH: '{path}'}}", nodes=2, cluster="slurm"
-    )
+    keys = ["run.name=a", "train.epochs=10", "checkpoint.every_steps=5", *planted(path)]
+    done = submit(config_path, *keys, nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr
     job, run = slurm.submitted_job(done.stdout), tmp_path / "a"
     wait_until(lambda: slurm.job_state(job) == "PENDING" and steps_of(run))
@@ -183,17 +186,16 @@ def test_a_bug_on_one_rank_is_not_requeued_and_all_processes_are_gone(
     config_path: Path, tmp_path: Path
 ) -> None:
     path = plant(tmp_path / "plant", BUG, rank=2, step=12)
-    keys = ["run.name=a", "train.epochs=100000", "checkpoint.every_steps=5", "launch.exclusive=true"]
-    done = submit(
-        config_path, *keys, f"launch.environment={{PYTHONPATH: '{path}'}}", nodes=4, cluster="slurm"
-    )
+    keys = ["run.name=a", "train.epochs=100000", "checkpoint.every_steps=5", *planted(path)]
+    done = submit(config_path, *keys, nodes=4, cluster="slurm")
     assert done.returncode == 0, done.stderr
     job, run = slurm.submitted_job(done.stdout), tmp_path / "a"
     log = run / "logs" / "rank-2.log"
+    wait_until(lambda: len(_training_processes(job)) == 4)
     wait_until(lambda: log.exists() and "planted " in log.read_text())
     wait_until(lambda: not _training_processes(job))
-    planted = float(log.read_text().partition("planted ")[2].split()[0])
-    seconds = time.time() - planted
+    began = float(log.read_text().partition("planted ")[2].split()[0])
+    seconds = time.time() - began
     print(f"all processes were gone {seconds:.1f} s after the bug")
     assert seconds < 20, logs_of(run)
     assert log.read_text().strip().splitlines()[-1] == "RuntimeError: planted: the shapes do not match"
