@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
-from selfmask_dist.backbones import Backbone, load_backbone
+from selfmask_dist.backbones import Backbone, load_backbone, sample_of
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
+from selfmask_dist.parallel import World, take_from_main
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -71,7 +72,12 @@ def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]
 
 def _open(path: str, **options: Any) -> data.TarSource:
     """Open one of the run's sources. One process of the run holds the index against its folder for all."""
-    return data.open_source(path, trust_index=os.environ.get("RANK", "0") != "0", **options)
+    return data.open_source(path, trust_index=not _is_first(), **options)
+
+
+def _is_first() -> bool:
+    """Return whether this is rank 0 of the whole run, as the launcher counts."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
@@ -96,13 +102,20 @@ def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
     return part
 
 
-def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
+def build_backbone(config: Config, *, in_file: bool = False, world: World | None = None) -> Backbone:
     """Return the frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
 
     Args:
         in_file: leave the weights in their file, for an engine that takes its share of them.
+        world: whose ranks all build it here. The main one then reads every weight for all of them, and the
+            others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
-    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file)
+    reads_all = world is None or world.is_main
+    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all)
+    if world is not None:
+        found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
+        found = take_from_main(world, found, sample=sample, what="the backbone's weights")
+        backbone = replace(backbone, spec=replace(backbone.spec, fingerprint=found))
     check_patches(backbone, {"backbone.image_size": backbone.spec.preprocessing.image_size})
     if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
@@ -138,7 +151,9 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
         )
     if test is None or not are_labelled(train, test):
         return _notes_without_labels(config, test)
-    return check_neighbours(config, len(train)) + data.notes_on_splits(train, test)
+    # of all samples of both: by the one process that says them
+    notes = data.notes_on_splits(train, test) if _is_first() else []
+    return check_neighbours(config, len(train)) + notes
 
 
 def _notes_without_labels(config: Config, test: data.Source | None) -> list[str]:
