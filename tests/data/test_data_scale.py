@@ -5,50 +5,21 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
+from benchmarks.data.huge_index import whole_order
 from selfmask_dist.config import load_config
 from selfmask_dist.data import Subset, count_labels, open_source, untrained_classes
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.order import (
     EpochOrder,
     SourceOrder,
-    _philox,
     epoch_order,
-    num_streams,
     rank_batch,
 )
 from selfmask_dist.data.source import SampleError
 from selfmask_dist.training.build import open_train
 from tests.support.tars import picture, write_tar
-
-
-def whole_order(num_samples: int, *, seed: int, epoch: int, global_batch_size: int) -> npt.NDArray[np.int64]:
-    """The order as runs of before made it, all of it at once: what a resume of theirs must find again."""
-    words = _philox(seed, epoch, 0, 0)
-    length = min(256, max(1, num_samples // 1024))
-    count = -(-num_samples // length)
-    starts = np.argsort(words.random_raw(count), kind="stable") * length
-    ids = (starts[:, None] + np.arange(length)).ravel()
-    blocks = ids[ids < num_samples].astype(np.int64)
-    streams = num_streams(global_batch_size)
-    per_stream = num_samples // global_batch_size * (global_batch_size // streams)
-    dealt = blocks[: streams * per_stream].reshape(streams, per_stream)
-    order = np.empty(num_samples, dtype=np.int64)
-    if per_stream:
-        place = np.arange(per_stream, dtype=np.uint64)
-        number = np.arange(streams, dtype=np.uint64)[:, None] * np.uint64(-(-per_stream // 4096)) + (
-            place >> np.uint64(12)
-        )
-        noise = words.random_raw(streams * per_stream).reshape(streams, per_stream) >> np.uint64(34)
-        keys = number << np.uint64(42) | noise << np.uint64(12) | (place & np.uint64(4095))
-        keys.sort(axis=1)
-        within = (keys & np.uint64(4095)) | ((place >> np.uint64(12)) << np.uint64(12))
-        order[: dealt.size] = np.take_along_axis(dealt, within.astype(np.int64), axis=1).T.ravel()
-    order[dealt.size :] = blocks[dealt.size :]
-    return order
-
 
 SIZES = [
     (0, 1),
