@@ -5,9 +5,9 @@ fresh process that does one thing. Private memory is what a process has for itse
 less what its imports took); the index is a mapped file, in memory once for all processes.
 
 `before` is what was done until 2026-11-30: labels as an array that every worker got, an epoch's order made
-all at once, each shard looked at by every rank. Order and labels of before are measured at `--before-samples`,
-where they fit, and reckoned from there, being proportional to samples. A node of 8 ranks with 8 workers each
-is reckoned from one rank and the mean of two workers.
+all at once, each shard looked at by every rank. Order and labels of before are measured at
+`--before-samples`, where they fit, and reckoned from there, being proportional to samples. A node of 8 ranks
+with 8 workers each is reckoned from one rank and the mean of two workers.
 
     python -m benchmarks.data.huge_index [--samples N] [--quick] --json
 """
