@@ -20,6 +20,7 @@ from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import START_TIMEOUT, World, set_timeout
 from selfmask_dist.runs.ending.leaving import departure, is_lost_process
+from selfmask_dist.runs.exit_status import plain_status
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.status import Heartbeat
@@ -106,7 +107,8 @@ def open_run(
             writer.event("preempted", reason=reason, step=writer.newest.get("step"))
             is_preempted = True
         except BaseException as error:
-            departure.note(error)
+            if plain_status(error) is None:  # a trial that diverged is caught, and the run goes on
+                departure.note(error)
             context.update_status(state="lost a process" if is_lost_process(error) else "failed")
             raise
     context.update_status(state="preempted" if is_preempted else ends_as)

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from launchers import local, requeue
 from selfmask_dist.config import load_config
 from selfmask_dist.data import WorkerLostError
+from selfmask_dist.parallel import World
+from selfmask_dist.runs.context import open_run
 from selfmask_dist.runs.ending.leaving import Departure, status_of
 from selfmask_dist.runs.ending.notes import FOLDER_VARIABLE, EndNotes
 from selfmask_dist.runs.exit_status import BAD_INPUT, DEVICE, DIVERGED, FAILED, HUNG, LOST, REQUEUE
-from selfmask_dist.runs.preempt import Preempted
+from selfmask_dist.runs.preempt import Preempted, StopRequest
 from tests.support.planted import BUG, DEVICE_FAULT, plant
 from tests.support.tiny_run import child_environment, write_config, write_tiny_data
 
@@ -204,6 +206,20 @@ def test_a_departure_that_nobody_armed_changes_nothing(monkeypatch: pytest.Monke
     departure.note(RuntimeError("x"))
     assert not departure.is_armed
     time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("error", "is_noted"), [(KeyError("x"), True), (ArithmeticError("NaN"), False)])
+def test_a_trial_that_diverged_is_no_end_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_noted: bool
+) -> None:
+    noted: list[BaseException] = []
+    monkeypatch.setattr("selfmask_dist.runs.context.departure.note", noted.append)
+    with (
+        pytest.raises(type(error)),
+        open_run(load_config(None, []), tmp_path, World(), StopRequest()),
+    ):
+        raise error
+    assert bool(noted) == is_noted
 
 
 @pytest.mark.parametrize(

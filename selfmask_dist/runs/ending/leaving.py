@@ -86,7 +86,7 @@ class Departure:
     def note(self, error: BaseException) -> None:
         """Say at once with which status this process will end, and start the deadline.
 
-        To be called where an exception is caught first; once more does no harm.
+        To be called where an exception is caught first that nobody goes on after; once more does no harm.
         """
         if not self._is_armed or isinstance(error, Preempted) or self._error is not None:
             return
