@@ -94,7 +94,7 @@ def write_index(folder: Path, num_samples: int, num_shards: int) -> None:
 
 
 def in_fresh_process(fn: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Return seconds, MiB of private memory at the highest, and what `fn(*args)` returned."""
+    """Return seconds, those of a processor, MiB of private memory at the highest, and what `fn(*args)` returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "selfmask_dist.data"])
     ours, theirs = context.Pipe()
@@ -119,13 +119,13 @@ def _do(connection: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.thread_time()
     result = fn(*args)
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.thread_time() - worked
     ended.set()
     watcher.join()
     peak = max(highest[0], _private_bytes()) - before
-    connection.send({"seconds": seconds, "mib": peak / MIB, "result": result})
+    connection.send({"seconds": seconds, "cpu": worked, "mib": peak / MIB, "result": result})
 
 
 def _private_bytes() -> int:
@@ -278,6 +278,7 @@ def now(benchmark: Benchmark, folder: Path, count: int) -> None:
     for share, found in ranks.items():
         name = f"open, order and 200 batches of a rank from {share:.0%} of the epoch"
         benchmark.figure(f"{name}, s", found["seconds"], max=20.0)
+        benchmark.figure(f"{name}, CPU s", found["cpu"])
         benchmark.figure(f"{name}, private MiB", found["mib"], max=128.0)
     source = open_source(folder, trust_index=True)
     np.save(folder / "part.npy", np.arange(0, count, 2, dtype=np.int64))
@@ -303,7 +304,7 @@ def before(benchmark: Benchmark, folder: Path, count: int, sample: int) -> None:
     ordered = in_fresh_process(order_before, sample)
     benchmark.figure("before: samples that were measured", sample)
     benchmark.figure("before: order, bytes a sample at the peak", ordered["mib"] * MIB / sample)
-    benchmark.figure("before: order of all, s (reckoned)", ordered["seconds"] * factor)
+    benchmark.figure("before: order of all, CPU s (reckoned)", ordered["cpu"] * factor)
     labels = np.arange(sample) % NUM_CLASSES
     (folder / "pickled").write_bytes(pickle.dumps(labels))
     worker = in_fresh_process(work_before, folder / "pickled")
