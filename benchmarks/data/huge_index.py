@@ -94,7 +94,7 @@ def write_index(folder: Path, num_samples: int, num_shards: int) -> None:
 
 
 def in_fresh_process(fn: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Return seconds, those of a processor, MiB of private memory at the highest, and what `fn(*args)` returned."""
+    """Return seconds, CPU seconds, MiB of private memory at the highest, and what `fn(*args)` returned."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "selfmask_dist.data"])
     ours, theirs = context.Pipe()

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -206,6 +207,37 @@ def test_a_departure_that_nobody_armed_changes_nothing(monkeypatch: pytest.Monke
     departure.note(RuntimeError("x"))
     assert not departure.is_armed
     time.sleep(0.1)
+
+
+_LEAVING = """
+import sys, threading, time
+from selfmask_dist.runs.ending.leaving import Departure
+departure = Departure(seconds=2.0)
+departure.arm()
+def work(seconds):
+    time.sleep(seconds)
+    print("written", flush=True)
+threading.Thread(target=work, args=(float(sys.argv[1]),)).start()
+error = KeyError("the reason")
+departure.note(error)
+departure.tell(error)
+departure.leave(1)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "is_written"), [("0.5", True), ("60", False)])
+def test_a_checkpoint_that_is_being_written_has_seconds_and_no_more(seconds: str, is_written: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAVING, seconds],
+        env=child_environment(WORLD_SIZE="2", RANK="1"),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert ("written" in done.stdout) == is_written
+    assert done.stderr.strip() == "KeyError: 'the reason'"
 
 
 @pytest.mark.parametrize(("error", "is_noted"), [(KeyError("x"), True), (ArithmeticError("NaN"), False)])

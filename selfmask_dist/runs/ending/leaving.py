@@ -71,6 +71,7 @@ class Departure:
         self._seconds = seconds
         self._is_armed = False
         self._error: BaseException | None = None
+        self._deadline = 0.0
         self._is_told = False  # the traceback is printed
         self._lock = threading.Lock()
 
@@ -90,7 +91,7 @@ class Departure:
         """
         if not self._is_armed or isinstance(error, Preempted) or self._error is not None:
             return
-        self._error = error
+        self._error, self._deadline = error, time.monotonic() + self._seconds
         notes = notes_from(os.environ)
         threading.Thread(target=self._end_in_time, name="departure", daemon=True).start()
         faulthandler.dump_traceback_later(self._seconds + _LAST_SECONDS, exit=True)
@@ -108,7 +109,13 @@ class Departure:
                 _flush()
 
     def leave(self, status: int) -> NoReturn:
-        """End this process now. Its process group was aborted where it was left, by `join_world`."""
+        """End this process, its group being aborted already, by `join_world`. A checkpoint that a thread is
+        writing has the time until the deadline.
+        """
+        for thread in threading.enumerate():
+            is_own = thread in (threading.current_thread(), threading.main_thread())
+            if not is_own and not thread.daemon:  # such as Python would wait for, without end
+                thread.join(max(self._deadline - time.monotonic(), 0.0))
         _flush()
         os._exit(status)
 
@@ -116,7 +123,7 @@ class Departure:
         time.sleep(self._seconds)
         assert self._error is not None
         self.tell(self._error)
-        self.leave(status_of(self._error))
+        os._exit(status_of(self._error))
 
 
 def _flush() -> None:
