@@ -73,7 +73,7 @@ def neighbours_to_measure(config: Config, num_train: int) -> tuple[int, ...]:
 
 def are_labelled(train: data.Source, test: data.Source | None) -> bool:
     """Return whether there are labels to measure k-NN and probe with, on every image of both splits."""
-    return test is not None and all(bool((source.labels >= 0).all()) for source in (train, test))
+    return test is not None and all(data.count_labels(source)[0] == 0 for source in (train, test))
 
 
 class Evaluation:

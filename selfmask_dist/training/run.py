@@ -93,7 +93,7 @@ def _run(
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
     cuts_weights = trains and config.engine.name == "fsdp"
-    backbone = build_backbone(config, in_file=cuts_weights)
+    backbone = build_backbone(config, in_file=cuts_weights, world=context.world)
     notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist import evals
+from selfmask_dist import data, evals
 from selfmask_dist.cli.eval.masks import measure_masks
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
 from selfmask_dist.cli.eval.subject import EvalSubject
@@ -44,7 +44,7 @@ def measure_knn(subject: EvalSubject, options: EvalOptions) -> Results:
     notes = subject.require_labels("knn")
     first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
     temperature = subject.config.eval.knn_temperature
-    size = int((subject.sources["train"].labels >= 0).sum())
+    size = int(data.count_labels(subject.sources["train"])[1:].sum())
     if size < 2:
         raise UnavailableError("k-NN needs two training images with a label")
     ks = sorted(options.ks or {*KS, *subject.config.eval.knn_k})
