@@ -191,6 +191,18 @@ class EvalConfig(Section):
         True, "Measure the frozen backbone before training, to compare with."
     )
     batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
+    keep_embeddings: bool = orchestration(
+        False,
+        "Keep the embeddings of a run's own evaluation (its folder measuring/), which otherwise go when its "
+        "numbers are written.",
+    )
+    search_mib: float | None = efficiency(
+        None,
+        "Memory of the k-NN search on each process beyond its bank and queries. null: 256, and where many "
+        "processes, dimensions or neighbours need more, as much as that, up to half of what is free.",
+        unit="MiB",
+        gt=0,
+    )
 
     def measures_retrieval(self, objective: str) -> bool:
         """Return whether instance retrieval is measured, in a run with this objective."""

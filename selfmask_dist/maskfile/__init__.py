@@ -8,6 +8,7 @@ import. `bank` holds many masks of one model in memory; `layers`, `rewrite` and 
 
 from selfmask_dist.maskfile.file import (
     MAX_WEIGHTS,
+    add_numbers,
     read_backbone_name,
     read_mask_file,
     verify_mask_file,
@@ -30,6 +31,7 @@ __all__ = [
     "Mask",
     "MaskFile",
     "MaskFileError",
+    "add_numbers",
     "apply_mask",
     "check_fits",
     "describe_file",

@@ -39,8 +39,7 @@ def write_mask_file(
         MaskFileError: a statistic has a dtype the format does not hold, or a mask is to be coded against
             something that its kind leaves no use for.
     """
-    if bad := {name: value for name, value in file.metrics.items() if not math.isfinite(value)}:
-        raise MaskFileError(f"metrics that are not finite numbers are not stored: {bad}; leave them out")
+    _check_metrics(file.metrics)
     sections = Sections()
     header = {
         "backbone": {"name": file.backbone, "fingerprint": file.backbone_fingerprint},
@@ -59,6 +58,29 @@ def write_mask_file(
     has_forms = any(mask.kind != "threshold" or mask.blocks for mask in file.masks.values())
     version = container.VERSION_WITH_FORMS if has_forms else container.VERSION
     return container.write(Path(path), header, sections, version=version)
+
+
+def add_numbers(path: str | Path, *, metrics: Mapping[str, float], verdict: str = "") -> int:
+    """Write a mask file anew with other metrics and another verdict; return its bytes.
+
+    Everything else stays, and the file is the one that `write_mask_file` would have written with them. It is
+    replaced in one rename: a process that ends in the middle leaves it as it was.
+
+    Raises:
+        MaskFileError: as in `read_mask_file`; or a metric is not finite.
+    """
+    _check_metrics(metrics)
+    said = {"metrics": dict(metrics), **({"verdict": verdict} if verdict else {})}
+
+    def change(header: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in header.items() if key != "verdict"} | said
+
+    return container.rewrite_header(Path(path), change)
+
+
+def _check_metrics(metrics: Mapping[str, float]) -> None:
+    if bad := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
+        raise MaskFileError(f"metrics that are not finite numbers are not stored: {bad}; leave them out")
 
 
 def read_mask_file(

@@ -158,7 +158,9 @@ def test_the_probe_solves_scikit_learns_problem(l2):
     reference = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, solver="newton-cholesky").fit(
         train.numpy(), train_labels.numpy()
     )
-    solution, is_converged = probe_module._fit(train, train_labels, 10, l2, max_iterations=500)
+    solution, is_converged = probe_module._fit(
+        probe_module.Rows(train), train_labels, 10, l2, max_iterations=500
+    )
     assert is_converged
     np.testing.assert_allclose(solution[:-1].T.numpy(), reference.coef_, atol=1e-3)
     probabilities = probe_module.logits_of(test, solution).softmax(dim=1)
