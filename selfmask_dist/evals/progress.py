@@ -113,12 +113,6 @@ class Progress:
         rows = EmbeddingStore.open(path).read_slice(self._world.rank, self._world.size)
         return rows.to(self._world.device)
 
-    def remove(self) -> None:
-        """Delete the folder: what it led to is written elsewhere."""
-        self._world.barrier()  # nobody reads it any more
-        if self._world.is_main:
-            shutil.rmtree(self._path, ignore_errors=True)
-
     def _begin(self, about: dict[str, str]) -> dict[str, Any]:
         """Return what an earlier start left in the folder, or begin there."""
         path = self._path / _NUMBERS

@@ -5,24 +5,33 @@ hold the fingerprints of its weights in half precision beside their own, and a m
 rounded to see whether a mask was trained on it in half. Files that runs write do not hold them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.common.fingerprint import Digest
 
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def rounded_fingerprints(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the fingerprints of float32 (or wider) weights in each half precision, by dtype."""
-    if any(tensor.dtype in HALVES.values() for tensor in weights.values()):
-        return {}
-    return {
-        name: fingerprint((key, tensor.to(dtype)) for key, tensor in weights.items())
-        for name, dtype in HALVES.items()
-    }
+def fingerprints(named: Iterable[tuple[str, Tensor]], *, with_rounded: bool) -> tuple[str, dict[str, str]]:
+    """Return the fingerprint of weights, and those of what they are in each half precision, by dtype.
+
+    Args:
+        named: in sorted order of their names; each is let go before the next is asked for.
+        with_rounded: without, and of weights that are in half precision already, there are none.
+    """
+    own = Digest()
+    rounded = {name: Digest() for name in HALVES} if with_rounded else {}
+    for key, tensor in named:
+        own.update(key, tensor)
+        if tensor.dtype in HALVES.values():
+            rounded = {}
+        for name, found in rounded.items():
+            found.update(key, tensor.to(HALVES[name]))
+    return own.hexdigest(), {name: found.hexdigest() for name, found in rounded.items()}
 
 
 def other_precision(

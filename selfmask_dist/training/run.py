@@ -58,7 +58,7 @@ def run_in(
     world.barrier()
     if (directory / names.RESULT).exists():  # requeued after its end
         if world.is_main:
-            _remove_measuring(config, directory)
+            _remove_measured(config, directory / names.MEASURING)
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     config, choice = with_chosen_score_lr(
@@ -131,6 +131,8 @@ def _run(
                 lambda: _measure_frozen(config, context, evaluation) | record.measure("frozen"),
             )
             result["frozen"] |= record.measure("frozen")  # which a restart finds
+            if context.world.is_main:
+                _remove_measured(config, context.directory / names.MEASURING / "frozen")
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
@@ -145,7 +147,7 @@ def _run(
         write_json(context.directory / names.RESULT, result)
     context.world.barrier()  # nobody looks for a file that is not there yet, or reads one that goes
     if is_main:
-        _remove_measuring(config, context.directory)
+        _remove_measured(config, context.directory / names.MEASURING)
     writer.event("end", **result)
     return result
 
@@ -159,10 +161,10 @@ def _measure_frozen(config: Config, context: RunContext, evaluation: Evaluation)
     )
 
 
-def _remove_measuring(config: Config, directory: Path) -> None:
+def _remove_measured(config: Config, folder: Path) -> None:
     """Delete what an evaluation kept for a restart, once its numbers are written."""
     if not config.eval.keep_embeddings:
-        shutil.rmtree(directory / names.MEASURING, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:
