@@ -132,13 +132,16 @@ def _save_weights(config: Config, trained: Trainable, engine: Engine, directory:
     moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
     is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
     path = directory / (names.FINETUNED if is_part else names.ENCODER)
-    weights = engine.whole_weights({*trained.weights, *moved} if is_part else None)
+    weights, num_trained = dict[str, Tensor](), 0
+    for name, tensor in engine.each_whole_weight({*trained.weights, *moved} if is_part else None):
+        num_trained += tensor.numel() if name in trained.weights else 0
+        if engine.world.is_main:  # the others hold one at a time
+            weights[name] = tensor.cpu()
     if engine.world.is_main and is_part:
         save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
     elif engine.world.is_main:
         with replacing(path) as partial:
             save_file(_plain(weights), partial)
-    num_trained = sum(tensor.numel() for name, tensor in weights.items() if name in trained.weights)
     if trained.masks is not None:
         num_trained = sum(entry.theta.numel() for entry in trained.masks.entries)
     return {
