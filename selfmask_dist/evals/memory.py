@@ -25,13 +25,26 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = next(line for line in lines if line.startswith("MemAvailable:"))
         left = [int(found.split()[1]) * 1024]
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        place = next(line for line in lines if line.startswith("0::")).removeprefix("0::/")
-        group = Path("/sys/fs/cgroup") / place
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        left.append(int(limit) - int(used))  # "max" is no number: no limit
+    left += _left_in_groups()
     return max(min(left), 0) // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def _left_in_groups() -> list[int]:
+    """Return what is left of the limits of this process's control groups (version 2), pages of files taken as
+    free; nothing where there are none.
+    """
+    found = []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        place = Path(next(line for line in lines if line.startswith("0::")).removeprefix("0::/"))
+        for group in (place, *place.parents):  # a batch system may set the limit on a group above
+            folder = Path("/sys/fs/cgroup") / group
+            with suppress(OSError, ValueError):
+                limit = int((folder / "memory.max").read_text())  # "max" is no number: no limit
+                used = int((folder / "memory.current").read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                found.append(limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))
+    return found
 
 
 def least_free_mib(ranks: Ranks, device: torch.device) -> int:

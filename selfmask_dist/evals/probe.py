@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.evals.embeddings import Embeddings
-from selfmask_dist.evals.memory import least_free_mib
+from selfmask_dist.evals.memory import free_bytes
 from selfmask_dist.evals.ranks import (
     Alone,
     Ranks,
@@ -140,7 +140,10 @@ def linear_probe(
         raise ValueError(f"l2 must be strengths above 0, got {tuple(l2)}")
     classes = check_probe(train, test, ranks)
     targets = torch.searchsorted(classes, train.labels)
-    _check_room(train.features.shape[1], len(classes), ranks, train.features.device)
+    device = train.features.device
+    most_rows = max(len(train.features), len(test.features))
+    room = _complaint(most_rows, train.features.shape[1], len(classes), free_bytes(device))
+    raise_together(room, ranks, device)
 
     def fit(rows: Rows, targets: Tensor, strength: float, start: Tensor | None) -> tuple[Tensor, bool]:
         return _fit(
@@ -192,19 +195,21 @@ def mean_logits_accuracy(
     return share(first.classes[places] == test_labels, ranks or Alone())
 
 
-def _check_room(dim: int, num_classes: int, ranks: Ranks, device: torch.device) -> None:
-    """Raise a ValueError on every rank where a fit does not fit into the memory that one of them has free."""
-    vector = (dim + 1) * num_classes * 8
-    # L-BFGS holds its history, and about eight vectors more; a chunk's logits are there four times
-    needed = (2 * _HISTORY + 8) * vector + 4 * 8 * max(_CHUNK, num_classes, dim) + 2 * _COPY_BYTES
-    free = least_free_mib(ranks, device)
-    if needed > free * 2**20:
-        raise ValueError(
-            f"a linear probe of {dim} dimensions and {num_classes} classes needs {needed / 2**30:.1f} GiB on "
-            f"each process ({2 * _HISTORY + 8} float64 matrices of {dim + 1} x {num_classes}), and the one "
-            f"with the least has {free / 1024:.1f} GiB free. Set eval.probe=false, or measure it with "
-            f"selfmask eval on a machine with more memory"
-        )
+def _complaint(num_rows: int, dim: int, num_classes: int, free: int) -> str | None:
+    """Return what is to be said where a fit of this rank's rows does not fit into `free` bytes."""
+    matrices = 2 * _HISTORY + 8  # L-BFGS holds its history, and about eight vectors more
+    # a chunk's logits are there four times; of features two copies may be made, of parts of the samples
+    chunk = min(_CHUNK + num_classes, num_rows * max(num_classes, dim))
+    copies = 2 * min(_COPY_BYTES, num_rows * dim * 8)
+    needed = matrices * (dim + 1) * num_classes * 8 + 4 * 8 * chunk + copies
+    if needed <= free:
+        return None
+    return (
+        f"a linear probe of {dim} dimensions and {num_classes} classes needs {needed / 2**30:.1f} GiB on "
+        f"each process ({matrices} float64 matrices of {dim + 1} x {num_classes}, and "
+        f"{(4 * 8 * chunk + copies) / 2**30:.1f} GiB for a chunk of rows), and {free / 2**30:.1f} GiB are "
+        f"free here. Set eval.probe=false, or use selfmask eval on a machine with more memory"
+    )
 
 
 def _predict(rows: Rows, solution: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,7 @@ from selfmask_dist.common.tensor_names import placements, plain_names
 from selfmask_dist.maskfile.file import read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
-from selfmask_dist.maskfile.precision import fingerprints, other_precision, wrong_backbone
-from selfmask_dist.maskfile.reading import Weights
+from selfmask_dist.maskfile.reading import Weights, fingerprints, other_precision, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
 from selfmask_dist.masking.marks import describe_left_over
 
@@ -109,7 +109,7 @@ def one_by_one(mask: Mask, parameters: Iterable[Gathered]) -> Iterator[Mask]:
         MaskFileError: a family's form does not hold its theta.
     """
     for found in parameters:
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, Any] = {}
         if found.theta is not None and found.weight is not None:
             num_parts = mask.num_segments.get(found.name, 1)
             taken = take_apart(mask.kind, found.theta, found.bits, found.weight, num_parts=num_parts)

@@ -304,6 +304,8 @@ def test_the_probe_beats_in_every_step_and_says_what_does_not_fit():
     beats = []
     linear_probe(train, train_labels, test, test_labels, l2=(1e-2,), on_step=lambda: beats.append(1))
     assert len(beats) > 20
-    message = r"6144 dimensions and 10000000 classes needs \d+\.\d GiB .* \(48 float64 matrices of 6145"
-    with pytest.raises(ValueError, match=message):
-        probe_module._check_room(6144, 10_000_000, evals.Alone(), torch.device("cpu"))
+    assert probe_module._complaint(10**6, 6144, 10**4, free=2**35) is None
+    said = probe_module._complaint(10**6, 6144, 10**5, free=2**35)
+    assert "6144 dimensions and 100000 classes needs 220.5 GiB" in said
+    assert "(48 float64 matrices of 6145 x 100000, and 0.8 GiB for a chunk of rows), and 32.0 GiB" in said
+    assert probe_module._complaint(100, 24, 5, free=2**20) is None, "a small one needs little"

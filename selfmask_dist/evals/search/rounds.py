@@ -73,7 +73,7 @@ class Plan:
         asked = "" if memory_mib is None else f"memory_mib is {memory_mib:g}"
         if memory_mib is None:
             good = max(MEMORY_MIB, _GOOD_ROUND * least)
-            memory_mib = max(min(good, free_mib / 2), min(MEMORY_MIB, free_mib))
+            memory_mib = max(min(good, free_mib / 2), MEMORY_MIB)
             asked = f"{free_mib:g} MiB are free on a rank, of which the search takes half"
         half = memory_mib * 2**20 / 2
         at_once = min(_MAX_QUERIES, int(half / per_query))
