@@ -25,6 +25,7 @@ from selfmask_dist.maskfile import read_mask_file
 from tests.support.tiny_run import child_environment, result_of, write_config, write_tiny_data
 
 METHODS = {"adapted": "mask", "frozen": "frozen"}
+MOST_CHUNKS = 9  # that a start embeds before it is killed; there are 54
 SECONDS = 180.0  # that a start may take, on a busy machine
 
 
@@ -47,14 +48,11 @@ def start(config: Path, method: str, name: str, size: int) -> list[subprocess.Po
     return found
 
 
-def run_calm(config: Path, method: str, name: str) -> float:
-    """Run to the end, and return the seconds that the evaluation took."""
+def run_calm(config: Path, method: str, name: str) -> None:
+    """Run to the end."""
     (process,) = start(config, method, name, 1)
-    wait(lambda: (config.parent / name / "measuring").exists(), [process])
-    began = time.monotonic()
     if process.wait(SECONDS):
         raise RuntimeError(f"{name} failed")
-    return time.monotonic() - began
 
 
 def wait(condition, processes: list[subprocess.Popen[bytes]]) -> None:
@@ -66,13 +64,13 @@ def wait(condition, processes: list[subprocess.Popen[bytes]]) -> None:
         time.sleep(0.02)
 
 
-def strike(config: Path, method: str, name: str, size: int, seconds: float, rng: random.Random) -> str:
+def strike(config: Path, method: str, name: str, size: int, rng: random.Random) -> str:
     """One start, and its end; what ended it."""
     run, processes = config.parent / name, start(config, method, name, size)
-    embedded = set(run.glob("measuring/*/*/*"))
-    # the evaluation of this start has begun: it has read what is there, and makes more
-    wait(lambda: set(run.glob("measuring/*/*/*")) - embedded or (run / "result.json").exists(), processes)
-    time.sleep(rng.uniform(0, seconds))
+    embedded, aim = set(run.glob("measuring/*/*/*")), rng.randint(1, MOST_CHUNKS)
+    # the evaluation of this start has begun: it has read what is there, and has made some more
+    wait(lambda: len(set(run.glob("measuring/*/*/*")) - embedded) >= aim, processes)
+    time.sleep(rng.uniform(0, 0.05))
     chosen = rng.choice(processes)
     kind = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     is_over = all(process.poll() is not None for process in processes)
@@ -112,10 +110,10 @@ def main() -> int:
         )
         for what, method in METHODS.items():
             run, calm = Path(folder) / what, Path(folder) / f"calm-{what}"
-            seconds = run_calm(config, method, calm.name)
+            run_calm(config, method, calm.name)
             size, ends = 1, 0
             for _ in range(kills):
-                end = strike(config, method, what, size, seconds / 3, rng)
+                end = strike(config, method, what, size, rng)
                 moments[end] += 1
                 struck += end != "end"
                 ends += end == "end"

@@ -191,15 +191,10 @@ class EvalConfig(Section):
         True, "Measure the frozen backbone before training, to compare with."
     )
     batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
-    keep_embeddings: bool = orchestration(
-        False,
-        "Keep the embeddings of a run's own evaluation (its folder measuring/), which otherwise go when its "
-        "numbers are written.",
-    )
+    keep_embeddings: bool = orchestration(False, "Keep measuring/ once its numbers are written: embeddings.")
     search_mib: float | None = efficiency(
         None,
-        "Memory of the k-NN search on each process beyond its bank and queries. null: 256, and where many "
-        "processes, dimensions or neighbours need more, as much as that, up to half of what is free.",
+        "Memory of the k-NN search beyond bank and queries. null: 256, or what is needed, of what is free.",
         unit="MiB",
         gt=0,
     )
