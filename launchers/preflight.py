@@ -8,16 +8,18 @@ import os
 import re
 import shutil
 import socket
-import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from selfmask_dist.config import Config
+from selfmask_dist.config.site import is_data_name
 from selfmask_dist.runs.folder import check_start
 from selfmask_dist.runs.owner import check_free
 from selfmask_dist.runs.submitted import waiting_job
 
 from .local import visible_gpus
+from .site import read_partitions
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
@@ -31,7 +33,13 @@ def preflight(config: Config, *, cluster: str, num_nodes: int, is_dry: bool = Fa
     Raises:
         ValueError: with every complaint, one to a line.
     """
-    complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    complaints = [*_run_folder(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    without_data = list(_data(config))
+    if is_dry:  # another machine may have it
+        for complaint in without_data:
+            print(f"note: {complaint}", file=sys.stderr)
+    else:
+        complaints += without_data
     complaints += [*_patches(config), *_cascade(config), *_times(config, cluster)]
     complaints += [*(_slurm(config, num_nodes, is_dry) if cluster == "slurm" else _here(config))]
     if complaints:
@@ -73,6 +81,12 @@ def _data(config: Config) -> Iterator[str]:
             continue  # a pattern, which the reader resolves
         elif "://" in text:
             continue  # elsewhere; opening it says what is wrong
+        elif is_data_name(text):
+            yield (
+                f"{key}: no data set {text} is found; say its place once in a site file (site: {{data: "
+                f"{{{text}: FOLDER}}}}; `selfmask site init` writes one), put it into $SELFMASK_DATA/{text}, "
+                f"or set {key} to a folder of tars"
+            )
         elif not Path(text).exists():
             yield f"{key}: there is no {text} on this machine"
         elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):
@@ -220,29 +234,23 @@ def _slurm(config: Config, num_nodes: int, is_dry: bool) -> Iterator[str]:
         return
     if config.engine.device == "cuda" and launch.gpus_per_node is None:
         yield "engine.device=cuda and no GPU is asked for; set launch.gpus_per_node"
-    partitions = _partitions()
+    partitions = {part.name: part for part in read_partitions()}
     if not partitions:
         return  # the cluster does not say; sbatch will
-    name = launch.partition or next((name for name in partitions if name.endswith("*")), None)
-    sizes = {known.rstrip("*"): size for known, size in partitions.items()}
-    if launch.partition is not None and launch.partition not in sizes:
-        yield f"launch.partition={launch.partition} does not exist; there are {', '.join(sorted(sizes))}"
-    elif name is not None and num_nodes > sizes[name.rstrip("*")]:
-        yield f"--nodes {num_nodes}: partition {name.rstrip('*')} has {sizes[name.rstrip('*')]}"
-
-
-def _partitions() -> dict[str, int]:
-    """Return how many nodes each partition has, by its name; the default one's ends in a star.
-
-    It is empty where the cluster does not answer.
-    """
-    command = ["sinfo", "--noheader", "--format=%P %D"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    sizes: dict[str, int] = {}
-    for line in done.stdout.splitlines() if done.returncode == 0 else []:
-        name, _, number = line.partition(" ")
-        sizes[name] = sizes.get(name, 0) + int(number)
-    return sizes
+    default = next((part.name for part in partitions.values() if part.is_default), None)
+    name = launch.partition or default
+    if name is not None and name not in partitions:
+        yield f"launch.partition={name} does not exist; there are {', '.join(sorted(partitions))}"
+        return
+    part = None if name is None else partitions[name]
+    if part is not None and num_nodes > part.nodes:
+        yield f"--nodes {num_nodes}: partition {name} has {part.nodes}"
+    if part is None or config.engine.device == "cpu":
+        return
+    if part.gpus and launch.gpus_per_node is None:
+        yield (
+            f"partition {name} has {part.gpus} GPUs a node and launch.gpus_per_node=null asks for none; "
+            f"leave it out, or set engine.device=cpu to mean it"
+        )
+    elif launch.gpus_per_node is not None and 0 < part.gpus < launch.gpus_per_node:
+        yield f"launch.gpus_per_node={launch.gpus_per_node}: nodes of partition {name} have {part.gpus}"

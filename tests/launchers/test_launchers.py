@@ -87,7 +87,7 @@ def test_what_is_wrong_with_all_runs_is_said_once(config_path: Path, tmp_path: P
     done = submit(config_path, "--seeds=0,1", "data.test=nowhere")
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
-    assert "there is no nowhere" in first
+    assert "no data set nowhere is found" in first
     assert "run-seed1 holds a run already" in second
     assert not (tmp_path / "run-seed0").exists()  # the one that could run did not start
 
@@ -107,7 +107,7 @@ def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
         (["--seeds", "1,1"], "run-seed1; give each seed once"),
         (["--nodes", "0"], "'0' is not a number of nodes"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--config", "cascade_vitb23"], "did you mean cascade_vitb32?"),
+        (["--config", "cascade_vitb23"], "did you mean cascade_vitb32 or cascade_vitb32_swav?"),
         (["--train.epochs=3"], "write train.epochs=3, without the dashes"),
     ],
 )
