@@ -86,7 +86,7 @@ def measure_longer_choice(bench: Benchmark, name: str, parts: list[evals.Embeddi
 
 
 def measure_memory(bench: Benchmark) -> None:
-    """What the probe takes beyond embeddings whose logits alone are 458 MiB in float64; a few of its steps."""
+    """What a few steps of the probe take beyond embeddings; all logits would be 458 MiB in float64."""
     ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60_000) % 1000
