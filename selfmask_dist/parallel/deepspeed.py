@@ -10,7 +10,7 @@ Knows nothing of objectives or architectures.
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -182,16 +182,14 @@ class DeepSpeedEngine(Engine):
         """Do nothing: theta follows from the scores in every forward."""
 
     @torch.no_grad()
-    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def each_whole_weight(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`; parametrised ones appear as their parts."""
         named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(
             self.encoder.named_buffers()
         )
-        return {
-            name: self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
-            for name, tensor in named.items()
-            if names is None or name in names
-        }
+        for name, tensor in named.items():
+            if names is None or name in names:
+                yield name, self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
 
     @torch.no_grad()
     def _whole_parameter(self, parameter: nn.Parameter) -> Tensor:

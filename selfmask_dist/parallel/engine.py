@@ -13,7 +13,7 @@ An engine knows neither objectives nor architectures. Each process's share of th
 which any engine at any world size can load.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -251,9 +251,15 @@ class Engine:
 
         Collective: every rank must call.
         """
+        return dict(self.each_whole_weight(names))
+
+    @torch.no_grad()
+    def each_whole_weight(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield those one after the other. Collective: every rank must go through to the end."""
         shards = self._shards_of(self.encoder, {})
-        state = self.encoder.state_dict()
-        return {n: shards.whole_weight(n, state[n]) for n in state if names is None or n in names}
+        for name, tensor in self.encoder.state_dict().items():
+            if names is None or name in names:
+                yield name, shards.whole_weight(name, tensor)
 
     def refresh(self) -> None:
         """Make theta follow what was written into the trained tensors. Collective: every rank must call."""

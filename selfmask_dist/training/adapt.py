@@ -236,24 +236,24 @@ def _conclude(
     evaluation: Evaluation,
     record: RetrievalRecord,
 ) -> dict[str, Any]:
+    """Save what was trained, measure it, and add the numbers to the mask file; return the result's entries.
+
+    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers.
+    """
+    saved = save(config, trained, backbone, objective, context.directory, engine=engine)
     result: dict[str, Any] = {}
     if config.eval.final:
-        result["adapted"] = evaluation.full(probe=config.eval.probe)
+        path = context.directory / names.MEASURING / "adapted"
+        progress = evaluation.begin(path, made_with=saved.identity, report=context.writer.message)
+        result["adapted"] = evaluation.full(probe=config.eval.probe, progress=progress)
         if objective.classifies:
-            result["adapted"] |= evaluation.head(objective)
+            result["adapted"] |= evaluation.head(objective, progress)
         result["adapted"] |= record.measure("adapted")
         context.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
     result |= record.result()
-    return result | save(
-        config,
-        trained,
-        backbone,
-        objective,
-        context.directory,
-        engine=engine,
-        metrics=result.get("adapted", {}),
-        verdict=mark_of(result.get("retrieval")),
-    )
+    if context.world.is_main:
+        saved.add_numbers(result.get("adapted", {}), verdict=mark_of(result.get("retrieval")))
+    return result | saved.sizes
 
 
 def _resume(

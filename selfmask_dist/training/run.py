@@ -1,12 +1,13 @@
 """One run from its configuration to its result.
 
-    engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
+    engine -> frozen baseline -> attach masks -> train -> save the mask -> evaluate -> result.json
 
 `method` says what is trained: mask (scores), finetune (weights), probe (a linear probe on frozen features) or
 frozen (nothing). Methods that are chains of runs, the cascade and the procedures, call `run_in` for each.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,8 @@ def run_in(
         create_run_directory(config, is_restart=is_restart)
     world.barrier()
     if (directory / names.RESULT).exists():  # requeued after its end
+        if world.is_main:
+            _remove_measured(config, directory / names.MEASURING)
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     config, choice = with_chosen_score_lr(
@@ -120,12 +123,11 @@ def _run(
             result["frozen"] = _once(
                 context.directory / names.FROZEN,
                 context.world,
-                lambda: (
-                    evaluation.full(probe=config.eval.probe or config.method == "probe")
-                    | record.measure("frozen")
-                ),
+                lambda: _measure_frozen(config, context, evaluation) | record.measure("frozen"),
             )
             result["frozen"] |= record.measure("frozen")  # which a restart finds
+            if context.world.is_main:
+                _remove_measured(config, context.directory / names.MEASURING / "frozen")
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
@@ -138,9 +140,26 @@ def _run(
     result["verdict"] = judge(config, result, context.directory, num_test=num_test) if is_main else []
     if is_main:
         write_json(context.directory / names.RESULT, result)
-    context.world.barrier()  # nobody looks for a file that is not there yet
+    context.world.barrier()  # nobody looks for a file that is not there yet, or reads one that goes
+    if is_main:
+        _remove_measured(config, context.directory / names.MEASURING)
     writer.event("end", **result)
     return result
+
+
+def _measure_frozen(config: Config, context: RunContext, evaluation: Evaluation) -> dict[str, float]:
+    """Return the frozen backbone's numbers by labels. Collective: every rank must call."""
+    path = context.directory / names.MEASURING / "frozen"
+    return evaluation.full(
+        probe=config.eval.probe or config.method == "probe",
+        progress=evaluation.begin(path, made_with="", report=context.writer.message),
+    )
+
+
+def _remove_measured(config: Config, folder: Path) -> None:
+    """Delete what an evaluation kept for a restart, once its numbers are written."""
+    if not config.eval.keep_embeddings:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:

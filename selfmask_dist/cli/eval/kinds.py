@@ -16,9 +16,9 @@ from selfmask_dist.cli.eval.subject import EvalSubject
 from selfmask_dist.common.plots import draw_bars, draw_lines
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.knn import KS, TEMPERATURES
-from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
 from selfmask_dist.evals.probe_heads import EPOCHS
+from selfmask_dist.evals.search import Precision
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvalOptions:
 
     ks: tuple[int, ...] = ()
     precision: Precision = "float32"
-    memory_mib: float = 256
+    memory_mib: float | None = None
     tries: int = 5
     c: float = 1.0
     epochs: int = EPOCHS
