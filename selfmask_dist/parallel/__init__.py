@@ -7,6 +7,7 @@ from torch import nn
 
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking.core import ScoreStep
+from selfmask_dist.parallel.agreement import take_from_main
 from selfmask_dist.parallel.batchnorm import synchronise_batchnorm
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.trained import EngineState
@@ -22,6 +23,7 @@ __all__ = [
     "join_world",
     "set_timeout",
     "synchronise_batchnorm",
+    "take_from_main",
 ]
 
 _CLASSES = {"ddp": "DDPEngine", "fsdp": "FSDPEngine", "bits": "BitsEngine", "deepspeed": "DeepSpeedEngine"}

@@ -35,6 +35,7 @@ class DDPEngine(Engine):
             self._replica = DistributedDataParallel(
                 self.module,
                 device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,  # or gradients would lie in buckets and beside them
                 **_LEAVE_BUFFERS,
             )
 

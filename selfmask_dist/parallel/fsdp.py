@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from selfmask_dist.masking import Shards
 from selfmask_dist.parallel.engine import Engine, reduce_dtype
+from selfmask_dist.parallel.together import take_several
 
 
 class FSDPEngine(Engine):
@@ -46,6 +47,8 @@ class FSDPEngine(Engine):
             # without one FSDP2 would reduce in param_dtype
             reduce_dtype=reduce_dtype(self.config) or (torch.float32 if is_bf16 else None),
         )
+        self.encoder.forward = _owning(self.encoder.forward)
+        take_several(self.encoder, blocks)
         for name in blocks:
             block = self.encoder.get_submodule(name)
             _widen(block)
@@ -57,7 +60,6 @@ class FSDPEngine(Engine):
             )
         if is_bf16:
             policy = replace(policy, output_dtype=torch.float32)  # embeddings, for objectives
-        self.encoder.forward = _owning(self.encoder.forward)
         _widen(self.encoder)
         # always resharded: after an evaluation it would keep its gathered theta, and miss the next rewrite
         fully_shard(self.encoder, reshard_after_forward=True, mp_policy=policy, **shared)
@@ -71,7 +73,9 @@ class FSDPEngine(Engine):
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         assert isinstance(self.encoder, FSDPModule)
-        self.encoder.set_requires_gradient_sync(is_last)
+        # Every micro-batch is reduced to this rank's rows: what waited whole for the last one would take 4
+        # bytes a weight. Replicas of a hybrid mesh hold the same rows, and can wait for one another.
+        self.encoder.set_requires_all_reduce(is_last)
 
     def _autocast(self) -> torch.autocast:
         # the mixed precision policy casts: inputs and gathered theta to bf16, embeddings back to float32

@@ -117,7 +117,9 @@ class EvalSubject:
     @cached_property
     def num_classes(self) -> int:
         """How many classes there are, named or not."""
-        return max(len(self.classes), *(int(source.labels.max()) + 1 for source in self.sources.values()))
+        return max(
+            len(self.classes), *(len(data.count_labels(source)) - 1 for source in self.sources.values())
+        )
 
     def require_labels(self, what: str) -> list[str]:
         """Notes on images that are left out for want of a label.
@@ -127,7 +129,7 @@ class EvalSubject:
         """
         notes = []
         for split, source in self.sources.items():
-            missing = int((source.labels < 0).sum())
+            missing = int(data.count_labels(source)[0])
             if missing == len(source):
                 raise UnavailableError(
                     f"data.{split} has no labels, which {what} needs; labelfree gives what can be told "
@@ -165,7 +167,7 @@ class EvalSubject:
         store = EmbeddingStore.open(self._path(view, split))
         rows = store.read_slice(self.world.rank, self.world.size)
         # the class list is this evaluation's, not that of the day of embedding
-        labels = torch.from_numpy(self.sources[split].labels[rows.ids.numpy()])
+        labels = torch.from_numpy(self.sources[split].labels_of(rows.ids.numpy()))
         return Embeddings(rows.features, labels, rows.ids).to(self.world.device)
 
     def embed(self, view: View) -> None:
