@@ -120,7 +120,10 @@ def make_rig(name: str, depth: int, folder: Path, *, width: int = WIDTH, accumul
         accumulate=accumulate,
     )
     masks = engine.attach(encoder, Masks.attach, include="vit")
-    groups = [{"params": list(masks.parameters()), "lr": 1.0}, {"params": objective.head_parameters()}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(masks.parameters()), "lr": 1.0},
+        {"params": objective.head_parameters()},
+    ]
     engine.start(torch.optim.SGD(groups, lr=0.05, momentum=0.9))
     engine.keep_unit_rows(objective.unit_rows())
     return Rig(engine, masks, objective, world, folder)

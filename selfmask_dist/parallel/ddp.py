@@ -35,7 +35,6 @@ class DDPEngine(Engine):
             self._replica = DistributedDataParallel(
                 self.module,
                 device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,  # or gradients would lie in buckets and beside them
                 **_LEAVE_BUFFERS,
             )
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from selfmask_dist.backbones.any_size import accept_sizes
 from selfmask_dist.parallel import Engine
@@ -130,13 +132,15 @@ def kept_between(name: str) -> list[int]:
     def looking(loss: Tensor) -> None:
         backward(loss)
         grads = [entry.theta.grad for entry in masks.entries]
-        kept.append(sum(grad.to_local().numel() if hasattr(grad, "to_local") else grad.numel()
-                        for grad in grads if grad is not None))  # fmt: skip
-        for state in (m._get_fsdp_state() for m in engine.encoder.modules() if hasattr(m, "_get_fsdp_state")):
-            for group in state._fsdp_param_groups:
-                for one in group.fsdp_params:
-                    whole = one.unsharded_accumulated_grad
-                    kept[-1] += 0 if whole is None else whole.numel()
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+        states = [m._get_fsdp_state() for m in engine.encoder.modules() if isinstance(m, FSDPModule)]
+        waiting = [
+            one.unsharded_accumulated_grad
+            for state in states
+            for group in state._fsdp_param_groups
+            for one in group.fsdp_params
+        ]
+        kept.append(sum(grad.numel() for grad in [*local, *waiting] if grad is not None))
 
     engine._backward = looking  # type: ignore[method-assign]
     engine.forward_backward(batch_of(0, dist.get_rank(), dist.get_world_size(), dtype=torch.float64))

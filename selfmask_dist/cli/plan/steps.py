@@ -171,12 +171,13 @@ class _Reckoner:
 
     def ddp(self) -> Estimate:
         n, f, x = self.n, self.f, (self.w - 1) / self.w
+        buckets = FULL * n if self.w > 1 else 0.0  # DistributedDataParallel's copies of gradients
         return self.one(
             "ddp",
             weights=FULL * (2 * n + f),
             scores=FULL * n,
             momentum=self.momentum,
-            gradients=FULL * n + self.second(FULL * n, self.activations),
+            gradients=FULL * n + buckets + self.second(FULL * n, self.activations),
             sent=2 * x * FULL * n,
         )
 
