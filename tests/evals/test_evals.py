@@ -306,6 +306,7 @@ def test_the_probe_beats_in_every_step_and_says_what_does_not_fit():
     assert len(beats) > 20
     assert probe_module._complaint(10**6, 6144, 10**4, free=2**35) is None
     said = probe_module._complaint(10**6, 6144, 10**5, free=2**35)
+    assert said is not None
     assert "6144 dimensions and 100000 classes needs 220.5 GiB" in said
     assert "(48 float64 matrices of 6145 x 100000, and 0.8 GiB for a chunk of rows), and 32.0 GiB" in said
     assert probe_module._complaint(100, 24, 5, free=2**20) is None, "a small one needs little"
