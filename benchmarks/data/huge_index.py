@@ -295,7 +295,6 @@ def now(benchmark: Benchmark, folder: Path, count: int) -> None:
     benchmark.figure(
         f"node of {RANKS} ranks x {WORKERS} workers, private GiB (reckoned)", node / 1024, max=4.0
     )
-    return rank, worker
 
 
 def before(benchmark: Benchmark, folder: Path, count: int, sample: int) -> None:
