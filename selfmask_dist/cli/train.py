@@ -19,7 +19,13 @@ from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.site import find_site
 from selfmask_dist.config.unread import unread
 from selfmask_dist.runs import exit_status
-from selfmask_dist.runs.folder import check_start, is_finished, note_failed_start, run_path
+from selfmask_dist.runs.folder import (
+    check_start,
+    is_finished,
+    note_failed_start,
+    remove_measured,
+    run_path,
+)
 from selfmask_dist.runs.owner import Claim, check_free
 from selfmask_dist.runs.verdict import closing
 
@@ -115,6 +121,7 @@ def train(options: argparse.Namespace) -> int:
     if is_finished(config, is_restart=_is_restart()):
         if _is_main():
             folder = run_path(config)
+            remove_measured(config)  # it may have been killed on the way
             print(f"{folder} is finished: nothing is left to do\n{closing(folder)}", file=sys.stderr)
         return exit_status.OK
     from selfmask_dist.runs.ending.leaving import departure
