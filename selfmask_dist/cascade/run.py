@@ -14,11 +14,13 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade.stages import Stages, read_sizes
@@ -32,7 +34,7 @@ from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.verdict import closing, judge_cascade
 from selfmask_dist.training.chain import Chain, stage_config
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = (0.2, 5.0)  # between two looks for the others' results: at first, and at most
 _NO_EVALUATION = {"final": False, "frozen_baseline": False}  # views are measured once, at the end
 
 
@@ -87,16 +89,15 @@ def run_cascade(
     """
     directory = run_path(config)
     stop_path = directory / f"stop-{os.environ.get('SELFMASK_RESTARTS', 0)}"
-    if part is not None:
-        _check_part(part, directory)
     with ExitStack() as stack:
         current = CurrentWorld(config, stack)
         world = current.join()
+        if part is not None:
+            world.from_main(lambda: _check_part(part, directory))
         if world.is_main:
             create_run_directory(config, is_restart=is_restart or part not in (None, names.ROUTER))
-        world.barrier()
-        if (directory / names.RESULT).exists():  # requeued after its end
-            finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
+        finished = world.from_main(lambda: _finished(directory))
+        if finished is not None:  # requeued after its end
             return finished
         if part is not None and part.startswith(names.expert("")):
             return _train_expert(config, int(part.removeprefix(names.expert(""))), world, stop)
@@ -106,15 +107,23 @@ def run_cascade(
             num_groups = _prepare_experts(config, world, stop)
             if part == names.ROUTER:
                 return {}
-            stop.watch(stop_path)
+            world = current.join(num_groups)
+            stop.watch(stop_path if world.is_main else None)  # who tells its group in the next vote
             try:
-                _train_experts(config, current.join(num_groups), stop, num_groups)
+                _train_experts(config, world, stop, num_groups)
             except Preempted:
-                stop_path.touch()  # groups share no step in which they could agree
+                if world.is_main:
+                    stop_path.touch()  # groups share no step in which they could agree
                 raise
             stop.watch(None)
         with open_run(config, directory, current.join(), stop) as context:
             return _finish(config, context)
+
+
+def _finished(directory: Path) -> dict[str, Any] | None:
+    path = directory / names.RESULT
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return result
 
 
 def _check_part(part: str, directory: Path) -> None:
@@ -249,8 +258,29 @@ def _train_experts(config: Config, world: World, stop: StopRequest, num_groups: 
     chain = Chain(config, world, stop)
     for k in mine:
         chain.run(expert_config(config, k, sizes))
-    results = [directory / names.expert(k) / names.RESULT for k in range(len(sizes))]
-    while not all(path.exists() for path in results):
-        if stop.requested:
+    _wait_for([directory / names.expert(k) / names.RESULT for k in range(len(sizes))], world, stop)
+
+
+def _wait_for(paths: Sequence[Path], world: World, stop: StopRequest) -> None:
+    """Wait until files are there that other groups of processes write.
+
+    The main rank of a group looks, less and less often, and each look is a vote of its ranks on stopping.
+    Collective: every rank of the group must call.
+
+    Raises:
+        Preempted: a rank of the group was asked to stop.
+    """
+    waiting, (pause, longest) = list(paths), _POLL_SECONDS
+    while True:
+        if world.is_main:
+            waiting = [path for path in waiting if not path.exists()]
+        votes = torch.tensor([float(stop.requested), float(world.is_main and bool(waiting))])
+        is_stopped, is_waiting = world.sum(votes.to(world.device)).tolist()
+        if is_stopped:
             raise Preempted
-        time.sleep(_POLL_SECONDS)
+        if not is_waiting:
+            return
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not stop.requested:
+            time.sleep(_POLL_SECONDS[0])
+        pause = min(1.5 * pause, longest)
