@@ -113,7 +113,7 @@ class Stages:
                 num_workers=self._config.engine.workers,
                 device=self._world.device,
                 all_reduce=self._sum,
-                on_batch=self._context.check,
+                on_batch=self._context.paced_check(),
                 report=self._context.writer.message,
             )
         self._world.barrier()

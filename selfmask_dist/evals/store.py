@@ -323,16 +323,29 @@ def embed_to_store(
     try:
         for number, batch in enumerate(batches):
             with torch.no_grad():
-                features = encode_fn(batch.to(device).views[0]).float().cpu()
+                features = _to_host(encode_fn(batch.to(device).views[0]).float())
             if number >= padding:
                 chunk = chunk if parts else next(chunks)
                 parts.append((features, batch.labels))
                 if sum(len(labels) for _, labels in parts) == len(store.chunk_range(chunk)):
+                    if features.is_pinned():
+                        torch.cuda.current_stream(device).synchronize()  # the chunk's copies have arrived
                     store.write_chunk(chunk, *(torch.cat(part) for part in zip(*parts, strict=True)))
                     parts = []
             on_batch()
     finally:
         batches.close()
+
+
+def _to_host(features: Tensor) -> Tensor:
+    """Return features on the CPU; out of a GPU they are on their way when this returns.
+
+    A copy that waits would leave the GPU without work after each batch.
+    """
+    if features.device.type != "cuda":
+        return features.cpu()
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    return host.copy_(features, non_blocking=True)
 
 
 def _read_manifest(path: Path) -> EmbeddingStore:
