@@ -11,6 +11,7 @@ No process holds the embeddings of all images.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +37,10 @@ from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.maskfile.rows import put_file
+from selfmask_dist.parallel.sharded import ShardedEncoder, shards_weights
 from selfmask_dist.runs.context import RunContext
-from selfmask_dist.training.build import build_backbone, check_run, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data, shard_backbone
 
 SPLITS = ("train", "test")
 _ROUTER = "router.safetensors"  # in the router's folder
@@ -57,13 +60,22 @@ class Stages:
 
     @cached_property
     def _backbone(self) -> Backbone:
-        backbone = build_backbone(self._config)
-        backbone.encoder.to(self._world.device)
+        backbone = build_backbone(self._config, in_file=self._is_sharded)
+        if not self._is_sharded:  # what cuts it moves it, too
+            backbone.encoder.to(self._world.device)
         return backbone
 
     @cached_property
     def _bank(self) -> MaskBank:
         return MaskBank(self._backbone.encoder)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return shards_weights(self._config.engine)
+
+    @cached_property
+    def _sharded(self) -> ShardedEncoder:
+        return shard_backbone(self._backbone, self._config, self._world)
 
     @property
     def num_test_images(self) -> int:
@@ -98,12 +110,11 @@ class Stages:
     def embed(self, view: str) -> None:
         """Write the embeddings of both splits: `frozen`, or under the mask of the run `view`."""
         mask_path = None if view == "frozen" else self._directory / view / names.MASK
-        if mask_path is not None and view not in self._bank:
-            self._bank.add(view, mask_path)
+        encode_fn = self._encoder_under(view, mask_path)
         for split in SPLITS:
             store = self._create(view, split, mask_path)
             embed_to_store(
-                lambda images: self._bank.embed(images, None if mask_path is None else view),
+                encode_fn,
                 self._sources[split],
                 data.eval_transform(self._backbone.spec.preprocessing),
                 store,
@@ -118,6 +129,18 @@ class Stages:
             )
         self._world.barrier()
         self._say("embedded", view)
+
+    def _encoder_under(self, view: str, mask_path: Path | None) -> Callable[[Tensor], Tensor]:
+        """Return the encoder under a mask, or frozen; where it is cut over ranks, until the next view."""
+        if self._is_sharded:
+            self._sharded.restore()
+            if mask_path is not None:
+                put_file(mask_path, self._sharded, fingerprint=self._backbone.spec.fingerprint)
+            return self._sharded.encode
+        if mask_path is not None and view not in self._bank:
+            self._bank.add(view, mask_path)
+        name = None if mask_path is None else view
+        return lambda images: self._bank.embed(images, name)
 
     def _create(
         self, view: str, split: str, made_with: Path | None, *, dim: int | None = None
