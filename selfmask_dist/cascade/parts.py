@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from selfmask_dist.cascade.combine import Combination
+from selfmask_dist.cascade.router import Router
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.parallel import World
@@ -31,11 +32,12 @@ class Parts:
     """Complete stores of the same samples, and each sample's cluster.
 
     stores: the dispatcher's first, then the experts'. clusters: (samples,) of an integer type, a mapped file
-    mostly. device: where embeddings are combined.
+    mostly; or the router, which finds them from the dispatcher's embeddings. device: where embeddings are
+    combined.
     """
 
     stores: Sequence[EmbeddingStore]
-    clusters: npt.NDArray[np.integer]
+    clusters: npt.NDArray[np.integer] | Router
     device: torch.device | str = "cpu"
 
     @staticmethod
@@ -60,6 +62,8 @@ class Parts:
 
     def _rows(self, parts: Sequence[Embeddings]) -> Rows:
         first, *others = [part.features.to(self.device) for part in parts]
+        if isinstance(self.clusters, Router):
+            return first, others, self.clusters.to(self.device).assign(first)
         ids = parts[0].ids.numpy()
         clusters = torch.from_numpy(np.asarray(self.clusters[ids], dtype=np.int64))
         return first, others, clusters.to(self.device)

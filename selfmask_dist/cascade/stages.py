@@ -71,7 +71,7 @@ class Stages:
 
     @property
     def _is_sharded(self) -> bool:
-        return shards_weights(self._config.engine)
+        return shards_weights(self._config.engine, self._world)
 
     @cached_property
     def _sharded(self) -> ShardedEncoder:

@@ -19,9 +19,11 @@ from selfmask_dist.parallel.fsdp import FSDPEngine
 from selfmask_dist.parallel.world import World
 
 
-def shards_weights(config: EngineConfig) -> bool:
-    """Return whether an engine cuts the encoder, so that evaluations must not hold it whole either."""
-    return config.name == "fsdp"
+def shards_weights(config: EngineConfig, world: World) -> bool:
+    """Return whether an evaluation must not hold the encoder whole either: the engine cuts it over ranks, or
+    keeps it in the CPU's memory.
+    """
+    return config.name == "fsdp" and (world.size > 1 or config.cpu_offload)
 
 
 class ShardedEncoder:

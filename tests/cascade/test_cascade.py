@@ -384,6 +384,41 @@ def test_a_cascade_cut_over_processes_embeds_as_a_whole_one(cascade: Path, tmp_p
             assert torch.equal(files[0].masks[name].bits[parameter], bits)
 
 
+def _eval_rank(arguments: list[str]) -> int:
+    return main(arguments)
+
+
+@pytest.mark.distributed
+def test_a_bundle_is_evaluated_with_its_backbone_cut_over_processes(cascade: Path, tmp_path: Path) -> None:
+    """Images of different experts cannot go through together: the combination is made from stores."""
+    bundle = tmp_path / "cascade.mask"
+    shutil.copy(cascade / "cascade.mask", bundle)
+    arguments = ["eval", str(bundle), "labelfree", "engine.name=fsdp"]
+    arguments += ["--config", str(cascade / "config.yaml")]
+    assert run_distributed(_eval_rank, 2, arguments, backend="", timeout=120) == [0, 0]
+    for mode in COMBINATIONS:
+        found, of_run = (
+            EmbeddingStore.open(folder / "embeddings" / mode / "test").read_slice().features
+            for folder in (tmp_path, cascade)
+        )
+        assert torch.allclose(found, of_run, atol=1e-4), mode
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["probe", "frozen"])
+def test_a_frozen_backbone_is_measured_cut_over_processes(cascade: Path, tmp_path: Path, method: str) -> None:
+    own = ["objective.name=supervised", f"method={method}"]
+    alone, cut = (
+        settings(cascade.parent / "shards", tmp_path, *own, f"run.name={name}", f"engine.name={name}")
+        for name in ("ddp", "fsdp")
+    )
+    run(load_config(None, alone))
+    run_distributed(_run_rank, 2, cut, backend="", timeout=120)
+    numbers = [result_of(tmp_path / name)["frozen"] for name in ("ddp", "fsdp")]
+    assert numbers[0].keys() == numbers[1].keys()
+    assert numbers[1] == pytest.approx(numbers[0], abs=1 / 32 + 1e-9)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Path) -> None:
