@@ -23,7 +23,8 @@ def shards_weights(config: EngineConfig, world: World) -> bool:
     """Return whether an evaluation must not hold the encoder whole either: the engine cuts it over ranks, or
     keeps it in the CPU's memory.
     """
-    return config.name == "fsdp" and (world.size > 1 or config.cpu_offload)
+    cuts = config.name == "fsdp" or (config.name == "deepspeed" and config.zero_stage == 3)
+    return cuts and (world.size > 1 or config.cpu_offload)
 
 
 class ShardedEncoder:

@@ -104,7 +104,7 @@ def _run(
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
-    cuts_weights = config.engine.name == "fsdp" and (trains or shards_weights(config.engine, context.world))
+    cuts_weights = config.engine.name == "fsdp" if trains else shards_weights(config.engine, context.world)
     backbone = build_backbone(config, in_file=cuts_weights)
     notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps

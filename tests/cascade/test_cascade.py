@@ -405,16 +405,25 @@ def test_a_bundle_is_evaluated_with_its_backbone_cut_over_processes(cascade: Pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("method", ["probe", "frozen"])
-def test_a_frozen_backbone_is_measured_cut_over_processes(cascade: Path, tmp_path: Path, method: str) -> None:
-    own = ["objective.name=supervised", f"method={method}"]
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        ("probe", "fsdp"),
+        pytest.param("frozen", "fsdp", marks=pytest.mark.slow),
+        pytest.param("probe", "deepspeed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_backbone_is_measured_cut_over_processes(
+    cascade: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    own = ["objective.name=supervised", f"method={method}", "engine.zero_stage=3"]
     alone, cut = (
         settings(cascade.parent / "shards", tmp_path, *own, f"run.name={name}", f"engine.name={name}")
-        for name in ("ddp", "fsdp")
+        for name in ("ddp", engine)
     )
     run(load_config(None, alone))
     run_distributed(_run_rank, 2, cut, backend="", timeout=120)
-    numbers = [result_of(tmp_path / name)["frozen"] for name in ("ddp", "fsdp")]
+    numbers = [result_of(tmp_path / name)["frozen"] for name in ("ddp", engine)]
     assert numbers[0].keys() == numbers[1].keys()
     assert numbers[1] == pytest.approx(numbers[0], abs=1 / 32 + 1e-9)
 

@@ -84,7 +84,7 @@ def _count_calls(folder: Path, rows: int) -> int:
         counts[0] += 1
         return stat(*args, **kwargs)
 
-    os.stat = counted  # type: ignore[assignment]
+    os.stat = counted
     parts = open_parts(folder)
     combination = Combination.fit(parts.slices(), mode="conditional_add", num_experts=EXPERTS)
     store = EmbeddingStore.create(

@@ -188,7 +188,6 @@ class EvalSubject:
 
     def _fill(self, store: EmbeddingStore, view: View, split: str) -> None:
         """Make the chunks that a view's store lacks."""
-        place = {"rank": self.world.rank, "world_size": self.world.size}
         if view.mode is not None and self._is_sharded:
             # ranks would choose experts for their images, and gather weights, each at its own time
             (path,), (_, router, combinations) = self.files, self._in_bundle
@@ -197,7 +196,14 @@ class EvalSubject:
                 self.embed(part)
             stores = [EmbeddingStore.open(self._path(part, split)) for part in parts]
             combined = Parts(stores, router, self.world.device)
-            combine_to_store(combinations[view.mode], combined, store, report=self.report, **place)
+            combine_to_store(
+                combinations[view.mode],
+                combined,
+                store,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                report=self.report,
+            )
             return
         embed_to_store(
             self._encoder(view),
@@ -205,11 +211,12 @@ class EvalSubject:
             data.eval_transform(self.backbone.spec.preprocessing),
             store,
             batch_size=self.config.eval.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
             num_workers=self.config.engine.workers,
             device=self.world.device,
             all_reduce=self._sum,
             report=self.report,
-            **place,
         )
 
     def _store(self, view: View, split: str) -> EmbeddingStore:
