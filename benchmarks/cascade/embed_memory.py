@@ -1,9 +1,10 @@
 """What a rank needs to embed with a backbone and its masks: held whole by a bank, and cut over ranks.
 
-Each rank loads a ViT-S/16 (22 million weights) from its file and embeds four pictures frozen and under two masks, on CPU processes of one machine: with a `MaskBank`, as ddp does, and with a
-`ShardedEncoder`, as fsdp does. Counted is the growth of a rank's own memory (pages of the weights' file are left
-out: the system takes them back) at its highest, in units of the model, beyond the largest block gathered
-twice and the bits of its largest layer.
+Each rank loads a ViT-S/16 (22 million weights) from its file and embeds four pictures frozen and under two
+masks, on CPU processes of one machine: with a `MaskBank`, as ddp does, and with a `ShardedEncoder`, as fsdp
+does. Counted is the growth of a rank's own memory (pages of the weights' file are left out: the system takes
+them back) at its highest, in units of the model, beyond the largest block gathered twice and the bits of its
+largest layer.
 
     python -m benchmarks.cascade.embed_memory [--quick] --json
 """
