@@ -23,6 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "for each, named NAME-FILE",
     )
     parser.add_argument(
+        "--site",
+        metavar="FILE",
+        help="what this place says once for all its runs, below their own configuration; without it, "
+        "$SELFMASK_SITE, ./site.yaml or ~/.config/selfmask/site.yaml; none: none. `selfmask site init` "
+        "writes one",
+    )
+    parser.add_argument(
         "--seeds",
         type=_seeds,
         default=[],

@@ -9,10 +9,12 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from selfmask_dist.config import Config
+from selfmask_dist.config.site import is_data_name
 from selfmask_dist.runs.folder import check_start
 from selfmask_dist.runs.owner import check_free
 from selfmask_dist.runs.submitted import waiting_job
@@ -31,7 +33,13 @@ def preflight(config: Config, *, cluster: str, num_nodes: int, is_dry: bool = Fa
     Raises:
         ValueError: with every complaint, one to a line.
     """
-    complaints = [*_run_folder(config), *_data(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    complaints = [*_run_folder(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    without_data = list(_data(config))
+    if is_dry:  # another machine may have it
+        for complaint in without_data:
+            print(f"note: {complaint}", file=sys.stderr)
+    else:
+        complaints += without_data
     complaints += [*_patches(config), *_cascade(config), *_times(config, cluster)]
     complaints += [*(_slurm(config, num_nodes, is_dry) if cluster == "slurm" else _here(config))]
     if complaints:
@@ -73,6 +81,12 @@ def _data(config: Config) -> Iterator[str]:
             continue  # a pattern, which the reader resolves
         elif "://" in text:
             continue  # elsewhere; opening it says what is wrong
+        elif is_data_name(text):
+            yield (
+                f"{key}: no data set {text} is found; say its place once in a site file (site: {{data: "
+                f"{{{text}: FOLDER}}}}; `selfmask site init` writes one), put it into $SELFMASK_DATA/{text}, "
+                f"or set {key} to a folder of tars"
+            )
         elif not Path(text).exists():
             yield f"{key}: there is no {text} on this machine"
         elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):

@@ -25,6 +25,7 @@ if not __package__:  # started by its path: Python put this file's folder on the
 from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import Config, load_config, to_yaml
 from selfmask_dist.config.help import unrecognized
+from selfmask_dist.config.site import Site, find_site
 from selfmask_dist.runs import owner
 from selfmask_dist.runs.folder import is_finished, run_path
 from selfmask_dist.runs.verdict import closing
@@ -65,10 +66,15 @@ def launch(options: argparse.Namespace) -> int:
     Raises:
         ValueError: a configuration is wrong, or something would fail later; nothing was started.
     """
-    return submit(plan_runs(options.config, options.seeds, options.overrides), options)
+    site = find_site(options.site)
+    if site.path is not None:
+        print(f"site {site.path}", file=sys.stderr)
+    return submit(plan_runs(options.config, options.seeds, options.overrides, site), options)
 
 
-def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> list[PlannedRun]:
+def plan_runs(
+    files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], site: Site
+) -> list[PlannedRun]:
     """Return a run for each file and seed.
 
     Their names tell them apart: the file's name without its ending is added where there are several files,
@@ -78,16 +84,18 @@ def plan_runs(files: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
         ValueError: a configuration is wrong, or two runs would share a folder.
     """
     runs = []
+    place = f"--site={site.path or 'none'}"
     for file in files or (None,):
         for seed in seeds or (None,):
             # by its path: a name that ships could mean another file on a node
-            arguments = [f"--config={find_config(file).resolve()}"] if file else []
-            name = load_config(file, overrides).run.name
+            arguments = [place, *([f"--config={find_config(file).resolve()}"] if file else [])]
+            name = load_config(file, overrides, site=site).run.name
             suffix = f"-{Path(file).stem}" if file and len(files) > 1 else ""
             suffix += f"-seed{seed}" if seed is not None else ""
             own = [f"seed={seed}"] if seed is not None else []
             own += [f"run.name={name}{suffix}"] if suffix else []
-            runs.append(PlannedRun(load_config(file, [*overrides, *own]), (*arguments, *overrides, *own)))
+            config = load_config(file, [*overrides, *own], site=site)
+            runs.append(PlannedRun(config, (*arguments, *overrides, *own)))
     folders = [str(run_path(run.config)) for run in runs]
     if shared := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(
@@ -176,7 +184,7 @@ def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace)
             ):
                 print(f"# {process}")
         print(to_yaml(run.config))
-        source = run.arguments[0] if options.config else ""
+        source = next((word for word in run.arguments if word.startswith("--config=")), "")
         if options.plan_seconds and source not in planned:
             planned.add(source)
             print(_reckon(run, cluster, options))

@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from selfmask_dist.data import eval_loader, eval_transform
 from selfmask_dist.evals.embed import embed
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.knn import knn_vote
+from selfmask_dist.evals.low_shot import low_shot
 from selfmask_dist.evals.probe import linear_probe
 from selfmask_dist.evals.search import search
 from selfmask_dist.parallel import World
@@ -52,10 +53,11 @@ MODELS = {
         "backbone.mean=[0.5, 0.5, 0.5]",
         "backbone.std=[0.5, 0.5, 0.5]",
     ],
-    "resnet": ["backbone.name=timm:resnet18", "backbone.remove=[layer4]"],
+    "resnet": ["backbone.name=timm:resnet18", "backbone.remove=[layer4]", "engine.channels_last=true"],
     "mobilenet": [
         "backbone.name=timm:mobilenetv2_100",
         "backbone.kwargs={pad_type: same}",
+        "engine.channels_last=true",
         "backbone.mean=[0.5, 0.5, 0.5]",
         "backbone.std=[0.5, 0.5, 0.5]",
     ],
@@ -70,7 +72,6 @@ ALL = [
     "backbone.batchnorm=frozen",
     "train.global_batch_size=128",
     "optim.score_step=rms",
-    "optim.score_lr=0.003",
     "eval.knn_every=0",
     "engine.workers=0",
     "engine.threads=1",
@@ -96,21 +97,28 @@ METHODS: dict[str, list[str]] = {
     ],
     "simclr": ["objective.name=simclr", *MILD, "optim.head_lr=0.1"],
 }
+FEW_LABELS = (0.1, 0.04, 0.01)
 Row = dict[str, Any]
 
 
-def held_out(data: Path, dataset: str, folder: Path, split: str) -> list[str]:
-    """The parts to train and measure on; a fifth of the training part where there is none for validation."""
-    train = data / dataset / "train.tar"
-    if split == "test" or (data / dataset / "val.tar").exists():
-        return [f"data.train={train}", f"data.test={data / dataset / f'{split}.tar'}"]
-    whole = [f"data.train={train}", f"data.test={train}"]
-    source, _ = open_data(load_config(None, whole))
-    is_held_out = np.arange(len(source)) % 5 == 0
-    for key, chosen in (("subset", ~is_held_out), ("test_subset", is_held_out)):
-        np.save(folder / f"{dataset}-{key}.npy", np.flatnonzero(chosen))
-        whole.append(f"data.{key}={folder / f'{dataset}-{key}.npy'}")
-    return whole
+def held_out(options: Any, dataset: str, folder: Path) -> list[str]:
+    """The parts to train and measure on; a fifth of the training part where there is none for validation.
+
+    Of the training part `--pictures` are taken, at equal distances through it.
+    """
+    train, other = (options.data / dataset / f"{split}.tar" for split in ("train", options.split))
+    has_part = options.split == "test" or other.exists()
+    settings = [f"data.train={train}", f"data.test={other if has_part else train}"]
+    source, _ = open_data(load_config(None, settings))
+    ids = np.arange(len(source))
+    if not has_part:
+        np.save(folder / f"{dataset}-test.npy", ids[ids % 5 == 0])
+        settings.append(f"data.test_subset={folder / f'{dataset}-test.npy'}")
+        ids = ids[ids % 5 != 0]
+    if 0 < options.pictures < len(ids):
+        ids = ids[np.arange(options.pictures) * len(ids) // options.pictures]
+    np.save(folder / f"{dataset}-train.npy", ids)
+    return [*settings, f"data.subset={folder / f'{dataset}-train.npy'}"]
 
 
 class Cell:
@@ -124,7 +132,7 @@ class Cell:
             *MODELS[model],
             f"backbone.weights={options.data / WEIGHTS[model]}",
             f"backbone.image_size={pixels}",
-            *held_out(options.data, dataset, folder, options.split),
+            *held_out(options, dataset, folder),
             *ALL,
         ]
         self.config = load_config(None, self.base)
@@ -133,6 +141,7 @@ class Cell:
         self.frozen = self.embed(build_backbone(self.config))
         self.embed_seconds = time.perf_counter() - start
         self.frozen_hits = self.measure(self.frozen)
+        self.frozen_few = self.few_labels(self.frozen)
 
     def embed(self, backbone: Backbone) -> tuple[Embeddings, Embeddings]:
         transform = eval_transform(backbone.spec.preprocessing)
@@ -154,15 +163,20 @@ class Cell:
             "probe": probe.predictions == queries.labels,
         }
 
+    def few_labels(self, embedded: tuple[Embeddings, Embeddings]) -> dict[str, tuple[float, ...]]:
+        """The probe's accuracy on a few of the labels (the paper's figure 3), in each of five draws."""
+        found = low_shot(*embedded, shares=FEW_LABELS)
+        return {f"{share:g}": result.accuracies for share, result in found.items()}
+
     def knn(self, bank: Tensor, queries: Tensor, labels: Tensor) -> Tensor:
         similar, ids = search(bank, queries, k=20)
         return knn_vote(similar, labels[ids], temperature=0.07, num_classes=len(self.train.classes))
 
-    def row(self, method: str, seed: int) -> Row:
-        """Train, measure, and compare with the frozen backbone."""
+    def row(self, method: Sequence[str], seed: int) -> Row:
+        """Train with a method's settings, measure, and compare with the frozen backbone."""
         place = [f"run.dir={self.folder}", "run.name=run", "run.overwrite=true", f"seed={seed}"]
         epochs = [f"train.epochs={self.epochs:g}", f"optim.warmup_epochs={self.epochs / 10:g}"]
-        settings = [*self.base, *epochs, *place, *METHODS[method], *self.extra]
+        settings = [*self.base, *epochs, *place, *method, *self.extra]
         # a run without a test part measures instance retrieval alone
         untested = [entry for entry in settings if not entry.startswith("data.test")]
         start = time.perf_counter()
@@ -170,7 +184,8 @@ class Cell:
         seconds = time.perf_counter() - start
         backbone = build_backbone(load_config(None, settings))
         read_outcome(self.folder / "run").put_on(backbone.encoder)
-        hits = self.measure(self.embed(backbone))
+        embedded = self.embed(backbone)
+        hits = self.measure(embedded)
         found: Row = {"minutes": seconds / 60, "steps": result["steps"], "retrieval": result["retrieval"]}
         if "mask" in result:
             found |= {"bytes": result["mask"]["bytes"], "active": result["mask"]["active"]}
@@ -185,6 +200,10 @@ class Cell:
                 "difference": difference.mean().item(),
                 "error": difference.std().item() / math.sqrt(len(difference)),
             }
+        found["few labels"] = {
+            share: {"frozen": list(self.frozen_few[share]), "adapted": list(after)}
+            for share, after in self.few_labels(embedded).items()
+        }
         shutil.rmtree(self.folder / "run")
         return found
 
@@ -227,7 +246,7 @@ def summarise(rows: dict[str, Row], bench: Benchmark) -> None:
 
 
 def table(rows: dict[str, Row]) -> str:
-    lines = [f"{'cell':48} {'k-NN':>16} {'whitened':>16} {'probe':>16} {'R':>12} {'KB':>7} {'min':>5}"]
+    lines = [f"{'cell':62} {'k-NN':>16} {'whitened':>16} {'probe':>16} {'R':>12} {'KB':>7} {'min':>5}"]
     for key, row in sorted(rows.items()):
         parts = [
             f"{row[name]['frozen']:.3f} {100 * row[name]['difference']:+5.1f}±{100 * row[name]['error']:.1f}"
@@ -238,7 +257,7 @@ def table(rows: dict[str, Row]) -> str:
             f"{100 * (found['adapted'] - found['frozen']):+.0f} {found['decision'][:7]}" if found else "-"
         )
         lines.append(
-            f"{key:48} {' '.join(f'{part:>16}' for part in parts)} {retrieval:>12} "
+            f"{key:62} {' '.join(f'{part:>16}' for part in parts)} {retrieval:>12} "
             f"{row['bytes'] / 1024:7.1f} {row['minutes']:5.1f}"
         )
     return "\n".join(lines)
@@ -253,6 +272,7 @@ def main() -> int:
     add("--pixels", nargs="+", type=int, default=[64, 128])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    add("--pictures", type=int, default=1024, help="of the training part, 0: all of them")
     add("--epochs", type=float, default=8.0)
     add("--split", choices=("test", "val"), default="test", help="val: to try settings")
     add("--minutes", type=float, default=math.inf, help="start no row after so long")
@@ -277,11 +297,12 @@ def main() -> int:
         for dataset, model, pixels in grid(options):
             cell: Cell | None = None
             for seed, method in itertools.product(options.seeds, options.methods):
-                key = f"{dataset} {model} {pixels} px | {method}, seed {seed}"
+                size = f"{options.pictures} pictures" if options.pictures else "all pictures"
+                key = f"{dataset} {model} {pixels} px {size} | {method}, seed {seed}"
                 if key in rows or time.perf_counter() - start > 60 * options.minutes:
                     continue
                 cell = cell or Cell(options, dataset, model, pixels, Path(name))
-                rows[key] = cell.row(method, seed) | {"epochs": options.epochs}
+                rows[key] = cell.row(METHODS[method], seed) | {"epochs": options.epochs}
                 print(table({key: rows[key]}).splitlines()[1], file=sys.stderr, flush=True)
                 if is_kept:  # a kill loses one row
                     partial = known.with_suffix(".partial.json")

@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.cascade.real import COMMON, DIGITS, digits_settings
+from benchmarks.cascade.real import COMMON, OF_OBJECTIVE, digits_settings
 from benchmarks.harness import Benchmark
 from tests.support import slurm
 from tests.support.tiny_run import ROOT, events_of, submit, wait_until
 
 CONFIG = ROOT / "configs" / "cascade_vitb32.yaml"
 # the config's own values that a CPU and 16 pixels cannot have
-SMALL = ["engine.precision=float32", "engine.device=cpu", "engine.threads=1", "swav.freeze_steps=0"]
-SMALL += ["mask.split_qkv=false", "swav.queue_length=64", "eval.knn_every=0", "cascade.clusters=[4]"]
-SMALL += ["swav.queue_start_epoch=1", "backbone.pretrained=false"]
+SMALL = ["engine.precision=float32", "engine.device=cpu", "engine.threads=1", "train.global_batch_size=64"]
+SMALL += ["mask.split_qkv=false", "nbd.dim=16", "nbd.warmup_steps=10", "eval.knn_every=0"]
+SMALL += ["cascade.clusters=[4]", "backbone.pretrained=false", "optim.warmup_epochs=0"]
 
 
 def array(overrides: list[str], run: Path) -> None:
@@ -73,7 +73,7 @@ def main() -> int:
     epochs = 2.0 if options.quick else options.epochs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = [*digits_settings(folder), *COMMON, *DIGITS, *SMALL]
+        base = [*digits_settings(folder), *COMMON, *OF_OBJECTIVE["nbd"]["digits"], *SMALL]
         base += [f"train.epochs={epochs}", f"run.dir={folder}", "launch.snapshot=false"]
         for name, nodes in (("calm", options.nodes), ("calm-two", 2)):
             in_turn = ["cascade.expert_groups=1"] if nodes == 2 else []

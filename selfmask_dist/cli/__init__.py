@@ -1,5 +1,5 @@
-"""The command line: `selfmask adapt | launch | train | eval | config | configs | help | plan | inspect |
-report | mask | embed | serve | data | status | logs | checkpoints | demo`.
+"""The command line: `selfmask adapt | launch | train | eval | config | configs | site | help | plan |
+inspect | report | mask | embed | serve | data | status | logs | checkpoints | demo`.
 
 A module of `cli` adds its commands to the parser and imports what a command needs (torch, the configuration)
 only when it runs, so that `--help` answers at once.
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     config_command.add_commands(commands)
     configs_command.add_command(commands)
+    config_command.add_site_command(commands)
     mask_command.add_inspect(commands)
     mask_command.add_command(commands)
     serve_command.add_commands(commands)

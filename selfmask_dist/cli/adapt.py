@@ -2,9 +2,10 @@
 
     PHOTOS/ -> OUT/shards (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
 
-A rate that is too large for a network, as it sooner is for a convolutional one, destroys its features, which
-instance retrieval shows without labels: then a third of the rate is tried, and a tenth (OUT/adapt-lower,
-OUT/adapt-lowest). The same command again goes on where it was stopped, or says that it is done.
+Scores that travel too far destroy a network's features, a convolutional one's sooner, which instance
+retrieval shows without labels: then a smaller optim.score_reach is tried, and a smaller one yet
+(OUT/adapt-lower, OUT/adapt-lowest). The same command again goes on where it was stopped, or says that it is
+done.
 """
 
 import argparse
@@ -20,11 +21,10 @@ from selfmask_dist.common.shipped import shipped_module
 from selfmask_dist.common.text import count, positive, some
 
 BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
-# runs by name, and their share of the rate; the next one is made where this one is no better than frozen
-RUNS = {"adapt": 1.0, "adapt-lower": 1 / 3, "adapt-lowest": 1 / 10}
-# what the defaults of objective.name=nbd were chosen at; longer trainings keep the product of rate and steps
-_BATCH, _RATE, _EPOCHS = 128, 0.003, 8
-_FEWEST_STEPS, _STEPS_AT_FULL_RATE = 100, 250
+# runs by name, and their optim.score_reach; the next one is made where this one is no better than frozen
+RUNS = {"adapt": "auto", "adapt-lower": 0.3, "adapt-lowest": 0.1}
+_BATCH, _EPOCHS = 128, 8  # the defaults of objective.name=nbd
+_FEWEST_STEPS = 100
 
 
 def add_command(commands: Any) -> None:
@@ -61,10 +61,12 @@ def _adapt(options: argparse.Namespace) -> int:
     shared = [f"{key}={flow(str(value))}" for key, value in places]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
-    has_rate = any(word.partition("=")[0] == "optim.score_lr" for word in options.words)
-    for name, share in list(RUNS.items())[: 1 if has_rate else None]:  # a rate that is given is the only one
+    rates = ("optim.score_lr", "optim.score_reach", "optim.score_lr_choices")
+    has_rate = any(word.partition("=")[0] in rates for word in options.words)
+    for name, reach in list(RUNS.items())[: 1 if has_rate else None]:  # a rate that is given is the only one
         folder = out / name
-        settings = [*settings_for(number, share=share), f"run.name={name}", micro_steps]
+        settings = [*settings_for(number), f"run.name={name}", micro_steps]
+        settings.append(f"optim.score_reach={'null' if has_rate else reach}")
         print(f"{folder}: {' '.join(settings)}", flush=True)
         if (folder / names.CONFIG).exists():
             settings.append("run.resume=true")
@@ -111,19 +113,12 @@ def prepare(photos: Path, shards: Path) -> int:
     return number
 
 
-def settings_for(num_pictures: int, *, share: float = 1.0) -> list[str]:
-    """Return the length of training and the rate (or a share of it) for a number of pictures, as overrides.
-
-    At least a hundred steps; and where there are more than 250, a rate that is lower in proportion, so that
-    scores go as far as they do at the size where the rate was chosen (a guess beyond 250 steps).
-    """
-    per_epoch = math.ceil(num_pictures / _BATCH)
-    epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / per_epoch))
-    rate = share * _RATE * min(1.0, _STEPS_AT_FULL_RATE / (epochs * per_epoch))
+def settings_for(num_pictures: int) -> list[str]:
+    """Return the length of training for a number of pictures, as overrides: at least a hundred steps."""
+    epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / math.ceil(num_pictures / _BATCH)))
     return [
         f"train.epochs={epochs}",
         f"optim.warmup_epochs={epochs / 10:g}",
-        f"optim.score_lr={rate:.3g}",
         f"eval.knn_every={epochs / 4:g}",  # instance retrieval, four times
     ]
 

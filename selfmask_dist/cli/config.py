@@ -17,7 +17,8 @@ def add_commands(commands: Any) -> None:
     command = commands.add_parser(
         "config",
         help="print the resolved configuration",
-        description="Print the resolved configuration: every key with its value.",
+        description="Print the resolved configuration: every key with its value, and behind it where it was "
+        "given if it is not a default: the site's file, the run's file, or the command line.",
         epilog=EPILOG,
     )
     add_settings(command)
@@ -41,6 +42,7 @@ def add_commands(commands: Any) -> None:
 def add_settings(command: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that reads a configuration: a file, and settings over it."""
     command.add_argument("--config", metavar="FILE", help="YAML file; without it, the defaults")
+    add_site(command)
     command.add_argument(
         "overrides",
         nargs="*",
@@ -49,12 +51,24 @@ def add_settings(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_site(command: argparse.ArgumentParser) -> None:
+    """Add the argument that names a site file."""
+    command.add_argument(
+        "--site",
+        metavar="FILE",
+        help="what this place says once for all its runs, below their own configuration; without it, "
+        "$SELFMASK_SITE, ./site.yaml or ~/.config/selfmask/site.yaml; none: none",
+    )
+
+
 def _config(options: argparse.Namespace) -> None:
-    from selfmask_dist.config import load_config, to_yaml
+    from selfmask_dist.config import to_yaml
+    from selfmask_dist.config.config import load_with_places
+    from selfmask_dist.config.site import find_site
     from selfmask_dist.config.unread import unread
 
-    config = load_config(options.config, options.overrides)
-    print(to_yaml(config), end="")
+    config, places = load_with_places(options.config, options.overrides, site=find_site(options.site))
+    print(to_yaml(config, places), end="")
     for note in unread(config, options.overrides):
         print(f"note: {note}", file=sys.stderr)
 
@@ -130,3 +144,46 @@ def _explain_method(name: str) -> str:
     if own:
         parts += ["\nKeys that are for it:\n", config_help.describe_keys(Config, own)]
     return "\n".join(parts)
+
+
+def add_site_command(commands: Any) -> None:
+    """Add `site` to the command line."""
+    command = commands.add_parser(
+        "site",
+        help="write or show the site file: partition, GPUs, data sets and folders, said once for all runs",
+        description="The site file holds what this place says once for all of its runs.",
+    )
+    command.add_argument(
+        "action", choices=("init", "show"), help="init: write one by looking; show: print it"
+    )
+    command.add_argument(
+        "--out",
+        metavar="FILE",
+        help="of init: where to (~/.config/selfmask/site.yaml); - for standard output",
+    )
+    command.set_defaults(command=_site)
+
+
+def _site(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from selfmask_dist.common.files import write_text
+    from selfmask_dist.common.shipped import shipped_module
+    from selfmask_dist.config.site import config_home, find_site
+
+    if options.action == "show":
+        site = find_site()
+        if site.path is None:
+            raise ValueError("there is no site file; `selfmask site init` writes one")
+        print(f"# {site.path}\n{site.path.read_text()}", end="")
+        return
+    text = shipped_module("launchers.site").describe_site()
+    if options.out == "-":
+        print(text, end="")
+        return
+    path = Path(options.out) if options.out else config_home()
+    if path.exists():
+        raise ValueError(f"{path} is there already; change it, or write to another file with --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    print(f"{path}\n\n{text}", end="")

@@ -275,6 +275,8 @@ def add_command(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from selfmask_dist.config import load_config
+    from selfmask_dist.config.site import find_site
 
     hardware = Hardware(**{name: getattr(options, name) for name, _, _ in _OPTIONS})
-    print(describe(load_config(options.config, options.overrides), hardware))
+    config = load_config(options.config, options.overrides, site=find_site(options.site))
+    print(describe(config, hardware))

@@ -16,6 +16,7 @@ from typing import Any
 
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.config.site import find_site
 from selfmask_dist.config.unread import unread
 from selfmask_dist.runs import exit_status
 from selfmask_dist.runs.folder import check_start, is_finished, note_failed_start, run_path
@@ -108,7 +109,7 @@ def _is_restart() -> bool:
 
 def train(options: argparse.Namespace) -> int:
     """Run `selfmask train`; returns the exit status."""
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides, site=find_site(options.site))
     for note in unread(config, options.overrides) if _is_main() else ():
         print(f"note: {note}", file=sys.stderr)
     # said before torch is imported, which takes seconds; the other ranks may find the folder half made

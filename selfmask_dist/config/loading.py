@@ -1,6 +1,6 @@
 """From file and overrides to a validated model, or to one error that lists every problem and its place.
 
-    defaults < YAML file < key=value overrides
+    defaults < site file < YAML file < key=value overrides
 
 Works on any pydantic model whose sections are models. Knows nothing of which keys exist.
 """
@@ -46,25 +46,63 @@ class ConflictError(ValueError):
 class Origin(NamedTuple):
     """Where a value was given. Origins sort in the order of reading."""
 
-    order: tuple[int, int]  # (0, line) in the file, (1, position) among the overrides
+    order: tuple[int, int]  # (0, line) in a site's file, (1, line) in the run's, (2, position) of overrides
     place: str
     is_file: bool
 
 
-def load(model: type[Model], path: str | Path | None, overrides: Sequence[str]) -> Model:
-    """Return `model` built from its defaults, a YAML file and `key=value` overrides.
+@dataclass(frozen=True)
+class Given:
+    """Values by section and key, and where each was given."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[Keys, Origin] = field(default_factory=dict)
+
+
+def load(
+    model: type[Model], path: str | Path | None, overrides: Sequence[str], *, below: Given | None = None
+) -> tuple[Model, dict[str, str]]:
+    """Return `model` built from its defaults, a YAML file and `key=value` overrides, and the places of the
+    values that were given, by dotted key.
 
     Args:
         path: a file, or the name of a configuration that ships with the package; see `find_config`.
+        below: values that the file's and the overrides' are put over.
 
     Raises:
         ConfigError: with every problem found.
     """
     draft = _Draft(model)
+    if below is not None:
+        draft.add((), below.values, below.sources)
     if path is not None:
         draft.read_file(_file(path))
     for position, text in enumerate(overrides):
-        draft.override(text, Origin((1, position), f"override {text!r}", is_file=False))
+        draft.override(text, Origin((2, position), f"override {text!r}", is_file=False))
+    places = {dotted(keys): source.place for keys, source in draft.sources.items() if keys in draft.fields}
+    return _validated(model, draft), places
+
+
+def load_given(model: type[Model], given: Given) -> Model:
+    """Return `model` built from its defaults and these values. Raises ConfigError with every problem."""
+    draft = _Draft(model)
+    draft.add((), given.values, given.sources)
+    return _validated(model, draft)
+
+
+def read(path: Path) -> Given:
+    """Return the values of a site's YAML file, unchecked. Raises ConfigError where it cannot be read."""
+    parsed = config_yaml.parse(_text(path))
+    sources = {keys: _in_file(path, line, layer=0) for keys, line in parsed.lines.items()}
+    problems = [(_in_file(path, line), message) for line, message in parsed.problems]
+    if not isinstance(parsed.value, dict | None):
+        problems.append((sources[()], f"got {_shown(parsed.value)}; expected keys and values"))
+    if problems:
+        raise ConfigError(_message(problems))
+    return Given(parsed.value or {}, sources)
+
+
+def _validated(model: type[Model], draft: "_Draft") -> Model:
     result: Model | None = None
     try:
         result = model.model_validate(draft.values)
@@ -226,8 +264,8 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot read the configuration: {reason}") from error
 
 
-def _in_file(path: Path, line: int) -> Origin:
-    return Origin((0, line), f"{path}:{line}", is_file=True)
+def _in_file(path: Path, line: int, *, layer: int = 1) -> Origin:
+    return Origin((layer, line), f"{path}:{line}", is_file=True)
 
 
 def _nearest(keys: tuple[str, ...], known: Iterable[tuple[str, ...]], limit: int = 4) -> list[str]:

@@ -135,3 +135,10 @@ class MaskConfig(Section):
     allow_norm: bool = science(
         False, "Let patterns mask normalisation layers, which destroys the features; false: refuse."
     )
+
+    @property
+    def way_to_threshold(self) -> float:
+        """How far scores start from where their weights are switched off; 1 where it differs by score."""
+        if isinstance(self.init, float) and self.family in ("threshold", "piggyback"):
+            return abs(self.init - self.threshold)
+        return 1.0

@@ -203,8 +203,8 @@ class NbdConfig(Section):
     """The objective nbd (objective.name=nbd): every picture is a class, its neighbours are partly the same.
 
     Its head and its bank have an AdamW of their own; optim.clip_norm does not reach them. Flips follow
-    data.flip. It brings other defaults: optim.score_step=rms, optim.score_lr=0.003, a tenth of warm-up,
-    train.global_batch_size=128, train.epochs=8 and backbone.batchnorm=frozen.
+    data.flip. It brings other defaults: optim.score_step=rms, optim.score_reach=auto, a tenth of
+    warm-up, train.global_batch_size=128, train.epochs=8 and backbone.batchnorm=frozen.
     """
 
     dim: int = science(

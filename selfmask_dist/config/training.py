@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from selfmask_dist.config.fields import Rates, Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, science
 
 
 class FinetuneConfig(Section):
@@ -51,6 +51,15 @@ class OptimConfig(Section):
         "means the same for every tensor, and is small (.001 to .01). It holds for all that optim.score_lr "
         "trains, a masked head's scores too; weights and heads keep plain steps. Not with optim.kind=adamw, "
         "which sizes its steps itself.",
+    )
+    score_reach: Positive | Literal["auto"] | None = science(
+        None,
+        "How far the whole training can carry a score, in place of score_lr: the rate is set at the start so "
+        "that a score whose gradient stays one root mean square large and of one sign goes so many times the "
+        "way from mask.init to mask.threshold. The same number then serves trainings of any length. auto: "
+        "1.2, and 0.4 where convolutions hold most weights. Needs optim.score_step=rms and optim.kind=sgd. "
+        "null: score_lr.",
+        unit="way from mask.init to mask.threshold",
     )
     score_lr_choices: Rates | None = science(
         None,

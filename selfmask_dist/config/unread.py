@@ -56,6 +56,11 @@ def _complaints(config: AllSections, keys: Iterable[str]) -> Iterable[str]:
             if section in _OBJECTIVES and "objective" in read:
                 why += f" with objective.name={config.objective.name}"
             yield f"{key} is given, and {why} does not read the section {section}"
+        elif key == "optim.score_lr" and config.optim.score_reach is not None:
+            yield (
+                f"{key} is given, and optim.score_reach={config.optim.score_reach} is in its place; set "
+                f"that to null for a rate of your own"
+            )
         elif section == "mask" and family in MASK_FAMILIES:
             others = _OF_FAMILIES.get(name, (family,))
             if family not in others:

@@ -175,13 +175,19 @@ def dotted(keys: Sequence[str | int]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
-def dump(values: Mapping[str, Any], groups: Mapping[str, str], meanings: Mapping[str, str]) -> str:
+def dump(
+    values: Mapping[str, Any],
+    groups: Mapping[str, str],
+    meanings: Mapping[str, str],
+    notes: Mapping[str, str] | None = None,
+) -> str:
     """Return sections of plain values as YAML, with a comment wherever the group of the keys changes.
 
     Args:
         values: scalars, and sections as mappings.
         groups: the group of each dotted key.
         meanings: what the groups are, for the head of the file.
+        notes: comments behind values, by dotted key.
     """
     lines = [*(f"# {group}: {meaning}" for group, meaning in meanings.items()), ""]
     last = ""
@@ -194,7 +200,8 @@ def dump(values: Mapping[str, Any], groups: Mapping[str, str], meanings: Mapping
         for key, item in keys.items():
             group = groups[f"{name}.{key}" if indent else key]
             lines += [f"{indent}# {group}"] if group != last else []
-            lines.append(f"{indent}{key}: {flow(item)}")
+            note = (notes or {}).get(f"{name}.{key}" if indent else key, "")
+            lines.append(f"{indent}{key}: {flow(item)}{f'  # {note}' if note else ''}")
             last = group
     return "\n".join(lines) + "\n"
 

@@ -108,8 +108,12 @@ def _extremes(config: Config, mask: Mapping[str, Any]) -> Verdict:
         return []
     weights = number(mask.get("masked_weights")) or 0
     if 1 - active < _NOTHING:
-        cause = "optim.score_lr is too low for scores to cross the threshold, or training too short"
-        cause += "; raise optim.score_lr or train.epochs, or set mask.init nearer to mask.threshold"
+        if config.optim.score_reach is not None:
+            reach = f"optim.score_reach={config.optim.score_reach}"
+            cause = f"{reach} is too little for scores to cross the threshold; raise it"
+        else:
+            cause = "optim.score_lr is too low for scores to cross the threshold, or training too short"
+            cause += "; raise optim.score_lr or train.epochs, or set mask.init nearer to mask.threshold"
         if family in RANKING_FAMILIES:
             cause = f"mask.keep={config.mask.keep:g} leaves nothing to prune; lower it"
         pruned = count((1 - active) * weights)
@@ -118,7 +122,7 @@ def _extremes(config: Config, mask: Mapping[str, Any]) -> Verdict:
     if active < _NOTHING:
         text = (
             f"the mask prunes everything (it keeps {count(active * weights)} of {count(weights)} weights). "
-            f"Likely optim.score_lr is too high, or mask.init below mask.threshold. {_BETTER}"
+            f"Likely {_rate_key(config)} is too high, or mask.init below mask.threshold. {_BETTER}"
         )
         return [{"name": "prunes everything", "text": text}]
     return []
@@ -131,7 +135,7 @@ def _losses(config: Config, losses: Sequence[float]) -> Verdict:
     start, lowest = losses[0], min(losses[1:])
     if lowest < start * _MOVING_TARGETS.get(config.objective.name, 1.0):
         return []
-    rate = "optim.weight_lr" if config.method == "finetune" else "optim.score_lr"
+    rate = "optim.weight_lr" if config.method == "finetune" else _rate_key(config)
     text = (
         f"the loss never fell below its start: {start:.4f} at first, {lowest:.4f} at its lowest after that, "
         f"{losses[-1]:.4f} at the end. Likely {rate} or optim.head_lr is too high; lower them, or set "
@@ -145,8 +149,13 @@ def _rate_keys(config: Config) -> str:
         return "optim.weight_lr is too high; lower it, or train fewer epochs"
     if config.mask.family in FIXED_FAMILIES:
         return f"mask.keep={config.mask.keep:g} prunes too much; raise it"
-    rate = f"optim.score_lr={config.optim.score_lr:g} does not suit this backbone"
+    key = _rate_key(config)
+    rate = f"{key}={getattr(config.optim, key.partition('.')[2])} does not suit this backbone"
     return f"{rate} (a configuration of another architecture?); try a tenth of it"
+
+
+def _rate_key(config: Config) -> str:
+    return "optim.score_lr" if config.optim.score_reach is None else "optim.score_reach"
 
 
 def losses_of(folder: Path) -> list[float]:

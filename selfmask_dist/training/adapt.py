@@ -29,7 +29,7 @@ from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_
 from selfmask_dist.training.retrieval.best_state import BestState
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
-from selfmask_dist.training.schedule import Schedule
+from selfmask_dist.training.schedule import Schedule, with_reached_rate
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from selfmask_dist.training.trainer import Trainer
 
@@ -57,7 +57,7 @@ def adapt(
     loader = _open_loader(config, context, backbone, train, quarantine)
     objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
-    steps, schedule = _plan_steps(config, len(loader))
+    config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
     trained = prepare(config, engine, objective, num_steps=schedule.num_steps)
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
@@ -127,8 +127,12 @@ def _keep_best(
     return {"kept_step": best.step}
 
 
-def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
-    """Return how many steps to make, and the learning rates' course, which `train.max_steps` does not cut."""
+def _plan_steps(
+    config: Config, context: RunContext, backbone: Backbone, per_epoch: int
+) -> tuple[Config, int, Schedule]:
+    """Return the configuration with its rate of scores, how many steps to make, and the learning rates'
+    course, which `train.max_steps` does not cut.
+    """
     steps = max(round(config.train.epochs * per_epoch), 1)
     optim = config.optim
     schedule = Schedule(
@@ -137,7 +141,10 @@ def _plan_steps(config: Config, per_epoch: int) -> tuple[int, Schedule]:
         optim.schedule,
         round(optim.head_first_epochs * per_epoch),
     )
-    return min(steps, config.train.max_steps or steps), schedule
+    config, line = with_reached_rate(config, schedule, backbone.encoder)
+    if line:
+        context.writer.message(line)
+    return config, min(steps, config.train.max_steps or steps), schedule
 
 
 def _identity(config: Config, backbone: Backbone, per_epoch: int) -> dict[str, Any]:

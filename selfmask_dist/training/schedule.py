@@ -11,9 +11,14 @@ have 0 until then, and after it the same course over what is left: w and T - h, 
 import math
 from dataclasses import dataclass
 
+from torch import nn
 from torch.optim import Optimizer
 
+from selfmask_dist.config import Config
+
 HEAD_GROUPS = ("head", "head_scores")
+# optim.score_reach=auto, by whether convolutions hold most weights: docs/unlabelled.md has what was measured
+REACH = {False: 1.2, True: 0.4}
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,47 @@ class Schedule:
         progress = (done - self.warmup_steps) / max(total - self.warmup_steps, 1)
         return (1 + math.cos(math.pi * progress)) / 2
 
+    def travel(self, momentum: float) -> float:
+        """Return how far SGD at a base rate of 1 carries a number of the backbone's groups whose gradient is
+        1 in every step: sum_t f(t) * (1 - m^(t + 1)) / (1 - m).
+        """
+        built_up = (
+            self.factor(step, is_head=False) * (1 - momentum ** (step + 1)) for step in range(self.num_steps)
+        )
+        return sum(built_up) / (1 - momentum)
+
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set every group's learning rate for `step` from its `base_lr`."""
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * self.factor(step, is_head=group["name"] in HEAD_GROUPS)
+
+
+def with_reached_rate(config: Config, schedule: Schedule, encoder: nn.Module) -> tuple[Config, str]:
+    """Return the configuration with the rate that `optim.score_reach` stands for, and a line for the user;
+    itself and no line where that is null.
+
+    With it a gradient of one size and one sign carries a score reach * (way from `mask.init` to
+    `mask.threshold`) in the whole training.
+    """
+    optim = config.optim
+    if optim.score_reach is None or config.method != "mask":
+        return config, ""
+    is_convolutional = _holds_mostly_convolutions(encoder)
+    reach = REACH[is_convolutional] if optim.score_reach == "auto" else optim.score_reach
+    rate = reach * config.mask.way_to_threshold / schedule.travel(optim.momentum)
+    why = f" ({'a convolutional network' if is_convolutional else 'no convolutional network'})"
+    line = (
+        f"rate     {rate:.3g} for the scores: {schedule.num_steps:,} steps can carry one {reach:g} times the "
+        f"way to its threshold{why if optim.score_reach == 'auto' else ''}"
+    )
+    return config.model_copy(update={"optim": optim.model_copy(update={"score_lr": rate})}), line
+
+
+def _holds_mostly_convolutions(encoder: nn.Module) -> bool:
+    convolutions = linears = 0
+    for module in encoder.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            convolutions += module.weight.numel()
+        elif isinstance(module, nn.Linear | nn.MultiheadAttention):
+            linears += sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return convolutions > linears

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from selfmask_dist.cli import main
-from selfmask_dist.cli.adapt import prepare, settings_for
+from selfmask_dist.cli.adapt import RUNS, prepare, settings_for
 from tests.support.tiny_run import SETTINGS
 
 
@@ -54,18 +54,13 @@ def test_what_is_no_folder_of_pictures_is_refused(tmp_path: Path, capsys: pytest
     assert "no pictures, in it or in its folders" in capsys.readouterr().err
 
 
-def test_length_and_rate_follow_the_number_of_pictures() -> None:
+def test_length_follows_the_number_of_pictures() -> None:
     def of(number: int) -> dict[str, float]:
         return {key: float(value) for key, _, value in (text.partition("=") for text in settings_for(number))}
 
-    assert of(2640)["train.epochs"] == 8
-    assert of(2640)["optim.score_lr"] == 0.003
+    assert of(2640)["train.epochs"] == of(1_000_000)["train.epochs"] == 8
     assert of(50)["train.epochs"] == 100, "a hundred steps at least"
-    many = of(1_000_000)
-    steps = many["train.epochs"] * 7813
-    assert many["optim.score_lr"] * steps == pytest.approx(0.003 * 250, rel=0.01)
-    assert float(settings_for(2640, share=1 / 3)[2].partition("=")[2]) == 0.001
-    assert many["optim.warmup_epochs"] == pytest.approx(many["train.epochs"] / 10)
+    assert of(50)["optim.warmup_epochs"] == 10
 
 
 @pytest.mark.slow
@@ -98,12 +93,13 @@ def test_one_command_gives_a_mask_and_a_report_and_then_says_that_it_is_done(
         for name in ("adapt", "adapt-lower"):
             (out / name).mkdir(exist_ok=True)
             (out / name / "result.json").write_text(json.dumps(result))
-            rate = {"adapt": "0.003", "adapt-lower": "0.001"}[name]
+            reach = str(RUNS[name])
             text = (report.parent / "config.yaml").read_text()
             text = text.replace(f"name: {report.parent.name}\n", f"name: {name}\n")
-            (out / name / "config.yaml").write_text(re.sub(r"score_lr: \S+", f"score_lr: {rate}", text))
+            text = re.sub(r"score_reach: \S+", f"score_reach: {reach}", text)
+            (out / name / "config.yaml").write_text(text)
         for path in out.glob("adapt*/report.html"):
             path.unlink()
         assert main(command) == 0
         assert [path.parent.name for path in out.glob("adapt*/report.html")] == [folder]
-    assert "optim.score_lr=0.0003" in "".join(capfd.readouterr())
+    assert "optim.score_reach=0.1" in "".join(capfd.readouterr())

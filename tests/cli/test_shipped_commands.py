@@ -23,7 +23,7 @@ def test_configs_lists_each_with_a_line_of_its_own(capsys: pytest.CaptureFixture
         (line,) = [line for line in lines if line.split(" ")[0] == name]
         assert line.endswith(summary(path))
         assert len(summary(path)) > 10
-    assert summary(shipped_configs()["cascade_vitb32"]).endswith("dispatcher, router, five experts")
+    assert summary(shipped_configs()["cascade_vitb32"]).endswith("five experts, each by nbd")
 
 
 def test_launch_is_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,8 +36,10 @@ def test_launch_is_the_launcher(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert f"--config={ROOT / 'configs' / 'debug_cascade.yaml'}" in shown, "a node reads the same file"
     assert "RANK=1" in shown
-    assert main(["launch", *options]) == 2
-    assert "data.train is not set" in capsys.readouterr().err
+    assert main(["launch", *options, f"run.dir={tmp_path}"]) == 0, "another machine has the data"
+    assert "note: data.train is not set" in capsys.readouterr().err
+    assert main(["launch", *options[1:], f"run.dir={tmp_path}"]) == 2
+    assert "error: data.train is not set" in capsys.readouterr().err
 
 
 def test_convert_takes_the_converters_own_arguments(

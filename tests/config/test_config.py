@@ -234,7 +234,8 @@ def test_a_saved_config_names_the_groups() -> None:
 
 def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
     path = write("seed: 1\n\noptim:\n  momentum: 0.9\n  scor_lr: 3\n")
-    assert error_of(path) == f"{path}:5: unknown key optim.scor_lr; did you mean optim.score_lr?"
+    expected = "unknown key optim.scor_lr; did you mean optim.score_lr or optim.score_reach?"
+    assert error_of(path) == f"{path}:5: {expected}"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_an_unknown_key_names_file_line_and_the_nearest_keys(write) -> None:
         ("optim.lrr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
         ("lr", "optim.score_lr, optim.score_lr_choices, optim.weight_lr or optim.head_lr"),
         # the right name in the wrong section
-        ("train.score_lr", "optim.score_lr, optim.score_step or optim.score_lr_choices"),
+        ("train.score_lr", "optim.score_lr, optim.score_reach, optim.score_step or optim.score_lr_choices"),
         ("batch_size", "eval.batch_size or train.global_batch_size"),
         ("optimizer", "optim"),
         ("sed", "seed"),

@@ -107,7 +107,7 @@ def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
         (["--seeds", "1,1"], "run-seed1; give each seed once"),
         (["--nodes", "0"], "'0' is not a number of nodes"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--config", "cascade_vitb23"], "did you mean cascade_vitb32?"),
+        (["--config", "cascade_vitb23"], "did you mean cascade_vitb32 or cascade_vitb32_swav?"),
         (["--train.epochs=3"], "write train.epochs=3, without the dashes"),
     ],
 )

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
+from selfmask_dist.config.unread import unread
 from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.runs.folder import run_path
-from selfmask_dist.training.schedule import Schedule
+from selfmask_dist.training.schedule import Schedule, with_reached_rate
 from tests.support.tiny_run import write_config, write_tiny_data
 
 
@@ -93,3 +94,56 @@ def test_masks_stay_whole_without_momentum_while_the_head_learns(tmp_path: Path)
 def test_what_does_not_go_together(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(("steps", "init"), [(64, 1.0), (400, 0.3)])
+def test_a_gradient_of_one_size_and_sign_carries_a_score_as_far_as_asked(steps: int, init: float) -> None:
+    config = load_config(None, ["objective.name=nbd", "optim.score_reach=0.8", f"mask.init={init}"])
+    schedule = Schedule(steps, warmup_steps=steps // 10)
+    rate = with_reached_rate(config, schedule, torch.nn.Linear(1, 1))[0].optim.score_lr
+    score = torch.full((), init, requires_grad=True)
+    groups = [{"name": "scores", "base_lr": rate, "params": [score]}]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.optim.momentum)
+    for step in range(steps):
+        schedule.apply(optimizer, step)
+        score.grad = torch.ones(())
+        optimizer.step()
+    moved = (init - score.item()) / init
+    assert moved == pytest.approx(0.8, rel=1e-4)
+
+
+def test_a_rate_that_is_given_wins_over_the_reach_that_an_objective_brings() -> None:
+    assert load_config(None, ["objective.name=nbd"]).optim.score_reach == "auto"
+    given = load_config(None, ["objective.name=nbd", "optim.score_lr=0.002"])
+    assert given.optim.score_reach is None
+    assert with_reached_rate(given, Schedule(10), torch.nn.Linear(1, 1)) == (given, "")
+
+
+def test_a_convolutional_network_gets_a_third_of_the_reach() -> None:
+    config, schedule = load_config(None, ["objective.name=nbd"]), Schedule(100)
+    vit = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2), torch.nn.MultiheadAttention(8, 2))
+    resnet = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Linear(8, 8))
+    (small, words), (large, _) = (with_reached_rate(config, schedule, model) for model in (resnet, vit))
+    assert large.optim.score_lr == pytest.approx(3 * small.optim.score_lr)
+    assert "0.4 times the way to its threshold (a convolutional network)" in words
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["optim.score_reach=1"], "optim.score_reach reckons with gradients of one size"),
+        (
+            ["objective.name=nbd", "optim.score_reach=1", "optim.score_lr_choices=[0.001,0.003]"],
+            "set one to null",
+        ),
+    ],
+)
+def test_a_reach_is_refused_where_it_means_nothing(overrides: list[str], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        load_config(None, overrides)
+
+
+def test_a_rate_beside_a_reach_is_said_to_be_unread() -> None:
+    overrides = ["objective.name=nbd", "optim.score_reach=1", "optim.score_lr=0.002"]
+    (complaint,) = unread(load_config(None, overrides), overrides)
+    assert "optim.score_reach=1.0 is in its place; set that to null" in complaint

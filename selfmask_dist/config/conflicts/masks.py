@@ -175,6 +175,17 @@ def _head(config: AllSections) -> str:
 def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield what does not go with score steps of one size: other sizes, clipping, and a plain step's rate."""
     optim = config.optim
+    if optim.score_reach is not None and optim.score_step == "plain":
+        yield Conflict(
+            ("optim.score_reach", "optim.score_step"),
+            "optim.score_reach reckons with gradients of one size, and optim.score_step=plain leaves them as "
+            "they are; set optim.score_step=rms, or optim.score_reach=null and optim.score_lr",
+        )
+    if optim.score_reach is not None and optim.score_lr_choices is not None:
+        yield Conflict(
+            ("optim.score_reach", "optim.score_lr_choices"),
+            "optim.score_reach sets the rate that optim.score_lr_choices is to choose; set one to null",
+        )
     if optim.score_step == "plain" or config.method not in ("mask", "cascade", "supsup", "ensemble"):
         return
     if optim.kind == "adamw":
@@ -189,10 +200,8 @@ def score_step_conflicts(config: AllSections) -> Iterator[Conflict]:
             "engine.name=deepspeed clips all gradients together, and with optim.score_step=rms only those "
             "besides the scores' are to be clipped; set optim.clip_norm=null, or use engine.name=fsdp",
         )
-    init, distance = config.mask.init, 1.0
-    if isinstance(init, float) and config.mask.family in ("threshold", "piggyback"):
-        distance = abs(init - config.mask.threshold)
-    if optim.score_lr >= distance:
+    distance = config.mask.way_to_threshold
+    if optim.score_reach is None and optim.score_lr >= distance:
         yield Conflict(
             ("optim.score_step", "optim.score_lr"),
             f"optim.score_lr={optim.score_lr:g} is a rate of plain steps: with optim.score_step=rms a step "

@@ -78,6 +78,7 @@ def trial_config(config: Config, rate: float) -> Config:
         "optim": {
             "score_lr": rate,
             "score_lr_choices": None,
+            "score_reach": None,
             "warmup_epochs": optim.warmup_epochs * SHARE,
             "head_first_epochs": optim.head_first_epochs * SHARE,
         },
