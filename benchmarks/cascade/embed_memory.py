@@ -1,11 +1,11 @@
 """What a rank needs to embed with a backbone and its masks: held whole by a bank, and cut over ranks.
 
-Each rank loads a ViT-S/16 (22 million weights) from its file and embeds a picture frozen and under two masks, on
-CPU processes of one machine: with a `MaskBank`, as ddp does, and with a `ShardedEncoder`, as fsdp does. Counted
-is the growth of a rank's own memory at its highest (pages of the weights' file are left out: the system takes
-them back). What falls with the number of processes is told by differences, in which activations, gathered
-blocks and buffers of the network cancel: (peak of one rank - peak of one of w) / (model (1 - 1/w)), 1 where all
-of the model is cut.
+Each rank loads a ViT-S/16 (22 million weights) from its file and embeds a picture frozen and under two masks,
+on CPU processes of one machine: with a `MaskBank`, as ddp does, and with a `ShardedEncoder`, as fsdp does.
+Counted is the growth of a rank's own memory at its highest (pages of the weights' file are left out: the
+system takes them back). What falls with the number of processes is told by differences, in which activations,
+gathered blocks and buffers of the network cancel: (peak of one rank - peak of one of w) / (model (1 - 1/w)),
+1 where all of the model is cut.
 
     python -m benchmarks.cascade.embed_memory [--quick] --json
 """
