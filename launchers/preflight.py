@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from selfmask_dist.runs.owner import check_free
 from selfmask_dist.runs.submitted import waiting_job
 
 from .local import visible_gpus
+from .site import read_partitions
 
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
@@ -234,29 +234,23 @@ def _slurm(config: Config, num_nodes: int, is_dry: bool) -> Iterator[str]:
         return
     if config.engine.device == "cuda" and launch.gpus_per_node is None:
         yield "engine.device=cuda and no GPU is asked for; set launch.gpus_per_node"
-    partitions = _partitions()
+    partitions = {part.name: part for part in read_partitions()}
     if not partitions:
         return  # the cluster does not say; sbatch will
-    name = launch.partition or next((name for name in partitions if name.endswith("*")), None)
-    sizes = {known.rstrip("*"): size for known, size in partitions.items()}
-    if launch.partition is not None and launch.partition not in sizes:
-        yield f"launch.partition={launch.partition} does not exist; there are {', '.join(sorted(sizes))}"
-    elif name is not None and num_nodes > sizes[name.rstrip("*")]:
-        yield f"--nodes {num_nodes}: partition {name.rstrip('*')} has {sizes[name.rstrip('*')]}"
-
-
-def _partitions() -> dict[str, int]:
-    """Return how many nodes each partition has, by its name; the default one's ends in a star.
-
-    It is empty where the cluster does not answer.
-    """
-    command = ["sinfo", "--noheader", "--format=%P %D"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    sizes: dict[str, int] = {}
-    for line in done.stdout.splitlines() if done.returncode == 0 else []:
-        name, _, number = line.partition(" ")
-        sizes[name] = sizes.get(name, 0) + int(number)
-    return sizes
+    default = next((part.name for part in partitions.values() if part.is_default), None)
+    name = launch.partition or default
+    if name is not None and name not in partitions:
+        yield f"launch.partition={name} does not exist; there are {', '.join(sorted(partitions))}"
+        return
+    part = None if name is None else partitions[name]
+    if part is not None and num_nodes > part.nodes:
+        yield f"--nodes {num_nodes}: partition {name} has {part.nodes}"
+    if part is None or config.engine.device == "cpu":
+        return
+    if part.gpus and launch.gpus_per_node is None:
+        yield (
+            f"partition {name} has {part.gpus} GPUs a node and launch.gpus_per_node=null asks for none; "
+            f"leave it out, or set engine.device=cpu to mean it"
+        )
+    elif launch.gpus_per_node is not None and 0 < part.gpus < launch.gpus_per_node:
+        yield f"launch.gpus_per_node={launch.gpus_per_node}: nodes of partition {name} have {part.gpus}"

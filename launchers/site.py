@@ -1,14 +1,17 @@
-"""`selfmask site init`: a site file, written from what this machine and its cluster say. It asks nothing.
+"""What this machine and its cluster say of themselves: for a site file (`selfmask site init`), and for a job.
 
 GPUs, CPUs, memory and time limits come from `sinfo`, or from this machine where there is no SLURM; data and
-runs go to the shared folder that the environment names. What could not be found out stays as a comment.
+runs go to the shared folder that the environment names. What could not be found out stays as a comment in the
+file. Nothing is asked.
 """
 
 import os
 import subprocess
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from selfmask_dist.config import Config
 from selfmask_dist.config.site import DATA_VARIABLE
 from selfmask_dist.config.yaml import flow
 
@@ -115,6 +118,29 @@ def read_partitions() -> list[Partition]:
         known = found.get(plain)
         found[plain] = part if known is None else _smaller(known, part)
     return list(found.values())
+
+
+def ask_cluster(config: Config, said: Collection[str], partitions: Sequence[Partition]) -> list[str]:
+    """Return the overrides that make a job ask for the GPUs and CPUs that its partition's nodes have: one
+    process for each GPU, and for each process CPUs for its workers and itself.
+
+    Args:
+        said: the keys that were given, which stay as they are.
+    """
+    launch = config.launch
+    part = next(
+        (p for p in partitions if (p.name == launch.partition if launch.partition else p.is_default)), None
+    )
+    if part is None or not part.gpus or config.engine.device == "cpu":
+        return []
+    found = {
+        "launch.gpus_per_node": part.gpus,
+        "launch.processes_per_node": 0,
+        "launch.cpus_per_process": max(min(config.engine.workers + 1, part.cpus // part.gpus), 1),
+    }
+    if launch.gpus_per_node is not None:  # fewer than all, say: CPUs follow them
+        found["launch.gpus_per_node"] = launch.gpus_per_node
+    return [f"{key}={value}" for key, value in found.items() if key not in said]
 
 
 def _smaller(a: Partition, b: Partition) -> Partition:

@@ -24,6 +24,7 @@ if not __package__:  # started by its path: Python put this file's folder on the
 
 from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import Config, load_config, to_yaml
+from selfmask_dist.config.config import load_with_places
 from selfmask_dist.config.help import unrecognized
 from selfmask_dist.config.site import Site, find_site
 from selfmask_dist.runs import owner
@@ -33,6 +34,7 @@ from selfmask_dist.runs.verdict import closing
 from . import local
 from .options import add_options
 from .preflight import preflight
+from .site import Partition, ask_cluster, read_partitions
 from .snapshot import take_snapshot
 
 _ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -51,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="submit.py")
     add_options(parser)
     options, rest = parser.parse_known_args(arguments)
-    if rest:
+    if any(word.startswith("-") for word in rest):
         parser.error(unrecognized(rest, Config))
+    options.overrides = [*options.overrides, *rest]  # argparse ends them at the first option behind them
     try:
         return launch(options)
     except ValueError as error:
@@ -69,13 +72,23 @@ def launch(options: argparse.Namespace) -> int:
     site = find_site(options.site)
     if site.path is not None:
         print(f"site {site.path}", file=sys.stderr)
-    return submit(plan_runs(options.config, options.seeds, options.overrides, site), options)
+    if options.cluster == "auto":
+        found = shutil.which("sbatch") and _has_slurm_configuration()
+        options.cluster = "slurm" if found else "local"
+    partitions = read_partitions() if options.cluster == "slurm" else []
+    return submit(plan_runs(options.config, options.seeds, options.overrides, site, partitions), options)
 
 
 def plan_runs(
-    files: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], site: Site
+    files: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    site: Site,
+    partitions: Sequence[Partition] = (),
 ) -> list[PlannedRun]:
     """Return a run for each file and seed.
+
+    Where the nodes of a cluster have GPUs, and nothing else is said, a job asks for them.
 
     Their names tell them apart: the file's name without its ending is added where there are several files,
     and `seed<n>` where seeds are given.
@@ -89,11 +102,12 @@ def plan_runs(
         for seed in seeds or (None,):
             # by its path: a name that ships could mean another file on a node
             arguments = [place, *([f"--config={find_config(file).resolve()}"] if file else [])]
-            name = load_config(file, overrides, site=site).run.name
+            first, said = load_with_places(file, overrides, site=site)
             suffix = f"-{Path(file).stem}" if file and len(files) > 1 else ""
             suffix += f"-seed{seed}" if seed is not None else ""
             own = [f"seed={seed}"] if seed is not None else []
-            own += [f"run.name={name}{suffix}"] if suffix else []
+            own += [f"run.name={first.run.name}{suffix}"] if suffix else []
+            own += ask_cluster(first, said, partitions)
             config = load_config(file, [*overrides, *own], site=site)
             runs.append(PlannedRun(config, (*arguments, *overrides, *own)))
     folders = [str(run_path(run.config)) for run in runs]
@@ -111,8 +125,6 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         ValueError: something would fail later; the message names all of it, and nothing was started.
     """
     cluster = options.cluster
-    if cluster == "auto":
-        cluster = "slurm" if shutil.which("sbatch") and _has_slurm_configuration() else "local"
     if options.experts_array:
         _check_array(runs, cluster)
     _preflight(runs, cluster, options)
@@ -130,6 +142,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
     if cluster == "slurm" and runs:
         from . import slurm
 
+        for run in runs:
+            print(in_short(run.config, options.nodes), file=sys.stderr)
         jobs = [
             slurm.submit(
                 run.config,
@@ -146,6 +160,20 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         if statuses[-1] in _ASKED_TO_STOP:
             return statuses[-1]
     return next((status for status in statuses if status), 0)
+
+
+def in_short(config: Config, num_nodes: int) -> str:
+    """Return in a line what a job asks for."""
+    launch = config.launch
+    processes = num_nodes * (launch.processes_per_node or launch.gpus_per_node or 1)
+    gpus = f" x {launch.gpus_per_node} GPUs" if launch.gpus_per_node else ", no GPU"
+    cpus = f", {launch.cpus_per_process} CPUs each" if launch.cpus_per_process else ""
+    images = config.train.global_batch_size // processes
+    where = f" in partition {launch.partition}" if launch.partition else ""
+    return (
+        f"{config.run.name}: {num_nodes} node(s){gpus}{where}; {processes} process(es){cpus}, {images} "
+        f"images a step each"
+    )
 
 
 def _check_array(runs: Sequence[PlannedRun], cluster: str) -> None:

@@ -44,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; an error that a user can mend is one line, no traceback."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (any(word.startswith("-") for word in rest) or not hasattr(options, "words")):
-        parser.error(_unrecognized(rest))
     if rest:  # argparse ends a list of words at the first option; those after it belong to it too
-        options.words += rest
+        place = next((name for name in ("words", "overrides") if hasattr(options, name)), None)
+        if place is None or any(word.startswith("-") for word in rest):
+            parser.error(_unrecognized(rest))
+        setattr(options, place, [*getattr(options, place), *rest])
     try:
         code = int(options.command(options) or 0)
         if sys.stdout is not None:  # closed by the caller

@@ -87,7 +87,7 @@ def test_what_is_wrong_with_all_runs_is_said_once(config_path: Path, tmp_path: P
     done = submit(config_path, "--seeds=0,1", "data.test=nowhere")
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
-    assert "there is no nowhere" in first
+    assert "no data set nowhere is found" in first
     assert "run-seed1 holds a run already" in second
     assert not (tmp_path / "run-seed0").exists()  # the one that could run did not start
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.site import describe_site, gpus_of, hours_of, read_partitions
+from launchers.site import ask_cluster, describe_site, gpus_of, hours_of, read_partitions
 from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
+from selfmask_dist.config.config import load_with_places
 from selfmask_dist.config.site import read_site
 
 
@@ -86,3 +87,47 @@ def test_a_machine_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     path = tmp_path / "site.yaml"
     path.write_text(text)
     assert load_config(None, site=read_site(path)).launch.partition is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        ([], []),  # the default partition has none
+        (
+            ["launch.partition=gpu"],
+            ["launch.gpus_per_node=4", "launch.processes_per_node=0", "launch.cpus_per_process=3"],
+        ),
+        (
+            ["launch.partition=gpu", "engine.workers=40"],
+            ["launch.gpus_per_node=4", "launch.processes_per_node=0", "launch.cpus_per_process=16"],
+        ),
+        (
+            ["launch.partition=gpu", "launch.gpus_per_node=2"],
+            ["launch.processes_per_node=0", "launch.cpus_per_process=3"],
+        ),
+        (["launch.partition=gpu", "engine.device=cpu"], []),
+        (["launch.partition=elsewhere"], []),
+    ],
+)
+def test_a_job_asks_for_what_its_partition_has(cluster: Path, overrides: list[str], asked: list[str]) -> None:
+    config, said = load_with_places(None, overrides)
+    assert ask_cluster(config, said, read_partitions()) == asked
+
+
+def test_the_batch_script_asks_for_gpus_without_a_word_in_the_configuration(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry = ["launch", "--dry-run", "--plan-seconds=0", "--cluster=slurm", "--nodes=4", "launch.partition=gpu"]
+    command = [*dry, "--config=cascade_vitb32", f"run.dir={cluster}"]
+    assert main(command) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --gpus-per-node=4" in script or "#SBATCH --gres=gpu:4" in script
+    assert "#SBATCH --ntasks-per-node=4" in script
+    assert "#SBATCH --cpus-per-task=9" in script, "eight workers and the process itself"
+    assert main([*command, "launch.gpus_per_node=null"]) == 2
+    assert (
+        "partition gpu has 4 GPUs a node and launch.gpus_per_node=null asks for none"
+        in capsys.readouterr().err
+    )
+    assert main([*command, "launch.gpus_per_node=8"]) == 2
+    assert "nodes of partition gpu have 4" in capsys.readouterr().err
