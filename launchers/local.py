@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from selfmask_dist.config import Config
-from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
+from selfmask_dist.runs.exit_status import FAILED, HUNG, REQUEUE, is_echo, is_restartable
 
 from .restarts import MAX_FRUITLESS, is_fruitless
 
@@ -297,15 +297,17 @@ def _seconds_left(statuses: Sequence[int | None]) -> float:
     """Return how long the others may take once some process has failed."""
     if REQUEUE in statuses:  # all had agreed to save: the others are about to
         return _STOP_SECONDS
-    if {status for status in statuses if status} == {LOST}:
+    if all(is_echo(status) for status in statuses if status):
         return _LOST_SECONDS
     return _GRACE_SECONDS  # nobody can save any more: what was committed is what there is
 
 
 def _rank_of(status: int) -> int:
     """Return a rank for a status: the lower, the more it says about why a run ended."""
-    if status in (FAILED, LOST):
-        return (FAILED, LOST).index(status) + 2
+    if status == FAILED:
+        return 2
+    if is_echo(status):
+        return 3
     return 0 if is_restartable(status) else 1
 
 

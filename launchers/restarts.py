@@ -12,7 +12,10 @@ from pathlib import Path
 
 MAX_FRUITLESS = 5  # starts in a row that failed without leaving anything
 # what a run or a stage of a cascade leaves behind as it goes on
-_PATTERNS = ("checkpoints/step-*", "*/checkpoints/step-*", "embeddings/*/*/*", "*.mask", "*/*.mask")
+_PATTERNS = (
+    *("checkpoints/step-*", "*/checkpoints/step-*", "*.mask", "*/*.mask"),
+    *("embeddings/*/*/*", "measuring/*/*/*", "*/measuring/*/*/*"),
+)
 
 
 def is_fruitless(logs: Path, start: str) -> bool:

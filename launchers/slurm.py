@@ -2,6 +2,7 @@
 
     sbatch -> srun -> Task on every rank -> `selfmask train`
     told to stop (USR2, TERM) -> the process saves and ends with REQUEUE -> `scontrol requeue` -> once more
+    failed -> `requeue.Aftermath`
 
 A cascade may also be three jobs, each after the one before: up to the router, the experts as a job array with
 a task for each, and the rest. They are the same command, restricted to a part.
@@ -13,12 +14,11 @@ the cluster from inside the job but the requeue itself. Knows nothing of trainin
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,19 +26,15 @@ from typing import Any
 
 from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
-from selfmask_dist.runs.exit_status import FAILED, HUNG, LOST, REQUEUE, is_restartable
+from selfmask_dist.runs.ending.notes import FOLDER_VARIABLE
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.runs.submitted import note_jobs
 
 from .local import log_path
-from .restarts import MAX_FRUITLESS, is_fruitless
+from .requeue import FAILED_NOTE, HUNG_NOTE, Aftermath, job_state, own_job_id, start_notes
 from .snapshot import snapshot_environment, take_snapshot
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000  # below the range from which Linux gives outgoing connections theirs
-_PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
-_LOST_SECONDS = 20.0  # for a task whose process failed to speak before those that lost it
-_DUMP_SECONDS = 5.0  # for the other processes to notice that all hang, and to dump their stacks
-_END_SECONDS = 300.0  # for SLURM to end a job that is done saving, or its rank 0 to requeue it
 _POLL_SECONDS = 0.5
 _OPEN_STATES = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD")
 
@@ -62,23 +58,28 @@ class TrainTask:
             *self.train_arguments,
         ]
         self.logs.mkdir(parents=True, exist_ok=True)
-        with open(log_path(self.logs, int(place["RANK"])), "ab") as log:
+        rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
+        log_file = log_path(self.logs, rank)
+        with open(log_file, "ab") as log:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             log.flush()
+            variables = {**place, "OMP_NUM_THREADS": threads, FOLDER_VARIABLE: str(notes.folder)}
             process = subprocess.Popen(
-                command,
-                env={**os.environ, **place, "OMP_NUM_THREADS": threads},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                command, env={**os.environ, **variables}, stdout=log, stderr=subprocess.STDOUT
             )
-        seen: set[int] = set()
-        hung = self._note("hung")
+        end = Aftermath(os.environ, notes, log_file, self.max_restarts)
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
-            seen.add(signum)
-            if signum == signal.SIGTERM and hung.exists():  # requeued: what hangs shows where it does
+            end.seen.add(signum)
+            if process.poll() is not None:
+                return
+            if signum == signal.SIGTERM and notes.has(HUNG_NOTE):  # requeued: what hangs shows where it does
                 process.send_signal(signal.SIGABRT)
                 process.send_signal(signal.SIGCONT)
+            elif signum == signal.SIGTERM and notes.has(FAILED_NOTE):  # nothing is to be saved any more
+                if rank not in notes.statuses():  # it does not know, or is about to say why
+                    process.kill()
+                return
             process.send_signal(signum)
 
         for signum in (signal.SIGUSR2, signal.SIGTERM):  # in place of submitit's own handlers
@@ -86,88 +87,9 @@ class TrainTask:
         status = process.wait()
         if status == 0:
             return
-        print(f"rank {place['RANK']} ended with status {status}", file=sys.stderr, flush=True)
-        self._after_failure(status, int(place["RANK"]), is_announced=signal.SIGUSR2 in seen)
+        print(f"rank {rank} ended with status {status}", file=sys.stderr, flush=True)
+        end.settle(status, rank=rank, num_ranks=int(place["WORLD_SIZE"]))
         sys.exit(status if status > 0 else 128 - status)
-
-    def _after_failure(self, status: int, rank: int, *, is_announced: bool) -> None:
-        """Requeue the job where that is worth it; on the other ranks, wait until that is done: srun ends all
-        tasks as soon as one has ended, and a job that ends by itself is not requeued by a preemption that is
-        under way.
-        """
-        job_id, restarts = own_job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        verdict, claimed, requeued = (self._note(name) for name in ("failed", "claimed", "requeued"))
-        if not is_restartable(status):
-            if status == FAILED:
-                time.sleep(_PEER_SECONDS)
-            verdict.touch()  # srun now ends the other tasks: they are not to take that for a preemption
-            return
-        if status == LOST:
-            _wait_until(lambda: verdict.exists() or claimed.exists(), _LOST_SECONDS)
-        if verdict.exists():
-            return
-        if restarts >= self.max_restarts:
-            print(f"not requeued: {restarts} restarts were launch.max_restarts", file=sys.stderr, flush=True)
-            return
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: SLURM may have the node
-        if shutil.which("scontrol") is None:
-            print(
-                "no scontrol on this node: SLURM itself requeues a preempted job", file=sys.stderr, flush=True
-            )
-            time.sleep(_END_SECONDS)
-        elif (status != REQUEUE or rank == 0) and _claim(claimed):
-            if status == HUNG:
-                self._note("hung").touch()
-                time.sleep(_DUMP_SECONDS)
-            if status != REQUEUE and is_fruitless(self.logs, job_id):
-                print(f"not requeued: {MAX_FRUITLESS} starts in a row came to nothing", file=sys.stderr)
-                verdict.touch()
-            else:
-                requeue(job_id, is_announced=is_announced)
-            requeued.touch()
-        else:
-            _wait_until(requeued.exists, _END_SECONDS)
-
-    def _note(self, name: str) -> Path:
-        """Return the file by which the tasks of this start of the job tell each other something."""
-        start = f"{own_job_id(os.environ)}-{os.environ.get('SLURM_RESTART_COUNT', 0)}"
-        return self.logs / f".{name}-{start}"
-
-
-def _claim(path: Path) -> bool:
-    """Return whether this task is the first to ask."""
-    try:
-        path.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-
-
-def own_job_id(environment: Mapping[str, str]) -> str:
-    """Return what SLURM's commands call this job: the id of an array alone would mean all of its tasks."""
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment["SLURM_JOB_ID"]
-
-
-def requeue(job_id: str, *, is_announced: bool) -> bool:
-    """Ask SLURM to run this job again, and return whether it will.
-
-    A job that got SIGTERM only was either cancelled by its user, who does not want it back, or preempted on a
-    cluster that does not announce preemptions: while it is being cancelled its state is no longer RUNNING.
-    """
-    if not is_announced and job_state(job_id) != "RUNNING":
-        print("not requeued: the job was cancelled", file=sys.stderr, flush=True)
-        return False
-    done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
-    print(f"requeue of job {job_id}: {done.stderr.strip() or 'done'}", file=sys.stderr, flush=True)
-    return done.returncode == 0
 
 
 def rank_environment(environment: Mapping[str, str], *, master_port: int | None = None) -> dict[str, str]:
@@ -276,13 +198,6 @@ def wait_for(job_id: str) -> int:
         time.sleep(_POLL_SECONDS)
     print(f"job {job_id} ended: {state}", flush=True)
     return 0 if state == "COMPLETED" else 1
-
-
-def job_state(job_id: str) -> str:
-    """Return the job's state as squeue names it; UNKNOWN for one that SLURM has forgotten."""
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (done.stdout.split() or ["UNKNOWN"])[0]
 
 
 def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", is_dry: bool = False) -> Any:

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import warnings
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,14 +29,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from selfmask_dist import apply_masks
 from selfmask_dist.cli import main
+from selfmask_dist.runs.checkpoint import read_checkpoint
 from tests.support.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,17 +172,8 @@ def trained(checkpoint: Path) -> str:
 
     A mask shows only on which side of its threshold a score is: errors in scores that flip no bit show here.
     """
-    reader = dcp.FileSystemReader(checkpoint)
-    entries = reader.read_metadata().state_dict_metadata.items()
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in entries
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    state = read_checkpoint(checkpoint).tensors
     assert state
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(state, storage_reader=reader, no_dist=True)
     return digest(*sorted(hashlib.sha256(tensor.numpy().tobytes()).digest() for tensor in state.values()))
 
 
@@ -195,7 +184,7 @@ def record(run: Path, backbone: str) -> dict[str, Any]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         losses[str(path.relative_to(run))] = [line["loss"] for line in lines if "loss" in line]
     paths = [path for path in sorted(run.rglob("*")) if path.suffix in (".mask", ".safetensors", ".npy")]
-    paths = [path for path in paths if "embeddings" not in path.parts]
+    paths = [path for path in paths if not {"embeddings", "checkpoints"} & set(path.parts)]
     under = {}
     for path in paths if backbone else ():
         for name in BUNDLED.get(path.name, ()):

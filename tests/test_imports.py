@@ -45,6 +45,8 @@ TABLE: dict[str, tuple[str, ...]] = {
         "common",
         "config",
         "runs.folder",
+        "runs.ending.device_fault",
+        "runs.ending.notes",
         "runs.exit_status",
         "runs.owner",
         "runs.submitted",

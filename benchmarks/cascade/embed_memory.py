@@ -28,7 +28,7 @@ from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.rows import put_file
-from selfmask_dist.parallel.sharded import ShardedEncoder
+from selfmask_dist.parallel.fsdp import ShardedEncoder
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import world_here
 

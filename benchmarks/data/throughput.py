@@ -35,7 +35,7 @@ from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import decode, multicrop_transform, open_source, train_loader, train_transform
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, Shard, load_index
-from selfmask_dist.data.indexing.labels import resolve_labels
+from selfmask_dist.data.indexing.labels import Labels, resolve_labels
 from selfmask_dist.data.order import epoch_order, sample_generator
 from selfmask_dist.data.source import READ_TOGETHER, TarSource
 from selfmask_dist.data.storage import LocalStorage
@@ -294,8 +294,7 @@ def large_index(count: int, shard: Path) -> Index:
 def first_batch(benchmark: Benchmark, folder: Path, count: int) -> None:
     shard = sorted(folder.glob("*.tar"))[0]
     index = large_index(count, shard)
-    labels = np.asarray(index.label, dtype=np.int64)
-    source = TarSource(index, folder, LocalStorage([shard]), labels, tuple(map(str, range(100))))
+    source = TarSource(index, folder, LocalStorage([shard]), Labels(index), tuple(map(str, range(100))))
     seconds = {}
     for share in (0.0, 0.9, 0.0, 0.9):  # the first two warm up
         loader = train_loader(
@@ -317,9 +316,9 @@ def index_costs(benchmark: Benchmark, folder: Path, count: int) -> None:
     large_index(count, sorted(folder.glob("*.tar"))[0]).save(path)
     start = time.perf_counter()
     index = load_index(path)
-    _, labels = resolve_labels(index, "", classes=None, require_labels=True)
+    resolve_labels(index, "", classes=None, require_labels=True)
     benchmark.figure(f"index of {count:,}: open, s", time.perf_counter() - start, max=2.0)
-    benchmark.figure("index: bytes per sample", (path.stat().st_size + labels.nbytes) / count, max=64)
+    benchmark.figure("index: bytes per sample", path.stat().st_size / count, max=64)
     start = time.perf_counter()
     epoch_order(count, seed=0, epoch=0, global_batch_size=256)
     benchmark.figure(f"order of {count:,}, s", time.perf_counter() - start, max=0.5, quick=False)

@@ -8,6 +8,7 @@ same problem on the same standardised features, at the strength that the probe's
 """
 
 import contextlib
+import ctypes
 import io
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.cascade.real import BACKBONES, WEIGHTS, digits_settings, embed_splits, photo_settings
-from benchmarks.harness import Benchmark, interleave
+from benchmarks.harness import Benchmark, _high_water, interleave
 from selfmask_dist import cli, evals
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
@@ -84,6 +85,22 @@ def measure_longer_choice(bench: Benchmark, name: str, parts: list[evals.Embeddi
     bench.figure(f"{name}: decays to the end, accuracy", full.accuracy)
 
 
+def measure_memory(bench: Benchmark) -> None:
+    """What a few steps of the probe take beyond embeddings; all logits would be 458 MiB in float64."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60_000) % 1000
+    features = torch.randn(1000, 128, generator=generator)[labels]
+    features += 2 * torch.randn(features.shape, generator=generator)
+    parts = [evals.Embeddings.of(features[:count], labels[:count]) for count in (60_000, 5_000)]
+    few = evals.Embeddings.of(features[:400], labels[:400] % 4)
+    evals.linear_probe(few, few)  # what libraries take once
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _high_water()
+    evals.linear_probe(*parts, l2=(1e-2, 1e-3), max_iterations=6)
+    bench.figure("peak MiB beyond the embeddings, 1,000 classes", (_high_water() - before) / 2**20, max=350)
+
+
 def measure_command(bench: Benchmark, settings: list[str], folder: Path) -> None:
     """`selfmask eval` on a run of a few steps: with its embedding, and again from the stores."""
     own = ["method=mask", "train.epochs=1", f"run.dir={folder}", "run.name=mask", "run.progress=false"]
@@ -106,6 +123,8 @@ def main() -> int:
     bench.figure("times are of a busy machine", options.busy)
     torch.set_num_threads(1)
     epochs, rounds = (60, 1) if options.quick else (300, 3)
+    if not options.quick:
+        measure_memory(bench)
     with tempfile.TemporaryDirectory() as folder:
         settings = digits_settings(Path(folder))
         digits = embeddings(settings)

@@ -18,7 +18,8 @@ from torch import nn
 
 from benchmarks.harness import Benchmark
 from benchmarks.parallel.memory import OwnMemory, resident
-from selfmask_dist.cli.plan import Hardware, bank_bytes
+from selfmask_dist.cli.plan.hardware import Hardware
+from selfmask_dist.cli.plan.steps import bank_bytes
 from selfmask_dist.config import load_config
 from selfmask_dist.config.objectives import NbdConfig
 from selfmask_dist.data import Batch

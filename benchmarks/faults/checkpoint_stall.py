@@ -29,7 +29,7 @@ from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import build_engine
-from selfmask_dist.runs.checkpoint import Retention, Saver, committed
+from selfmask_dist.runs.checkpoint import Retention, Saver, committed, saving_peers
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.training.meter import Meter
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
@@ -61,7 +61,7 @@ class Clock:
             torch.optim.SGD([*masks.parameters(), *step.head.parameters()], lr=1e-3, momentum=0.9)
         )
         self.num_masked = sum(entry.theta.numel() for entry in masks.entries)
-        self.saver = Saver(folder, Retention(last=2)) if world.is_main else None
+        self.saver = Saver(folder, Retention(last=2), peers=saving_peers(world))
         state = RunState(self.engine, Objective(), identity={})
         self.checkpoints = CheckpointSchedule(
             state, StopRequest(), saver=self.saver, every_seconds=every_seconds
@@ -80,7 +80,7 @@ class Clock:
             rank's, on every rank.
         """
         start, stalled = time.perf_counter(), self.checkpoints.stalled
-        busy = self.saver is not None and self.saver.is_busy
+        busy = self.saver.is_busy
         self.engine.forward_backward(self.batch)
         _, due = self.world.sum(torch.tensor(self.checkpoints.votes(), dtype=torch.float64)).tolist()
         self.engine.step()

@@ -52,7 +52,7 @@ def strike(event: str, config: Path, run: Path) -> None:
 def has_stack(run: Path, rank: int) -> bool:
     """Whether a rank wrote where it was: by itself, or its log's dump when it was ended."""
     log = (run / "logs" / f"rank-{rank}.log").read_text(errors="replace")
-    return (run / "stacks" / f"rank-{rank}.txt").exists() or "most recent call first" in log
+    return (run / "stacks" / f"rank-{rank}.txt").exists() or "most recent call" in log
 
 
 def lost_steps(run: Path, reached: int) -> int:

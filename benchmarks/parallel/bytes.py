@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.harness import Benchmark, _high_water
 from selfmask_dist.backbones import find_blocks
-from selfmask_dist.cli.model_size import measure_size
-from selfmask_dist.cli.plan import Hardware, estimate
+from selfmask_dist.cli.plan.hardware import Hardware
+from selfmask_dist.cli.plan.model_size import measure_size
+from selfmask_dist.cli.plan.steps import estimate
 from selfmask_dist.config import load_config
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import attach, select

@@ -8,7 +8,7 @@ process groups; importing it imports neither timm nor open_clip.
 from selfmask_dist.backbones.load import load_backbone
 from selfmask_dist.backbones.spec import Backbone, BackboneSpec, TextParts
 from selfmask_dist.backbones.structure import find_blocks, set_train_mode
-from selfmask_dist.backbones.weights import fingerprint
+from selfmask_dist.backbones.weights import fingerprint, sample_of
 
 __all__ = [
     "Backbone",
@@ -17,5 +17,6 @@ __all__ = [
     "find_blocks",
     "fingerprint",
     "load_backbone",
+    "sample_of",
     "set_train_mode",
 ]

@@ -7,6 +7,7 @@ their names. Knows nothing of masks, data or process groups.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,17 @@ from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.sign_activations import use_sign_activations
 from selfmask_dist.backbones.spec import Backbone, BackboneSettings, BackboneSpec, BuiltEncoder, NamedBackbone
 from selfmask_dist.backbones.structure import find_blocks, run_on_meta
-from selfmask_dist.backbones.weights import fingerprint
+from selfmask_dist.backbones.weights import fingerprint, trusting_values
 from selfmask_dist.common.optional import require
 
 
 def load_backbone(
-    backbone: str | BackboneSettings, *, seed: int = 0, in_file: bool = False, **keys: Any
+    backbone: str | BackboneSettings,
+    *,
+    seed: int = 0,
+    in_file: bool = False,
+    reads_all: bool = True,
+    **keys: Any,
 ) -> Backbone:
     """Build the frozen encoder that `backbone` describes, in eval mode, on the CPU.
 
@@ -43,6 +49,8 @@ def load_backbone(
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
             copies each process's share of them; see `mapping`. Random weights, and files that cannot be
             mapped, are loaded as without it.
+        reads_all: look at every weight, for the fingerprint and for values that are not finite. Without it
+            the fingerprint is empty: for a process of several, of which one reads them for all.
 
     Raises:
         ValueError: unknown name, tag or module (naming the nearest), a hub that cannot be reached, a file
@@ -56,14 +64,8 @@ def load_backbone(
     else:
         section = backbone
     has_weights = section.pretrained or section.weights is not None
-    in_file = in_file and has_weights
-    if in_file:
-        with leave_in_files():
-            built = _build(section, seed)
-        in_file = not any(parameter.is_meta for parameter in built.encoder.parameters())
-    if not in_file:
-        built = _build(section, seed)
-        built.encoder.float()
+    with nullcontext() if reads_all else trusting_values():
+        built, in_file = _build_where(section, seed, in_file=in_file and has_weights)
     if section.random != "library" and not has_weights:
         randomise(built.encoder, section.random, seed=seed)
     if section.activations == "sign":
@@ -80,10 +82,22 @@ def load_backbone(
         ),
         blocks=find_blocks(encoder),
         preprocessing=preprocessing,
-        fingerprint=fingerprint(encoder.state_dict().items()),
+        fingerprint=fingerprint(encoder.state_dict().items()) if reads_all else "",
         num_parameters=sum(parameter.numel() for parameter in encoder.parameters()),
     )
     return Backbone(encoder, spec, built.text_embeddings, built.logit_scale, built.text)
+
+
+def _build_where(section: BackboneSettings, seed: int, *, in_file: bool) -> tuple[BuiltEncoder, bool]:
+    """Return the encoder, and whether its weights were left in their file."""
+    if in_file:
+        with leave_in_files():
+            built = _build(section, seed)
+        if not any(parameter.is_meta for parameter in built.encoder.parameters()):
+            return built, True
+    built = _build(section, seed)
+    built.encoder.float()
+    return built, False
 
 
 def _build(section: BackboneSettings, seed: int) -> BuiltEncoder:

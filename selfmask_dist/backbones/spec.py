@@ -71,7 +71,8 @@ class BackboneSpec:
     dim: length of an embedding.
     blocks: module names of the repeated blocks, for wrapping block by block; none lies inside another.
     preprocessing: how the encoder wants its images.
-    fingerprint: `weights.fingerprint` of parameters and persistent buffers.
+    fingerprint: `weights.fingerprint` of parameters and persistent buffers; empty where another process is to
+        say it.
     num_parameters: scalars in all parameters.
     """
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +38,12 @@ from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.rows import put_file
-from selfmask_dist.parallel.sharded import ShardedEncoder, shards_weights
+from selfmask_dist.parallel import shards_weights
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, check_run, open_data, shard_backbone
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 SPLITS = ("train", "test")
 _ROUTER = "router.safetensors"  # in the router's folder
@@ -60,7 +63,7 @@ class Stages:
 
     @cached_property
     def _backbone(self) -> Backbone:
-        backbone = build_backbone(self._config, in_file=self._is_sharded)
+        backbone = build_backbone(self._config, in_file=self._is_sharded, world=self._world)
         if not self._is_sharded:  # what cuts it moves it, too
             backbone.encoder.to(self._world.device)
         return backbone
@@ -74,7 +77,7 @@ class Stages:
         return shards_weights(self._config.engine, self._world)
 
     @cached_property
-    def _sharded(self) -> ShardedEncoder:
+    def _sharded(self) -> "ShardedEncoder":
         return shard_backbone(self._backbone, self._config, self._world)
 
     @property

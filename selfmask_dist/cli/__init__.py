@@ -6,7 +6,6 @@ only when it runs, so that `--help` answers at once.
 """
 
 import argparse
-import errno
 import io
 import os
 import select
@@ -26,17 +25,8 @@ from selfmask_dist.cli import plan as plan_command
 from selfmask_dist.cli import report as report_command
 from selfmask_dist.cli import serve as serve_command
 from selfmask_dist.cli import status as status_command
-from selfmask_dist.runs import exit_status
+from selfmask_dist.cli.errors import explain
 
-# a path that does not fit: the message says all there is to say
-_WRONG_PATH = (
-    FileNotFoundError,
-    FileExistsError,
-    IsADirectoryError,
-    NotADirectoryError,
-    PermissionError,
-)
-_WRONG_PLACE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY)  # likewise, without a type
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that the signal SIGPIPE ended
 
 
@@ -55,18 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # a reader that has gone away is found out here, not while Python shuts down
             sys.stdout.flush()
         return code
-    except (ValueError, *_WRONG_PATH) as error:
-        return _fail(f"error: {_reason(error)}", exit_status.BAD_INPUT)
-    except ArithmeticError as error:  # training diverged: the message says it all
-        return _fail(f"stopped: {error}", exit_status.DIVERGED)
-    except OSError as error:
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return _BROKEN_PIPE
-        if error.errno in _WRONG_PLACE and error.filename is not None:
-            return _fail(f"error: {_reason(error)}", exit_status.BAD_INPUT)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (told := explain(error)) is None:
             raise
-        return _fail(f"error: {error}; make room and go on with run.resume=true", exit_status.BAD_INPUT)
+        status, message = told
+        return _fail(message, status)
     except KeyboardInterrupt:
         return 130
 
@@ -83,16 +68,6 @@ def _fail(message: str, code: int) -> int:
 
     print(f"{process_name()}{message}", file=sys.stderr)
     return code
-
-
-def _reason(error: Exception) -> str:
-    """Return the error in words; the operating system's own errors name the path first."""
-    if not isinstance(error, OSError) or error.filename is None:
-        return str(error)
-    where = error.filename if error.filename2 is None else f"{error.filename} -> {error.filename2}"
-    if isinstance(error, IsADirectoryError):
-        return f"{where} is a folder; name a file"
-    return f"{where}: {(error.strerror or 'cannot be used').lower()}"
 
 
 def _reader_is_gone() -> bool:

@@ -10,10 +10,10 @@ import contextlib
 import faulthandler
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from selfmask_dist.cli.errors import explain
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.site import find_site
@@ -120,22 +120,46 @@ def train(options: argparse.Namespace) -> int:
             folder = run_path(config)
             print(f"{folder} is finished: nothing is left to do\n{closing(folder)}", file=sys.stderr)
         return exit_status.OK
-    from selfmask_dist.runs.context import is_lost_process
+    from selfmask_dist.runs.ending.leaving import departure
     from selfmask_dist.runs.preempt import Preempted
 
     with contextlib.redirect_stderr(_Unfailing(sys.stderr)):
+        departure.arm()
         try:
             run(config, part=options.part)
         except Preempted:
             print(f"{process_name()}stopped as asked, to go on later", file=sys.stderr)
             return exit_status.REQUEUE
-        except RuntimeError as error:
-            if not is_lost_process(error):
-                raise
-            traceback.print_exc()
-            print(f"{process_name()}lost another process, to be started again: {error}", file=sys.stderr)
-            return exit_status.LOST
+        except Exception as error:
+            return _end_after(error)
         return exit_status.OK
+
+
+def _end_after(error: Exception) -> int:
+    """Say what an error was and return the exit status. One of several processes does not return: it is gone.
+
+    Raises:
+        Exception: the error, in a process that is alone, where it is neither a lost process nor its device.
+    """
+    from selfmask_dist.runs.ending.leaving import departure, status_of
+
+    departure.note(error)
+    status, told = status_of(error), explain(error)
+    if told is not None and told[0] == status:
+        if not departure.is_armed:
+            raise error
+        departure.tell(error, f"{process_name()}{told[1]}")
+    elif status in (exit_status.LOST, exit_status.DEVICE):
+        departure.tell(error)
+        what = {exit_status.LOST: "lost another process", exit_status.DEVICE: "this process's device failed"}
+        print(f"{process_name()}{what[status]}, to be started again: {error}", file=sys.stderr)
+    elif not departure.is_armed:
+        raise error
+    else:
+        departure.tell(error)
+    if departure.is_armed:
+        departure.leave(status)
+    return status
 
 
 def process_name() -> str:

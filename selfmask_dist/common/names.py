@@ -22,6 +22,7 @@ STACKS = "stacks"
 REPORT = "report.html"
 EMBEDDINGS = "embeddings"
 EVAL = "eval"
+MEASURING = "measuring"  # a run's own evaluation, while it lasts
 
 
 def trial(rate: float | str) -> str:

@@ -191,6 +191,13 @@ class EvalConfig(Section):
         True, "Measure the frozen backbone before training, to compare with."
     )
     batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
+    keep_embeddings: bool = orchestration(False, "Keep measuring/ once its numbers are written: embeddings.")
+    search_mib: float | None = efficiency(
+        None,
+        "Memory of the k-NN search beyond bank and queries. null: 256, or what is needed, of what is free.",
+        unit="MiB",
+        gt=0,
+    )
 
     def measures_retrieval(self, objective: str) -> bool:
         """Return whether instance retrieval is measured, in a run with this objective."""

@@ -15,8 +15,8 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
-from selfmask_dist.data.source import Sample, SampleError, Source, check_same_classes, open_source
-from selfmask_dist.data.splits import notes_on_splits, shared_samples, untrained_classes
+from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
+from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
@@ -37,10 +37,12 @@ __all__ = [
     "SampleError",
     "Source",
     "Subset",
+    "TarSource",
     "Transform",
     "WorkerLostError",
     "Workers",
     "check_same_classes",
+    "count_labels",
     "decode",
     "eval_loader",
     "eval_transform",

@@ -31,7 +31,8 @@ class Batch:
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
     captions: one text per row where they were asked for, else empty; the text of a row of weight 0 means
         nothing.
-    finish: what is left to do to the views, once they are on their device; `to` does it.
+    finish: what is left to do to the views, once they are on their device; `to` does it. The last of the
+        views is then no view: it says what to do, and stays on the CPU, where it is read.
     """
 
     views: tuple[Tensor, ...]
@@ -49,7 +50,10 @@ class Batch:
         non_blocking: the copy overlaps with computing where the batch is pinned.
         """
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return moved if moved.finish is None else replace(moved, views=moved.finish(moved.views), finish=None)
+        if self.finish is None:
+            return moved
+        views = self.finish((*moved.views[:-1], self.views[-1]))
+        return replace(moved, views=views, finish=None)
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory. The DataLoader's pinning thread calls this."""

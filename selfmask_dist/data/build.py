@@ -38,6 +38,7 @@ from selfmask_dist.data.source import (
     index_path,
     open_source,
 )
+from selfmask_dist.data.splits import count_labels
 from selfmask_dist.data.views.decode import decode
 
 REJECTS_NAME = "index_rejects.jsonl"
@@ -173,11 +174,11 @@ def describe(path: str | Path) -> str:
     source = open_source(path, require_labels=False)
     index = source.index
     lengths = index.length.astype(np.int64)
-    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    missing, counts = np.split(count_labels(source), [1])
     lines = [
         f"samples     {len(index):,} in {len(index.shards)} shards, {lengths.sum() / 2**20:,.1f} MiB",
         f"picture     {lengths.min():,} to {lengths.max():,} bytes, {lengths.mean():,.0f} on average",
-        f"labels      {int((source.labels >= 0).sum()):,} of {len(index):,}, {len(source.classes)} classes",
+        f"labels      {len(index) - int(missing[0]):,} of {len(index):,}, {len(source.classes)} classes",
         f"checksums   {'yes' if index.has_crc32 else 'no (no saved index)'}",
         f"left out    {index.num_rejected}",
     ]

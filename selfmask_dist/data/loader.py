@@ -22,7 +22,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from selfmask_dist.common.pictures import ShapeError
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.indexing.index import difference
-from selfmask_dist.data.order import Ids, RankBatch, epoch_order, num_steps, rank_batch, sample_generator
+from selfmask_dist.data.order import (
+    EpochOrder,
+    Ids,
+    Order,
+    RankBatch,
+    SourceOrder,
+    num_steps,
+    rank_batch,
+    sample_generator,
+)
 from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.views.decode import decode
@@ -265,12 +274,11 @@ class _Plans(Sampler[RankBatch]):
 
     def __iter__(self) -> Iterator[RankBatch]:
         epoch = self.epoch
+        order: Order = SourceOrder(self.num_samples)
         if self.shuffle:
-            order = epoch_order(
+            order = EpochOrder(
                 self.num_samples, seed=self.seed, epoch=epoch, global_batch_size=self.global_batch_size
             )
-        else:
-            order = np.arange(self.num_samples, dtype=np.int64)
         for step in range(self.first_step, len(self)):
             yield rank_batch(
                 order,
@@ -317,7 +325,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         views = zip(*(row or stand_in for row in rows), strict=True)
         return Batch(
             views=tuple(torch.stack(view) for view in views),
-            labels=torch.from_numpy(self.source.labels[plan.ids]),
+            labels=torch.from_numpy(self.source.labels_of(plan.ids)),
             weights=torch.from_numpy(weights),
             ids=torch.from_numpy(plan.ids),
             global_count=plan.global_count,

@@ -27,8 +27,8 @@ import numpy.typing as npt
 from selfmask_dist.common.files import write_bytes
 from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
-from selfmask_dist.data.indexing.labels import resolve_labels
-from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest
+from selfmask_dist.data.indexing.labels import Labels, resolve_labels
+from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest, sizes_of
 from selfmask_dist.data.indexing.patterns import is_pattern, written
 from selfmask_dist.data.indexing.table import SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
@@ -54,9 +54,17 @@ class Source(Protocol):
     """Numbered samples. Picklable, and safe to read from any process that received it."""
 
     classes: tuple[str, ...]  # empty where nothing is labelled
-    labels: npt.NDArray[np.int64]  # (len,), -1 = none
 
     def __len__(self) -> int: ...
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The labels of all samples, (len,), -1 = none: 8 bytes a sample, of this process."""
+        ...
+
+    def labels_of(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.int64]:
+        """Return the labels of the samples `indices`, without those of the others."""
+        ...
+
     def key(self, index: int) -> str:
         """Return the sample's key, which is unique within its shard."""
         ...
@@ -98,6 +106,7 @@ def open_source(
     require_labels: bool = True,
     cache: str | Path | None = None,
     cache_bytes: int = 100 * 2**30,
+    trust_index: bool = False,
 ) -> TarSource:
     """Return a source over a folder of `*.tar` files, one tar, a pattern or a list; shards by name.
 
@@ -109,6 +118,8 @@ def open_source(
 
     classes: the class list to number by, for a split that may lack classes: pass the training source's
         `classes`.
+    trust_index: do not hold a saved index against its folder, which costs a `stat` a shard: for all processes
+        of a run but one. A shard that is not as it was indexed is then noticed when it is first read.
     require_labels: False is for training that reads none: a sample without a label has -1, and so has one
         whose label is no number, or is not of the class list.
     Raises ValueError naming shard, key and the way out: nothing found, a damaged shard, a sample without
@@ -118,16 +129,19 @@ def open_source(
     if is_remote(path):
         return _open_remote(path.rstrip("/"), classes, require_labels, cache, cache_bytes)
     path = os.path.expanduser(path)
-    shards = find_shards(path)
     saved = index_path(path)
     if saved is not None and saved.is_file():
-        index = load_index(saved)
-        _check_fits(index, shards, saved)
+        index, folder = load_index(saved), saved.parent
+        if not trust_index:
+            _check_fits(index, path, saved)
+        paths = [folder / shard.name for shard in index.shards]
+        storage = LocalStorage(paths, sizes=[shard.size for shard in index.shards])
     else:
+        shards = find_shards(path)
         index = walk_shards(path, shards, require_labels=require_labels)
-    folder = common_folder(shards)
+        folder, storage = common_folder(shards), LocalStorage(shards)
     names, labels = resolve_labels(index, str(folder), classes=classes, require_labels=require_labels)
-    return TarSource(index, folder, LocalStorage(shards), labels, names)
+    return TarSource(index, folder, storage, labels, names)
 
 
 def _open_remote(
@@ -213,8 +227,7 @@ def check_same_classes(train: Source, test: Source) -> None:
 class TarSource:
     """Reads the pictures of tars in any order; see `open_source`, and `Source` for what each method returns.
 
-    A sample takes 36 bytes and its key. The 8 bytes of its label are memory of this process, the others are
-    the mapped file.
+    A sample takes 28 bytes and its key, all of it the mapped file, which is in memory once for all processes.
 
     verify: hold each picture against the index's crc32, where it has one (a third of a microsecond for
         each KB, and a tenth of that with the package isal).
@@ -227,17 +240,30 @@ class TarSource:
         index: Index,
         folder: Path | str,
         storage: Storage,
-        labels: npt.NDArray[np.int64],
+        labels: Labels,
         classes: tuple[str, ...],
     ) -> None:
         self.classes = classes
-        self.labels = labels
+        self._labels = labels
+        self._all_labels: npt.NDArray[np.int64] | None = None
         self.index = index
         self.folder = folder
         self._storage = storage
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_all_labels": None}  # a worker looks up the few that it needs
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        if self._all_labels is None:
+            self._all_labels = self._labels.of(slice(None))
+        return self._all_labels
+
+    def labels_of(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.int64]:
+        return self._labels.of(indices)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -277,7 +303,7 @@ class TarSource:
         (data,) = self.read_many(np.array([index]))
         if isinstance(data, SampleError):
             raise data
-        return Sample(data, int(self.labels[index]), self.key(index))
+        return Sample(data, int(self.labels_of(np.array([index]))[0]), self.key(index))
 
     @property
     def has_captions(self) -> bool:
@@ -318,10 +344,10 @@ class TarSource:
         self._storage.close()
 
 
-def _check_fits(index: Index, shards: list[Path], saved: Path) -> None:
+def _check_fits(index: Index, path: str, saved: Path) -> None:
     """Raise ValueError unless the tars are those that were indexed, by name and size."""
     sizes = {shard.name: shard.size for shard in index.shards}
-    found = {shard.name: shard.stat().st_size for shard in shards}
+    found = sizes_of(path)
     lacking, extra = sorted(sizes.keys() - found.keys()), sorted(found.keys() - sizes.keys())
     changed = [
         f"{name} has {found[name]} bytes and had {sizes[name]}"

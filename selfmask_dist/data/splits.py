@@ -12,6 +12,21 @@ from selfmask_dist.common.text import some
 from selfmask_dist.data.source import Source, TarSource
 from selfmask_dist.data.subset import Subset
 
+_ROWS = 1 << 20  # labels that are counted together
+
+
+def count_labels(source: Source) -> npt.NDArray[np.int64]:
+    """Return how many samples have no label, and after that how many have each label, (1 + classes,) int64.
+
+    Looks through the labels a part at a time. Labels beyond the named classes have entries too.
+    """
+    counts = np.zeros(1 + len(source.classes), dtype=np.int64)
+    for start in range(0, len(source), _ROWS):
+        found = np.bincount(source.labels_of(slice(start, start + _ROWS)) + 1, minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    return counts
+
 
 def untrained_classes(train: Source, test: Source) -> tuple[str, ...]:
     """Return the names of the classes that have test samples and no training sample, in order.
@@ -19,7 +34,10 @@ def untrained_classes(train: Source, test: Source) -> tuple[str, ...]:
     Both sources must number one list of classes. A probe or a k-NN can never answer these classes.
     """
     size = max(len(train.classes), len(test.classes))
-    counts = [np.bincount(s.labels[s.labels >= 0], minlength=size)[:size] for s in (train, test)]
+    counts = np.zeros((2, size), dtype=np.int64)
+    for row, source in zip(counts, (train, test), strict=True):
+        found = count_labels(source)[1 : 1 + size]
+        row[: len(found)] = found
     names = test.classes if len(test.classes) >= len(train.classes) else train.classes
     return tuple(names[place] for place in np.flatnonzero((counts[1] > 0) & (counts[0] == 0)))
 

@@ -39,11 +39,18 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """Reads shards on a local or shared file system. One that changed after this was made is an OSError."""
+    """Reads shards on a local or shared file system. One that changed after this was made is an OSError.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    sizes: bytes of each, where they are known; they are then held against a shard when it is first opened,
+        and no shard is looked at before. In place of it, and of what changed before, stands the crc32.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, sizes: Sequence[int] | None = None) -> None:
         self._paths = list(paths)
-        self._stamps = [_stamp(os.stat(path)) for path in paths]
+        self._sizes = None if sizes is None else list(sizes)
+        self._stamps: dict[int, tuple[int, int]] = {}
+        if sizes is None:
+            self._stamps = {number: _stamp(os.stat(path)) for number, path in enumerate(paths)}
         self._files: dict[int, _File] = {}
         self._opening = threading.Lock()
 
@@ -94,7 +101,7 @@ class LocalStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         # descriptors and locks mean nothing in another process
-        return {"_paths": self._paths, "_stamps": self._stamps}
+        return {"_paths": self._paths, "_sizes": self._sizes, "_stamps": self._stamps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_files": {}, "_opening": threading.Lock()}
@@ -104,7 +111,13 @@ class LocalStorage:
             if len(self._files) >= _MAX_OPEN_SHARDS:
                 del self._files[next(iter(self._files))]
             file = _File(self._paths[shard])
-            if _stamp(os.fstat(file.descriptor)) != self._stamps[shard]:
+            stamp = _stamp(os.fstat(file.descriptor))
+            if self._sizes is not None and stamp[0] != self._sizes[shard]:
+                raise OSError(
+                    f"the shard has {stamp[0]} bytes and had {self._sizes[shard]} when it was indexed; copy"
+                    " it again, or index it again"
+                )
+            if stamp != self._stamps.setdefault(shard, stamp):
                 raise OSError("the shard changed after it was opened; start again to read its new headers")
             self._files[shard] = file
             return file

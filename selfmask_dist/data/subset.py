@@ -1,30 +1,68 @@
 """A part of a source that is a source itself. Knows nothing of files."""
 
 import hashlib
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from selfmask_dist.data.source import Sample, SampleError, Source
 
+_ROWS = 1 << 20  # whose numbers are hashed together
+
 
 class Subset:
-    """A source of the samples of `source` at `indices`, renumbered from 0; see `Source`."""
+    """A source of the samples of `source` at `indices`, renumbered from 0; see `Source`.
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
+    Args:
+        indices: (samples,), of any whole numbers.
+        file: the .npy file that holds them. They are then mapped, and in memory once for all processes of a
+            node: to a worker goes the file's name.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, *, file: Path | None = None) -> None:
         self.source = source
         self.indices = indices
         self.classes = source.classes
-        self.labels = source.labels[indices]
+        self._file = file
+        self._stamp = None if file is None else _stamp(file)
+
+    @classmethod
+    def in_file(cls, source: Source, file: Path) -> Self:
+        """Return the subset whose indices a .npy file lists.
+
+        Raises OSError or ValueError where it is no such file.
+        """
+        # a plain array over the mapping: each indexing of a memmap costs microseconds
+        return cls(source, np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)), file=file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({} if self._file is None else {"indices": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self._file is not None:
+            if _stamp(self._file) != self._stamp:
+                raise ValueError(f"{self._file} changed while it was in use; start again to read it anew")
+            self.indices = np.asarray(np.load(self._file, mmap_mode="r", allow_pickle=False))
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        return self.labels_of(slice(None))
+
+    def labels_of(self, indices: npt.NDArray[np.int64] | slice) -> npt.NDArray[np.int64]:
+        return self.source.labels_of(self.indices[indices])
 
     def __len__(self) -> int:
         return len(self.indices)
 
     @property
     def identity(self) -> dict[str, Any]:
-        chosen = hashlib.sha256(np.ascontiguousarray(self.indices, dtype=np.int64).data).hexdigest()[:16]
-        return self.source.identity | {"samples": len(self), "places": chosen}
+        digest = hashlib.sha256()
+        for start in range(0, len(self), _ROWS):
+            digest.update(np.ascontiguousarray(self.indices[start : start + _ROWS], dtype=np.int64).data)
+        return self.source.identity | {"samples": len(self), "places": digest.hexdigest()[:16]}
 
     def key(self, index: int) -> str:
         return self.source.key(int(self.indices[index]))
@@ -44,6 +82,11 @@ class Subset:
 
     def read_captions(self, indices: npt.NDArray[np.int64]) -> list[str | SampleError]:
         return self.source.read_captions(self.indices[indices])
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def evenly_spaced(source: Source, limit: int) -> Source:

@@ -1,9 +1,9 @@
 """Encoder and images to embeddings, and embeddings to numbers: k-NN, probes, low-shot, without labels.
 
 embed, store     images -> embeddings, in memory or on disk
-search           exact nearest neighbours of a bank that ranks share; `local_search` is one rank's part
+search           exact nearest neighbours of a bank that ranks share
 knn, probe, probe_heads, low_shot, label_free    embeddings -> numbers; these know neither models nor files
-measure          all of it, for a run in training
+measure, progress    all of it, for a run in training; a restart goes on with it
 """
 
 from selfmask_dist.evals.embeddings import Embeddings, mean_embedding

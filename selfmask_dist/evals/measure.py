@@ -5,12 +5,15 @@ Without labels, or without a test split, only instance retrieval is left. Glue b
 `evals` (numbers), so that those two need not know each other.
 """
 
+import functools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
@@ -18,6 +21,8 @@ from selfmask_dist.config import Config
 from selfmask_dist.evals import instance_retrieval
 from selfmask_dist.evals.embed import embed, eval_mode
 from selfmask_dist.evals.embeddings import Embeddings
+from selfmask_dist.evals.progress import Progress
+from selfmask_dist.evals.ranks import share
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import World
 
@@ -30,9 +35,13 @@ def measure_knn(
     *,
     num_classes: int,
     world: World,
+    memory_mib: float | None = None,
 ) -> dict[str, float]:
     """Return the accuracy for each k, by name. Bank and queries stay on their ranks. Collective: every rank
     must call.
+
+    Args:
+        memory_mib: of the search (`eval.search_mib`).
 
     Raises:
         ValueError: the bank has fewer than k samples.
@@ -50,13 +59,25 @@ def measure_knn(
         ks=sorted(set(ks)),
         temperatures=(temperature,),
         ranks=world,
+        memory_mib=memory_mib,
     )
     return {f"knn{k}": accuracy for (k, _), accuracy in result.accuracy.items()}
 
 
-def measure_probe(bank: Embeddings, queries: Embeddings, *, seed: int, world: World) -> float:
-    """Return the accuracy of a linear probe. Collective: every rank must call."""
-    return evals.linear_probe(bank, queries, seed=seed, ranks=world).accuracy
+def measure_probe(
+    bank: Embeddings,
+    queries: Embeddings,
+    *,
+    seed: int,
+    world: World,
+    on_step: Callable[[], None] = lambda: None,
+) -> float:
+    """Return the accuracy of a linear probe. Collective: every rank must call.
+
+    Args:
+        on_step: called in each step of its fits, on all ranks equally often.
+    """
+    return evals.linear_probe(bank, queries, seed=seed, ranks=world, on_step=on_step).accuracy
 
 
 def neighbours_to_measure(config: Config, num_train: int) -> tuple[int, ...]:
@@ -73,7 +94,7 @@ def neighbours_to_measure(config: Config, num_train: int) -> tuple[int, ...]:
 
 def are_labelled(train: data.Source, test: data.Source | None) -> bool:
     """Return whether there are labels to measure k-NN and probe with, on every image of both splits."""
-    return test is not None and all(bool((source.labels >= 0).all()) for source in (train, test))
+    return test is not None and all(data.count_labels(source)[0] == 0 for source in (train, test))
 
 
 class Evaluation:
@@ -102,16 +123,61 @@ class Evaluation:
         self._world = world
         self._num_classes = len(train.classes)
 
-    def full(self, *, probe: bool) -> dict[str, float]:
+    def begin(self, path: Path, *, made_with: str, report: Callable[[str], None]) -> Progress | None:
+        """Return what was done before of measuring one encoder, kept in the folder `path`.
+
+        None where there is nothing to measure by labels.
+
+        Args:
+            made_with: tells what was trained apart from anything else; empty of the frozen encoder.
+            report: gets one sentence where something that was there is made again.
+        """
+        if self._test is None:
+            return None
+        spec, engine = self._backbone.spec, self._config.engine
+        return Progress(
+            path,
+            self._world,
+            about={
+                "backbone": spec.fingerprint,
+                "preprocessing": json.dumps(spec.preprocessing.to_dict(), sort_keys=True),
+                "training data": json.dumps(self._train.identity, sort_keys=True),
+                "test data": json.dumps(self._test.identity, sort_keys=True),
+                "mask or weights": made_with,
+                "precision": engine.precision if engine.name == "fsdp" else "float32",
+            },
+            batch_size=self._config.eval.batch_size,
+            report=report,
+        )
+
+    def full(self, *, probe: bool, progress: Progress | None = None) -> dict[str, float]:
         """Measure k-NN for every `eval.knn_k`, and the linear probe, with the whole train split as bank;
         nothing without labels.
+
+        Args:
+            progress: what was done before is taken from there, and what is done goes there.
         """
         if self._test is None:
             return {}
-        bank, queries = self._embed(self._train), self._embed(self._test)
-        values = self._knn(bank, queries, neighbours_to_measure(self._config, len(self._train)))
-        if probe:
-            values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
+        train, test = self._train, self._test
+
+        @functools.cache
+        def rows() -> tuple[Embeddings, Embeddings]:
+            if progress is None:
+                return self._embed(train), self._embed(test)
+            return self._embed_kept(progress, "train", train), self._embed_kept(progress, "test", test)
+
+        def knn() -> dict[str, float]:
+            return self._knn(*rows(), neighbours_to_measure(self._config, len(train)))
+
+        def linear() -> dict[str, float]:
+            seed = self._config.seed
+            return {"probe": measure_probe(*rows(), seed=seed, world=self._world, on_step=self._on_batch)}
+
+        measures = {"knn": knn, **({"probe": linear} if probe else {})}
+        values: dict[str, float] = {}
+        for name, measure_fn in measures.items():
+            values |= measure_fn() if progress is None else progress.once(name, measure_fn)
         return values
 
     def monitor(self, _step: int) -> dict[str, Any]:
@@ -161,28 +227,59 @@ class Evaluation:
             views = Embeddings(views.features, views.labels, places[views.ids])
         return instance_retrieval.find_own(clean, views, self._world)
 
-    def head(self, objective: Objective) -> dict[str, float]:
-        """Measure the accuracy of the objective's own head on the test split."""
-        if self._test is None:
+    def head(self, objective: Objective, progress: Progress | None) -> dict[str, float]:
+        """Measure the accuracy of the objective's own head on the test split, with what `begin` gave."""
+        if progress is None or self._test is None:
             return {}
-        counts = torch.zeros(2, dtype=torch.float64)
-        with torch.no_grad(), eval_mode(self._backbone.encoder), eval_mode(objective):
-            for batch in self._loader(self._test):
-                rows = batch.weights > 0
-                logits = objective.predict(
-                    self._backbone.encoder, batch.views[0].to(self._world.device)
-                ).cpu()
-                counts += torch.tensor([(logits.argmax(1) == batch.labels)[rows].sum(), rows.sum()])
-        correct, total = self._world.sum(counts.to(self._world.device)).tolist()
-        return {"head": correct / total}
+        test, kept = self._test, progress
+
+        def predict(images: Tensor) -> Tensor:
+            with eval_mode(objective):
+                logits = objective.predict(self._backbone.encoder, images)
+            return logits.argmax(dim=1, keepdim=True).float()  # below 2^24, so exact
+
+        def measure_head() -> dict[str, float]:
+            found = self._embed_kept(kept, "head", test, encode_fn=predict, dim=1)
+            return {"head": share(found.features[:, 0].long() == found.labels, self._world)}
+
+        return kept.once("head", measure_head)
 
     def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
         temperature = self._config.eval.knn_temperature
-        return measure_knn(bank, queries, ks, temperature, num_classes=self._num_classes, world=self._world)
+        return measure_knn(
+            bank,
+            queries,
+            ks,
+            temperature,
+            num_classes=self._num_classes,
+            world=self._world,
+            memory_mib=self._config.eval.search_mib,
+        )
 
     def _embed(self, source: data.Source) -> Embeddings:
         encoder: nn.Module = self._backbone.encoder
         return embed(encoder, self._loader(source), world=self._world)
+
+    def _embed_kept(
+        self,
+        progress: Progress,
+        split: str,
+        source: data.Source,
+        *,
+        encode_fn: Callable[[Tensor], Tensor] | None = None,
+        dim: int | None = None,
+    ) -> Embeddings:
+        """Return this rank's embeddings, or what else `encode_fn` makes of images, kept in `progress`."""
+        with eval_mode(self._backbone.encoder):
+            return progress.embed(
+                split,
+                encode_fn or self._backbone.encoder,
+                source,
+                data.eval_transform(self._backbone.spec.preprocessing),
+                dim=dim or self._backbone.spec.dim,
+                workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
+                on_batch=self._on_batch,
+            )
 
     def _loader(
         self, source: data.Source, transform: data.Transform | None = None, *, seed: int = 0

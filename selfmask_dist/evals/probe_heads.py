@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selfmask_dist.evals.embeddings import Embeddings
-from selfmask_dist.evals.probe import L2_GRID, check_probe, held_out, prepare
+from selfmask_dist.evals.probe import L2_GRID, Rows, check_probe, held_out, prepare
 from selfmask_dist.evals.ranks import Alone, Ranks, gather_labels, share
 
 # below 1 for batches that are a small part of the samples
@@ -134,8 +134,12 @@ def _components(fit: Tensor, other: Tensor, ranks: Ranks) -> tuple[Tensor, Tenso
     (dim,) come last.
     """
     fit, other = prepare(fit, other, True, ranks)
-    double = fit.double()
-    sums = ranks.sum(torch.cat([double.T @ double, double.new_full((1, fit.shape[1]), len(fit))]))
+    rows = Rows(fit)
+    sums = torch.zeros(rows.dim + 1, rows.dim, dtype=torch.float64, device=fit.device)
+    sums[-1] = len(rows)
+    for part in rows.parts(1):  # no float64 copy of all rows
+        sums[:-1] += rows[part].T @ rows[part]
+    sums = ranks.sum(sums)
     variances, directions = torch.linalg.eigh(sums[:-1] / sums[-1, 0])
     directions = directions.to(fit.dtype)
     return fit @ directions, other @ directions, variances.clamp(min=0).to(fit.dtype)

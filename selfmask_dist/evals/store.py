@@ -279,7 +279,7 @@ def embed_to_store(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    num_workers: int = 0,
+    num_workers: int | Workers = 0,
     device: torch.device | str = "cpu",
     all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     on_batch: Callable[[], None] = lambda: None,
@@ -317,7 +317,8 @@ def embed_to_store(
     # a rank with less to do first encodes some samples again, for encoders that are collective (fsdp)
     again = np.arange(padding * batch_size, dtype=np.int64) % len(source)
     ids = np.concatenate([again, *(np.array(store.chunk_range(chunk)) for chunk in missing)])
-    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, workers=Workers(num_workers))
+    workers = Workers(num_workers) if isinstance(num_workers, int) else num_workers
+    batches = eval_loader(Subset(source, ids), transform, batch_size=batch_size, workers=workers)
     chunks, chunk = iter(missing), -1
     parts: list[tuple[Tensor, Tensor]] = []
     try:

@@ -1,13 +1,15 @@
 """The mask file: one or more masks of one backbone, written and read without executing anything.
 
 `mask` says what is in it, `forms` what its kinds mean, `codec` turns bits into bytes, `container` lays bytes
-out and guards them, `file` brings them together, and `fit` puts a mask on a model. `api` is what users
-import. `bank` holds many masks of one model in memory; `layers`, `rewrite` and `kernel` put them on fast.
-`tools` compares, draws, merges, imports and exports masks. Knows nothing of optimizers or process groups.
+out and guards them, `file` brings them together with `reading`, and `fit` puts a mask on a model. `api` is
+what users import. `bank` holds many masks of one model in memory; `layers`, `rewrite` and `kernel` put them
+on fast. `tools` compares, draws, merges, imports and exports masks. Knows nothing of optimizers or process
+groups.
 """
 
 from selfmask_dist.maskfile.file import (
     MAX_WEIGHTS,
+    add_numbers,
     read_backbone_name,
     read_mask_file,
     verify_mask_file,
@@ -30,6 +32,7 @@ __all__ = [
     "Mask",
     "MaskFile",
     "MaskFileError",
+    "add_numbers",
     "apply_mask",
     "check_fits",
     "describe_file",

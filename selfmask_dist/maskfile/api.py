@@ -1,14 +1,21 @@
 """The public API in one place: masks in anybody's training loop, and mask files on anybody's model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from selfmask_dist.common.tensor_names import plain_names
 from selfmask_dist.maskfile.file import read_mask_file, write_mask_file
-from selfmask_dist.maskfile.fit import apply_mask, from_masks, warn_of_verdict, weights_of
+from selfmask_dist.maskfile.fit import (
+    Gathered,
+    apply_mask,
+    gather,
+    one_by_one,
+    warn_of_verdict,
+    weights_of,
+    without_bits,
+)
 from selfmask_dist.maskfile.mask import MaskFile, MaskFileError
 from selfmask_dist.masking import AttachedMasks, detach
 
@@ -59,7 +66,8 @@ def save_masks(
 ) -> int:
     """Write masks to a mask file (`maskfile.file`); returns the number of bytes.
 
-    Collective where the masks are sharded: every rank must call, one of them as writer.
+    Collective where the masks are sharded: every rank must call, one of them as writer. Parameters are
+    gathered one after the other; the writer keeps each one's coded bits, the others keep nothing.
 
     Args:
         backbone, backbone_fingerprint, preprocessing, metrics: kept in the file's header for its readers. The
@@ -71,22 +79,37 @@ def save_masks(
             bfloat16 is told from a wrong one.
         verdict: what speaks against the mask; readers warn with it.
     """
-    mask = from_masks(masks, with_rounded=with_rounded)
-    weights = masks.first_weights() if against_weights else None
-    if not is_writer:
-        return 0
-    file = MaskFile(
-        masks={"default": mask},
-        backbone=backbone,
-        backbone_fingerprint=backbone_fingerprint,
-        preprocessing=dict(preprocessing or {}),
-        metrics=dict(metrics or {}),
-        verdict=verdict,
-    )
-    if weights is not None:
-        plain = plain_names([*weights, *masks.moved_statistics()])
-        weights = {plain[name]: weight for name, weight in weights.items()}
-    return write_mask_file(path, file, weights=weights.__getitem__ if weights else None)
+    mask = without_bits(masks, with_rounded=with_rounded, is_kept=is_writer)
+    gathered = gather(masks, is_kept=is_writer, with_weights=against_weights)
+    known: dict[str, Tensor] = {}
+
+    def parameters() -> Iterator[Gathered]:
+        for parameter in gathered:
+            known.clear()
+            if parameter.weight is not None:
+                known[parameter.name] = parameter.weight
+            yield parameter
+
+    try:
+        if not is_writer:
+            return 0
+        file = MaskFile(
+            masks={"default": mask},
+            backbone=backbone,
+            backbone_fingerprint=backbone_fingerprint,
+            preprocessing=dict(preprocessing or {}),
+            metrics=dict(metrics or {}),
+            verdict=verdict,
+        )
+        return write_mask_file(
+            path,
+            file,
+            weights=known.__getitem__ if against_weights else None,
+            parts={"default": one_by_one(mask, parameters())},
+        )
+    finally:
+        for _ in gathered:  # the other ranks wait for this one, whatever went wrong here
+            pass
 
 
 def apply_masks(model: nn.Module, path: str | Path, *, name: str | None = None) -> MaskFile:

@@ -14,10 +14,11 @@ too, and no number is believed before it is checked. Knows nothing of masks.
 """
 
 import hashlib
+import itertools
 import json
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from selfmask_dist.common.files import write_bytes
+from selfmask_dist.common.files import replacing
 from selfmask_dist.maskfile.mask import MaskFileError
 
 MAGIC = b"SELFMASK"
@@ -37,6 +38,8 @@ MAX_HEADER_BYTES = 64 * 2**20
 _PREFIX = struct.Struct("<8sIQ")
 _DIGEST_BYTES = 32
 _BODY = _PREFIX.size + _DIGEST_BYTES
+_BLOCK_BYTES = 2**24  # copied at a time
+_DAMAGED = "{} is damaged or cut short: its checksum does not match; copy it again from its source"
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("float16", "float32", "float64", "int64", "uint8", "bool")
@@ -71,14 +74,44 @@ class Sections:
 
 def write(path: Path, header: Mapping[str, Any], sections: Sections, *, version: int = VERSION) -> int:
     """Write a file, by way of a temporary name and one rename, and return the number of its bytes."""
+    return _write(path, header, sections.parts, version)
+
+
+def rewrite_header(path: Path, change_fn: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Write a file anew with another header and the same sections, as `write` does; return its bytes.
+
+    Raises:
+        MaskFileError: as `read` does; the file then stays as it was.
+    """
+    old = open_part(path)
+    start, stop = path.stat().st_size - _DIGEST_BYTES - old.num_bytes, path.stat().st_size - _DIGEST_BYTES
+
+    def sections() -> Iterator[bytes]:
+        with open(path, "rb") as stream:
+            found = hashlib.sha256(stream.read(start))
+            while block := stream.read(min(_BLOCK_BYTES, stop - stream.tell())):
+                found.update(block)
+                yield block
+            if found.digest() != stream.read():
+                raise MaskFileError(_DAMAGED.format(path))
+
+    return _write(path, change_fn(old.header), sections(), old.version)
+
+
+def _write(path: Path, header: Mapping[str, Any], parts: Iterable[bytes], version: int) -> int:
     text = json.dumps(header, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
         raise MaskFileError(f"the header takes {len(text):,} bytes, the format allows {MAX_HEADER_BYTES:,}")
     coded = zstandard.ZstdCompressor(level=19).compress(text)
     prefix = _PREFIX.pack(MAGIC, version, len(coded))
-    body = b"".join([prefix, hashlib.sha256(prefix + coded).digest(), coded, *sections.parts])
-    write_bytes(path, body + hashlib.sha256(body).digest(), sync=True)
-    return len(body) + _DIGEST_BYTES
+    start = (prefix, hashlib.sha256(prefix + coded).digest(), coded)
+    digest, size = hashlib.sha256(), 0
+    with replacing(path, sync=True) as partial, open(partial, "wb") as stream:
+        for part in itertools.chain(start, parts):
+            digest.update(part)
+            size += stream.write(part)
+        size += stream.write(digest.digest())
+    return size
 
 
 @dataclass(frozen=True)
@@ -86,6 +119,7 @@ class Container:
     """A file whose header is read and verified."""
 
     header: dict[str, Any]
+    version: int
     num_bytes: int  # of all sections
     _read: Callable[[int, int], bytes]  # offset and length among the sections
 
@@ -114,9 +148,7 @@ def read(path: Path) -> Container:
     data = path.read_bytes()
     _check_kind(path, data[: _PREFIX.size], len(data))
     if hashlib.sha256(memoryview(data)[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:]:
-        raise MaskFileError(
-            f"{path} is damaged or cut short: its checksum does not match; copy it again from its source"
-        )
+        raise MaskFileError(_DAMAGED.format(path))
     return _open(path, len(data), lambda offset, length: data[offset : offset + length])
 
 
@@ -170,7 +202,7 @@ def _open(path: Path, size: int, read: Callable[[int, int], bytes]) -> Container
         raise MaskFileError(f"{path} has an inconsistent header: {error}") from error
     start = _BODY + length
     return Container(
-        header, size - _DIGEST_BYTES - start, lambda offset, length: read(start + offset, length)
+        header, version, size - _DIGEST_BYTES - start, lambda offset, length: read(start + offset, length)
     )
 
 

@@ -1,8 +1,8 @@
 """A mask on a model: taken from masks in training, checked against a backbone, and put on it."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,28 @@ from torch import Tensor, nn
 
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.common.tensor_names import placements, plain_names
-from selfmask_dist.maskfile.file import Weights, read_mask_file
+from selfmask_dist.maskfile.file import read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
-from selfmask_dist.maskfile.precision import other_precision, rounded_fingerprints, wrong_backbone
+from selfmask_dist.maskfile.reading import Weights, fingerprints, other_precision, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
 from selfmask_dist.masking.marks import describe_left_over
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """One parameter of masks in training, whole: its bits; theta and frozen weight where they are needed."""
+
+    name: str
+    bits: Tensor
+    theta: Tensor | None
+    weight: Tensor | None
+
+
 def from_masks(masks: AttachedMasks, *, with_rounded: bool = False) -> Mask:
     """Return masks in training as a file holds them. Collective where they are sharded: every rank must call.
+
+    Every rank then holds a byte for each weight. `api.save_masks` writes a file without.
 
     Names are those of the model without the parts that wrappers add (`module.`, `_orig_mod.`).
 
@@ -31,34 +43,86 @@ def from_masks(masks: AttachedMasks, *, with_rounded: bool = False) -> Mask:
         MaskFileError: a family's form does not hold its theta.
         ValueError: the scores are not what training made of them (`Masks.check_current`).
     """
+    mask = without_bits(masks, with_rounded=with_rounded)
+    for part in one_by_one(mask, gather(masks)):
+        for field in ("bits", "signs", "scales", "values"):
+            getattr(mask, field).update(getattr(part, field))
+    return mask
+
+
+def without_bits(masks: AttachedMasks, *, with_rounded: bool = False, is_kept: bool = True) -> Mask:
+    """Return all of a mask but what `one_by_one` adds of each parameter. Collective where they are sharded.
+
+    The weights are gathered, hashed and let go one after the other.
+
+    Args:
+        is_kept: False only takes part in gathering, and returns no fingerprints.
+
+    Raises:
+        As `from_masks`.
+    """
     masks.check_current()
-    moved = masks.moved_statistics()
-    plain = plain_names([*(entry.name for entry in masks.entries), *moved])
-    bits = {plain[name]: kept.cpu() for name, kept in masks.masks().items()}
-    segments = {plain[entry.name]: entry.num_segments for entry in masks.entries}
-    weights, kind = _by_plain(plain, masks.first_weights()), as_kind(masks.family.form)
-    parts: dict[str, Any] = {}
-    if kind != "threshold":
-        for name, theta in _by_plain(plain, masks.thetas()).items():
-            given = (theta.cpu(), bits[name], weights[name].cpu())
-            for part, tensor in take_apart(kind, *given, num_parts=segments[name]).items():
-                parts.setdefault(part, {})[name] = tensor
+    moved, plain, kind = masks.moved_statistics(), _plain(masks), as_kind(masks.family.form)
+    by_name = sorted(masks.entries, key=lambda entry: plain[entry.name])
+    weights = ((plain[entry.name], masks.whole_first_weight(entry)) for entry in by_name)
+    own, rounded = "", dict[str, str]()
+    if is_kept:
+        own, rounded = fingerprints(weights, with_rounded=with_rounded)
+    for _ in weights:  # those that this rank only helps to gather
+        pass
     return Mask(
-        bits=bits,
-        weights_fingerprint=fingerprint(weights.items()),
+        bits={},
+        weights_fingerprint=own,
         scaled=masks.family.is_scaled,
-        num_segments={name: number for name, number in segments.items() if number > 1},
+        num_segments={
+            plain[entry.name]: entry.num_segments for entry in masks.entries if entry.num_segments > 1
+        },
         kind=kind,
-        **parts,
         blocks={plain[name]: block for name, block in _blocks(masks).items()},
         statistics={plain[name]: statistic.cpu() for name, statistic in moved.items()},
         threshold=masks.threshold,
-        rounded=rounded_fingerprints(weights) if with_rounded else {},
+        rounded=rounded,
     )
 
 
-def _by_plain(plain: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {plain[name]: tensor for name, tensor in tensors.items()}
+def gather(masks: AttachedMasks, *, is_kept: bool = True, with_weights: bool = False) -> Iterator[Gathered]:
+    """Yield what a file holds of one parameter after the other, on the CPU. Collective where masks are
+    sharded: every rank must go through to the end.
+
+    Args:
+        is_kept: False only takes part in gathering, and yields nothing.
+        with_weights: with the frozen weights, whatever the kind.
+    """
+    plain, has_parts = _plain(masks), as_kind(masks.family.form) != "threshold"
+    for entry, (name, piece) in zip(masks.entries, masks.each_mask_piece(), strict=True):
+        bits = masks.whole_mask(name, piece)
+        theta = masks.whole_theta(entry) if has_parts else None
+        weight = masks.whole_first_weight(entry) if has_parts or with_weights else None
+        if is_kept:
+            yield Gathered(plain[name], bits.cpu(), _on_cpu(theta), _on_cpu(weight))
+
+
+def one_by_one(mask: Mask, parameters: Iterable[Gathered]) -> Iterator[Mask]:
+    """Yield a mask of each parameter alone, out of what `without_bits` and `gather` gave.
+
+    Raises:
+        MaskFileError: a family's form does not hold its theta.
+    """
+    for found in parameters:
+        parts: dict[str, Any] = {}
+        if found.theta is not None and found.weight is not None:
+            num_parts = mask.num_segments.get(found.name, 1)
+            taken = take_apart(mask.kind, found.theta, found.bits, found.weight, num_parts=num_parts)
+            parts = {part: {found.name: tensor} for part, tensor in taken.items()}
+        yield replace(mask, bits={found.name: found.bits}, **parts)
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _plain(masks: AttachedMasks) -> dict[str, str]:
+    return plain_names([*(entry.name for entry in masks.entries), *masks.moved_statistics()])
 
 
 def _blocks(masks: AttachedMasks) -> dict[str, tuple[int, int]]:

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from selfmask_dist.common.fingerprint import digest
 from selfmask_dist.maskfile import container
-from selfmask_dist.maskfile.file import _MISTAKES, Weights, _one_line, _Reading, _refusal
+from selfmask_dist.maskfile.file import _MISTAKES, _one_line, _refusal
 from selfmask_dist.maskfile.fit import warn_of_verdict
 from selfmask_dist.maskfile.forms import materialize
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.reading import Reading, Weights
 from selfmask_dist.masking import core
 
 
 class WeightRows(Protocol):
-    """A model that is cut into rows over processes; `parallel.sharded.ShardedEncoder` is one."""
+    """A model that is cut into rows over processes; `parallel.fsdp.ShardedEncoder` is one."""
 
     def shape(self, name: str) -> torch.Size | None:
         """Return the shape of the whole parameter; None where there is none of that name."""
@@ -78,7 +79,7 @@ def read_by_parameter(path: str | Path, *, weights: Weights | None = None) -> It
         MaskFileError: as in `read_mask_file`; or the file holds several masks.
     """
     try:
-        reading = _Reading(container.open_part(Path(path)), weights)
+        reading = Reading(container.open_part(Path(path)), weights)
         if len(reading.order) != 1:
             raise MaskFileError(f"it holds the masks {sorted(reading.order)}, not one")
         (name,) = reading.order

@@ -7,7 +7,7 @@ train must be a parameter of the module. `attach` is cheaper wherever it can be 
 whole scores and weights while it runs. Knows nothing of files, process groups or kinds of optimizers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -157,6 +157,12 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
     ) -> None:
         self._clock = clock
         super().__init__(model, entries, family=family, shards=shards)
+
+    @torch.no_grad()
+    def each_mask_piece(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and mask of one parameter after the other: pieces are whole here, and read for it."""
+        for entry in self.entries:  # none is measured or ranked together with another, see `_check_family`
+            yield from self._pieces_of([entry])
 
     @property
     def step(self) -> int:

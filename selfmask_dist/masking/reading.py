@@ -112,7 +112,9 @@ class MaskSet(Generic[E]):
     def _fingerprint(self) -> str:
         """Return the fingerprint of the weights before training; hashed once. Collective under `shards`."""
         if self._hashed is None:
-            self._hashed = digest(sorted(self.first_weights().items()))
+            entries = sorted(self.entries, key=lambda entry: entry.name)
+            # one at a time: no rank ever holds all of them
+            self._hashed = digest((entry.name, self.whole_first_weight(entry)) for entry in entries)
         return self._hashed
 
     @torch.no_grad()
@@ -129,11 +131,13 @@ class MaskSet(Generic[E]):
             return
         names = [key for key in state if ":" not in key]
         new_names = renamed(names, [entry.name for entry in self.entries])
-        weights = self.first_weights()
+        expected = bytes(state[FINGERPRINT].to("cpu", torch.uint8).tolist()).hex()
         is_same = all(name == new_name for name, new_name in new_names.items())
+        if is_same and self._fingerprint() == expected:
+            return
+        weights = self.first_weights()
         own = sorted((name, weights[new_names[name]]) for name in names)
         found = self._fingerprint() if is_same else digest(own)
-        expected = bytes(state[FINGERPRINT].to("cpu", torch.uint8).tolist()).hex()
         halves = {str(half): digest((n, w.to(half)) for n, w in own) for half in _HALVES if found != expected}
         if expected not in halves.values():
             scores = {name: state[name].to(weight.device) for name, weight in own}
@@ -143,24 +147,34 @@ class MaskSet(Generic[E]):
     @torch.no_grad()
     def masks(self) -> dict[str, Tensor]:
         """Return the masks, {parameter name: bool tensor of its shape}. Collective under `shards`."""
-        pieces = self.mask_pieces()
-        if self.shards.is_whole:
-            return pieces
-        dtype = self.entries[0].scores.dtype  # not all collectives take bools
-        return {name: self.shards.whole(name, piece.to(dtype)).bool() for name, piece in pieces.items()}
+        return {name: self.whole_mask(name, piece) for name, piece in self.each_mask_piece()}
 
     @torch.no_grad()
+    def whole_mask(self, name: str, piece: Tensor) -> Tensor:
+        """Return the whole mask of a parameter, bool, by this process's piece. Collective under `shards`."""
+        if self.shards.is_whole:
+            return piece
+        dtype = self.entries[0].scores.dtype  # not all collectives take bools
+        return self.shards.whole(name, piece.to(dtype)).bool()
+
     def mask_pieces(self) -> dict[str, Tensor]:
         """Return this process's piece of each mask, {name: bool tensor}. Collective under `shards`."""
-        segments = [entry.segments() for entry in self.entries]
+        return dict(self.each_mask_piece())
+
+    @torch.no_grad()
+    def each_mask_piece(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and piece (bool) of one mask after the other, in the order of entries. Collective."""
+        yield from self._pieces_of(self.entries)
+
+    def _pieces_of(self, entries: Sequence[E]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the pieces of masks that are measured and ranked together."""
+        segments = [entry.segments() for entry in entries]
         measure_and_rank(
             self.family, [segment for parts in segments for segment in parts], self.shards, self.step
         )
-        masks = ([self.family.mask(segment) for segment in parts] for parts in segments)
-        return {
-            entry.name: parts[0] if len(parts) == 1 else torch.cat(parts)
-            for entry, parts in zip(self.entries, masks, strict=True)
-        }
+        for entry, parts in zip(entries, segments, strict=True):
+            masks = [self.family.mask(segment) for segment in parts]
+            yield entry.name, masks[0] if len(masks) == 1 else torch.cat(masks)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -170,21 +184,31 @@ class MaskSet(Generic[E]):
     @torch.no_grad()
     def first_weights(self) -> dict[str, Tensor]:
         """Return the weights before training, {parameter name: tensor}. Collective under `shards`."""
+        return {entry.name: self.whole_first_weight(entry) for entry in self.entries}
+
+    @torch.no_grad()
+    def whole_first_weight(self, entry: E) -> Tensor:
+        """Return the whole weight of one entry before training. Collective under `shards`."""
         if not self.family.trains_weight:
-            return self.weights()
-        pieces = ((entry, entry.first_weight.to(entry.weight.device)) for entry in self.entries)
-        return {entry.name: self.shards.whole(entry.name, piece) for entry, piece in pieces}
+            return self._whole_weight(entry)
+        return self.shards.whole(entry.name, entry.first_weight.to(entry.weight.device))
 
     @torch.no_grad()
     def thetas(self) -> dict[str, Tensor]:
         """Return the effective weights, {parameter name: tensor}. Collective under `shards`."""
-        return {
-            entry.name: self.shards.whole_weight(entry.name, entry.theta).detach() for entry in self.entries
-        }
+        return {entry.name: self.whole_theta(entry) for entry in self.entries}
+
+    @torch.no_grad()
+    def whole_theta(self, entry: E) -> Tensor:
+        """Return the whole effective weight of one entry. Collective under `shards`."""
+        return self.shards.whole_weight(entry.name, entry.theta).detach()
 
     def sparsity(self) -> dict[str, float]:
         """Return the share of pruned weights per parameter, {name: 0 ... 1}. Collective under `shards`."""
-        return {name: 1 - mask.double().mean().item() for name, mask in self.masks().items()}
+        return {
+            name: 1 - self.whole_mask(name, piece).double().mean().item()
+            for name, piece in self.each_mask_piece()
+        }
 
     def _whole_weight(self, entry: E) -> Tensor:
         read = self.shards.whole if self.family.trains_weight else self.shards.whole_weight

@@ -9,7 +9,7 @@ from typing import Any
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, nbd, simclr, slip, supervised, swav
-from selfmask_dist.objectives.base import Context, MomentumTeacher, Objective
+from selfmask_dist.objectives.base import BufferPart, Context, MomentumTeacher, Objective
 from selfmask_dist.objectives.clip import Clip
 from selfmask_dist.objectives.dino import Dino
 from selfmask_dist.objectives.moco_v2 import MocoV2
@@ -22,6 +22,7 @@ from selfmask_dist.objectives.swav import Swav
 
 __all__ = [
     "OBJECTIVES",
+    "BufferPart",
     "Clip",
     "Context",
     "Dino",

@@ -153,28 +153,6 @@ class ShardedBank:
         moved = kept * F.normalize(self.rows[places], dim=1) + (1 - kept) * towards
         self.rows[places] = F.normalize(moved, dim=1)
 
-    # ---- state
-
-    def gather(self, shard: Tensor) -> Tensor:
-        """Return a tensor (n, ...) of each rank's rows, whole (N, ...). Collective: every rank must call."""
-        rank, size = self.context.rank, self.context.world_size
-        if size == 1:
-            return shard.clone()
-        is_bool = shard.dtype == torch.bool
-        whole = torch.zeros(
-            self.num_pictures,
-            *shard.shape[1:],
-            dtype=torch.uint8 if is_bool else shard.dtype,
-            device=shard.device,
-        )
-        whole[rank::size] = shard
-        whole = self.context.all_reduce(whole)
-        return whole.bool() if is_bool else whole
-
-    def shard(self, whole: Tensor) -> Tensor:
-        """Return this rank's rows of a tensor (N, ...)."""
-        return whole[self.context.rank :: self.context.world_size].to(self.rows.device).clone()
-
 
 def draw_candidates(num_pictures: int, count: int, generator: torch.Generator) -> Tensor:
     """Return `count` of `num_pictures` numbers, drawn without replacement, ascending: (count,) int64."""

@@ -6,7 +6,7 @@ so the sum over ranks is the mean over the global batch, however it was dealt. K
 process groups.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -28,6 +28,7 @@ class Context:
     steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
         that rises until the end follows the second.
     num_samples: pictures in the training data.
+    all_to_all: sends row r of a tensor (ranks, ...) to rank r, and returns the rows that ranks sent here.
     """
 
     rank: int = 0
@@ -38,6 +39,7 @@ class Context:
     steps_per_epoch: int = 1
     num_steps: int = 1
     num_samples: int = 1
+    all_to_all: Callable[[Tensor], Tensor] | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, (rows, ...) of each -> (rows * ranks, ...).
@@ -51,9 +53,59 @@ class Context:
         whole[self.rank :: self.world_size] = rows
         return self.all_reduce_with_gradient(whole) if whole.requires_grad else self.all_reduce(whole)
 
+    def in_order(self, rows: Tensor, num_rows: int) -> tuple[int, Tensor]:
+        """Return (first, rows): consecutive ones of `num_rows` of which this rank holds r, r + W, ...
+
+        Each row travels once; every rank has a block of about num_rows / W. Collective: every rank must call.
+        """
+        if self.world_size == 1:
+            return 0, rows
+        block = self._block(num_rows)
+        dealt = self._exchange(
+            _padded(rows, block).view(self.world_size, block // self.world_size, *rows.shape[1:])
+        )
+        first = min(self.rank * block, num_rows)
+        return first, dealt.transpose(0, 1).reshape(block, *rows.shape[1:])[: num_rows - first]
+
+    def dealt(self, rows: Tensor, num_rows: int) -> Tensor:
+        """Return the rows r, r + W, ... of `num_rows` whose blocks the ranks hold: undoes `in_order`.
+
+        Collective: every rank must call.
+        """
+        if self.world_size == 1:
+            return rows
+        block = self._block(num_rows)
+        by_rank = _padded(rows, block).view(block // self.world_size, self.world_size, *rows.shape[1:])
+        own = len(range(self.rank, num_rows, self.world_size))
+        return self._exchange(by_rank.transpose(0, 1).contiguous()).flatten(0, 1)[:own]
+
+    def _block(self, num_rows: int) -> int:
+        # a multiple of W, so that every rank sends every other one as many rows
+        return -(-num_rows // self.world_size**2) * self.world_size
+
+    def _exchange(self, rows: Tensor) -> Tensor:
+        assert self.all_to_all is not None, "a context of several ranks needs all_to_all for this"
+        if rows.dtype != torch.bool:
+            return self.all_to_all(rows)
+        return self.all_to_all(rows.view(torch.uint8)).view(torch.bool)
+
     def own_columns(self, num_rows: int, device: torch.device) -> Tensor:
         """Return where this rank's rows lie in what `gather` returns: (num_rows,)."""
         return torch.arange(num_rows, device=device) * self.world_size + self.rank
+
+
+@dataclass(frozen=True)
+class BufferPart:
+    """What this rank holds of a buffer: consecutive elements of the flattened whole, from `start` on.
+
+    is_on_all: every rank holds all of it. shape: of the whole.
+    """
+
+    name: str
+    shape: torch.Size
+    tensor: Tensor
+    start: int = 0
+    is_on_all: bool = True
 
 
 class MomentumTeacher(Protocol):
@@ -63,6 +115,12 @@ class MomentumTeacher(Protocol):
 
     def __call__(self) -> AbstractContextManager[None]:
         """Let encoder and heads compute as the teacher's inside the context. Collective: all ranks enter."""
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    padded = rows.new_zeros(length, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
 
 
 class NoTeacher:
@@ -114,17 +172,19 @@ class Objective(nn.Module):
         """Return the head parameters that a teacher averages beside the encoder's; None without a teacher."""
         return None
 
-    def whole_buffers(self) -> dict[str, Tensor]:
-        """Return the buffers that are part of a run's state, the same on every rank.
+    def buffer_parts(self) -> list[BufferPart]:
+        """Return what this rank holds of the buffers that are part of a run's state.
 
         Collective: every rank must call.
         """
-        return dict(self.named_buffers())
+        return [BufferPart(name, buffer.shape, buffer) for name, buffer in self.named_buffers()]
 
-    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Take back what `whole_buffers` gave, perhaps at another number of ranks."""
-        for name, buffer in self.named_buffers():
-            buffer.copy_(buffers[name])
+    def take_buffers(self, parts: Sequence[BufferPart]) -> None:
+        """Take other values back, in parts as `buffer_parts` returns them here. Collective."""
+        buffers = dict(self.named_buffers())
+        for part in parts:
+            if part.tensor is not buffers[part.name]:
+                buffers[part.name].copy_(part.tensor)
 
     def remarks(self, values: Mapping[str, float]) -> list[str]:
         """Return what the user should know about a logged step's metrics; usually nothing."""

@@ -24,7 +24,7 @@ with its memory bank), neighbours as the same (NNCLR: Dwibedi et al., arXiv 2104
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import NbdConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.bank import AdamW, ShardedBank, draw_candidates, flat_sum
-from selfmask_dist.objectives.base import Context, Objective
+from selfmask_dist.objectives.base import BufferPart, Context, Objective
 from selfmask_dist.objectives.parts import Watch, at_least_float32, encode_views
 
 _ROWS = "bank"  # the bank's rows, beside the head's two tensors
@@ -77,7 +77,7 @@ class Nbd(Objective):
         in_dim: length of the encoder's features.
         context: this rank's place, the number of pictures, and how to sum over ranks.
 
-    Before the first step, `begin` gives it frozen features, or `load_buffers` an earlier state.
+    Before the first step, `begin` gives it frozen features, or `take_buffers` an earlier state.
     loss_factor: what the loss is multiplied by before backward, which an engine may do; the gradients of
         head and bank, which no engine holds, are divided by it.
     """
@@ -254,25 +254,31 @@ class Nbd(Objective):
         state |= {"neighbours": bank.neighbours, "shares": bank.shares, "present": bank.present}
         return state
 
-    def whole_buffers(self) -> dict[str, Tensor]:
-        """Return head, bank, targets and moments, whole, in the order of the pictures. Collective."""
-        whole = {
-            name: self.bank.gather(tensor.detach()) if _is_sharded(name) else tensor.detach().clone()
-            for name, tensor in self._state().items()
-        }
-        return whole | {"num_updates": torch.tensor(self._adamw.num_updates)}
+    def buffer_parts(self) -> list[BufferPart]:
+        """Return head, bank, targets and moments, rows in the order of the pictures. Collective."""
+        num, parts = self.bank.num_pictures, []
+        for name, tensor in self._state().items():
+            if not _is_sharded(name):
+                parts.append(BufferPart(name, tensor.shape, tensor.detach()))
+                continue
+            first, rows = self.context.in_order(tensor.detach(), num)
+            row = tensor.shape[1:]
+            shape = torch.Size((num, *row))
+            parts.append(BufferPart(name, shape, rows, first * row.numel(), is_on_all=False))
+        num_updates = torch.tensor(self._adamw.num_updates)
+        return [*parts, BufferPart("num_updates", num_updates.shape, num_updates)]
 
     @torch.no_grad()
-    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        device = self.bank.rows.device
+    def take_buffers(self, parts: Sequence[BufferPart]) -> None:
+        device, num = self.bank.rows.device, self.bank.num_pictures
+        state = {part.name: part.tensor for part in parts}
+        self._adamw.num_updates = int(state.pop("num_updates"))
         self._set_state(
             {
-                name: self.bank.shard(tensor) if _is_sharded(name) else tensor.to(device).clone()
-                for name, tensor in buffers.items()
-                if name != "num_updates"
+                name: (self.context.dealt(tensor, num) if _is_sharded(name) else tensor).to(device).clone()
+                for name, tensor in state.items()
             }
         )
-        self._adamw.num_updates = int(buffers["num_updates"])
         self._batches = []
 
     def _set_state(self, state: Mapping[str, Tensor]) -> None:

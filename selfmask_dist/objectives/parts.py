@@ -18,13 +18,19 @@ _FLAT_LOGS = 3  # ... for so many logged means
 
 
 def encode_views(encoder: nn.Module, views: Sequence[Tensor]) -> Tensor:
-    """Return features (views * rows, dim), view after view, by one forward for each resolution."""
-    features, start = [], 0
+    """Return features (views * rows, dim), view after view, by one forward for each resolution.
+
+    An encoder that `takes_several`, as sharded engines make it, gets all resolutions in one call, as a list.
+    """
+    groups: list[Tensor] = []
+    start = 0
     for end in range(1, len(views) + 1):
         if end == len(views) or views[end].shape[-2:] != views[start].shape[-2:]:
-            features.append(encoder(torch.cat(list(views[start:end]))))
+            groups.append(torch.cat(list(views[start:end])))
             start = end
-    return torch.cat(features)
+    if len(groups) > 1 and getattr(encoder, "takes_several", False):
+        return torch.cat(encoder(groups))
+    return torch.cat([encoder(group) for group in groups])
 
 
 def at_least_float32(features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ in.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import SwavConfig
 from selfmask_dist.data import Batch
-from selfmask_dist.objectives.base import Context, Objective
+from selfmask_dist.objectives.base import BufferPart, Context, Objective
 from selfmask_dist.objectives.parts import Watch, at_least_float32, encode_views, linear
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ class Swav(Objective):
         generator = named_generator(seed, "swav projector and prototypes")
         self.projector = linear(in_dim, config.dim, generator)
         self.prototypes = Prototypes(config.dim, config.prototypes, generator)
-        # not in the module's state dict: each rank holds its own rows, see `whole_buffers`
+        # not in the module's state dict: each rank holds its own rows, see `buffer_parts`
         shape = (2, config.queue_length // context.world_size, config.dim)
         self.register_buffer("queue", torch.zeros(shape), persistent=False)
         self._queue_rows = 0  # pushed so far by all ranks; not a tensor: reading one would stop a GPU
@@ -160,17 +160,22 @@ class Swav(Objective):
         self.queue = torch.cat([rows.to(self.queue), self.queue], dim=1)[:, :length].contiguous()
         self._queue_rows += embeddings.shape[1] * self.context.world_size
 
-    def whole_buffers(self) -> dict[str, Tensor]:
-        """Return the queue of all ranks, the newest rows first, as one process would hold it. Collective."""
-        rank, size = self.context.rank, self.context.world_size
-        whole = self.queue.new_zeros(2, self.config.queue_length, self.config.dim)
-        whole[:, rank::size] = self.queue  # ranks take the rows of a batch in turn
-        return {"queue": self.context.all_reduce(whole), "queue_rows": torch.tensor(self._queue_rows)}
+    def buffer_parts(self) -> list[BufferPart]:
+        """Return the queue, the newest rows first, as one process would hold it. Collective."""
+        length, dim = self.config.queue_length, self.config.dim
+        parts = []
+        for index, rows in enumerate(self.queue):  # ranks take the rows of a batch in turn
+            first, block = self.context.in_order(rows, length)
+            start = (index * length + first) * dim
+            parts.append(BufferPart("queue", torch.Size((2, length, dim)), block, start, is_on_all=False))
+        queue_rows = torch.tensor(self._queue_rows)
+        return [*parts, BufferPart("queue_rows", queue_rows.shape, queue_rows)]
 
-    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        rank, size = self.context.rank, self.context.world_size
-        self.queue = buffers["queue"][:, rank::size].to(self.queue).contiguous()
-        self._queue_rows = int(buffers["queue_rows"])
+    def take_buffers(self, parts: Sequence[BufferPart]) -> None:
+        *blocks, queue_rows = (part.tensor for part in parts)
+        rows = [self.context.dealt(block, self.config.queue_length) for block in blocks]
+        self.queue = torch.stack(rows).to(self.queue)
+        self._queue_rows = int(queue_rows)
 
     # ---- what is trained, and what is said
 

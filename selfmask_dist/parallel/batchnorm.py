@@ -8,7 +8,7 @@ statistics, as DistributedDataParallel does. Synchronised: mean and variance are
 with two all-reduces a layer and step. Knows nothing of masks or engines.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfmask_dist.masking.selection import is_norm
+from selfmask_dist.parallel.parts import TensorPart
 from selfmask_dist.parallel.world import SumOverRanks, World
 
 
@@ -38,22 +39,24 @@ class NormStatistics:
         for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))
 
-    def state(self) -> dict[str, Tensor]:
-        """Return a copy of the statistics on the CPU, by name."""
-        return {name: b.detach().cpu().clone() for name, b in self._buffers(training_only=False).items()}
+    def parts(self, world: World) -> list[TensorPart]:
+        """Return the statistics as statistics/name, sharing their storage; those of rank 0 are the run's."""
+        return [
+            TensorPart(
+                f"statistics/{name}",
+                b.shape,
+                b.detach(),
+                copies=world.size,
+                copy=world.rank,
+                is_of_first=True,
+            )
+            for name, b in self._buffers(training_only=False).items()
+        ]
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy statistics in.
-
-        Raises:
-            ValueError: names differ from this module's.
-        """
-        buffers = self._buffers(training_only=False)
-        if set(buffers) != set(state):
-            odd = sorted(set(buffers) ^ set(state))
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise a ValueError where a state's statistics are not those of this module."""
+        if odd := sorted(set(self._buffers(training_only=False)) ^ set(names)):
             raise ValueError(f"running statistics of the state do not fit this model's: {odd[:5]}")
-        for name, buffer in buffers.items():
-            buffer.copy_(state[name])
 
     def _buffers(self, *, training_only: bool) -> dict[str, Tensor]:
         return {

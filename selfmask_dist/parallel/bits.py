@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selfmask_dist.masking import Family, Segment, SegmentedParameter, Shards, select
 from selfmask_dist.parallel.engine import Engine, reduce_dtype
+from selfmask_dist.parallel.together import take_several
 from selfmask_dist.parallel.world import World
 
 # torch 2.13 renamed these; the old names warn there. Delete when torch >= 2.13 is required.
@@ -34,6 +35,9 @@ class BitsEngine(Engine):
 
     _flat: "FlatShards | None" = None
     _reducer: "BucketReducer | None" = None
+
+    def _spread(self, blocks: Sequence[str]) -> None:
+        take_several(self.encoder, blocks)
 
     def free(self, model: nn.Module, names: Collection[str] | None = None) -> list[nn.Parameter]:
         raise ValueError(
@@ -68,13 +72,15 @@ class BitsEngine(Engine):
             self._reducer = BucketReducer(self._flat, thetas, reduce_dtype(self.config))
         return masks
 
-    def _begin_micro_batch(self, *, is_last: bool) -> None:
+    def _backward(self, loss: Tensor) -> None:
+        super()._backward(loss)
         if self._reducer is not None:
-            self._reducer.is_active = is_last
+            # every micro-batch: gradients kept whole until the last one would take 4 bytes a weight
+            self._reducer.finish()
 
     def _finish_backward(self) -> None:
         if self._reducer is not None:
-            self._reducer.finish()
+            self._reducer.hand_over()
         super()._finish_backward()
 
 
@@ -96,6 +102,7 @@ class Bucket:
     work: Any = None
     buffer: Tensor | None = None
     output: Tensor | None = None
+    total: Tensor | None = None  # this rank's chunk of the gradient, summed over micro-batches
     pending: set[str] = field(default_factory=set)
 
 
@@ -238,7 +245,6 @@ class BucketReducer:
     def __init__(
         self, shards: FlatShards, thetas: Mapping[str, nn.Parameter], dtype: torch.dtype | None
     ) -> None:
-        self.is_active = True
         self._shards = shards
         self._dtype = dtype
         self._next = 0
@@ -248,20 +254,23 @@ class BucketReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Wait for every bucket; parameters that had no gradient count as zero."""
+        """Send what is left of a micro-batch and wait for it; parameters without a gradient count as zero."""
         while self._next < len(self._shards.buckets):
             self._send(self._shards.buckets[self._next])
         for bucket in self._shards.buckets:
             self._settle(bucket)
-            assert bucket.output is not None
-            for name in bucket.offsets:
-                self._shards.gradients[name] = bucket.output[self._shards.place_of(name)]
         self._restart()
+
+    def hand_over(self) -> None:
+        """Give the sums over all micro-batches since the last call to the shards, piece by piece."""
+        for bucket in self._shards.buckets:
+            assert bucket.total is not None, "no backward has run"
+            for name in bucket.offsets:
+                self._shards.gradients[name] = bucket.total[self._shards.place_of(name)]
+            bucket.total = None
 
     @torch.no_grad()
     def _take(self, name: str, theta: Tensor) -> None:
-        if not self.is_active:  # not the last micro-batch: it goes on accumulating
-            return
         bucket = self._shards.bucket_of[name]
         assert theta.grad is not None
         buffer = self._buffer(bucket, theta.grad)
@@ -291,16 +300,24 @@ class BucketReducer:
         self._next += 1
 
     def _settle(self, bucket: Bucket) -> None:
-        """Wait for a bucket and let go of all but this rank's chunk of it."""
+        """Wait for a bucket, add this rank's chunk of it to the total, and let go of the rest."""
         if bucket.work is not None:
             bucket.work.wait()
-        bucket.work = bucket.buffer = None
+        if bucket.output is not None and bucket.total is None:
+            bucket.total = bucket.output
+        elif bucket.output is not None and bucket.total is not None:
+            # gradients that travel as bf16 add up in float32
+            bucket.total = _widened(bucket.total).add_(bucket.output)
+        bucket.work = bucket.buffer = bucket.output = None
 
     def _restart(self) -> None:
         self._next = 0
         for bucket in self._shards.buckets:
             bucket.pending = set(bucket.offsets)
-            bucket.output = None
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -3,19 +3,21 @@
 DeepSpeed trains parameters of the module and lays them out in flat partitions of its own, so here scores are
 parameters beside the frozen weights (`masking.parametrized`) and theta is made in every forward. Stage 1 cuts
 momentum over ranks, 2 gradients too, 3 scores and frozen weights too. Its checkpoints are not used: they do
-not change world size; `state` gathers through DeepSpeed's own accessors instead, and holds nothing frozen.
+not change world size; each rank's fragments of its partitions are the parts of the state, nothing frozen.
 Knows nothing of objectives or architectures.
 """
 
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from selfmask_dist.common.optional import require
@@ -24,7 +26,9 @@ from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
-from selfmask_dist.parallel.trained import TrainedParameter
+from selfmask_dist.parallel.parts import StateSource, TensorPart
+from selfmask_dist.parallel.together import take_several
+from selfmask_dist.parallel.trained import PARTS, TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
@@ -37,6 +41,11 @@ class DeepSpeedEngine(Engine):
         self._runner: Any = None
         self._deepspeed = _import_deepspeed(self.world.device.type)
         self._utils = self._deepspeed.utils
+        if self.config.zero_stage > 1:  # gradients are cut
+            # Theta is kept until backward, so resolutions share one. Recomputation makes it for each anew and
+            # wants in its graph what the forward had in it.
+            is_apart = self.config.checkpoint_activations or self.config.compile
+            take_several(self.encoder, blocks, around=nullcontext if is_apart else parametrize.cached)
 
     def attach(self, model: nn.Module, attach_fn: Callable[..., Any], **options: Any) -> Any:
         masks = parametrized_attach(model, read=self._whole_parameter, **options)
@@ -111,26 +120,47 @@ class DeepSpeedEngine(Engine):
     def _finish_backward(self) -> None:
         """Do nothing: DeepSpeed has reduced everything."""
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
-        value = self._utils.safe_get_full_fp32_param(trained.tensor)
-        momentum = self._utils.safe_get_full_optimizer_state(trained.tensor, _MOMENTUM)
-        assert value is not None, trained.name
-        shape = trained.shape
-        moments = {} if momentum is None else {"momentum": momentum.detach().cpu().clone().view(shape)}
-        return value.detach().cpu().clone().view(shape), moments
+    def _parts_of(self, name: str, trained: TrainedParameter) -> list[TensorPart]:
+        start, value, momentum = self._fragments(trained)
+        return [
+            TensorPart(f"{part}/{name}", trained.shape, tensor, start)
+            for part, tensor in (("parameters", value), ("momentum", momentum))
+        ]
+
+    def _make_moments(self, trained: TrainedParameter, wanted: Collection[str]) -> None:
+        if "momentum" not in wanted:
+            self._fragments(trained)[2].zero_()
 
     @torch.no_grad()
-    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-        parameter: Any = trained.tensor
-        device = self.world.device
-        value = value.to(device)
-        buffer = moments["momentum"].to(device) if "momentum" in moments else torch.zeros_like(value)
-        self._set(parameter, value)
+    def load(self, source: StateSource, *, step: int, parts: Collection[str] = PARTS) -> None:
+        super().load(source, step=step, parts=parts)
+        # the optimizer's float32 partitions were read; the model's own tensors follow
         if self.config.zero_stage < 3:
-            self._utils.safe_set_full_optimizer_state(parameter, buffer, _MOMENTUM)
+            self.optimizer.update_lp_params()  # type: ignore[attr-defined]
             return
-        part = self._partition(parameter, buffer)
-        self._utils.safe_set_local_optimizer_state(parameter, part, _MOMENTUM)
+        for trained in self.trained.values():
+            parameter: Any = trained.tensor
+            parameter.ds_tensor.copy_(self._utils.safe_get_local_fp32_param(parameter))
+
+    def _fragments(self, trained: TrainedParameter) -> tuple[int, Tensor, Tensor]:
+        """Return this rank's consecutive elements of a tensor and of its momentum, flat, as views of
+        DeepSpeed's partitions, and the place of their first in the whole tensor.
+        """
+        parameter, optimizer = trained.tensor, cast("Any", self.optimizer)
+        if self.config.zero_stage < 3:
+            # without one, other ranks' partitions have all of this tensor
+            if (fragment := getattr(parameter, "_hp_mapping", None)) is None:
+                return 0, torch.empty(0), torch.empty(0)
+            momentum = fragment.get_optim_state_fragment(_MOMENTUM)
+            return fragment.lp_fragment_address.start, fragment.hp_fragment.detach(), momentum
+        length = cast("Any", parameter).ds_tensor.numel()  # all ranks' are equally long, the last ones padded
+        start = min(length * self.world.rank, trained.shape.numel())
+        length = min(length, trained.shape.numel() - start)
+        group, place, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        both = flat.detach(), optimizer.optimizer.state[flat][_MOMENTUM]
+        value, momentum = (tensor.narrow(0, place, length) for tensor in both)
+        return start, value, momentum
 
     def _set(self, parameter: Any, value: Tensor) -> None:
         """Give a parameter a whole new value, in the optimizer's copy and in the model's own."""
@@ -152,16 +182,14 @@ class DeepSpeedEngine(Engine):
         """Do nothing: theta follows from the scores in every forward."""
 
     @torch.no_grad()
-    def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def each_whole_weight(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`; parametrised ones appear as their parts."""
         named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(
             self.encoder.named_buffers()
         )
-        return {
-            name: self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
-            for name, tensor in named.items()
-            if names is None or name in names
-        }
+        for name, tensor in named.items():
+            if names is None or name in names:
+                yield name, self._whole_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor
 
     @torch.no_grad()
     def _whole_parameter(self, parameter: nn.Parameter) -> Tensor:

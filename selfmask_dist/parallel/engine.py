@@ -9,11 +9,11 @@
         engine.step()
 
 The module maps a batch to (this rank's share of the global loss, metrics); gradients are summed over ranks.
-An engine knows neither objectives nor architectures. What is trained is gathered as an `EngineState`, which
-any engine at any world size can load.
+An engine knows neither objectives nor architectures. Each process's share of the state are its `parts`,
+which any engine at any world size can load.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,17 @@ from selfmask_dist.masking import Shards
 from selfmask_dist.masking.core import ScoreStep
 from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
+from selfmask_dist.parallel.blocks import prepare_blocks
 from selfmask_dist.parallel.moving_average import MovingAverage
+from selfmask_dist.parallel.parts import KeptParts, StateSource, TensorPart, gather, whole_parts
 from selfmask_dist.parallel.trained import (
     ADAMW_SLOTS,
     MOMENTS,
+    PARTS,
     SGD_SLOTS,
     EngineState,
     TrainedParameter,
+    by_part,
     check_fits,
 )
 from selfmask_dist.parallel.world import World
@@ -80,7 +84,7 @@ class Engine:
         self._replicated: list[nn.Parameter] = []  # whose gradients this class sums over ranks
         self._unit_rows: Sequence[nn.Parameter] = ()
         self._normalised: frozenset[int] = frozenset()  # ids of tensors whose gradient has a size of one
-        _prepare_blocks(encoder, blocks, config)
+        prepare_blocks(encoder, blocks, config)
         self._spread(blocks)
 
     @property
@@ -195,37 +199,51 @@ class Engine:
 
     # ---- state
 
-    def state(self) -> EngineState:
-        """Return what is trained, whole, by parameter name. Collective: every rank must call."""
-        parameters: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {part: {} for part in MOMENTS}
-        for name, trained in self.trained.items():
-            parameters[name], found = self._read(trained)
-            for part, tensor in found.items():
-                moments[part][name] = tensor
-        step = max((masks.step for masks in self.masks.values()), default=0)
-        teacher = self.teacher.state() if self.teacher is not None else {}
-        return EngineState(
-            parameters, statistics=self._statistics.state(), step=step, teacher=teacher, **moments
-        )
+    @property
+    def masks_step(self) -> int:
+        """The steps that masks have made."""
+        return max((masks.step for masks in self.masks.values()), default=0)
 
-    def load_state(self, state: EngineState) -> None:
+    def parts(self) -> list[TensorPart]:
+        """Return this process's parts of the state as part/name, views in one order on all ranks."""
+        found = [part for name, trained in self.trained.items() for part in self._parts_of(name, trained)]
+        found += self._statistics.parts(self.world)
+        return found + (self.teacher.parts(self.world) if self.teacher is not None else [])
+
+    def load(self, source: StateSource, *, step: int, parts: Collection[str] = PARTS) -> None:
         """Go on from a state of any engine and world size. Collective: every rank must call.
 
+        Args:
+            step: steps that masks have made.
+            parts: what is read of the state; momentum and teacher begin anew where they are left out.
+
         Raises:
-            ValueError: names or shapes are not those of this engine's trained parameters.
+            ValueError: names or shapes are not those of what is trained here.
         """
-        check_fits(state, {name: trained.shape for name, trained in self.trained.items()})
+        shapes = by_part({key: one for key, one in source.shapes.items() if key.partition("/")[0] in parts})
+        check_fits(shapes["parameters"], {name: trained.shape for name, trained in self.trained.items()})
         for name, trained in self.trained.items():
-            found = {part: getattr(state, part).get(name) for part in MOMENTS}
-            moments = {part: tensor for part, tensor in found.items() if tensor is not None}
-            self._write(trained, state.parameters[name], moments)
-        self._statistics.load(state.statistics)
+            self._make_moments(trained, {part for part in MOMENTS if name in shapes[part]})
+            for own in self._parts_of(name, trained):
+                if name in shapes[own.name.partition("/")[0]]:
+                    source.read_into(own)
+        self._statistics.check_names(shapes["statistics"])
+        for own in self._statistics.parts(self.world):
+            source.read_into(own)
         if self.teacher is not None:
-            self.teacher.load(state.teacher)
+            self.teacher.load(source if shapes["teacher"] else None, shapes["teacher"], self.world)
         for masks in self.masks.values():
-            masks.step = state.step
+            masks.step = step
         self.refresh()
+
+    def state(self) -> EngineState:
+        """Return what is trained, whole, by parameter name. Collective: every rank must call."""
+        return EngineState(**by_part(gather(self.parts(), self.world)), step=self.masks_step)
+
+    def load_state(self, state: EngineState) -> None:
+        """Go on from whole tensors; see `load`. Collective: every rank must call."""
+        tensors = {f"{part}/{name}": one for part in PARTS for name, one in getattr(state, part).items()}
+        self.load(KeptParts(whole_parts(tensors)), step=state.step)
 
     @torch.no_grad()
     def whole_weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -233,9 +251,15 @@ class Engine:
 
         Collective: every rank must call.
         """
+        return dict(self.each_whole_weight(names))
+
+    @torch.no_grad()
+    def each_whole_weight(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield those one after the other. Collective: every rank must go through to the end."""
         shards = self._shards_of(self.encoder, {})
-        state = self.encoder.state_dict()
-        return {n: shards.whole_weight(n, state[n]) for n in state if names is None or n in names}
+        for name, tensor in self.encoder.state_dict().items():
+            if names is None or name in names:
+                yield name, shards.whole_weight(name, tensor)
 
     def refresh(self) -> None:
         """Make theta follow what was written into the trained tensors. Collective: every rank must call."""
@@ -285,27 +309,25 @@ class Engine:
     def _slots(self) -> dict[str, str]:
         return ADAMW_SLOTS if "betas" in self.optimizer.defaults else SGD_SLOTS
 
-    def _read(self, trained: TrainedParameter) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a trained tensor and the optimizer's state of it, whole, by the names of `EngineState`."""
+    def _parts_of(self, name: str, trained: TrainedParameter) -> list[TensorPart]:
+        """Return this process's part of a trained tensor, and those of the optimizer's state of it."""
         own = self.optimizer.state.get(trained.tensor, {})
-        moments = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
-        return trained.whole(trained.tensor), {
-            # a count is a number for the whole tensor
-            part: trained.whole(tensor) if tensor.ndim else tensor.detach().cpu().clone()
-            for part, tensor in moments.items()
-        }
+        tensors = {part: own[slot] for part, slot in self._slots().items() if own.get(slot) is not None}
+        return [
+            trained.part(f"{part}/{name}", tensor, self.world)
+            for part, tensor in {"parameters": trained.tensor, **tensors}.items()
+        ]
 
-    def _write(self, trained: TrainedParameter, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-        trained.fill(trained.tensor, value)
+    def _make_moments(self, trained: TrainedParameter, wanted: Collection[str]) -> None:
+        """Make the optimizer's state of a tensor anew, to be read into; `wanted` are names of `MOMENTS`."""
         self.optimizer.state.pop(trained.tensor, None)
         for part, slot in self._slots().items():
-            if part not in moments:
-                continue
-            buffer = moments[part].clone()
-            if part != "num_updates":
-                buffer = torch.empty_like(trained.tensor, requires_grad=False)
-                trained.fill(buffer, moments[part])
-            self.optimizer.state[trained.tensor][slot] = buffer
+            if part in wanted:
+                self.optimizer.state[trained.tensor][slot] = (
+                    torch.zeros(())
+                    if part == "num_updates"
+                    else torch.empty_like(trained.tensor, requires_grad=False)
+                )
 
     # ---- shared parts
 
@@ -369,23 +391,3 @@ def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:
     flat = world.sum(torch.cat(parts))
     for tensor, summed in zip(tensors, flat.split([len(part) for part in parts]), strict=True):
         tensor.copy_(summed.view_as(tensor))
-
-
-def _prepare_blocks(encoder: nn.Module, blocks: Sequence[str], config: EngineConfig) -> None:
-    """Checkpoint activations, then compile, block by block; where there are no blocks, the whole encoder."""
-    for name in blocks or ("",):
-        block = encoder.get_submodule(name)
-        # on the instance's forward, not the module: names of parameters stay, hooks stay outside the graph
-        if config.checkpoint_activations:
-            block.forward = _checkpointed(block.forward)
-        if config.compile:
-            block.forward = torch.compile(block.forward)
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    from torch.utils.checkpoint import checkpoint
-
-    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recomputing_forward

@@ -27,8 +27,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import Shards
 from selfmask_dist.parallel.engine import Engine, reduce_dtype
+from selfmask_dist.parallel.together import take_several
 
 
 class FSDPEngine(Engine):
@@ -46,6 +48,8 @@ class FSDPEngine(Engine):
             # without one FSDP2 would reduce in param_dtype
             reduce_dtype=reduce_dtype(self.config) or (torch.float32 if is_bf16 else None),
         )
+        self.encoder.forward = _owning(self.encoder.forward)
+        take_several(self.encoder, blocks)
         for name in blocks:
             block = self.encoder.get_submodule(name)
             _widen(block)
@@ -57,7 +61,6 @@ class FSDPEngine(Engine):
             )
         if is_bf16:
             policy = replace(policy, output_dtype=torch.float32)  # embeddings, for objectives
-        self.encoder.forward = _owning(self.encoder.forward)
         _widen(self.encoder)
         # always resharded: after an evaluation it would keep its gathered theta, and miss the next rewrite
         fully_shard(self.encoder, reshard_after_forward=True, mp_policy=policy, **shared)
@@ -71,7 +74,9 @@ class FSDPEngine(Engine):
 
     def _begin_micro_batch(self, *, is_last: bool) -> None:
         assert isinstance(self.encoder, FSDPModule)
-        self.encoder.set_requires_gradient_sync(is_last)
+        # Every micro-batch is reduced to this rank's rows: what waited whole for the last one would take 4
+        # bytes a weight. Replicas of a hybrid mesh hold the same rows, and can wait for one another.
+        self.encoder.set_requires_all_reduce(is_last)
 
     def _autocast(self) -> torch.autocast:
         # the mixed precision policy casts: inputs and gathered theta to bf16, embeddings back to float32
@@ -177,3 +182,103 @@ def _make_mesh(world_size: int, shard_size: int | None, device_type: str) -> Dev
         )
     shape = (world_size // shard_size, shard_size)
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+# ---- an encoder that is only run
+
+
+class ShardedEncoder:
+    """An encoder that is only run, never trained: cut into rows over all ranks as the engine cuts it.
+
+        sharded = ShardedEncoder(encoder, blocks=..., world=world, config=config.engine)
+        features = sharded.encode(images)     # collective: each block is gathered when it is its turn
+        sharded.restore()                     # after somebody wrote to the rows: the frozen weights again
+
+    It computes in float32 whatever the engine's precision is, so its embeddings are those of a whole encoder,
+    to rounding. Needs a process group. Collective: every rank must make one.
+
+    Args:
+        encoder: on the CPU or in its file; it is cut in place, block by block, and moved to the device.
+        blocks: names of its repeated blocks.
+        in_file: the parameters that lie in a file, whole, of which `restore` reads its rows again. Of the
+            others each rank keeps a frozen copy of its rows.
+        keeps_frozen: whether `restore` will be asked for.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        blocks: Sequence[str],
+        world: World,
+        config: EngineConfig,
+        in_file: Mapping[str, Tensor] | None = None,
+        keeps_frozen: bool = True,
+    ) -> None:
+        plain = {
+            "name": "fsdp",
+            "precision": "float32",
+            "compile": False,
+            "checkpoint_activations": False,
+            # or a block would stay gathered and miss what is written to its rows
+            "reshard_after_forward": True,
+        }
+        encoder.eval().requires_grad_(False)
+        engine = FSDPEngine(
+            encoder, encoder=encoder, blocks=blocks, world=world, config=config.model_copy(update=plain)
+        )
+        self._encoder = encoder
+        self._shards = engine._shards_of(encoder, {})
+        self._parameters = dict(encoder.named_parameters())
+        self._buffers = dict(encoder.named_buffers())
+        self._first_buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        self._in_file = dict(in_file or {}) if keeps_frozen else {}
+        self._frozen: dict[str, Tensor] = {}
+        for name in self._parameters.keys() - self._in_file.keys() if keeps_frozen else ():
+            self._frozen[name] = self._rows(name)[0].clone()
+        self._is_written = False
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return embeddings (n, dim) of images (n, 3, H, W) on the world's device; every rank gives some."""
+        features: Tensor = self._encoder(images)
+        return features
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the frozen weights and statistics over whatever the rows and buffers hold."""
+        if not self._is_written:
+            return
+        for name, whole in self._in_file.items():
+            rows, first = self._rows(name)
+            rows.copy_(whole[first : first + len(rows)])
+        for name, frozen in self._frozen.items():
+            self._rows(name)[0].copy_(frozen)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(self._first_buffers[name])
+        self._is_written = False
+
+    # ---- what masks write to, see `maskfile.rows`
+
+    def shape(self, name: str) -> torch.Size | None:
+        """Return the shape of a whole parameter; None where there is none of that name."""
+        return self._parameters[name].shape if name in self._parameters else None
+
+    def rows(self, name: str) -> tuple[Tensor, int]:
+        """Return this rank's rows of a parameter, which may be written to, and which is the first of them."""
+        self._is_written = True
+        return self._rows(name)
+
+    def _rows(self, name: str) -> tuple[Tensor, int]:
+        parameter = self._parameters[name]
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return local.detach(), self._shards.first_row(name, parameter)
+
+    def whole(self, name: str) -> Tensor:
+        """Return a whole parameter on the world's device. Collective: every rank must call."""
+        return self._shards.whole_weight(name, self._parameters[name].detach())
+
+    def buffer(self, name: str) -> Tensor | None:
+        """Return a buffer, whole on every rank; None where there is none of that name."""
+        self._is_written = True
+        return self._buffers.get(name)

@@ -11,13 +11,15 @@ places too: each network has those that its own forwards moved.
 Source: He et al., arXiv 1911.05722 (momentum encoder). Knows neither objectives nor process groups.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from selfmask_dist.parallel.parts import StateSource, TensorPart
 from selfmask_dist.parallel.trained import TrainedParameter
+from selfmask_dist.parallel.world import World
 
 
 class MovingAverage:
@@ -74,27 +76,39 @@ class MovingAverage:
                 # not lerp: scores that may never be pruned are infinite, and inf - inf is no number
                 average.mul_(m).add_(trained, alpha=1 - m)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return averages and statistics, whole and on the CPU, by name. Collective: every rank must call."""
-        averages = {name: one.whole(self._averages[name]) for name, one in self._trained.items()}
-        return averages | {name: buffer.cpu().clone() for name, buffer in self._statistics.items()}
+    def parts(self, world: World) -> list[TensorPart]:
+        """Return this process's parts of averages and statistics as teacher/name, sharing their storage."""
+        averages = [
+            one.part(f"teacher/{name}", self._averages[name], world) for name, one in self._trained.items()
+        ]
+        return averages + [
+            TensorPart(
+                f"teacher/{name}",
+                buffer.shape,
+                buffer,
+                copies=world.size,
+                copy=world.rank,
+                is_of_first=True,
+            )
+            for name, buffer in self._statistics.items()
+        ]
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave, perhaps at another number of ranks; from an empty one, `restart`.
+    def load(self, source: StateSource | None, names: Collection[str], world: World) -> None:
+        """Take back what `parts` named, perhaps at another number of ranks; without a source, `restart`.
+
+        Args:
+            names: of the averages that the source has.
 
         Raises:
-            ValueError: names differ from what is averaged here.
+            ValueError: they differ from what is averaged here.
         """
-        if not state:
+        if source is None:
             self.restart()
             return
-        if odd := sorted(set(state) ^ {*self._trained, *self._statistics}):
+        if odd := sorted(set(names) ^ {*self._trained, *self._statistics}):
             raise ValueError(f"the state's moving averages do not fit what is trained: {odd[:5]}")
-        for name, one in self._trained.items():
-            one.fill(self._averages[name], state[name])
-        for name, buffer in self._statistics.items():
-            buffer.copy_(state[name])
+        for part in self.parts(world):
+            source.read_into(part)
 
     @torch.no_grad()
     def _change_places(self) -> None:

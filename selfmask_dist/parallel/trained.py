@@ -1,12 +1,17 @@
 """What an engine trains: one tensor, of which this process may hold a part, and the state of all together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from selfmask_dist.masking import Shards
+from selfmask_dist.parallel.parts import TensorPart
+from selfmask_dist.parallel.world import World
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -23,19 +28,20 @@ class TrainedParameter:
         """Return this process's part of this parameter, or of a tensor cut like it; the storage is shared."""
         return self.shards.piece(self.name, tensor.detach())
 
-    @torch.no_grad()
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return the whole of this parameter, or of a tensor cut like it, on the CPU. Collective."""
-        return self.shards.whole(self.name, tensor.detach()).cpu().clone()
-
-    @torch.no_grad()
-    def fill(self, tensor: Tensor, whole: Tensor) -> None:
-        """Copy this process's part of a whole tensor into `tensor`."""
+    def part(self, name: str, tensor: Tensor, world: World) -> TensorPart:
+        """Return this process's part of this parameter, or of a tensor cut like it, under `name`."""
+        if not tensor.ndim and self.shape:  # a count: one number for the whole tensor
+            return TensorPart(name, tensor.shape, tensor.detach(), copies=world.size, copy=world.rank)
         piece = self.piece(tensor)
-        if piece.shape != whole.shape:
-            rows = whole.reshape(-1, *piece.shape[1:])
-            whole = rows[self.first_row : self.first_row + len(piece)]
-        piece.copy_(whole)
+        row = self.shape[1:].numel() if piece.ndim == len(self.shape) else 1  # else cut by elements
+        return TensorPart(
+            name,
+            self.shape,
+            piece,
+            self.first_row * row,
+            copies=world.size if self.shards.is_whole else self.shards.copies,
+            copy=world.rank // self.shards.num_pieces,  # neighbouring ranks hold one copy together
+        )
 
 
 @dataclass(frozen=True)
@@ -51,24 +57,35 @@ class EngineState:
     teacher: dict[str, Tensor] = field(default_factory=dict)  # moving averages, where an objective has one
 
 
+# tensors by name; a part of a state is called part/name
+PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")
 # what torch's optimizers call the parts of an EngineState that are theirs
 SGD_SLOTS = {"momentum": "momentum_buffer"}
 ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
 MOMENTS = tuple(ADAMW_SLOTS)
 
 
-def check_fits(state: EngineState, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError where a state is not one of these parameters."""
-    missing, unknown = (
-        sorted(set(shapes) - set(state.parameters)),
-        sorted(set(state.parameters) - set(shapes)),
-    )
+def by_part(named: Mapping[str, _T]) -> dict[str, dict[str, _T]]:
+    """Return what is called part/name as name -> value for each part of an `EngineState`, no others."""
+    found: dict[str, dict[str, _T]] = {part: {} for part in PARTS}
+    for key, value in named.items():
+        part, _, name = key.partition("/")
+        if part in found:
+            found[part][name] = value
+    return found
+
+
+def check_fits(found: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise a ValueError where a state is not one of these parameters.
+
+    Args:
+        found: the shapes of the state's parameters, by name. shapes: of what is trained here.
+    """
+    missing, unknown = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
     if missing or unknown:
         raise ValueError(
             f"the state does not fit what is trained: missing {missing[:5]}, unknown {unknown[:5]}"
         )
     for name, shape in shapes.items():
-        if state.parameters[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state.parameters[name].shape)} in the state and {tuple(shape)} here"
-            )
+        if found[name] != shape:
+            raise ValueError(f"{name} has shape {tuple(found[name])} in the state and {tuple(shape)} here")

@@ -8,7 +8,7 @@ come together again (`num_groups`): everything below then runs unchanged on a pa
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -134,6 +134,9 @@ def join_world(
 ) -> Iterator[World]:
     """Join the process group that the environment names (gloo on CPUs, nccl on GPUs) and leave it at the end.
 
+    After an error the group is aborted: peers that are gone are not waited for. An exception whose attribute
+    `is_agreed` is true was raised by all processes at the same place, and ends the group in peace.
+
     Args:
         device: auto, cpu or cuda; auto is cuda where there is one.
         threads: CPU threads of this process; None leaves torch's choice.
@@ -167,8 +170,24 @@ def join_world(
     )
     try:
         yield World(rank=rank % group_size, size=group_size, device=place)
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        if group_size == 1 or getattr(error, "is_agreed", False):
+            dist.destroy_process_group()
+        else:
+            abort_groups()
+        raise
+    dist.destroy_process_group()
+
+
+def abort_groups() -> None:
+    """Leave every process group at once, and let what is under way in them fail.
+
+    `destroy_process_group` would wait for peers that may be gone. torch has no public way to abort all groups
+    together, and one by one their NCCL communicators can wait for each other (pytorch issue 119797).
+    """
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the error that is being raised says more than this one
+            dist.distributed_c10d._abort_process_group()
 
 
 def _place_in_environment() -> tuple[int, int, int]:

@@ -133,9 +133,11 @@ def measure_encoder(
         section.knn_temperature,
         num_classes=len(queries.classes),
         world=context.world,
+        memory_mib=section.search_mib,
     )
     if section.probe:
-        values["probe"] = measure_probe(bank, found, seed=config.seed, world=context.world)
+        world, check = context.world, context.check
+        values["probe"] = measure_probe(bank, found, seed=config.seed, world=world, on_step=check)
     return values
 
 

@@ -17,7 +17,7 @@ from selfmask_dist.common.names import MASK
 from selfmask_dist.maskfile import Mask, MaskFile, read_mask_file
 from selfmask_dist.maskfile.tools.arithmetic import check_same_backbone
 from selfmask_dist.masking import binarize
-from selfmask_dist.training.saving import read_last_checkpoint
+from selfmask_dist.training.saving import open_last_checkpoint
 
 _SCORES = "parameters/encoder."  # where a checkpoint has the encoder's (`state`, `parallel.engine`)
 
@@ -48,17 +48,17 @@ def read_scored_mask(run: Path) -> ScoredMask:
             f"{path} is of kind {mask.kind}, whose weights are more than kept or not: scores alone do not "
             "lead from one to another"
         )
-    checkpoint, place = read_last_checkpoint(run)
+    checkpoint = open_last_checkpoint(run)
     scores = {
-        key.removeprefix(_SCORES): tensor
-        for key, tensor in checkpoint.tensors.items()
+        key.removeprefix(_SCORES): checkpoint.read(key)
+        for key in checkpoint.shapes
         if key.startswith(_SCORES) and key.removeprefix(_SCORES) in mask.bits
     }
     for name, bits in mask.bits.items():
         if name not in scores or not torch.equal(binarize(scores[name], mask.threshold), bits):
             raise ValueError(
-                f"{place} does not have the scores of {path}: they differ at {name}; the newest checkpoint "
-                f"must be of the run's last step, and its mask one of scores above a threshold"
+                f"{checkpoint.path} does not have the scores of {path}: they differ at {name}; the newest "
+                f"checkpoint must be of the run's last step, and its mask one of scores above a threshold"
             )
     return ScoredMask(mask, scores, file)
 

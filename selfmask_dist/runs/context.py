@@ -19,8 +19,9 @@ import torch
 
 from selfmask_dist.common import names
 from selfmask_dist.config import Config
-from selfmask_dist.data import WorkerLostError
-from selfmask_dist.parallel import START_TIMEOUT, World, is_lost_peer, set_timeout
+from selfmask_dist.parallel import START_TIMEOUT, World, set_timeout
+from selfmask_dist.runs.ending.leaving import departure, is_lost_process
+from selfmask_dist.runs.exit_status import plain_status
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.status import Heartbeat
@@ -151,16 +152,13 @@ def open_run(
             writer.event("preempted", reason=reason, step=writer.newest.get("step"))
             is_preempted = True
         except BaseException as error:
+            if plain_status(error) is None:  # a trial that diverged is caught, and the run goes on
+                departure.note(error)
             context.update_status(state="lost a process" if is_lost_process(error) else "failed")
             raise
     context.update_status(state="preempted" if is_preempted else ends_as)
     if is_preempted:
         raise Preempted  # outside of the writer, which would call it a failure
-
-
-def is_lost_process(error: BaseException) -> bool:
-    """Return whether an error only says that another process is gone, which may pass."""
-    return isinstance(error, WorkerLostError) or is_lost_peer(error)
 
 
 def stacks_path(directory: Path) -> Path:

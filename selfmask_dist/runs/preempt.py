@@ -27,6 +27,8 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 class Preempted(Exception):  # noqa: N818 (not an error)
     """All ranks agreed to stop; raised on every one of them at the same place."""
 
+    is_agreed = True  # so `join_world` leaves the group in peace
+
 
 class StopRequest:
     """Listens between `with` and its end; only in the main thread.

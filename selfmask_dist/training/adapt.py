@@ -18,7 +18,7 @@ from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.objectives import Context, Nbd, Objective
 from selfmask_dist.objectives.base import TrainStep
 from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
-from selfmask_dist.runs.checkpoint import Checkpoint, Retention, Saver
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, saving_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
@@ -43,7 +43,7 @@ def adapt(
     train: data.Source,
     evaluation: Evaluation,
     record: RetrievalRecord,
-    found: Checkpoint | None,
+    found: OpenCheckpoint | None,
     measure_frozen: Callable[[], None],
 ) -> dict[str, Any]:
     """Train, measure and save; return what `result.json` is to hold of it. Collective: every rank must call.
@@ -98,7 +98,10 @@ def adapt(
         on_step=context.watchdog.beat,
         quarantine=quarantine,
     )
-    trainer.run(start, meter)
+    try:
+        trainer.run(start, meter)
+    finally:
+        checkpoints.finish()  # ranks save together: none leaves while another one waits for it
     kept = {} if best is None else _keep_best(best, checkpoints, meter, evaluation, context, steps)
     checkpoints.finish()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
@@ -195,6 +198,7 @@ def _build(
         world.sum,
         world.sum_with_gradient,
         num_samples=len(train),
+        all_to_all=world.all_to_all,
     )
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:
@@ -232,29 +236,29 @@ def _conclude(
     evaluation: Evaluation,
     record: RetrievalRecord,
 ) -> dict[str, Any]:
+    """Save what was trained, measure it, and add the numbers to the mask file; return the result's entries.
+
+    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers.
+    """
+    saved = save(config, trained, backbone, objective, context.directory, engine=engine)
     result: dict[str, Any] = {}
     if config.eval.final:
-        result["adapted"] = evaluation.full(probe=config.eval.probe)
+        path = context.directory / names.MEASURING / "adapted"
+        progress = evaluation.begin(path, made_with=saved.identity, report=context.writer.message)
+        result["adapted"] = evaluation.full(probe=config.eval.probe, progress=progress)
         if objective.classifies:
-            result["adapted"] |= evaluation.head(objective)
+            result["adapted"] |= evaluation.head(objective, progress)
         result["adapted"] |= record.measure("adapted")
         context.writer.message(f"{config.method}: {format_numbers(result['adapted'])}")
     result |= record.result()
-    return result | save(
-        config,
-        trained,
-        backbone,
-        objective,
-        context.directory,
-        engine=engine,
-        metrics=result.get("adapted", {}),
-        verdict=mark_of(result.get("retrieval")),
-    )
+    if context.world.is_main:
+        saved.add_numbers(result.get("adapted", {}), verdict=mark_of(result.get("retrieval")))
+    return result | saved.sizes
 
 
 def _resume(
     state: RunState,
-    found: Checkpoint | None,
+    found: OpenCheckpoint | None,
     engine: Engine,
     batches_of: BatchesOf,
     meter: Meter,
@@ -286,19 +290,17 @@ def _resume(
 
 
 def build_checkpoint_schedule(config: Config, state: RunState, context: RunContext) -> CheckpointSchedule:
-    """Return the schedule that saves into the run's folder, on the main rank."""
+    """Return the schedule that saves into the run's folder. Collective: every rank must call."""
     section = config.checkpoint
-    saver = None
-    if context.world.is_main:
-        retention = Retention(section.keep_last, section.keep_every, section.keep_best)
-        saver = Saver(
-            context.directory / names.CHECKPOINTS,
-            retention,
-            on_commit=lambda path, seconds: context.writer.event(
-                "checkpoint", path=path.name, seconds=seconds, stalled=checkpoints.stalled
-            ),
-            on_failure=lambda text: context.writer.message(f"WARNING: {text}"),
-        )
+    saver = Saver(
+        context.directory / names.CHECKPOINTS,
+        Retention(section.keep_last, section.keep_every, section.keep_best),
+        peers=saving_peers(context.world),
+        on_commit=lambda path, seconds: context.writer.event(
+            "checkpoint", path=path.name, seconds=seconds, stalled=checkpoints.stalled
+        ),
+        on_failure=lambda text: context.writer.message(f"WARNING: {text}"),
+    )
     checkpoints = CheckpointSchedule(
         state,
         context.stop,

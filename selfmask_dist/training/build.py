@@ -4,16 +4,17 @@ Wiring without an order of events (that is `adapt`); each function is also of us
 its own. What trains is made by `prepare`.
 """
 
+import os
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
-from selfmask_dist.backbones import Backbone, load_backbone
+from selfmask_dist.backbones import Backbone, load_backbone, sample_of
 from selfmask_dist.backbones.mapping import tensors_in_files
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
@@ -21,8 +22,10 @@ from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
-from selfmask_dist.parallel import World
-from selfmask_dist.parallel.sharded import ShardedEncoder
+from selfmask_dist.parallel import World, take_from_main
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -33,7 +36,7 @@ def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Sour
         raise ValueError(f"{' and '.join(missing)} is not set; give a folder of shards (see docs/data.md)")
     assert config.data.test is not None
     train = open_train(config, require_labels=require_labels)
-    test = data.open_source(config.data.test, classes=train.classes, require_labels=require_labels)
+    test = _open(config.data.test, classes=train.classes, require_labels=require_labels)
     return train, _subset("data.test_subset", config.data.test_subset, test)
 
 
@@ -41,7 +44,7 @@ def open_train(config: Config, *, require_labels: bool = True) -> data.Source:
     """Return the train source."""
     if config.data.train is None:
         raise ValueError("data.train is not set; give a folder of shards (see docs/data.md)")
-    whole = data.open_source(config.data.train, require_labels=require_labels)
+    whole = _open(config.data.train, require_labels=require_labels)
     return _subset("data.subset", config.data.subset, whole)
 
 
@@ -66,40 +69,57 @@ def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]
             found = open_data(config, require_labels=False)
         except ValueError:
             raise error from None
-        if (found[0].labels >= 0).any():
+        if data.count_labels(found[0])[1:].any():
             raise
         return found
 
 
+def _open(path: str, **options: Any) -> data.TarSource:
+    """Open one of the run's sources. One process of the run holds the index against its folder for all."""
+    return data.open_source(path, trust_index=not _is_first(), **options)
+
+
+def _is_first() -> bool:
+    """Return whether this is rank 0 of the whole run, as the launcher counts."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _subset(key: str, path: str | None, source: data.Source) -> data.Source:
-    return source if path is None else data.Subset(source, _read_subset(key, path, len(source)))
-
-
-def _read_subset(key: str, path: str, num_samples: int) -> npt.NDArray[np.int64]:
+    """Return the part of a source that a .npy file lists; the file is mapped."""
+    if path is None:
+        return source
     try:
-        numbers = np.load(path, allow_pickle=False)
+        part = data.Subset.in_file(source, Path(path).absolute())
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} {path} cannot be read as a .npy file: {error}") from error
+    numbers = part.indices
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer) or not len(numbers):
         raise ValueError(
             f"{key} {path} holds {numbers.dtype} {numbers.shape}; it needs a list of sample numbers"
         )
-    if numbers.min() < 0 or numbers.max() >= num_samples:
+    if numbers.min() < 0 or numbers.max() >= len(source):
         whole = "data.test" if key == "data.test_subset" else "data.train"
         raise ValueError(
             f"{key} {path} names samples {numbers.min()} to {numbers.max()}; "
-            f"{whole} has 0 to {num_samples - 1}"
+            f"{whole} has 0 to {len(source) - 1}"
         )
-    return numbers.astype(np.int64)
+    return part
 
 
-def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
+def build_backbone(config: Config, *, in_file: bool = False, world: World | None = None) -> Backbone:
     """Return the frozen encoder, on the CPU; one that takes the crops' sizes where the objective is on crops.
 
     Args:
         in_file: leave the weights in their file, for an engine that takes its share of them.
+        world: whose ranks all build it here. The main one then reads every weight for all of them, and the
+            others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
-    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file)
+    reads_all = world is None or world.is_main
+    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all)
+    if world is not None:
+        found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
+        found = take_from_main(world, found, sample=sample, what="the backbone's weights")
+        backbone = replace(backbone, spec=replace(backbone.spec, fingerprint=found))
     check_patches(backbone, {"backbone.image_size": backbone.spec.preprocessing.image_size})
     if config.objective.name in VIEWS and config.method in ("mask", "finetune", "cascade"):
         from selfmask_dist.backbones.any_size import accept_sizes  # imports timm
@@ -116,13 +136,15 @@ def build_backbone(config: Config, *, in_file: bool = False) -> Backbone:
 
 def shard_backbone(
     backbone: Backbone, config: Config, world: World, *, keeps_frozen: bool = True
-) -> ShardedEncoder:
+) -> "ShardedEncoder":
     """Cut an encoder that is only to be run over all ranks, in place. Collective: every rank must call.
 
     Args:
         backbone: best left in its file (`build_backbone`).
         keeps_frozen: whether masks are put on it, and taken off again.
     """
+    from selfmask_dist.parallel.fsdp import ShardedEncoder  # imports FSDP2
+
     return ShardedEncoder(
         backbone.encoder,
         blocks=backbone.spec.blocks,
@@ -154,7 +176,9 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
         )
     if test is None or not are_labelled(train, test):
         return _notes_without_labels(config, test)
-    return check_neighbours(config, len(train)) + data.notes_on_splits(train, test)
+    # of all samples of both: by the one process that says them
+    notes = data.notes_on_splits(train, test) if _is_first() else []
+    return check_neighbours(config, len(train)) + notes
 
 
 def _notes_without_labels(config: Config, test: data.Source | None) -> list[str]:

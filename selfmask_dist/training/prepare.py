@@ -25,12 +25,12 @@ from selfmask_dist.masking import Family, build_family
 from selfmask_dist.objectives.nbd import Nbd, WarmupViews, Whitening
 from selfmask_dist.parallel import Engine
 from selfmask_dist.parallel.pca import fit_pca
-from selfmask_dist.parallel.trained import EngineState
+from selfmask_dist.runs.checkpoint import loading_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.hold import Hold
-from selfmask_dist.training.saving import Trainable, read_last_checkpoint, read_outcome
+from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
 
 
 def prepare(
@@ -230,17 +230,12 @@ def load_first_state(engine: Engine, run: Path, *, fingerprint: str) -> None:
         ValueError: it has no checkpoint, one of another backbone, or one of other parameters.
     """
     try:
-        checkpoint, _ = read_last_checkpoint(run)
+        checkpoint = open_last_checkpoint(run, loading_peers(engine.world))
     except ValueError as error:
         raise ValueError(f"mask.init_from: {error}") from error
     if checkpoint.values["identity"]["backbone"] != fingerprint:
         raise ValueError(f"mask.init_from: {run} was trained on another backbone or other weights")
-    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "statistics": {}}
-    for key, tensor in checkpoint.tensors.items():
-        part, _, name = key.partition("/")
-        if part in parts:
-            parts[part][name] = tensor
-    engine.load_state(EngineState(parts["parameters"], {}, parts["statistics"]))
+    engine.load(checkpoint, step=0, parts=("parameters", "statistics"))
 
 
 # ---- the bank of objective.name=nbd

@@ -1,19 +1,19 @@
 """One run from its configuration to its result.
 
-    engine -> frozen baseline -> attach masks -> train -> evaluate -> save the mask and result.json
+    engine -> frozen baseline -> attach masks -> train -> save the mask -> evaluate -> result.json
 
 `method` says what is trained: mask (scores), finetune (weights), probe (a linear probe on frozen features) or
 frozen (nothing). Methods that are chains of runs, the cascade and the procedures, call `run_in` for each.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
@@ -21,9 +21,8 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.parallel import World
-from selfmask_dist.parallel.sharded import shards_weights
-from selfmask_dist.runs.checkpoint import Checkpoint, load_newest, read_checkpoint
+from selfmask_dist.parallel import World, shards_weights
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path
 from selfmask_dist.runs.preempt import StopRequest
@@ -63,6 +62,8 @@ def run_in(
         create_run_directory(config, is_restart=is_restart)
     world.barrier()
     if (directory / names.RESULT).exists():  # requeued after its end
+        if world.is_main:
+            _remove_measured(config, directory / names.MEASURING)
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     config, choice = with_chosen_score_lr(
@@ -85,27 +86,23 @@ def run_in(
         return result
 
 
-def find_checkpoint(directory: Path, world: World) -> Checkpoint | None:
+def find_checkpoint(directory: Path, world: World) -> OpenCheckpoint | None:
     """Return a run's newest valid checkpoint, the same on every rank. Collective: every rank must call."""
-    name: list[str | None] = [None]
-    if world.is_main:
-        found = load_newest(directory / names.CHECKPOINTS, report=lambda text: print(text, file=sys.stderr))
-        name = [found[1].name if found else None]
-    if world.size > 1:
-        dist.broadcast_object_list(name, src=0)
-    if name[0] is None:
-        return None
-    return read_checkpoint(directory / names.CHECKPOINTS / name[0])
+    return open_newest(
+        directory / names.CHECKPOINTS,
+        peers=loading_peers(world),
+        report=lambda text: print(text, file=sys.stderr),
+    )
 
 
 def _run(
-    config: Config, context: RunContext, found: Checkpoint | None, choice: dict[str, Any]
+    config: Config, context: RunContext, found: OpenCheckpoint | None, choice: dict[str, Any]
 ) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
     cuts_weights = config.engine.name == "fsdp" if trains else shards_weights(config.engine, context.world)
-    backbone = build_backbone(config, in_file=cuts_weights)
+    backbone = build_backbone(config, in_file=cuts_weights, world=context.world)
     notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)
@@ -134,12 +131,11 @@ def _run(
             result["frozen"] = _once(
                 context.directory / names.FROZEN,
                 context.world,
-                lambda: (
-                    evaluation.full(probe=config.eval.probe or config.method == "probe")
-                    | record.measure("frozen")
-                ),
+                lambda: _measure_frozen(config, context, evaluation) | record.measure("frozen"),
             )
             result["frozen"] |= record.measure("frozen")  # which a restart finds
+            if context.world.is_main:
+                _remove_measured(config, context.directory / names.MEASURING / "frozen")
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
@@ -152,9 +148,26 @@ def _run(
     result["verdict"] = judge(config, result, context.directory, num_test=num_test) if is_main else []
     if is_main:
         write_json(context.directory / names.RESULT, result)
-    context.world.barrier()  # nobody looks for a file that is not there yet
+    context.world.barrier()  # nobody looks for a file that is not there yet, or reads one that goes
+    if is_main:
+        _remove_measured(config, context.directory / names.MEASURING)
     writer.event("end", **result)
     return result
+
+
+def _measure_frozen(config: Config, context: RunContext, evaluation: Evaluation) -> dict[str, float]:
+    """Return the frozen backbone's numbers by labels. Collective: every rank must call."""
+    path = context.directory / names.MEASURING / "frozen"
+    return evaluation.full(
+        probe=config.eval.probe or config.method == "probe",
+        progress=evaluation.begin(path, made_with="", report=context.writer.message),
+    )
+
+
+def _remove_measured(config: Config, folder: Path) -> None:
+    """Delete what an evaluation kept for a restart, once its numbers are written."""
+    if not config.eval.keep_embeddings:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from selfmask_dist import objectives
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common import names
-from selfmask_dist.common.files import replacing
+from selfmask_dist.common.files import replacing, sha256
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.evals.progress import from_main
+from selfmask_dist.maskfile import add_numbers
 from selfmask_dist.maskfile.api import Masks, apply_masks, save_masks
 from selfmask_dist.masking import Family
 from selfmask_dist.parallel import Engine
-from selfmask_dist.runs.checkpoint import Checkpoint, load_newest
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, Peers, open_newest
 from selfmask_dist.training.build import lora_options
 from selfmask_dist.training.finetune import load_trained, save_changed
 
@@ -48,6 +50,28 @@ class Trainable:
 # ---- writing
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What training left in its folder.
+
+    sizes: in bytes, for `result.json`; on the main rank, which wrote the files.
+    identity: tells these files from any others; the same on every rank.
+    mask: the mask file; None where there is none.
+    """
+
+    sizes: dict[str, Any]
+    identity: str
+    mask: Path | None
+
+    def add_numbers(self, metrics: Mapping[str, float], *, verdict: str) -> None:
+        """Add what was measured to the mask file, and what speaks against it. On the main rank."""
+        if self.mask is None or not (metrics or verdict):
+            return
+        self.sizes["mask"] |= _mask_bytes(
+            add_numbers(self.mask, metrics=metrics, verdict=verdict), self.sizes["mask"]["masked_weights"]
+        )
+
+
 def save(
     config: Config,
     trained: Trainable,
@@ -56,47 +80,50 @@ def save(
     directory: Path,
     *,
     engine: Engine,
-    metrics: dict[str, float],
-    verdict: str = "",
-) -> dict[str, Any]:
-    """Write the mask file (or the trained weights, as theta) and the head; return their sizes in bytes.
+) -> Saved:
+    """Write the mask file (or the trained weights, as theta) and the head, without any numbers yet.
 
     Collective: every rank must call; the first one writes.
-
-    Args:
-        verdict: what speaks against the mask; the file is marked with it.
     """
     sizes: dict[str, Any] = {}
-    is_main = engine.world.is_main
+    written: list[Path] = []
+    mask, is_main = None, engine.world.is_main
     if trained.masks is not None and is_in_mask_file(trained.masks.family):
         num_weights = sum(entry.theta.numel() for entry in trained.masks.entries)
+        mask = directory / names.MASK
         mask_bytes = save_masks(
             trained.masks,
-            directory / names.MASK,
+            mask,
             is_writer=is_main,
             backbone=backbone.spec.name,
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=backbone.spec.preprocessing.to_dict(),
-            metrics=metrics,
-            verdict=verdict,
         )
         sizes["mask"] = {
             "masked_weights": num_weights,
             "active": 1 - sum(_pruned(trained.masks)) / num_weights,
-            "bytes": mask_bytes,
-            "bits_per_weight": mask_bytes * 8 / num_weights,
+            **_mask_bytes(mask_bytes, num_weights),
             "weight_bytes": num_weights * 4,
         }
+        written.append(mask)
     else:
         sizes["weights"] = _save_weights(config, trained, engine, directory)
         sizes["stored_bytes"] = sizes["weights"]["bytes"]
+        written.append(directory / sizes["weights"]["file"])
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
+        written.append(directory / "head.mask")
     head = _plain(objective.kept_state())  # projectors are thrown away
     if head and is_main:
         with replacing(directory / names.HEAD) as partial:
             save_file(head, partial)
-    return sizes
+    written += [directory / names.HEAD] if head else []
+    identity = " ".join(sha256(path) for path in written) if is_main else None
+    return Saved(sizes, from_main(identity, engine.world), mask)
+
+
+def _mask_bytes(mask_bytes: int, num_weights: int) -> dict[str, Any]:
+    return {"bytes": mask_bytes, "bits_per_weight": mask_bytes * 8 / num_weights}
 
 
 def _save_weights(config: Config, trained: Trainable, engine: Engine, directory: Path) -> dict[str, Any]:
@@ -105,13 +132,16 @@ def _save_weights(config: Config, trained: Trainable, engine: Engine, directory:
     moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
     is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
     path = directory / (names.FINETUNED if is_part else names.ENCODER)
-    weights = engine.whole_weights({*trained.weights, *moved} if is_part else None)
+    weights, num_trained = dict[str, Tensor](), 0
+    for name, tensor in engine.each_whole_weight({*trained.weights, *moved} if is_part else None):
+        num_trained += tensor.numel() if name in trained.weights else 0
+        if engine.world.is_main:  # the others hold one at a time
+            weights[name] = tensor.cpu()
     if engine.world.is_main and is_part:
         save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
     elif engine.world.is_main:
         with replacing(path) as partial:
             save_file(_plain(weights), partial)
-    num_trained = sum(tensor.numel() for name, tensor in weights.items() if name in trained.weights)
     if trained.masks is not None:
         num_trained = sum(entry.theta.numel() for entry in trained.masks.entries)
     return {
@@ -198,14 +228,16 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(folder, find(names.MASK), find(names.FINETUNED, names.ENCODER), find(names.HEAD))
 
 
-def read_last_checkpoint(folder: Path) -> tuple[Checkpoint, Path]:
-    """Return the newest valid checkpoint of another run, and where it is. Nothing in its folder is changed.
+def open_last_checkpoint(folder: Path, peers: Peers | None = None) -> OpenCheckpoint:
+    """Return the newest valid checkpoint of another run. Nothing in its folder is changed.
+
+    Collective, where `peers` are given: every one of them must call.
 
     Raises:
         ValueError: there is none; the message says what is wrong with those that are there.
     """
     problems: list[str] = []
-    found = load_newest(folder / names.CHECKPOINTS, report=problems.append, set_aside=False)
+    found = open_newest(folder / names.CHECKPOINTS, peers=peers, report=problems.append, set_aside=False)
     if found is None:
         raise ValueError("; ".join([f"{folder} has no valid checkpoint", *problems]))
     return found

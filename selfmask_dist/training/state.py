@@ -4,24 +4,26 @@
     values:  position (step, epoch, batch), identity (backbone, method), data, means since the last log
 
 Frozen weights are not in it; the backbone is pinned by its fingerprint. Learning rates and augmentation are
-functions of the position, so there is no scheduler and no generator to save. Knows neither what an
-objective's buffers mean nor how masks are laid out: the engine gathers and loads what it trains, by name.
+functions of the position, so there is no scheduler and no generator to save. No process holds it whole: each
+has parts of tensors, which it writes and reads by name and range. Knows neither what an objective's buffers
+mean nor how masks are laid out.
 """
 
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from selfmask_dist.objectives import Objective
-from selfmask_dist.parallel import Engine
-from selfmask_dist.parallel.trained import EngineState
-from selfmask_dist.runs.checkpoint import Checkpoint, Saver
+from selfmask_dist.parallel import Engine, World
+from selfmask_dist.parallel.parts import StateSource, TensorPart
+from selfmask_dist.runs.checkpoint import OpenCheckpoint, Saver
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 
-_PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")  # tensors by name
+_BUFFERS, _BEST = "buffers/", "best/"
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,15 @@ class DataState(Protocol):
 
 
 class KeptState(Protocol):
-    """A state that is kept beside the present one: whole tensors on the CPU by name, and a dict for JSON."""
+    """A state that is kept beside the present one: parts of tensors, and a dict for JSON."""
 
-    tensors: dict[str, Tensor]
-
+    def parts(self) -> list[TensorPart]: ...
     def values(self) -> dict[str, Any]: ...
-    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+    def load(self, source: StateSource, values: dict[str, Any]) -> None: ...
 
 
 class RunState:
-    """Gathers and restores a run. Collective: every rank must make one.
+    """This process's parts of a run's state. Collective: every rank must make one.
 
     best: what `train.keep=best` is to leave, as far as it has come; None where the last state is left.
 
@@ -84,21 +85,23 @@ class RunState:
         self._best = best
         self._objective = objective
         self._identity = identity
-        self._buffers: dict[str, Tensor] = {}  # as they began; what stays so is not saved
+        self._buffers: dict[tuple[str, int], Tensor] = {}  # as they began; what stays so is not saved
         if not objective.buffers_all_change:
             self._buffers = {
-                name: buffer.detach().clone() for name, buffer in objective.whole_buffers().items()
+                (part.name, part.start): part.tensor.clone() for part in buffer_parts(objective, engine.world)
             }
 
-    def capture(self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]) -> Checkpoint:
-        """Return the state as it stands, copied to the CPU. Collective: every rank must call."""
-        state = self._engine.state()
-        tensors = {
-            f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()
-        }
-        for name, buffer in self._objective.whole_buffers().items():
-            if name not in self._buffers or not torch.equal(buffer, self._buffers[name]):
-                tensors[f"buffers/{name}"] = buffer.detach().cpu().clone()
+    def parts(self) -> list[TensorPart]:
+        """Return this process's parts of the state as it stands; most share its storage. Collective."""
+        found = self._engine.parts() + self._moved_buffers()
+        if self._best is not None:
+            found += [replace(part, name=f"{_BEST}{part.name}") for part in self._best.parts()]
+        return found
+
+    def values(
+        self, position: Position, *, telemetry: RunningMeans, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return what of the state is no tensor. Collective: every rank must call."""
         values = {
             "position": asdict(position),
             "identity": self._identity,
@@ -106,12 +109,24 @@ class RunState:
             "metrics": metrics,
             "data": self._data.state_dict() if self._data is not None else None,
         }
-        if self._best is not None:
-            tensors |= {f"best/{name}": tensor for name, tensor in self._best.tensors.items()}
-            values["best"] = self._best.values()
-        return Checkpoint({name: tensor.contiguous() for name, tensor in tensors.items()}, values)
+        return values | ({"best": self._best.values()} if self._best is not None else {})
 
-    def check(self, checkpoint: Checkpoint) -> None:
+    def _moved_buffers(self) -> list[TensorPart]:
+        """Return the parts of buffers that are not as they began, on some rank."""
+        world = self._engine.world
+        parts = buffer_parts(self._objective, world)
+        if not self._buffers or not parts:
+            return parts
+        has_moved = torch.tensor(
+            [not torch.equal(part.tensor, self._buffers[part.name, part.start]) for part in parts],
+            dtype=torch.float32,
+            device=world.device,
+        )
+        flags = world.sum(has_moved).tolist()
+        moved = {part.name for part, flag in zip(parts, flags, strict=True) if flag}
+        return [part for part in parts if part.name in moved]
+
+    def check(self, checkpoint: OpenCheckpoint) -> None:
         """Raise a ValueError where a checkpoint is another run's, naming what differs."""
         theirs = checkpoint.values["identity"]
         for name in theirs | self._identity:
@@ -124,32 +139,81 @@ class RunState:
             self._data.check_state(checkpoint.values["data"])
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint, *, telemetry: RunningMeans) -> Position:
-        """Put a state back and return where to go on. Collective: every rank must call.
+    def restore(self, checkpoint: OpenCheckpoint, *, telemetry: RunningMeans) -> Position:
+        """Read a state into its places and return where to go on. Collective: every rank must call.
+
+        Each process reads the elements that it holds, and nothing of the checkpoint stays in memory.
 
         Raises:
             ValueError: it is another run's.
         """
         self.check(checkpoint)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "buffers", "best")}
-        for key, tensor in checkpoint.tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = tensor
         position = Position(**checkpoint.values["position"])
-        self._engine.load_state(EngineState(**{part: parts[part] for part in _PARTS}, step=position.step))
-        moved = parts["buffers"]
-        self._objective.load_buffers(self._buffers | moved)
+        self._engine.load(checkpoint, step=position.step)
+        load_buffers(self._objective, checkpoint, self._buffers)
         telemetry.load_state(checkpoint.values["telemetry"])
         if self._best is not None and "best" in checkpoint.values:
-            self._best.load(parts["best"], checkpoint.values["best"])
+            self._best.load(_Below(checkpoint, _BEST), checkpoint.values["best"])
         return position
+
+
+class _Below:
+    """The tensors of a source whose names begin with `prefix`, without it."""
+
+    def __init__(self, source: StateSource, prefix: str) -> None:
+        self._source = source
+        self._prefix = prefix
+        names = [name for name in source.shapes if name.startswith(prefix)]
+        self.shapes = {name.removeprefix(prefix): source.shapes[name] for name in names}
+        self.dtypes = {name.removeprefix(prefix): source.dtypes[name] for name in names}
+
+    def read_into(self, part: TensorPart) -> None:
+        self._source.read_into(replace(part, name=f"{self._prefix}{part.name}"))
+
+
+def buffer_parts(objective: Objective, world: World) -> list[TensorPart]:
+    """Return this process's parts of an objective's buffers, as buffers/name. Collective."""
+    return [
+        TensorPart(
+            f"{_BUFFERS}{part.name}",
+            part.shape,
+            part.tensor.detach(),
+            part.start,
+            copies=world.size if part.is_on_all else 1,
+            copy=world.rank if part.is_on_all else 0,
+        )
+        for part in objective.buffer_parts()
+    ]
+
+
+@torch.no_grad()
+def load_buffers(
+    objective: Objective, source: StateSource, first: Mapping[tuple[str, int], Tensor] | None = None
+) -> None:
+    """Read this process's parts of an objective's buffers, and put them in place. Collective.
+
+    Args:
+        first: the values, by name and place, of buffers that the source does not have.
+    """
+    parts = []
+    for part in objective.buffer_parts():
+        name = f"{_BUFFERS}{part.name}"
+        if name not in source.shapes:
+            part.tensor.copy_((first or {})[name, part.start])
+        else:
+            # in the source's dtype, which an objective's beginning may have changed
+            values = part.tensor.detach().to(source.dtypes[name])
+            source.read_into(TensorPart(name, part.shape, values, part.start))
+            part = replace(part, tensor=values)
+        parts.append(part)
+    objective.take_buffers(parts)
 
 
 class CheckpointSchedule:
     """Saves by time and by steps, and stops the run when asked to.
 
     Args:
-        saver: on the main rank; None on the others.
+        saver: every rank has one, and saves with the others.
         every_steps, every_seconds: 0 for never.
         is_asynchronous: write in the background; what is copied first stalls training.
 
@@ -161,7 +225,7 @@ class CheckpointSchedule:
         state: RunState,
         stop: StopRequest,
         *,
-        saver: Saver | None,
+        saver: Saver,
         every_steps: int = 0,
         every_seconds: float = 0.0,
         is_asynchronous: bool = True,
@@ -184,7 +248,7 @@ class CheckpointSchedule:
         """
         waited = time.monotonic() - self._last_time
         is_due = (
-            self._saver is not None
+            self._saver.is_main
             and bool(self._every_seconds)
             and waited >= self._every_seconds
             and not self._saver.is_busy
@@ -204,7 +268,7 @@ class CheckpointSchedule:
             return
         if position.step != self._last_step or stop:
             self._save(position, telemetry)
-        if self._saver is not None and (stop or not self._is_asynchronous):
+        if stop or not self._is_asynchronous:
             self._saver.finish()
         if stop:
             raise Preempted
@@ -215,13 +279,12 @@ class CheckpointSchedule:
 
     def finish(self) -> None:
         """Wait for what is being written."""
-        if self._saver is not None:
-            self._saver.finish()
+        self._saver.finish()
 
     def _save(self, position: Position, telemetry: RunningMeans) -> None:
         start = time.perf_counter()
-        checkpoint = self._state.capture(position, telemetry=telemetry, metrics=self.metrics)
-        if self._saver is not None:
-            self._saver.save(checkpoint, step=position.step)
+        self._saver.finish()  # parts are copied to where the one before is written from
+        values = self._state.values(position, telemetry=telemetry, metrics=self.metrics)
+        self._saver.save(self._state.parts(), values, step=position.step)
         self._last_time, self._last_step = time.monotonic(), position.step
         self.stalled += time.perf_counter() - start

@@ -168,7 +168,7 @@ def train(family: str, path: str, in_file: bool) -> tuple[list[float], EngineSta
     engine.start(torch.optim.SGD([*masks.parameters(), *step.head.parameters()], lr=20.0, momentum=0.9))
     losses = []
     for index in range(3):
-        batch = batch_of(index, engine.world.rank, engine.world.size, dtype=torch.float32, side=32)
+        batch = batch_of(index, engine.world.rank, engine.world.size, dtype=torch.float32, sides=(32,))
         losses.append(engine.world.sum(engine.forward_backward(batch)["loss"].clone()).item())
         engine.step()
     return losses, engine.state(), engine.whole_weights()

@@ -1,15 +1,19 @@
 """The planner against hand-made numbers, a real forward, and what must be so at any size."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks.parallel.scale_tables import DOCUMENT, commands, printed
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.cli import main
-from selfmask_dist.cli.model_size import build_on_meta, measure_size
-from selfmask_dist.cli.plan import GIB, Hardware, choose, estimate, plan
-from selfmask_dist.config import load_config
+from selfmask_dist.cli.plan.hardware import GIB, Hardware
+from selfmask_dist.cli.plan.model_size import ModelSize, build_on_meta, measure_size
+from selfmask_dist.cli.plan.stages import reckon_experts, reckon_saving
+from selfmask_dist.cli.plan.steps import choose, choose_with_micro_steps, estimate, plan
+from selfmask_dist.config import Config, load_config
 from tests.support.models import make
 
 LARGE = [
@@ -65,7 +69,7 @@ def test_sharded_memory_falls_as_one_over_the_world() -> None:
     assert two["fsdp"].weights == pytest.approx(4 * eight["fsdp"].weights)
     assert two["ddp"].weights == eight["ddp"].weights
     n, f = shape.masked, shape.frozen
-    assert two["fsdp"].sent == pytest.approx(0.5 * (2 * 4 * (n + f) + 4 * n))
+    assert two["fsdp"].sent == pytest.approx(0.5 * shape.padded(2) * (2 * 4 * (n + f) + 4 * n))
     assert eight["bits"].sent == pytest.approx(7 / 8 * (4 * n + n / 8))
 
 
@@ -78,9 +82,113 @@ def test_22_billion_weights_on_1024_ranks() -> None:
     assert estimates["ddp"].memory > 500 * GIB
     best = choose(list(estimates.values()), hardware.memory_gib)
     assert best is not None
-    assert best.engine == "fsdp"
+    assert best.engine == "fsdp/8", "groups of a node send the least"
     assert best.memory < 72 * GIB
     assert all(math.isfinite(e.seconds[1]) and e.seconds[0] <= e.seconds[1] for e in estimates.values())
+
+
+def shape_of(*keys: str) -> tuple[Config, ModelSize]:
+    config = load_config(None, ["backbone.name=timm:vit_base_patch32_224", *keys])
+    encoder, size = build_on_meta(config)
+    return config, measure_size(encoder, size, "vit")
+
+
+def test_micro_steps_are_sent_one_by_one_and_resolutions_together() -> None:
+    config, shape = shape_of("objective.name=swav", "train.global_batch_size=64")
+    one = {e.engine: e for e in estimate(shape, config, Hardware(gpus_per_node=4))}
+    config, _ = shape_of("objective.name=swav", "train.global_batch_size=64", "train.accumulate=4")
+    four = {e.engine: e for e in estimate(shape, config, Hardware(gpus_per_node=4))}
+    n, f = shape.masked, shape.frozen
+    padding = shape.padded(4)
+    assert one["fsdp"].sent == pytest.approx(0.75 * padding * (2 * 4 * (n + f) + 4 * n))
+    assert four["fsdp"].sent == pytest.approx(4 * one["fsdp"].sent)
+    assert four["bits"].sent == pytest.approx(0.75 * (4 * 4 * n + n / 8))
+    assert four["ddp"].sent == one["ddp"].sent  # it waits for the last one
+    for name in ("fsdp", "bits", "deepspeed-3"):
+        assert four[name].memory < one[name].memory, "what is accumulated is cut"
+    local = 6 * (96 / 224) ** 2
+    assert one["fsdp"].activations == pytest.approx(shape.kept_per_image * 16 * (2 + local) * 4)
+
+
+def test_a_teacher_gathers_once_more_and_computes_forwards_alone() -> None:
+    swav, shape = shape_of("objective.name=swav", "train.global_batch_size=64")
+    dino, _ = shape_of("objective.name=dino", "train.global_batch_size=64")
+    without, with_teacher = (
+        {e.engine: e for e in estimate(shape, c, Hardware(gpus_per_node=4))}["fsdp"] for c in (swav, dino)
+    )
+    gather = 0.75 * shape.padded(4) * 4 * (shape.masked + shape.frozen)
+    assert with_teacher.sent - without.sent == pytest.approx(gather)
+    assert with_teacher.activations == without.activations
+    assert with_teacher.momentum == 2 * without.momentum  # and the averages
+    images = 2 + 6 * (96 / 224) ** 2
+    assert with_teacher.compute_seconds / without.compute_seconds == pytest.approx(1 + 2 / (3 * images))
+
+
+def test_rows_are_padded_to_a_multiple_of_the_ranks() -> None:
+    _, shape = shape_of()
+    assert shape.padded(1) == 1
+    assert replace(shape, shapes=((3, 12), (8, 8))).padded(2) == pytest.approx((4 * 4 + 8) / 20)
+
+
+def test_hybrid_sharding_is_planned_in_the_smallest_groups_that_fit() -> None:
+    config, shape = shape_of("train.global_batch_size=1024")
+    hardware = Hardware(nodes=16, gpus_per_node=8)
+    by_name = {e.engine: e for e in estimate(shape, config, hardware)}
+    assert "fsdp/8" in by_name
+    hybrid, over_all = by_name["fsdp/8"], by_name["fsdp"]
+    assert hybrid.weights == pytest.approx(16 * over_all.weights)
+    assert hybrid.send_seconds < over_all.send_seconds
+    needs = []
+    for group in (8, 16):
+        config_of_group, _ = shape_of("train.global_batch_size=1024", f"engine.shard_size={group}")
+        given = {e.engine: e for e in estimate(shape, config_of_group, hardware)}
+        assert len(given) == 6, "a size that is given is not tried against others"
+        needs.append(given["fsdp"].memory)
+    assert needs[0] == hybrid.memory
+    between = replace(hardware, memory_gib=sum(needs) / 2 / 0.9 / GIB)
+    assert "fsdp/16" in {e.engine for e in estimate(shape, config, between)}
+
+
+def test_a_checkpoint_is_shared_out_and_its_time_sets_the_keys() -> None:
+    config, shape = shape_of("optim.kind=adamw")
+    small, large = (
+        reckon_saving(shape, config, Hardware(nodes=nodes, gpus_per_node=8), step_seconds=1.0)
+        for nodes in (1, 4)
+    )
+    assert small.total == large.total == 12 * shape.masked
+    assert small.of_rank == 4 * large.of_rank == small.total / 8
+    assert small.seconds == pytest.approx(small.of_rank / 1e10 + small.total / 2e9)
+    assert small.stop_seconds == 60
+    slow = Hardware(nodes=1, gpus_per_node=8, node_storage_gbs=0.02)
+    saving = reckon_saving(shape, config, slow, step_seconds=1.0)
+    assert saving.stop_seconds >= 2 * (2 * saving.seconds + 1) > 60
+    assert saving.signal_seconds > saving.stop_seconds
+
+
+def test_experts_are_planned_on_their_groups() -> None:
+    config, shape = shape_of("objective.name=swav", "train.global_batch_size=640", "cascade.clusters=[4]")
+    experts = reckon_experts(shape, config, Hardware(nodes=4, gpus_per_node=8), image_size=224)
+    assert (experts.count, experts.groups, experts.ranks) == (4, 4, 8)
+    assert experts.engine is not None
+    whole = {e.engine: e for e in estimate(shape, config, Hardware(nodes=4, gpus_per_node=8))}
+    assert experts.engine.activations == pytest.approx(4 * whole["ddp"].activations)
+
+
+def test_micro_steps_are_named_where_they_make_it_fit() -> None:
+    config, shape = shape_of("objective.name=swav", "train.global_batch_size=4096")
+    hardware = Hardware(gpus_per_node=8, memory_gib=40)
+    assert choose(estimate(shape, config, hardware), 40) is None
+    best, fitted = choose_with_micro_steps(shape, config, hardware, image_size=224)
+    assert best is not None
+    assert fitted.train.accumulate > 1
+    assert best.memory < 36 * GIB
+
+
+def test_the_tables_in_the_docs_are_what_the_command_prints() -> None:
+    blocks = commands(DOCUMENT.read_text())
+    assert len(blocks) == 5
+    for command, below in blocks:
+        assert printed(command) == below, "run python -m benchmarks.parallel.scale_tables"
 
 
 def test_activation_checkpointing_keeps_less_and_computes_more() -> None:

@@ -240,3 +240,20 @@ def test_rotten_bits_inside_a_jpeg_are_noticed() -> None:
     middle = len(data) // 2
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode(data[:middle] + b"\xff\xd0\xff\xd9" * 4 + data[middle + 16 :])
+
+
+@pytest.mark.gpu
+def test_finishing_on_a_device_waits_for_nothing_there() -> None:
+    rng = np.random.default_rng(0)
+    crops = torch.randint(0, 256, (16, 3, 40, 40), dtype=torch.uint8)
+    parameters = torch.from_numpy(draw_parameters(Distortion(), rng.random((16, 40))))
+    finish = FinishViews(PRE.mean, PRE.std)
+    expected = finish.at_once(crops, parameters)
+    there = crops.cuda()
+    finish.at_once(there, parameters)  # allocates what it needs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = finish.at_once(there, parameters)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)

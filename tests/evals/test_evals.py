@@ -158,7 +158,9 @@ def test_the_probe_solves_scikit_learns_problem(l2):
     reference = LogisticRegression(C=1 / (len(train) * l2), tol=1e-10, solver="newton-cholesky").fit(
         train.numpy(), train_labels.numpy()
     )
-    solution, is_converged = probe_module._fit(train, train_labels, 10, l2, max_iterations=500)
+    solution, is_converged = probe_module._fit(
+        probe_module.Rows(train), train_labels, 10, l2, max_iterations=500
+    )
     assert is_converged
     np.testing.assert_allclose(solution[:-1].T.numpy(), reference.coef_, atol=1e-3)
     probabilities = probe_module.logits_of(test, solution).softmax(dim=1)
@@ -255,3 +257,56 @@ def test_the_probe_names_bad_input():
         linear_probe(features[:2], labels[:2], features, labels)
     with pytest.raises(ValueError, match="l2 must be strengths above 0"):
         linear_probe(features, labels, features, labels, l2=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("copies", [0, 2**30])
+def test_the_probe_in_chunks_is_the_probe(monkeypatch, copies):
+    """Sums in another order: the solution to rounding, every prediction and accuracy to the image."""
+    train, train_labels, test, test_labels = digits()
+    whole = linear_probe(train, train_labels, test, test_labels)
+    monkeypatch.setattr(probe_module, "_CHUNK", 64 * 37)  # 37 rows, the last chunk of 8
+    monkeypatch.setattr(probe_module, "_COPY_BYTES", copies)
+    found = linear_probe(train, train_labels, test, test_labels)
+    assert [part.stop - part.start for part in probe_module.Rows(train).parts(10)][:2] == [37, 37]
+    assert (found.accuracy, found.l2, found.validation) == (whole.accuracy, whole.l2, whole.validation)
+    assert torch.equal(found.predictions, whole.predictions)
+    assert torch.allclose(found.solution, whole.solution, atol=1e-4)
+    both = [
+        torch.cat([result.log_probabilities(part) for part in result.queries.parts(10)])
+        for result in (found, whole)
+    ]
+    assert (both[0] - both[1]).abs().max() < 1e-4
+    members = [whole, linear_probe(train, train_labels, test, test_labels, l2=(1.0,))]
+    mean = torch.stack([member.log_probabilities(slice(None)) for member in members]).mean(dim=0)
+    expected = float((mean.argmax(dim=1) == test_labels).double().mean())
+    assert evals.mean_logits_accuracy(members, test_labels) == expected
+
+
+def test_the_held_out_samples_are_those_of_a_loop_over_classes():
+    generator = torch.Generator().manual_seed(2)
+    targets, ids = torch.randint(0, 9, (200,), generator=generator), torch.arange(200) * 2  # ids with gaps
+    targets[targets == 4] = 5
+    targets[7] = 4  # a single one, that stays
+    found = probe_module.held_out(targets, ids, 3, evals.Alone())
+    everyone = torch.full((399,), -1)
+    everyone[ids] = targets
+    order = torch.randperm(399, generator=torch.Generator().manual_seed(3))
+    for target in range(9):
+        members = order[everyone[order] == target]
+        count = min(max(1, round(0.2 * len(members))), len(members) - 1)
+        chosen = torch.zeros(399, dtype=torch.bool)
+        chosen[members[: max(count, 0)]] = True
+        assert torch.equal(found[targets == target], chosen[ids][targets == target])
+
+
+def test_the_probe_beats_in_every_step_and_says_what_does_not_fit():
+    train, train_labels, test, test_labels = digits()
+    beats = []
+    linear_probe(train, train_labels, test, test_labels, l2=(1e-2,), on_step=lambda: beats.append(1))
+    assert len(beats) > 20
+    assert probe_module._complaint(10**6, 6144, 10**4, free=2**35) is None
+    said = probe_module._complaint(10**6, 6144, 10**5, free=2**35)
+    assert said is not None
+    assert "6144 dimensions and 100000 classes needs 220.5 GiB" in said
+    assert "(48 float64 matrices of 6145 x 100000, and 0.8 GiB for a chunk of rows), and 32.0 GiB" in said
+    assert probe_module._complaint(100, 24, 5, free=2**20) is None, "a small one needs little"

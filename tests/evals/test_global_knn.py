@@ -174,4 +174,27 @@ def test_a_plan_keeps_to_its_memory(memory_mib):
     with pytest.raises(ValueError, match=r"memory_mib is 1; .* need at least \d+") as error:
         evals.Plan.make(10**6, 10**5, 1024, k=200, num_ranks=8, memory_mib=1)
     least = int(str(error.value).rsplit(" ", 1)[1])
+    plan = evals.Plan.make(10**6, 10**5, 1024, k=200, num_ranks=8, free_mib=8192)
+    assert plan.work_bytes <= 256 * 2**20, "what was enough stays enough"
     assert evals.Plan.make(10**6, 10**5, 1024, k=200, num_ranks=8, memory_mib=least).queries >= 1
+
+
+def test_a_plan_for_a_thousand_ranks_takes_what_it_needs_of_what_is_free():
+    case = {"dim": 6144, "k": 200, "num_ranks": 1024}
+    with pytest.raises(ValueError, match=r"memory_mib is 256; 6144 dimensions, .* need at least 274"):
+        evals.Plan.make(2_700_000, 100_000, **case, memory_mib=256)
+    plan = evals.Plan.make(2_700_000, 100_000, **case, free_mib=60_000)
+    assert 274 * 2**20 < plan.work_bytes < 1100 * 2**20
+    assert plan.rounds * plan.queries * 1024 >= 100_000
+    few = evals.Plan.make(2_700_000, 100_000, **case, free_mib=600)
+    assert few.work_bytes <= 300 * 2**20, "half of what is free"
+    with pytest.raises(ValueError, match=r"400 MiB are free on a rank, .* half; 6144 .* at least 274"):
+        evals.Plan.make(2_700_000, 100_000, **case, free_mib=400)
+
+
+def test_neighbours_do_not_depend_on_the_memory(generator):
+    bank, queries = torch.randn(700, 24, generator=generator), torch.randn(90, 24, generator=generator)
+    expected = search_fn(bank, queries, k=7)
+    for memory_mib in (1, 5.5, 2000):
+        found = search_fn(bank, queries, k=7, memory_mib=memory_mib)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from selfmask_dist import evals
-from selfmask_dist.evals import local_search
-from selfmask_dist.evals.local_search import NO_ID, NO_KEY, Precision, decode, encode, nearest, sort_rows
+from selfmask_dist.evals.search import local as local_search
+from selfmask_dist.evals.search.local import NO_ID, NO_KEY, Precision, decode, encode, nearest, sort_rows
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")
 

@@ -12,6 +12,7 @@ import pytest
 
 from launchers import preflight as checks
 from launchers.preflight import preflight
+from launchers.site import Partition
 from selfmask_dist.config import load_config, to_yaml
 
 
@@ -24,7 +25,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         shutil, "which", lambda name: None if name == "no-such-program" else f"/usr/bin/{name}"
     )
-    monkeypatch.setattr(checks, "_partitions", lambda: {"low*": 4, "big": 16, "one": 1})
+    nodes = {"low": 4, "big": 16, "one": 1}
+    partitions = [Partition(name, n, 8, 32, 0, None, is_default=name == "low") for name, n in nodes.items()]
+    monkeypatch.setattr(checks, "read_partitions", lambda: partitions)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     return [f"data.{split}={tmp_path / split}" for split in ("train", "test")] + [

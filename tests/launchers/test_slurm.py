@@ -14,11 +14,15 @@ import pytest
 
 from selfmask_dist.cli.train import run as run_here
 from selfmask_dist.config import load_config
+from selfmask_dist.runs.ending.notes import EndNotes
+from selfmask_dist.runs.exit_status import DEVICE
 from selfmask_dist.runs.owner import FREE_AFTER_SECONDS
 from tests.support import slurm
 from tests.support.distributed import run_distributed
+from tests.support.planted import BUG, DEVICE_FAULT, plant
 from tests.support.tiny_run import (
     events_of,
+    processes_of,
     rank_process,
     result_of,
     steps_of,
@@ -145,12 +149,74 @@ def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path:
     assert time.monotonic() - stopped < hang + 2 + 5 + 10, logs_of(run)
     slurm.start_again(job)
     assert "trainer.py" in (run / "stacks" / "rank-0.txt").read_text()
-    # SLURM wakes the stopped process as it ends it: its own watchdog or the task's abort shows where it was
+    # SLURM wakes the stopped process as it ends it: its watchdog, the task's abort, or the error it wakes to
+    # (a peer is gone) shows where it was
     own = run / "stacks" / "rank-1.txt"
     shown = own.read_text() if own.exists() else (run / "logs" / "rank-1.log").read_text()
-    assert "most recent call first" in shown, logs_of(run)
+    assert "most recent call" in shown, logs_of(run)
     assert slurm.wait_for_end(job) == "COMPLETED", logs_of(run)
     assert steps_of(run) == list(range(1, 161))
+
+
+def planted(path: str) -> list[str]:
+    """Return the keys of a job whose processes read PYTHONPATH `path`, and not a snapshot of the code."""
+    return ["launch.exclusive=true", "launch.snapshot=false", f"launch.environment={{PYTHONPATH: '{path}'}}"]
+
+
+@pytest.mark.slow
+def test_a_failed_device_takes_its_node_out_and_the_run_ends_elsewhere(
+    config_path: Path, tmp_path: Path
+) -> None:
+    path = plant(tmp_path / "plant", DEVICE_FAULT, rank=1, step=12, once=True)
+    keys = ["run.name=a", "train.epochs=10", "checkpoint.every_steps=5", *planted(path)]
+    done = submit(config_path, *keys, nodes=2, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "a"
+    wait_until(lambda: slurm.job_state(job) == "PENDING" and steps_of(run))
+    slurm.start_again(job)
+    assert slurm.wait_for_end(job) == "COMPLETED", logs_of(run)
+    excluded = slurm.job_field(job, "ExcNodeList")
+    assert f"job {job} no longer runs on {excluded}, whose device failed" in logs_of(run)
+    assert "rank 1: this process's device failed" in (run / "logs" / "rank-1.log").read_text()
+    assert excluded not in slurm.job_field(job, "NodeList")
+    assert excluded == ",".join(EndNotes(run / "logs" / f".ends-{job}-0").nodes(DEVICE))
+    assert slurm.job_field(job, "Restarts") == "1"
+    assert steps_of(run) == list(range(1, 41)), "no step twice, none left out"
+
+
+@pytest.mark.slow
+def test_a_bug_on_one_rank_is_not_requeued_and_all_processes_are_gone(
+    config_path: Path, tmp_path: Path
+) -> None:
+    path = plant(tmp_path / "plant", BUG, rank=2, step=12)
+    keys = ["run.name=a", "train.epochs=100000", "checkpoint.every_steps=5", *planted(path)]
+    done = submit(config_path, *keys, nodes=4, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job, run = slurm.submitted_job(done.stdout), tmp_path / "a"
+    log = run / "logs" / "rank-2.log"
+    wait_until(lambda: len(_training_processes(job)) == 4)
+    wait_until(lambda: log.exists() and "planted " in log.read_text())
+    wait_until(lambda: not _training_processes(job))
+    began = float(log.read_text().partition("planted ")[2].split()[0])
+    seconds = time.time() - began
+    print(f"all processes were gone {seconds:.1f} s after the bug")
+    assert seconds < 20, logs_of(run)
+    assert log.read_text().strip().splitlines()[-1] == "RuntimeError: planted: the shapes do not match"
+    assert slurm.wait_for_end(job) == "FAILED", logs_of(run)
+    assert slurm.job_field(job, "Restarts") == "0"
+
+
+def _training_processes(job: str) -> list[int]:
+    """Return the living training processes of a job."""
+    found = []
+    for pid, command in processes_of(Path("selfmask_dist.cli")).items():
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"SLURM_JOB_ID={job}".encode() in variables and " train " in command:
+            found.append(pid)
+    return found
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from selfmask_dist.backbones.spec import Backbone
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.maskfile import MaskFileError, read_mask_file, write_mask_file
 from selfmask_dist.maskfile.rows import put_file, read_by_parameter
-from selfmask_dist.parallel.sharded import ShardedEncoder
+from selfmask_dist.parallel.fsdp import ShardedEncoder
 from tests.backbones.test_weights_in_file import FAMILIES, load, write_files
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import world_here

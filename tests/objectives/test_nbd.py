@@ -15,6 +15,7 @@ from selfmask_dist.objectives.bank import AdamW, ShardedBank, draw_candidates
 from selfmask_dist.objectives.nbd import WarmupViews, Whitening
 from selfmask_dist.parallel.engine import split_batch
 from tests.objectives.test_objectives import IN_DIM, Encoder, unit
+from tests.support.state import load_whole_buffers, whole_buffers
 
 NUM, K, DIM = 14, 3, 5
 CONFIG = NbdConfig(dim=DIM, neighbours=K, warmup_steps=0, rate=1e-2, weight_decay=1e-2, own_share=0.6)
@@ -246,7 +247,7 @@ def test_a_state_goes_to_another_objective_whole() -> None:
     loss.backward()
     objective.after_step()
     other = Nbd(IN_DIM, CONFIG, Context(global_batch_size=6, num_samples=NUM)).double()
-    other.load_buffers(objective.whole_buffers())
+    load_whole_buffers(other, whole_buffers(objective))
     for step in (1, 2):
         results = []
         for each in (objective, other):

@@ -22,9 +22,12 @@ from selfmask_dist.objectives import (
     Simclr,
 )
 from selfmask_dist.objectives.parts import GlobalBatchNorm
+from selfmask_dist.parallel import World
 from selfmask_dist.parallel.moving_average import MovingAverage
+from selfmask_dist.parallel.parts import KeptParts
 from selfmask_dist.parallel.trained import TrainedParameter
 from tests.support.models import make
+from tests.support.state import averages_of
 
 ROWS, IN_DIM, STEPS, LR = 6, 7, 4, 0.3
 CROPS = {"dino": 4}
@@ -198,7 +201,7 @@ def test_losses_steps_and_teachers_are_those_of_the_formula(name: str) -> None:
         for key, value in parameters.items():
             assert torch.allclose(value, w[key], rtol=0, atol=1e-11), (step, key)
     if teacher is not None:
-        for key, value in teacher.state().items():
+        for key, value in averages_of(teacher).items():
             assert torch.allclose(value, averages[key], rtol=0, atol=1e-11), key
             assert not torch.allclose(value, w[key], rtol=0, atol=1e-6) or not parameters[key].any(), key
 
@@ -310,16 +313,18 @@ def test_a_teachers_theta_is_made_from_the_moving_average_of_scores() -> None:
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(tensor, before[name]), f"{name} is bit for bit as it was"
     assert all(torch.equal(entry.scores, scores[name]) for name, entry in entries.items())
-    assert not torch.equal(teacher.state()["bn1.running_mean"], before["bn1.running_mean"]), "its own moved"
+    assert not torch.equal(averages_of(teacher)["bn1.running_mean"], before["bn1.running_mean"]), (
+        "its own moved"
+    )
     entry = masks.entries[0]
     entry.scores.data.view(-1)[0] = torch.inf  # always kept
     for momentum in (0.0, 0.5, 1.0):
         teacher.momentum = momentum
         teacher.update()
-        assert not teacher.state()[entry.name].isnan().any()
-    assert teacher.state()[entry.name].view(-1)[0] == torch.inf
+        assert not averages_of(teacher)[entry.name].isnan().any()
+    assert averages_of(teacher)[entry.name].view(-1)[0] == torch.inf
     with pytest.raises(ValueError, match=r"do not fit what is trained: \['odd'\]"):
-        teacher.load(teacher.state() | {"odd": torch.zeros(1)})
+        teacher.load(KeptParts([]), [*averages_of(teacher), "odd"], World())
 
 
 def test_under_autocast_the_student_computes_with_its_own_weights() -> None:

@@ -15,9 +15,11 @@ from selfmask_dist.config.objectives import SwavConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Context, Swav
 from selfmask_dist.objectives.swav import encode_views, sinkhorn
+from selfmask_dist.parallel import World
 from selfmask_dist.runs.checkpoint import load_newest
 from tests.support.distributed import run_distributed
 from tests.support.models import make, open_clip_tower, timm_vit
+from tests.support.state import load_whole_buffers, whole_buffers
 from tests.training.test_run import losses_of, metrics_of, run_here, settings, shards  # noqa: F401 (a fixture)
 
 ROWS, VIEWS, IN_DIM, STEPS = 8, 4, 10, 5
@@ -285,12 +287,14 @@ def test_vision_transformers_take_small_crops(build: Any) -> None:
 
 def _losses_here(length: int) -> tuple[list[float], Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size)
 
     def all_reduce(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         return tensor
 
-    objective = objective_of(Context(rank, size, ROWS, all_reduce), queue_length=length, queue_start_epoch=1)
+    context = Context(rank, size, ROWS, all_reduce, all_to_all=world.all_to_all)
+    objective = objective_of(context, queue_length=length, queue_start_epoch=1)
     encoder, losses = Encoder(), []
     for step in range(STEPS):
         objective.start_step(step)
@@ -298,10 +302,12 @@ def _losses_here(length: int) -> tuple[list[float], Tensor]:
         loss.backward()
         losses.append(all_reduce(loss.detach().clone()).item())
     assert encoder.weight.grad is not None
-    assert list(objective.whole_buffers()) == ["queue", "queue_rows"]
-    whole = objective.whole_buffers()["queue"]
-    objective.load_buffers(objective.whole_buffers())
-    assert torch.equal(objective.whole_buffers()["queue"], whole)
+    buffers = whole_buffers(objective, world)
+    assert list(buffers) == ["queue", "queue_rows"]
+    whole = buffers["queue"].clone()
+    objective.queue.zero_()
+    load_whole_buffers(objective, buffers)
+    assert torch.equal(whole_buffers(objective, world)["queue"], whole)
     return losses, torch.cat([all_reduce(encoder.weight.grad).flatten(), whole.flatten()])
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: what is loaded is a whole step or nothing, damage is named, and a run goes on bit for bit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
+from selfmask_dist.parallel.parts import whole_parts
 from selfmask_dist.runs import checkpoint
 from selfmask_dist.runs.checkpoint import (
     Checkpoint,
@@ -24,6 +26,7 @@ from selfmask_dist.runs.checkpoint import (
     load_newest,
     prune,
     read_checkpoint,
+    saving,
     verify,
     write_checkpoint,
 )
@@ -81,7 +84,7 @@ def test_the_newest_is_loaded_and_a_step_saved_twice_gets_a_fresh_directory(tmp_
     assert step_in(found[0]) == 2
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "values.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "tensors.json", "values.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "empty"])
 def test_damage_is_named_set_aside_and_the_one_before_is_loaded(
     tmp_path: Path, name: str, damage: str
@@ -153,14 +156,14 @@ def test_a_failed_save_is_reported_and_leaves_the_last_one(
 ) -> None:
     said: list[str] = []
     saver = Saver(tmp_path, Retention(), on_failure=said.append)
-    saver.save(make(1), step=1)
+    saver.save(whole_parts(make(1).tensors), make(1).values, step=1)
     saver.finish()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_text", full)
-    saver.save(make(2), step=2)
+    monkeypatch.setattr(saving, "write_text", full)
+    saver.save(whole_parts(make(2).tensors), make(2).values, step=2)
     saver.finish()
     assert "step 2 could not be saved" in said[0]
     assert "No space left" in said[0]
@@ -176,7 +179,7 @@ def test_a_full_disk_inside_the_writer_is_an_os_error(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device"):
         write_checkpoint(tmp_path, make(1), step=1)
     assert committed(tmp_path) == []

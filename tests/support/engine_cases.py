@@ -1,6 +1,7 @@
 """What the tests and benchmarks of engines run on every rank: a tiny model trained for some steps."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.any_size import accept_sizes
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.masking import attach, measure
+from selfmask_dist.objectives.parts import encode_views
 from selfmask_dist.parallel import (
     Engine,
     EngineState,
@@ -45,6 +48,7 @@ class Case:
     steps: int = 4
     lr: float = 20.0
     views: int = 1
+    sides: tuple[int, ...] = ()  # of the views in pixels, by resolution: an encoder for several sizes
     batchnorm: str = "frozen"
     masked_head: bool = False
     is_reversed: bool = False  # the same rows in another order: equal but for rounding
@@ -78,8 +82,11 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss = torch.zeros((), dtype=self.head.weight.dtype, device=batch.labels.device)
-        for view in batch.views:
-            logits = self.head(self.encoder(view).to(self.head.weight.dtype)) * 3
+        is_mixed = len({view.shape for view in batch.views}) > 1
+        features = encode_views(self.encoder, batch.views).chunk(len(batch.views)) if is_mixed else None
+        for index, view in enumerate(batch.views):
+            feature = self.encoder(view) if features is None else features[index]
+            logits = self.head(feature.to(self.head.weight.dtype)) * 3
             losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
             loss = loss + (batch.weights.to(losses.dtype) * losses).sum() / batch.global_count
         return loss, {"loss": loss.detach()}
@@ -92,13 +99,13 @@ def batch_of(
     *,
     dtype: torch.dtype,
     views: int = 1,
-    side: int = 16,
+    sides: Sequence[int] = (),
     is_reversed: bool = False,
 ) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
     images = tuple(
         torch.randn(ROWS, 3, side, side, generator=generator, dtype=torch.float64).to(dtype)[rank::size]
-        for _ in range(views)
+        for side in sides or [16] * views
     )
     labels = torch.randint(0, CLASSES, (ROWS,), generator=generator)[rank::size]
     ids = torch.arange(ROWS)[rank::size]
@@ -135,6 +142,8 @@ def build(case: Case) -> tuple[Engine, Any]:
     model, preset = make_model(case)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if case.sides:
+        accept_sizes(model, case.sides, name=case.family)
     if case.batchnorm == "sync":
         synchronise_batchnorm(model)
     step = Step(model, WIDTHS[case.family], case.dtype, case.batchnorm)
@@ -166,7 +175,15 @@ def run_case(case: Case) -> Outcome:
     losses = []
     for step in range(case.start, case.start + case.steps):
         rank, size = engine.world.rank, engine.world.size
-        batch = batch_of(step, rank, size, dtype=case.dtype, views=case.views, is_reversed=case.is_reversed)
+        batch = batch_of(
+            step,
+            rank,
+            size,
+            dtype=case.dtype,
+            views=case.views,
+            sides=case.sides,
+            is_reversed=case.is_reversed,
+        )
         metrics = engine.forward_backward(batch)
         losses.append(engine.world.sum(metrics["loss"].clone()).item())
         engine.step()

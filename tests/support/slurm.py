@@ -189,6 +189,12 @@ def job_state(job: str) -> str:
     ).stdout.strip()
 
 
+def job_field(job: str, name: str) -> str:
+    """A field of a job that SLURM has not forgotten yet, such as ExcNodeList."""
+    words = _run("scontrol", "show", "--oneliner", "job", job).stdout.split()
+    return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+
 def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
     """Take the nodes away from running jobs by one of a higher partition until they have left them; then let
     them start again at once (SLURM would wait for two minutes).

@@ -22,6 +22,7 @@ from tests.support.distributed import run_distributed
 from tests.support.engine_cases import BLOCKS
 from tests.support.models import make
 from tests.support.resuming import KEEP, check_resumed_equals_whole, last_state, losses_of, train
+from tests.support.state import whole_buffers
 from tests.support.tiny_run import write_config, write_tiny_data
 
 NUM, DIM, STEPS, ROWS = 13, 24, 3, 6
@@ -35,7 +36,9 @@ def run_steps(kind: str) -> Outcome:
     encoder, preset = make("timm_vit")
     encoder.requires_grad_(False)
     config = NbdConfig(dim=8, neighbours=3, warmup_steps=4, warmup_batch=5)
-    context = Context(rank, size, ROWS, world.sum, world.sum_with_gradient, num_samples=NUM)
+    context = Context(
+        rank, size, ROWS, world.sum, world.sum_with_gradient, num_samples=NUM, all_to_all=world.all_to_all
+    )
     objective = Nbd(DIM, config, context).double()
     engine = build_engine(
         TrainStep(encoder, objective, batchnorm="frozen"),
@@ -63,7 +66,7 @@ def run_steps(kind: str) -> Outcome:
         losses.append(world.sum(metrics["loss"].clone()).item())
         engine.step()
         objective.after_step()
-    return losses, engine.state().parameters, objective.whole_buffers(), len(objective.bank.rows)
+    return losses, engine.state().parameters, whole_buffers(objective, world), len(objective.bank.rows)
 
 
 def begin(objective: Nbd, world: World) -> None:

@@ -19,6 +19,7 @@ from tests.support.distributed import run_distributed
 from tests.support.engine_cases import BLOCKS
 from tests.support.models import make
 from tests.support.resuming import check_resumed_equals_whole, last_state, losses_of, train
+from tests.support.state import whole_buffers
 from tests.support.tiny_run import write_config, write_tiny_data
 
 # ---- many ranks, all engines
@@ -36,7 +37,9 @@ def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineSta
     world = World(rank, size)
     encoder, preset = make("timm_vit")
     encoder.requires_grad_(False)
-    objective = build(name, 24, Context(rank, size, ROWS, world.sum, world.sum_with_gradient))
+    objective = build(
+        name, 24, Context(rank, size, ROWS, world.sum, world.sum_with_gradient, all_to_all=world.all_to_all)
+    )
     engine = build_engine(
         TrainStep(encoder, objective, batchnorm="frozen"),
         encoder=encoder,
@@ -79,7 +82,7 @@ def run_steps(name: str, kind: str, method: str) -> tuple[list[float], EngineSta
         for held in objective.held_parameters():
             held.grad = None
         engine.step()
-    return losses, engine.state(), objective.whole_buffers()
+    return losses, engine.state(), whole_buffers(objective, world)
 
 
 def run_cases() -> list[Any]:

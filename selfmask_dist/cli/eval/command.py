@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
         "--precision", choices=("float32", "bf16"), default="float32", help="of the search (float32)"
     )
     parser.add_argument(
-        "--memory-mib", type=float, default=256, metavar="N", help="of the search in MiB (256)"
+        "--memory-mib", type=float, metavar="N", help="of the search in MiB (eval.search_mib)"
     )
     parser.add_argument("--tries", type=int, default=5, metavar="N", help="low-shot: draws of a share (5)")
     parser.add_argument(
@@ -61,7 +61,7 @@ def _eval(options: argparse.Namespace) -> int:
     choices = EvalOptions(
         ks=_numbers(options.k),
         precision=options.precision,
-        memory_mib=options.memory_mib,
+        memory_mib=options.memory_mib or config.eval.search_mib,
         tries=options.tries,
         c=options.c,
         epochs=options.epochs,

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfmask_dist import evals
+from selfmask_dist import data, evals
 from selfmask_dist.cli.eval.masks import measure_masks
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
 from selfmask_dist.cli.eval.subject import EvalSubject
 from selfmask_dist.common.plots import draw_bars, draw_lines
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.knn import KS, TEMPERATURES
-from selfmask_dist.evals.local_search import Precision
 from selfmask_dist.evals.low_shot import SHARES
 from selfmask_dist.evals.probe_heads import EPOCHS
+from selfmask_dist.evals.search import Precision
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvalOptions:
 
     ks: tuple[int, ...] = ()
     precision: Precision = "float32"
-    memory_mib: float = 256
+    memory_mib: float | None = None
     tries: int = 5
     c: float = 1.0
     epochs: int = EPOCHS
@@ -44,7 +44,7 @@ def measure_knn(subject: EvalSubject, options: EvalOptions) -> Results:
     notes = subject.require_labels("knn")
     first = options.ks[0] if options.ks else subject.config.eval.knn_k[0]
     temperature = subject.config.eval.knn_temperature
-    size = int((subject.sources["train"].labels >= 0).sum())
+    size = int(data.count_labels(subject.sources["train"])[1:].sum())
     if size < 2:
         raise UnavailableError("k-NN needs two training images with a label")
     ks = sorted(options.ks or {*KS, *subject.config.eval.knn_k})

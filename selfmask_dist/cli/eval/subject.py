@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,10 +40,12 @@ from selfmask_dist.evals import Embeddings
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.rows import check_weights, put
-from selfmask_dist.parallel import World
-from selfmask_dist.parallel.sharded import ShardedEncoder, shards_weights
+from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.training.build import build_backbone, open_data, shard_backbone
 from selfmask_dist.training.finetune import load_trained
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 SPLITS = ("train", "test")
 
@@ -122,7 +124,9 @@ class EvalSubject:
     @cached_property
     def num_classes(self) -> int:
         """How many classes there are, named or not."""
-        return max(len(self.classes), *(int(source.labels.max()) + 1 for source in self.sources.values()))
+        return max(
+            len(self.classes), *(len(data.count_labels(source)) - 1 for source in self.sources.values())
+        )
 
     def require_labels(self, what: str) -> list[str]:
         """Notes on images that are left out for want of a label.
@@ -132,7 +136,7 @@ class EvalSubject:
         """
         notes = []
         for split, source in self.sources.items():
-            missing = int((source.labels < 0).sum())
+            missing = int(data.count_labels(source)[0])
             if missing == len(source):
                 raise UnavailableError(
                     f"data.{split} has no labels, which {what} needs; labelfree gives what can be told "
@@ -170,7 +174,7 @@ class EvalSubject:
         store = EmbeddingStore.open(self._path(view, split))
         rows = store.read_slice(self.world.rank, self.world.size)
         # the class list is this evaluation's, not that of the day of embedding
-        labels = torch.from_numpy(self.sources[split].labels[rows.ids.numpy()])
+        labels = torch.from_numpy(self.sources[split].labels_of(rows.ids.numpy()))
         return Embeddings(rows.features, labels, rows.ids).to(self.world.device)
 
     def embed(self, view: View) -> None:

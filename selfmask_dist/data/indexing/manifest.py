@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,31 @@ def find_shards(path: str) -> list[Path]:
     for shard in shards:
         _check_is_readable(shard)
     return sorted(shards)
+
+
+def sizes_of(path: str) -> dict[str, int]:
+    """Return the bytes of each tar of a folder, or of one tar, by name: one `stat` for each.
+
+    Raises ValueError where there are none, or one cannot be read.
+    """
+    if not os.path.isdir(path):
+        return {shard.name: shard.stat().st_size for shard in find_shards(path)}
+    found: dict[str, int] = {}
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not entry.name.endswith(".tar") or entry.name.startswith("."):
+                continue
+            try:
+                status = entry.stat()
+            except OSError:
+                status = None
+            if status is None or not stat.S_ISREG(status.st_mode):
+                _check_is_readable(Path(entry.path))  # says what it is in place of a file
+            assert status is not None
+            found[entry.name] = status.st_size
+    if not found:
+        _tars_of(Path(path))
+    return found
 
 
 def _tars_of(folder: Path) -> list[Path]:

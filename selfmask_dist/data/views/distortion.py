@@ -38,28 +38,43 @@ _BLUR_RADIUS = 6  # pixels: three of the largest sigma
 def distort_batch(images: Tensor, parameters: Tensor) -> Tensor:
     """Distort each image by its own row of parameters, and return the images.
 
-    images: (n, 3, h, w) float32 in 0..1, may be changed. parameters: (n, 12), on the same device.
+    images: (n, 3, h, w) float32 in 0..1, may be changed. parameters: (n, 12), on the CPU, where it is read
+        which rows take which step: of a device each such question would wait for all that it has to do. From
+        another device they are fetched.
     """
-    is_flipped = parameters[:, FLIP, None, None, None] > 0.5
-    images = torch.where(is_flipped, images.flip(-1), images)
-    is_colored = parameters[:, COLOR] > 0.5
+    parameters = parameters.cpu()
+    is_colored, orders = parameters[:, COLOR] > 0.5, parameters[:, ORDER].long()
+    steps = [
+        is_colored & ((orders[:, turn] == _HUE) == is_hue) for turn in range(4) for is_hue in (False, True)
+    ]
+    steps += [parameters[:, GRAY] > 0.5, parameters[:, SIGMA] > 0]
+    numbers = [step.nonzero()[:, 0] for step in steps]
+    places = _send(torch.cat(numbers), images.device).split([len(rows) for rows in numbers])
+    parameters = _send(parameters, images.device)
     orders, factors = parameters[:, ORDER].long(), parameters[:, FACTORS]
+    images = torch.where(parameters[:, FLIP, None, None, None] > 0.5, images.flip(-1), images)
     for turn in range(4):
-        operation = orders[:, turn]
-        rows = (is_colored & (operation != _HUE)).nonzero()[:, 0]
+        rows = places[2 * turn]
         if len(rows):
-            factor = factors[rows].gather(1, operation[rows, None])[:, :, None, None]
-            images[rows] = _blend(images[rows], operation[rows, None, None, None], factor)
-        rows = (is_colored & (operation == _HUE)).nonzero()[:, 0]
+            operation = orders[rows, turn]
+            factor = factors[rows].gather(1, operation[:, None])[:, :, None, None]
+            images[rows] = _blend(images[rows], operation[:, None, None, None], factor)
+        rows = places[2 * turn + 1]
         if len(rows):
             images[rows] = _shift_hue(images[rows], factors[rows, _HUE])
-    rows = (parameters[:, GRAY] > 0.5).nonzero()[:, 0]
-    if len(rows):
-        images[rows] = _luma(images[rows]).expand(-1, 3, -1, -1)
-    rows = (parameters[:, SIGMA] > 0).nonzero()[:, 0]
-    if len(rows):
-        images[rows] = _blur(images[rows], parameters[rows, SIGMA])
+    gray, blurred = places[-2:]
+    if len(gray):
+        images[gray] = _luma(images[gray]).expand(-1, 3, -1, -1)
+    if len(blurred):
+        images[blurred] = _blur(images[blurred], parameters[blurred, SIGMA])
     return images
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device, without waiting for what the device does now."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _blend(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
@@ -90,7 +105,7 @@ def _shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     high, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     spread = high - low
     hue = (green + blue - red + high - 2 * low).copysign(green - blue)
-    center = shift.new_tensor([3.0, -1.0, 1.0]) - 6 * shift[:, None]
+    center = _send(torch.tensor([3.0, -1.0, 1.0], dtype=shift.dtype), shift.device) - 6 * shift[:, None]
     center -= 6 * (center / 6).round()  # to -3..3, so that no difference to a hue is beyond 6
     # 2 - distance = | |h - center| - 3 | - 1
     ramp = ((hue - spread * center[:, :, None, None]).abs() - 3 * spread).abs()

@@ -1,25 +1,28 @@
 """The trained state with the highest instance retrieval so far, which `train.keep=best` leaves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from selfmask_dist.evals.instance_retrieval import MEASURE
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
-from selfmask_dist.parallel.trained import EngineState
+from selfmask_dist.parallel.parts import KeptParts, StateSource, TensorPart
+from selfmask_dist.training.state import buffer_parts, load_buffers
 
 Monitor = Callable[[int], dict[str, Any]]
 _MONITORED = f"monitor/{MEASURE}"
+_PARTS = ("parameters", "statistics")  # of an EngineState
 
 
 class BestState:
     """The trained state with the highest instance retrieval so far, a part of every checkpoint.
 
     What is kept is what a run leaves: parameters, running statistics and, where the head is kept, the
-    objective's buffers; whole and on the CPU, without momentum. Each process takes that much memory. Every
-    method is a collective: every rank must call.
+    objective's buffers; on the CPU, without momentum. Each process keeps its own parts of it. Every method is
+    a collective: every rank must call.
     """
 
     def __init__(self, engine: Engine, objective: Objective) -> None:
@@ -28,7 +31,7 @@ class BestState:
         self.value = -1.0
         self.step = 0  # after which it stood
         self.last_step = 0  # after which the newest measurement was
-        self.tensors: dict[str, Tensor] = {}  # part/name
+        self._parts: list[TensorPart] = []
         self._masks_step = 0
 
     def after(self, monitor: Monitor) -> Monitor:
@@ -48,27 +51,28 @@ class BestState:
         self.last_step = step
         if value <= self.value:
             return
-        state = self._engine.state()
-        self.value, self.step, self._masks_step = value, step, state.step
-        parts = {"parameters": state.parameters, "statistics": state.statistics, "buffers": {}}
-        if self._objective.classifies:  # other heads are thrown away, and their buffers may be long queues
-            buffers = self._objective.whole_buffers()
-            parts["buffers"] = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-        self.tensors = {
-            f"{part}/{name}": tensor for part, found in parts.items() for name, tensor in found.items()
-        }
+        self.value, self.step, self._masks_step = value, step, self._engine.masks_step
+        self._parts = [
+            replace(part, tensor=part.tensor.detach().cpu().clone()) for part in self._present_parts()
+        ]
 
     def put_back(self) -> None:
         """Make the kept state the present one. What is trained further from here has no momentum."""
-        parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "statistics": {}, "buffers": {}}
-        for key, tensor in self.tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = tensor
-        self._engine.load_state(
-            EngineState(parts["parameters"], {}, parts["statistics"], step=self._masks_step)
-        )
+        kept = KeptParts(self._parts)
+        self._engine.load(kept, step=self._masks_step, parts=_PARTS)
         if self._objective.classifies:
-            self._objective.load_buffers(parts["buffers"])
+            load_buffers(self._objective, kept)
+
+    def _present_parts(self) -> list[TensorPart]:
+        """Return what is kept of the state, as it stands."""
+        parts = [part for part in self._engine.parts() if part.name.partition("/")[0] in _PARTS]
+        if self._objective.classifies:  # other heads are thrown away, and their buffers may be long queues
+            parts += buffer_parts(self._objective, self._engine.world)
+        return parts
+
+    def parts(self) -> list[TensorPart]:
+        """Return this process's parts of the kept state, which a checkpoint has as well."""
+        return self._parts
 
     def values(self) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the tensors."""
@@ -79,8 +83,12 @@ class BestState:
             "masks_step": self._masks_step,
         }
 
-    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
-        self.tensors = tensors
+    def load(self, source: StateSource, values: dict[str, Any]) -> None:
+        """Go on from what a checkpoint kept: of each tensor, what this process holds."""
+        self._parts = []
+        for part in self._present_parts() if source.shapes else ():
+            kept = replace(part, tensor=torch.empty(part.tensor.shape, dtype=part.tensor.dtype))
+            source.read_into(kept)
+            self._parts.append(kept)
         self.value, self.step = values["value"], values["step"]
         self.last_step, self._masks_step = values["last_step"], values["masks_step"]

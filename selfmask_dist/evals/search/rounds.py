@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfmask_dist.evals.local_search import Precision, decode, nearest, sort_rows
+from selfmask_dist.evals.memory import least_free_mib
 from selfmask_dist.evals.ranks import Alone, Ranks, check_features, raise_together
+from selfmask_dist.evals.search.local import Precision, decode, nearest, sort_rows
 
-MEMORY_MIB = 256
+MEMORY_MIB = 256  # unless that is too little
 _MAX_QUERIES = 4096  # at once; the bank is normalised anew for each round
 _MIN_BLOCK = 256
+_GOOD_ROUND = 4  # times the least memory, where no other bound is given
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,30 @@ class Plan:
         *,
         k: int,
         num_ranks: int = 1,
-        memory_mib: float = MEMORY_MIB,
+        memory_mib: float | None = None,
+        free_mib: float = math.inf,
         element_size: int = 4,
     ) -> Plan:
         """Return the plan for `num_bank` samples in the bank and `num_queries` queries over all ranks.
 
+        Args:
+            memory_mib: the bound on each rank's workspace. None: `MEMORY_MIB`, and where a round of a few
+                queries of each rank needs more, as much as that.
+            free_mib: what every rank has free; None takes at most half of it.
+
         Raises:
             ValueError: the memory is too small for one query of each rank.
         """
-        half = memory_mib * 2**20 / 2
         # of a query: itself as sent, received, normalised and rounded; its candidates while they are found,
         # sorted and merged
         per_query = dim * (2 * element_size + 10) + 128 * (k + 32)
+        least = 2 * max(num_ranks * per_query, _MIN_BLOCK * (12 * dim + 5 * num_ranks)) / 2**20
+        asked = "" if memory_mib is None else f"memory_mib is {memory_mib:g}"
+        if memory_mib is None:
+            good = max(MEMORY_MIB, _GOOD_ROUND * least)
+            memory_mib = max(min(good, free_mib / 2), MEMORY_MIB)
+            asked = f"{free_mib:g} MiB are free on a rank, of which the search takes half"
+        half = memory_mib * 2**20 / 2
         at_once = min(_MAX_QUERIES, int(half / per_query))
         per_rank = max(1, math.ceil(num_queries / num_ranks))
         most = min(at_once // num_ranks, per_rank)
@@ -71,10 +85,8 @@ class Plan:
         # comparison
         block = int(half / (12 * dim + 5 * max(1, queries) * num_ranks))
         if queries < 1 or block < _MIN_BLOCK:
-            least = 2 * max(num_ranks * per_query, _MIN_BLOCK * (12 * dim + 5 * num_ranks)) / 2**20
             raise ValueError(
-                f"memory_mib is {memory_mib:g}; {dim} dimensions, k = {k} and {num_ranks} ranks need at "
-                f"least {math.ceil(least)}"
+                f"{asked}; {dim} dimensions, k = {k} and {num_ranks} ranks need at least {math.ceil(least)}"
             )
         part = math.ceil(num_bank / num_ranks)
         rounds = math.ceil(num_queries / num_ranks / queries)
@@ -95,7 +107,7 @@ class SearchOptions(TypedDict, total=False):
 
     query_ids: Tensor | None
     ranks: Ranks | None
-    memory_mib: float
+    memory_mib: float | None
     precision: Precision
 
 
@@ -123,7 +135,7 @@ def search_rounds(
     bank_ids: Tensor | None = None,
     query_ids: Tensor | None = None,
     ranks: Ranks | None = None,
-    memory_mib: float = MEMORY_MIB,
+    memory_mib: float | None = None,
     precision: Precision = "float32",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the k nearest neighbours of a block of this rank's queries at a time, in their order:
@@ -135,8 +147,9 @@ def search_rounds(
         queries: (m, dim), this rank's, of the same type and device.
         bank_ids: (n,) int64, ascending, below 2^31, each on one rank; 0 ... n - 1 where there is one rank.
         query_ids: (m,), to leave out of each query's neighbours the sample with its own id.
-        memory_mib: bound on what is needed beyond bank and queries.
-        precision: of the products that find candidates. bf16 gives the same neighbours (see `local_search`),
+        memory_mib: bound on what is needed beyond bank and queries; None: `MEMORY_MIB`, or what many ranks,
+            dimensions or neighbours need, up to half of what the rank with the least has free.
+        precision: of the products that find candidates. bf16 gives the same neighbours (see `local`),
             sooner where the processor multiplies bf16 faster.
 
     Raises:
@@ -166,6 +179,7 @@ def search_rounds(
         k=found,
         num_ranks=ranks.size,
         memory_mib=memory_mib,
+        free_mib=least_free_mib(ranks, bank.device) if memory_mib is None else math.inf,
         element_size=bank.element_size(),
     )
     for start in range(0, most_queries, plan.queries):

@@ -1,0 +1,99 @@
+"""What comes beside a step: training as a whole, checkpoints, evaluation, a cascade's experts.
+
+checkpoint   4 bytes for each number of state (score, moments, a teacher's average) of a masked weight;
+             every rank writes 1/world of it, from a copy in host memory
+seconds      of a save: the copy, then the slower of the node's way to storage and all nodes' together;
+             hashing goes along with writing. A resume reads as much
+stopping     a step that is under way, a save that is under way, and one more, and as much again for
+             luck: checkpoint.stop_seconds
+"""
+
+import math
+from dataclasses import dataclass
+
+from selfmask_dist.cascade.plan import choose_num_groups
+from selfmask_dist.cli.plan.hardware import Hardware
+from selfmask_dist.cli.plan.model_size import ModelSize
+from selfmask_dist.cli.plan.steps import FULL, Estimate, choose, estimate, state_numbers
+from selfmask_dist.config import Config
+
+_COPY_GBS = 10.0  # from a GPU to host memory, of a rank
+_LEAST_STOP = 60  # seconds: the keys' defaults
+_SIGNAL_BEFORE = 30
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What checkpoints need: bytes in all, of a rank, staged on a node; seconds; the keys they suggest."""
+
+    total: float
+    of_rank: float
+    of_node: float
+    seconds: float
+    stop_seconds: int
+    signal_seconds: int
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What one measurement of all training pictures needs: seconds to embed them, bytes of embeddings."""
+
+    passes: int  # before training and after it
+    seconds: float
+    embeddings: float
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How a cascade's experts are trained: groups of ranks at the same time; None where no engine fits."""
+
+    count: int
+    groups: int
+    ranks: int
+    engine: Estimate | None
+
+
+def steps_of(config: Config, hardware: Hardware) -> int:
+    """Return the steps of the training."""
+    steps = math.ceil(config.train.epochs * hardware.pictures / config.train.global_batch_size)
+    return min(steps, config.train.max_steps or steps)
+
+
+def reckon_saving(size: ModelSize, config: Config, hardware: Hardware, step_seconds: float) -> Saving:
+    """Return what checkpoints need, heads and buffers left out.
+
+    Args:
+        step_seconds: of one step, at most.
+    """
+    total = FULL * size.masked * state_numbers(config)
+    of_rank = total / hardware.world_size
+    seconds = of_rank / (_COPY_GBS * 1e9) + hardware.file_seconds(total)
+    needed = 2 * (2 * seconds + step_seconds)
+    stop = max(_LEAST_STOP, 10 * math.ceil(needed / 10))
+    return Saving(total, of_rank, total / hardware.nodes, seconds, stop, stop + _SIGNAL_BEFORE)
+
+
+def reckon_evaluating(size: ModelSize, config: Config, hardware: Hardware, engine: Estimate) -> Evaluating:
+    """Return what it takes to embed data.train once, on the engine's shards where it has them."""
+    w = hardware.world_size
+    compute = hardware.pictures * size.flops_per_image / (w * hardware.tflops * 1e12)
+    batches = math.ceil(hardware.pictures / (w * config.eval.batch_size))
+    gathering = batches * engine.gather_seconds
+    passes = int(config.eval.frozen_baseline) + int(config.eval.final)
+    return Evaluating(passes, compute + gathering, FULL * hardware.pictures * size.dim)
+
+
+def reckon_experts(size: ModelSize, config: Config, hardware: Hardware, *, image_size: int) -> Experts:
+    """Return how experts of equal size are trained under method=cascade."""
+    count = max(config.cascade.clusters)
+    groups = choose_num_groups(
+        [1.0] * count,
+        hardware.world_size,
+        config.train.global_batch_size,
+        wanted=config.cascade.expert_groups,
+    )
+    ranks = hardware.world_size // groups
+    within = min(ranks, hardware.gpus_per_node)
+    part = Hardware(**{**vars(hardware), "nodes": -(-ranks // within), "gpus_per_node": within})
+    engines = estimate(size, config, part, image_size=image_size)
+    return Experts(count, groups, ranks, choose(engines, hardware.memory_gib))
