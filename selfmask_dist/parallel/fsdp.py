@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.masking import Shards
 from selfmask_dist.parallel.engine import Engine, reduce_dtype
-from selfmask_dist.parallel.world import World
 from selfmask_dist.parallel.together import take_several
+from selfmask_dist.parallel.world import World
 
 
 class FSDPEngine(Engine):

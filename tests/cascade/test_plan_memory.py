@@ -6,7 +6,7 @@ import torch
 from selfmask_dist.cascade import run as run_module
 from selfmask_dist.cascade.plan import choose_num_groups
 from selfmask_dist.cascade.run import choose_by_memory
-from selfmask_dist.cli.expert_memory import bytes_of_a_process
+from selfmask_dist.cli.plan.experts import bytes_of_a_process
 from selfmask_dist.config import load_config
 
 VIT = (

@@ -4,7 +4,8 @@
 Knows nothing of runs; a cascade does not import the command line, and is handed this function.
 """
 
-from selfmask_dist.cli.plan import Hardware, bank_bytes, plan
+from selfmask_dist.cli.plan.hardware import Hardware
+from selfmask_dist.cli.plan.steps import bank_bytes, plan
 from selfmask_dist.config import Config
 
 
