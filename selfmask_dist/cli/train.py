@@ -60,8 +60,11 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     ):
         if config.method == "cascade":
             from selfmask_dist.cascade.run import run_cascade
+            from selfmask_dist.cli.plan.experts import bytes_of_a_process
 
-            return run_cascade(config, stop, is_restart=is_restart, part=part)
+            return run_cascade(
+                config, stop, is_restart=is_restart, part=part, bytes_needed_fn=bytes_of_a_process
+            )
         if config.method in PROCEDURES:
             from selfmask_dist.procedures import run_procedure
 

@@ -22,6 +22,7 @@ __all__ = [
     "is_lost_peer",
     "join_world",
     "set_timeout",
+    "shards_weights",
     "synchronise_batchnorm",
     "take_from_main",
 ]
@@ -58,3 +59,11 @@ def build_engine(
         clip_norm=clip_norm,
         score_step=score_step,
     )
+
+
+def shards_weights(config: EngineConfig, world: World) -> bool:
+    """Return whether an evaluation must not hold the encoder whole either: the engine cuts it over ranks, or
+    keeps it in the CPU's memory.
+    """
+    cuts = config.name == "fsdp" or (config.name == "deepspeed" and config.zero_stage == 3)
+    return cuts and (world.size > 1 or config.cpu_offload)

@@ -20,14 +20,20 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.parallel import World
+from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, remove_measured, run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
-from selfmask_dist.training.build import build_backbone, check_run, open_data, open_what_there_is
+from selfmask_dist.training.build import (
+    build_backbone,
+    check_run,
+    open_data,
+    open_what_there_is,
+    shard_backbone,
+)
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.retrieval.score_lr import describe_choice, with_chosen_score_lr
 
@@ -94,11 +100,13 @@ def _run(
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
-    cuts_weights = trains and config.engine.name == "fsdp"
+    cuts_weights = config.engine.name == "fsdp" if trains else shards_weights(config.engine, context.world)
     backbone = build_backbone(config, in_file=cuts_weights, world=context.world)
     notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)
+    elif not trains:
+        shard_backbone(backbone, config, context.world, keeps_frozen=False)
     evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     writer = context.writer
     record = RetrievalRecord(evaluation, context.directory, context.world)
