@@ -46,7 +46,7 @@ from selfmask_dist.masking import select
 from selfmask_dist.objectives.base import Context, TrainStep
 from selfmask_dist.objectives.swav import Swav
 from selfmask_dist.parallel import Engine, World, build_engine
-from selfmask_dist.runs.checkpoint import load_newest, write_checkpoint
+from selfmask_dist.runs.checkpoint import Retention, Saver, loading_peers, open_newest, saving_peers
 from selfmask_dist.training.state import Position, RunState
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import world_here
@@ -107,7 +107,8 @@ def make_rig(name: str, depth: int, folder: Path, *, width: int = WIDTH, accumul
     encoder = make_encoder(width, depth)
     accept_sizes(encoder, SIDES, name="vit")
     world = world_here()
-    context = Context(world.rank, world.size, BATCH, world.sum, world.sum_with_gradient, num_samples=BATCH)
+    sums = world.sum, world.sum_with_gradient
+    context = Context(world.rank, world.size, BATCH, *sums, num_samples=BATCH, all_to_all=world.all_to_all)
     objective = Swav(width, SwavConfig(prototypes=64, dim=64), context)
     module = TrainStep(encoder, objective, batchnorm="frozen")
     config = EngineConfig.model_validate({"name": name, "bucket_mb": BUCKET_MB, **ENGINES[name]})
@@ -151,16 +152,18 @@ def state_of(rig: Rig) -> RunState:
 
 
 def save(rig: Rig) -> None:
-    checkpoint = state_of(rig).capture(Position(step=1), telemetry=NoMeans(), metrics={})
-    if rig.world.is_main:
-        write_checkpoint(rig.folder / "checkpoints", checkpoint, step=1)
+    state = state_of(rig)
+    saver = Saver(rig.folder / "checkpoints", Retention(), peers=saving_peers(rig.world))
+    values = state.values(Position(step=1), telemetry=NoMeans(), metrics={})
+    saver.save(state.parts(), values, step=1)
+    saver.finish()
     dist.barrier()
 
 
 def resume(rig: Rig) -> None:
-    found = load_newest(rig.folder / "checkpoints")
+    found = open_newest(rig.folder / "checkpoints", peers=loading_peers(rig.world))
     assert found is not None
-    state_of(rig).restore(found[0], telemetry=NoMeans())
+    state_of(rig).restore(found, telemetry=NoMeans())
 
 
 def finish(rig: Rig) -> None:

@@ -10,7 +10,7 @@ from selfmask_dist.masking.core import ScoreStep
 from selfmask_dist.parallel.agreement import take_from_main
 from selfmask_dist.parallel.batchnorm import synchronise_batchnorm
 from selfmask_dist.parallel.engine import Engine
-from selfmask_dist.parallel.trained import EngineState
+from selfmask_dist.parallel.parts import EngineState
 from selfmask_dist.parallel.world import START_TIMEOUT, World, is_lost_peer, join_world, set_timeout
 
 __all__ = [
