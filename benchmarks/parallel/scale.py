@@ -107,8 +107,15 @@ def make_rig(name: str, depth: int, folder: Path, *, width: int = WIDTH, accumul
     encoder = make_encoder(width, depth)
     accept_sizes(encoder, SIDES, name="vit")
     world = world_here()
-    sums = world.sum, world.sum_with_gradient
-    context = Context(world.rank, world.size, BATCH, *sums, num_samples=BATCH, all_to_all=world.all_to_all)
+    context = Context(
+        world.rank,
+        world.size,
+        BATCH,
+        world.sum,
+        world.sum_with_gradient,
+        num_samples=BATCH,
+        all_to_all=world.all_to_all,
+    )
     objective = Swav(width, SwavConfig(prototypes=64, dim=64), context)
     module = TrainStep(encoder, objective, batchnorm="frozen")
     config = EngineConfig.model_validate({"name": name, "bucket_mb": BUCKET_MB, **ENGINES[name]})
@@ -152,12 +159,10 @@ def state_of(rig: Rig) -> RunState:
 
 
 def save(rig: Rig) -> None:
-    state = state_of(rig)
-    saver = Saver(rig.folder / "checkpoints", Retention(), peers=saving_peers(rig.world))
-    values = state.values(Position(step=1), telemetry=NoMeans(), metrics={})
-    saver.save(state.parts(), values, step=1)
+    state, peers = state_of(rig), saving_peers(rig.world)
+    saver = Saver(rig.folder / "checkpoints", Retention(), peers=peers)
+    saver.save(state.parts(), state.values(Position(step=1), telemetry=NoMeans(), metrics={}), step=1)
     saver.finish()
-    dist.barrier()
 
 
 def resume(rig: Rig) -> None:
