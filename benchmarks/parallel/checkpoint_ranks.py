@@ -39,7 +39,7 @@ from selfmask_dist.common.files import sha256
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.parallel import Engine, World, build_engine
-from selfmask_dist.parallel.trained import MOMENTS, EngineState
+from selfmask_dist.parallel.parts import MOMENTS, EngineState
 from selfmask_dist.runs.checkpoint import Retention, Saver, loading_peers, open_newest, saving_peers
 from tests.support.distributed import run_distributed
 from tests.support.engine_cases import CLASSES, Step, world_here

@@ -53,6 +53,13 @@ def leave_in_files() -> Iterator[None]:
         hook.remove()
 
 
+def tensors_in_files(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of a module that still lie in their file, by name."""
+    pages = FilePages()
+    named = ((name, parameter.detach()) for name, parameter in module.named_parameters())
+    return {name: tensor for name, tensor in named if pages.holds(tensor)}
+
+
 class FilePages:
     """The parts of this process's memory that are files, mapped and never written to.
 
@@ -72,6 +79,11 @@ class FilePages:
                 elif first == "Anonymous:" and rest[0] == "0" and is_file:  # no page was written to
                     self._spans.append(span)
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor's values are such pages: to keep it then costs no memory."""
+        start = tensor.data_ptr()
+        return any(low <= start and start + tensor.nbytes <= high for low, high in self._spans)
+
     def one_by_one(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor by sorted name, read once: pages of files are given back on the way."""
         held: list[Tensor] = []
@@ -85,9 +97,9 @@ class FilePages:
 
     def _release(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            start = tensor.data_ptr()
-            stop = start + tensor.nbytes
-            if any(low <= start and stop <= high for low, high in self._spans):
+            if self.holds(tensor):
+                start = tensor.data_ptr()
+                stop = start + tensor.nbytes
                 start -= start % mmap.PAGESIZE
                 ctypes.CDLL(None).madvise(
                     ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED

@@ -119,7 +119,7 @@ def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str 
         MaskFileError: the file is damaged, holds no cascade, or does not fit the backbone.
         ValueError: the bank has masks of these names; it is left as it was.
     """
-    masks, router, combinations = _read(path)
+    masks, router, combinations = read_cascade(path)
     bank = backbone if isinstance(backbone, MaskBank) else MaskBank(backbone)
     added: list[str] = []
     try:
@@ -139,8 +139,12 @@ def modes_of(file: MaskFile) -> list[str]:
     return [part for part in parts if part in MODES]
 
 
-def _read(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
-    """Return masks, router and combinations by mode; raises as `load_cascade`."""
+def read_cascade(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, Combination]]:
+    """Return masks by name, router and combinations by mode of a cascade's file.
+
+    Raises:
+        MaskFileError: the file is damaged, or holds no cascade.
+    """
     file = maskfile.read_mask_file(path)
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():

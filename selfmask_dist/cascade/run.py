@@ -14,11 +14,13 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from selfmask_dist.cascade.plan import choose_num_groups, expert_epochs, share_out, utilisation
 from selfmask_dist.cascade.stages import Stages, read_sizes
@@ -32,7 +34,9 @@ from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.verdict import closing, judge_cascade
 from selfmask_dist.training.chain import Chain, stage_config
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = (0.2, 5.0)  # between two looks for the others' results: at first, and at most
+_GIB = 2**30
+BytesNeeded = Callable[[Config, int, int], float | None]  # of a number of processes and of training images
 _NO_EVALUATION = {"final": False, "frozen_baseline": False}  # views are measured once, at the end
 
 
@@ -71,7 +75,12 @@ class CurrentWorld:
 
 
 def run_cascade(
-    config: Config, stop: StopRequest, *, is_restart: bool, part: str | None = None
+    config: Config,
+    stop: StopRequest,
+    *,
+    is_restart: bool,
+    part: str | None = None,
+    bytes_needed_fn: BytesNeeded = lambda *_: None,
 ) -> dict[str, Any]:
     """Run a cascade to its end and return what its `result.json` holds. Every process of the run calls this.
 
@@ -79,6 +88,7 @@ def run_cascade(
         part: only `router` (and all before it), `expert-K`, or `combination` (and all after it). Returns
             nothing of the router, and the run's result of an expert. An expert that the router did not find
             is no error: where it chooses their number, nobody knows it before.
+        bytes_needed_fn: what each process of a group needs while an expert trains.
 
     Raises:
         ValueError: configuration, data or backbone cannot be used, the router found a cluster too small, or
@@ -87,34 +97,41 @@ def run_cascade(
     """
     directory = run_path(config)
     stop_path = directory / f"stop-{os.environ.get('SELFMASK_RESTARTS', 0)}"
-    if part is not None:
-        _check_part(part, directory)
     with ExitStack() as stack:
         current = CurrentWorld(config, stack)
         world = current.join()
+        if part is not None:
+            world.from_main(lambda: _check_part(part, directory))
         if world.is_main:
             create_run_directory(config, is_restart=is_restart or part not in (None, names.ROUTER))
-        world.barrier()
-        if (directory / names.RESULT).exists():  # requeued after its end
-            finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
+        finished = world.from_main(lambda: _finished(directory))
+        if finished is not None:  # requeued after its end
             return finished
         if part is not None and part.startswith(names.expert("")):
             return _train_expert(config, int(part.removeprefix(names.expert(""))), world, stop)
         if part != names.COMBINATION:
             if world.is_main:
                 stop_path.unlink(missing_ok=True)
-            num_groups = _prepare_experts(config, world, stop)
+            num_groups = _prepare_experts(config, world, stop, bytes_needed_fn)
             if part == names.ROUTER:
                 return {}
-            stop.watch(stop_path)
+            world = current.join(num_groups)
+            stop.watch(stop_path if world.is_main else None)  # who tells its group in the next vote
             try:
-                _train_experts(config, current.join(num_groups), stop, num_groups)
+                _train_experts(config, world, stop, num_groups)
             except Preempted:
-                stop_path.touch()  # groups share no step in which they could agree
+                if world.is_main:
+                    stop_path.touch()  # groups share no step in which they could agree
                 raise
             stop.watch(None)
         with open_run(config, directory, current.join(), stop) as context:
             return _finish(config, context)
+
+
+def _finished(directory: Path) -> dict[str, Any] | None:
+    path = directory / names.RESULT
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return result
 
 
 def _check_part(part: str, directory: Path) -> None:
@@ -130,7 +147,7 @@ def _check_part(part: str, directory: Path) -> None:
             raise ValueError(f"{directory}: {', '.join(missing)} must be trained before they are combined")
 
 
-def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
+def _prepare_experts(config: Config, world: World, stop: StopRequest, bytes_needed_fn: BytesNeeded) -> int:
     """Do everything up to the router; return in how many groups experts train."""
     directory = run_path(config)
     _start(config, world, stop)
@@ -139,7 +156,7 @@ def _prepare_experts(config: Config, world: World, stop: StopRequest) -> int:
         stages = Stages(config, context)
         stages.embed(names.DISPATCHER)
         stages.route()
-        return _plan_experts(config, context)
+        return _plan_experts(config, context, bytes_needed_fn)
 
 
 def _start(config: Config, world: World, stop: StopRequest) -> None:
@@ -211,18 +228,18 @@ def expert_costs(config: Config, sizes: list[int]) -> list[float]:
     ]
 
 
-def _plan_experts(config: Config, context: RunContext) -> int:
+def _plan_experts(config: Config, context: RunContext, bytes_needed_fn: BytesNeeded) -> int:
     """Return in how many groups the experts train: equal on every process, and after every restart."""
     sizes = read_sizes(context.directory)
     costs = expert_costs(config, sizes)
-    number = 1
+    number, bound = 1, ""
     if config.engine.name != "deepspeed":  # which cannot leave a process group and form another
-        number = choose_num_groups(
-            costs,
-            num_processes(),
-            config.train.global_batch_size,
-            wanted=config.cascade.expert_groups,
+        number, bound = context.world.from_main(
+            lambda: choose_by_memory(config, sizes, context.world.device, bytes_needed_fn)
         )
+    if bound:
+        context.writer.event("note", text=bound)
+        context.writer.message(f"note     {bound}")
     groups = share_out(costs, number)
     context.writer.message(
         f"experts  {len(sizes)} of {', '.join(map(str, sizes))} images; {number} group(s) of "
@@ -240,6 +257,44 @@ def _plan_experts(config: Config, context: RunContext) -> int:
     return number
 
 
+def choose_by_memory(
+    config: Config, sizes: list[int], device: torch.device, bytes_needed_fn: BytesNeeded
+) -> tuple[int, str]:
+    """Return the number of groups, and a sentence where memory bounded it or is short; empty elsewhere."""
+    section, costs = config.cascade, expert_costs(config, sizes)
+    limit = section.memory_gib * _GIB if section.memory_gib else 0.9 * _memory_of(device)
+    needs: dict[int, float] = {}
+
+    def has_room(num_processes: int) -> bool:
+        needs[num_processes] = bytes_needed_fn(config, num_processes, max(sizes)) or 0.0
+        return needs[num_processes] <= limit
+
+    world, batch, wanted = num_processes(), config.train.global_batch_size, section.expert_groups
+    number = choose_num_groups(costs, world, batch, wanted=wanted, has_room_fn=has_room)
+    if wanted or (number == 1 and needs):
+        has_room(world // number)
+    short = {size: need for size, need in needs.items() if need > limit}
+    if not short:
+        return number, ""
+    size, need = next(iter(short.items()))
+    text = (
+        f"an expert on {size} process(es) needs {need / _GIB:.1f} GiB on each, and {limit / _GIB:.1f} GiB "
+        f"may be taken"
+    )
+    if wanted:
+        return number, f"{text}: cascade.expert_groups={wanted} may be too many"
+    text += f": experts train in {number} group(s) of {world // number}"
+    return number, text + ("; that, too, may be short of memory" if world // number in short else "")
+
+
+def _memory_of(device: torch.device) -> float:
+    """Return the bytes of a device; of a CPU this process's share of the machine's."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole / int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+
+
 def _train_experts(config: Config, world: World, stop: StopRequest, num_groups: int) -> None:
     """Train the experts of this process's group, then wait for the others'."""
     directory = run_path(config)
@@ -249,8 +304,29 @@ def _train_experts(config: Config, world: World, stop: StopRequest, num_groups: 
     chain = Chain(config, world, stop)
     for k in mine:
         chain.run(expert_config(config, k, sizes))
-    results = [directory / names.expert(k) / names.RESULT for k in range(len(sizes))]
-    while not all(path.exists() for path in results):
-        if stop.requested:
+    _wait_for([directory / names.expert(k) / names.RESULT for k in range(len(sizes))], world, stop)
+
+
+def _wait_for(paths: Sequence[Path], world: World, stop: StopRequest) -> None:
+    """Wait until files are there that other groups of processes write.
+
+    The main rank of a group looks, less and less often, and each look is a vote of its ranks on stopping.
+    Collective: every rank of the group must call.
+
+    Raises:
+        Preempted: a rank of the group was asked to stop.
+    """
+    waiting, (pause, longest) = list(paths), _POLL_SECONDS
+    while True:
+        if world.is_main:
+            waiting = [path for path in waiting if not path.exists()]
+        votes = torch.tensor([float(stop.requested), float(world.is_main and bool(waiting))])
+        is_stopped, is_waiting = world.sum(votes.to(world.device)).tolist()
+        if is_stopped:
             raise Preempted
-        time.sleep(_POLL_SECONDS)
+        if not is_waiting:
+            return
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not stop.requested:
+            time.sleep(_POLL_SECONDS[0])
+        pause = min(1.5 * pause, longest)

@@ -11,13 +11,14 @@ No process holds the embeddings of all images.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,7 @@ from selfmask_dist import data, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade.model import save_cascade
+from selfmask_dist.cascade.parts import Parts, combine_to_store, gather_slices, members, write_table
 from selfmask_dist.cascade.plot import draw_cascade
 from selfmask_dist.common import names, text
 from selfmask_dist.common.files import replacing, sha256, write_json
@@ -33,10 +35,15 @@ from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
-from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.maskfile.rows import put_file
+from selfmask_dist.parallel import shards_weights
 from selfmask_dist.runs.context import RunContext
-from selfmask_dist.training.build import build_backbone, check_run, open_data
+from selfmask_dist.training.build import build_backbone, check_run, open_data, shard_backbone
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 SPLITS = ("train", "test")
 _ROUTER = "router.safetensors"  # in the router's folder
@@ -56,13 +63,22 @@ class Stages:
 
     @cached_property
     def _backbone(self) -> Backbone:
-        backbone = build_backbone(self._config)
-        backbone.encoder.to(self._world.device)
+        backbone = build_backbone(self._config, in_file=self._is_sharded, world=self._world)
+        if not self._is_sharded:  # what cuts it moves it, too
+            backbone.encoder.to(self._world.device)
         return backbone
 
     @cached_property
     def _bank(self) -> MaskBank:
         return MaskBank(self._backbone.encoder)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return shards_weights(self._config.engine, self._world)
+
+    @cached_property
+    def _sharded(self) -> "ShardedEncoder":
+        return shard_backbone(self._backbone, self._config, self._world)
 
     @property
     def num_test_images(self) -> int:
@@ -97,12 +113,11 @@ class Stages:
     def embed(self, view: str) -> None:
         """Write the embeddings of both splits: `frozen`, or under the mask of the run `view`."""
         mask_path = None if view == "frozen" else self._directory / view / names.MASK
-        if mask_path is not None and view not in self._bank:
-            self._bank.add(view, mask_path)
+        encode_fn = self._encoder_under(view, mask_path)
         for split in SPLITS:
             store = self._create(view, split, mask_path)
             embed_to_store(
-                lambda images: self._bank.embed(images, None if mask_path is None else view),
+                encode_fn,
                 self._sources[split],
                 data.eval_transform(self._backbone.spec.preprocessing),
                 store,
@@ -112,33 +127,48 @@ class Stages:
                 num_workers=self._config.engine.workers,
                 device=self._world.device,
                 all_reduce=self._sum,
-                on_batch=self._context.check,
+                on_batch=self._context.paced_check(),
                 report=self._context.writer.message,
             )
         self._world.barrier()
         self._say("embedded", view)
 
+    def _encoder_under(self, view: str, mask_path: Path | None) -> Callable[[Tensor], Tensor]:
+        """Return the encoder under a mask, or frozen; where it is cut over ranks, until the next view."""
+        if self._is_sharded:
+            self._sharded.restore()
+            if mask_path is not None:
+                put_file(mask_path, self._sharded, fingerprint=self._backbone.spec.fingerprint)
+            return self._sharded.encode
+        if mask_path is not None and view not in self._bank:
+            self._bank.add(view, mask_path)
+        name = None if mask_path is None else view
+        return lambda images: self._bank.embed(images, name)
+
     def _create(
         self, view: str, split: str, made_with: Path | None, *, dim: int | None = None
     ) -> EmbeddingStore:
         source = self._sources[split]
-        # that of the first start: a smaller one after a restart goes on with the chunks that are there
-        batch = load_config(self._directory / names.CONFIG).eval.batch_size
         provenance = {
             "backbone": self._backbone.spec.fingerprint,
             "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),
             "data": json.dumps(source.identity, sort_keys=True),
-            "made with": "" if made_with is None else sha256(made_with),
+            "made with": self._world.from_main(lambda: "" if made_with is None else sha256(made_with)),
         }
-        return EmbeddingStore.create(
-            self._store_path(view, split),
-            num_samples=len(source),
-            dim=dim or self._backbone.spec.dim,
-            provenance=provenance,
-            dtype=self._config.cascade.store_dtype,
-            # a function of the data alone: so are the bytes
-            chunk_size=batch * min(max(len(source) // (64 * batch), 1), 16),
-        )
+
+        def create() -> EmbeddingStore:
+            # that of the first start: a smaller one after a restart goes on with the chunks that are there
+            batch = load_config(self._directory / names.CONFIG).eval.batch_size
+            return EmbeddingStore.create(
+                self._store_path(view, split),
+                num_samples=len(source),
+                dim=dim or self._backbone.spec.dim,
+                provenance=provenance,
+                dtype=self._config.cascade.store_dtype,
+                chunk_size=chunk_size_for(len(source), batch),
+            )
+
+        return self._world.from_main(create)
 
     def _store_path(self, view: str, split: str) -> Path:
         return self._directory / names.EMBEDDINGS / view / split
@@ -151,7 +181,7 @@ class Stages:
     def route(self) -> None:
         """Fit the router on the dispatcher's embeddings, and list each expert's images."""
         folder, section = self._directory / names.ROUTER, self._config.cascade
-        if (folder / names.CLUSTER_SIZES).exists():
+        if self._world.from_main((folder / names.CLUSTER_SIZES).exists):
             return
         rows = self._open(names.DISPATCHER, "train").read_slice(self._world.rank, self._world.size)
         clusters = section.clusters if len(section.clusters) > 1 else section.clusters[0]
@@ -167,83 +197,83 @@ class Stages:
         )
         router.check_sizes(at_least=2)  # a batch of one image has no statistics
         self._context.check()
-        clusters_of = {split: self._assign(router, split) for split in SPLITS}
         if self._world.is_main:
             folder.mkdir(exist_ok=True)
             with replacing(folder / _ROUTER) as partial:
                 save_file(_plain(router.tensors()), partial)
-            for split, assigned in clusters_of.items():
-                np.save(folder / f"{split}.npy", assigned)
-            for k in range(router.num_clusters):
-                np.save(folder / f"{names.expert(k)}.npy", np.flatnonzero(clusters_of["train"] == k))
+        for split in SPLITS:
+            assigned = self._assign(router, split)
+            if assigned is not None:
+                write_table(folder / f"{split}.npy", assigned)
+                for k, images in enumerate(
+                    members(assigned, router.num_clusters) if split == "train" else ()
+                ):
+                    np.save(folder / f"{names.expert(k)}.npy", images)
+        if self._world.is_main:
             write_json(folder / names.CLUSTER_SIZES, router.sizes.tolist())  # last: the stage is done
         self._world.barrier()
         sizes = ", ".join(map(str, router.sizes.tolist()))
         self._say(names.ROUTER, f"{router.num_clusters} clusters of {sizes}")
 
-    def _assign(self, router: Router, split: str) -> np.ndarray:
-        """Return the cluster of every image of a split, on every rank."""
+    def _assign(self, router: Router, split: str) -> npt.NDArray[np.int16] | None:
+        """Return the cluster of every image of a split on the main rank, None on the others."""
         store = self._open(names.DISPATCHER, split)
-        found = torch.zeros(len(store), dtype=torch.int64, device=self._world.device)
-        for rows in store.chunks(self._world.rank, self._world.size):
-            if len(rows.ids):
-                assigned = router.assign(rows.features.to(self._world.device))
-                found[rows.ids.to(self._world.device)] = assigned
-        return self._world.sum(found).cpu().numpy()
+        own = [
+            router.assign(rows.features.to(self._world.device)).to("cpu", torch.int16)
+            for rows in store.chunks(self._world.rank, self._world.size)
+        ]
+        self._context.check()
+        return gather_slices(torch.cat(own or [torch.empty(0, dtype=torch.int16)]), len(store), self._world)
 
     # ---- combination
 
     def combine(self) -> None:
         """Write one embedding out of dispatcher and experts for each mode, to stores like any view's."""
         folder, num_experts = self._directory / names.COMBINATION, len(read_sizes(self._directory))
-        folder.mkdir(exist_ok=True)
+        parts = {split: self._parts(split) for split in SPLITS}
         for mode in self._modes:
             path = folder / f"{mode}.safetensors"
-            if not path.exists():
-                chunks = self._chunks("train", lambda store: store.chunks(self._world.rank, self._world.size))
+            if not self._world.from_main(path.exists):
+                chunks = parts["train"].slices(self._world.rank, self._world.size)
                 fitted = Combination.fit(
                     chunks, mode=mode, num_experts=num_experts, all_reduce=self._sum
                 ).rounded()  # as the bundle holds it: both then give the same embeddings
                 self._context.check()
                 if self._world.is_main:
+                    folder.mkdir(exist_ok=True)
                     with replacing(path) as partial:
                         save_file(_plain(fitted.tensors()), partial)
                 self._world.barrier()
             combination = Combination.from_tensors(load_file(path))
             for split in SPLITS:
-                self._write_combined(combination, split, path)
+                combine_to_store(
+                    combination,
+                    parts[split],
+                    self._create(mode, split, path, dim=combination.output_dim),
+                    rank=self._world.rank,
+                    world_size=self._world.size,
+                    report=self._context.writer.message,
+                    on_chunk=self._context.watchdog.beat,
+                )
+                self._context.check()
         self._world.barrier()
         self._say("combined", ", ".join(self._modes))
 
-    def _write_combined(self, combination: Combination, split: str, path: Path) -> None:
-        store = self._create(combination.mode, split, path, dim=combination.output_dim)
-        for chunk in store.missing(self._world.rank, self._world.size, report=self._context.writer.message):
-            one = self._chunks(split, lambda part, chunk=chunk: iter([part.read_chunk(chunk)]))  # type: ignore[misc]
-            dispatcher, experts, clusters = next(one)
-            combined = combination.transform(dispatcher, experts, clusters)
-            store.write_chunk(chunk, combined, self._open(names.DISPATCHER, split).read_chunk(chunk).labels)
-            self._context.watchdog.beat()
-        self._context.check()
-
-    def _chunks(
-        self, split: str, read_fn: Callable[[EmbeddingStore], Iterator[Any]]
-    ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-        """Yield dispatcher's and experts' embeddings and the clusters, chunk by chunk."""
-        num_experts = len(read_sizes(self._directory))
-        views = [names.DISPATCHER, *map(names.expert, range(num_experts))]
-        clusters = torch.from_numpy(np.load(self._directory / names.ROUTER / f"{split}.npy"))
-        device = self._world.device
-        for parts in zip(*(read_fn(self._open(view, split)) for view in views), strict=True):
-            first, *others = [part.features.to(device) for part in parts]
-            yield first, others, clusters[parts[0].ids].to(device)
+    def _parts(self, split: str) -> Parts:
+        folders = [names.DISPATCHER, *map(names.expert, range(len(read_sizes(self._directory))))]
+        return Parts.open(
+            [self._store_path(view, split) for view in folders],
+            self._directory / names.ROUTER / f"{split}.npy",
+            device=self._world.device,
+        )
 
     # ---- results
 
     def evaluate(self) -> dict[str, Any]:
         """Return k-NN and probe of every view, from the stores alone; each rank searches its part."""
         path = self._directory / names.VIEWS
-        exists = torch.tensor([int(self._world.is_main and path.exists())], device=self._world.device)
-        if not self._world.sum(exists).item():
+        values = self._world.from_main(lambda: json.loads(path.read_text()) if path.exists() else None)
+        if values is None:
             views = ["frozen"] if self._config.eval.frozen_baseline else []
             shown = (*views, names.DISPATCHER, *self._modes)
             values = {TITLES.get(view, view): self._measure(view) for view in shown}
@@ -253,8 +283,6 @@ class Stages:
             }
             if self._world.is_main:
                 write_json(path, values)
-        self._world.barrier()
-        values = json.loads(path.read_text())
         self._context.writer.message(f"\n{table(values)}\n")
         return {"views": values}
 
@@ -286,29 +314,26 @@ class Stages:
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Write `cascade.mask` and return its sizes."""
+        """Write `cascade.mask` and return its sizes; the main rank alone reads the masks."""
+        return self._world.from_main(lambda: self._bundle(views))
+
+    def _bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
         folders = [names.DISPATCHER, *map(names.expert, range(len(read_sizes(self._directory))))]
         paths = {name: self._directory / name / names.MASK for name in folders}
         files = {name: maskfile.read_mask_file(path) for name, path in paths.items()}
-        masks = {name: next(iter(file.masks.values())) for name, file in files.items()}
-        if self._world.is_main:
-            spec = self._backbone.spec
-            save_cascade(
-                self._directory / names.CASCADE_MASK,
-                masks,
-                Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER)),
-                {mode: self._combination(mode) for mode in self._modes},
-                backbone=spec.name,
-                backbone_fingerprint=spec.fingerprint,
-                preprocessing=spec.preprocessing.to_dict(),
-                metrics={
-                    f"{view} {name}": value for view, row in views.items() for name, value in row.items()
-                },
-            )
-        self._world.barrier()
-        size = (self._directory / names.CASCADE_MASK).stat().st_size
+        spec = self._backbone.spec
+        size = save_cascade(
+            self._directory / names.CASCADE_MASK,
+            {name: next(iter(file.masks.values())) for name, file in files.items()},
+            Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER)),
+            {mode: self._combination(mode) for mode in self._modes},
+            backbone=spec.name,
+            backbone_fingerprint=spec.fingerprint,
+            preprocessing=spec.preprocessing.to_dict(),
+            metrics={f"{view} {name}": value for view, row in views.items() for name, value in row.items()},
+        )
         alone = sum(path.stat().st_size for path in paths.values())
-        return {"bytes": size, "bytes_of_masks_apart": alone, "masks": len(masks)}
+        return {"bytes": size, "bytes_of_masks_apart": alone, "masks": len(paths)}
 
     def _combination(self, mode: str) -> Combination:
         path = self._directory / names.COMBINATION / f"{mode}.safetensors"

@@ -19,7 +19,13 @@ from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.site import find_site
 from selfmask_dist.config.unread import unread
 from selfmask_dist.runs import exit_status
-from selfmask_dist.runs.folder import check_start, is_finished, note_failed_start, run_path
+from selfmask_dist.runs.folder import (
+    check_start,
+    is_finished,
+    note_failed_start,
+    remove_measured,
+    run_path,
+)
 from selfmask_dist.runs.owner import Claim, check_free
 from selfmask_dist.runs.verdict import closing
 
@@ -54,8 +60,11 @@ def run(config: Config, *, part: str | None = None) -> dict[str, Any]:
     ):
         if config.method == "cascade":
             from selfmask_dist.cascade.run import run_cascade
+            from selfmask_dist.cli.plan.experts import bytes_of_a_process
 
-            return run_cascade(config, stop, is_restart=is_restart, part=part)
+            return run_cascade(
+                config, stop, is_restart=is_restart, part=part, bytes_needed_fn=bytes_of_a_process
+            )
         if config.method in PROCEDURES:
             from selfmask_dist.procedures import run_procedure
 
@@ -115,6 +124,7 @@ def train(options: argparse.Namespace) -> int:
     if is_finished(config, is_restart=_is_restart()):
         if _is_main():
             folder = run_path(config)
+            remove_measured(config)  # it may have been killed on the way
             print(f"{folder} is finished: nothing is left to do\n{closing(folder)}", file=sys.stderr)
         return exit_status.OK
     from selfmask_dist.runs.ending.leaving import departure

@@ -66,9 +66,17 @@ class CascadeConfig(Section):
     expert_groups: int = efficiency(
         0,
         "Groups of processes that train experts at the same time, each one expert after the other; 0: as "
-        "many as keep 90 % of the processes busy.",
+        "many as keep 90 % of the processes busy, if an expert fits into a group's memory.",
         unit="groups",
         ge=0,
+    )
+    memory_gib: float | None = efficiency(
+        None,
+        "Memory that a process may take while an expert trains, by which groups are kept large enough "
+        "(`selfmask plan` reckons the same); null: nine tenths of the GPU's, or of the machine's shared by "
+        "its processes.",
+        unit="GiB",
+        gt=0,
     )
     store_dtype: Literal["float32", "float16"] = orchestration("float32", "Of the embeddings on disk.")
 

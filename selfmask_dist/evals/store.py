@@ -33,6 +33,8 @@ from torch import Tensor
 from selfmask_dist.data import Source, Subset, Transform, Workers, eval_loader
 from selfmask_dist.evals.embeddings import Embeddings
 
+MAX_CHUNKS = 4096
+"""About which number of chunks a store keeps to: 100 million samples make chunks of 24,000."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -105,7 +107,13 @@ class EmbeddingStore:
         store = _read_manifest(Path(path))
         expected = {**store.provenance, **(provenance or {})}
         replace(store, dim=store.dim if dim is None else dim, provenance=expected)._check_same(store)
-        missing = [chunk for chunk in range(store.num_chunks) if not store._chunk_path(chunk).exists()]
+        there = store._listing()
+        # a file system may show an old listing for a while: a name that is not in it is asked for
+        missing = [
+            chunk
+            for chunk in range(store.num_chunks)
+            if chunk not in there and not store._chunk_path(chunk).exists()
+        ]
         if missing:
             raise StoreError(
                 f"{path} lacks {len(missing)} of {store.num_chunks} chunks, the first is "
@@ -132,9 +140,9 @@ class EmbeddingStore:
         """Return which of this rank's chunks are to be made; damaged ones are reported. It reads the others
         whole.
         """
-        chunks = []
+        chunks, there = [], self._listing()
         for chunk in range(rank, self.num_chunks, world_size):
-            if not self._chunk_path(chunk).exists():
+            if chunk not in there:
                 chunks.append(chunk)
                 continue
             try:
@@ -209,6 +217,11 @@ class EmbeddingStore:
             torch.cat([part.ids for part in parts]),
         )
 
+    def _listing(self) -> set[int]:
+        """Return the chunks that lie in the folder, by one reading of it."""
+        stems = (name.partition(".") for name in os.listdir(self.path))
+        return {int(stem) for stem, _, ending in stems if ending == "safetensors" and stem.isdecimal()}
+
     def _chunk_path(self, chunk: int) -> Path:
         return self.path / f"{chunk:05d}.safetensors"
 
@@ -245,6 +258,16 @@ class EmbeddingStore:
 
 
 _FIELDS = ("num_samples", "dim", "dtype", "chunk_size", "provenance")
+
+
+def chunk_size_for(num_samples: int, batch_size: int) -> int:
+    """Return the rows of a store's chunk: whole batches, and a function of the data alone, as bytes are then.
+
+    A store has 64 chunks or fewer of one batch, chunks of at most 16 batches up to `MAX_CHUNKS` of them, and
+    that many larger ones above: the files and the calls of the file system do not grow any further.
+    """
+    batches = math.ceil(num_samples / batch_size)
+    return batch_size * max(min(num_samples // (64 * batch_size), 16), batches // MAX_CHUNKS, 1)
 
 
 def embed_to_store(
@@ -301,16 +324,29 @@ def embed_to_store(
     try:
         for number, batch in enumerate(batches):
             with torch.no_grad():
-                features = encode_fn(batch.to(device).views[0]).float().cpu()
+                features = _to_host(encode_fn(batch.to(device).views[0]).float())
             if number >= padding:
                 chunk = chunk if parts else next(chunks)
                 parts.append((features, batch.labels))
                 if sum(len(labels) for _, labels in parts) == len(store.chunk_range(chunk)):
+                    if features.is_pinned():
+                        torch.cuda.current_stream(device).synchronize()  # the chunk's copies have arrived
                     store.write_chunk(chunk, *(torch.cat(part) for part in zip(*parts, strict=True)))
                     parts = []
             on_batch()
     finally:
         batches.close()
+
+
+def _to_host(features: Tensor) -> Tensor:
+    """Return features on the CPU; out of a GPU they are on their way when this returns.
+
+    A copy that waits would leave the GPU without work after each batch.
+    """
+    if features.device.type != "cuda":
+        return features.cpu()
+    host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+    return host.copy_(features, non_blocking=True)
 
 
 def _read_manifest(path: Path) -> EmbeddingStore:

@@ -43,8 +43,8 @@ class Reading:
             self._parameters[mask] = {entry["name"]: entry for entry in self._masks[mask]["parameters"]}
         return self._parameters[mask]
 
-    def mask(self, name: str) -> Mask:
-        """Return a mask of the file."""
+    def mask(self, name: str, only: str | None = None) -> Mask:
+        """Return a mask, or what it is for one parameter; the first one brings the statistics."""
         described = self._masks[name]
         kind, scale = described["kind"], described["scale"]
         if kind not in forms.KINDS or scale not in ("sqrt", "none", "stated"):
@@ -52,6 +52,8 @@ class Reading:
         if (scale == "stated") != (kind in forms.NUM_SCALES):
             raise ValueError(f"mask kind {kind!r} cannot have scale {scale!r}")
         entries = self.parameters(name)
+        with_statistics = only in (None, next(iter(entries), None))
+        entries = entries if only is None else {only: entries[only]}
         bits = {parameter: self.bits(name, parameter) for parameter in entries}
         return Mask(
             bits=bits,
@@ -63,7 +65,8 @@ class Reading:
                 if len(entry["kept"]) > 1
             },
             statistics={
-                entry["name"]: container.parse_array(entry, self._whole) for entry in described["statistics"]
+                entry["name"]: container.parse_array(entry, self._whole)
+                for entry in (described["statistics"] if with_statistics else ())
             },
             threshold=described["threshold"],
             against=described.get("against"),
@@ -72,6 +75,10 @@ class Reading:
             blocks={key: tuple(entry["block"]) for key, entry in entries.items() if "block" in entry},
             rounded=_rounded(described),
         )
+
+    def forget(self) -> None:
+        """Let go of decoded bits, which are kept for masks that are stored against them."""
+        self._done.clear()
 
     def _parts(self, kind: str, entries: Mapping[str, Any], bits: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what a kind has beside bits: signs, scales and values, by parameter."""

@@ -10,7 +10,7 @@ from selfmask_dist.masking.core import ScoreStep
 from selfmask_dist.parallel.agreement import take_from_main
 from selfmask_dist.parallel.batchnorm import synchronise_batchnorm
 from selfmask_dist.parallel.engine import Engine
-from selfmask_dist.parallel.trained import EngineState
+from selfmask_dist.parallel.parts import EngineState
 from selfmask_dist.parallel.world import START_TIMEOUT, World, is_lost_peer, join_world, set_timeout
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "is_lost_peer",
     "join_world",
     "set_timeout",
+    "shards_weights",
     "synchronise_batchnorm",
     "take_from_main",
 ]
@@ -58,3 +59,11 @@ def build_engine(
         clip_norm=clip_norm,
         score_step=score_step,
     )
+
+
+def shards_weights(config: EngineConfig, world: World) -> bool:
+    """Return whether an evaluation must not hold the encoder whole either: the engine cuts it over ranks, or
+    keeps it in the CPU's memory.
+    """
+    cuts = config.name == "fsdp" or (config.name == "deepspeed" and config.zero_stage == 3)
+    return cuts and (world.size > 1 or config.cpu_offload)

@@ -26,9 +26,8 @@ from selfmask_dist.masking import core
 from selfmask_dist.masking.parametrized import parametrized_attach
 from selfmask_dist.parallel.engine import Engine
 from selfmask_dist.parallel.moving_average import MovingAverage
-from selfmask_dist.parallel.parts import StateSource, TensorPart
+from selfmask_dist.parallel.parts import PARTS, StateSource, TensorPart, TrainedParameter
 from selfmask_dist.parallel.together import take_several
-from selfmask_dist.parallel.trained import PARTS, TrainedParameter
 
 _MOMENTUM = "momentum_buffer"
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"

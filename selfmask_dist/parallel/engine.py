@@ -29,16 +29,20 @@ from selfmask_dist.masking.reading import norm_statistics
 from selfmask_dist.parallel.batchnorm import NormStatistics
 from selfmask_dist.parallel.blocks import prepare_blocks
 from selfmask_dist.parallel.moving_average import MovingAverage
-from selfmask_dist.parallel.parts import KeptParts, StateSource, TensorPart, gather, whole_parts
-from selfmask_dist.parallel.trained import (
+from selfmask_dist.parallel.parts import (
     ADAMW_SLOTS,
     MOMENTS,
     PARTS,
     SGD_SLOTS,
     EngineState,
+    KeptParts,
+    StateSource,
+    TensorPart,
     TrainedParameter,
     by_part,
     check_fits,
+    gather,
+    whole_parts,
 )
 from selfmask_dist.parallel.world import World
 

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from selfmask_dist.parallel.parts import StateSource, TensorPart
-from selfmask_dist.parallel.trained import TrainedParameter
+from selfmask_dist.parallel.parts import StateSource, TensorPart, TrainedParameter
 from selfmask_dist.parallel.world import World
 
 

@@ -7,16 +7,17 @@ come together again (`num_groups`): everything below then runs unchanged on a pa
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _CPU = torch.device("cpu")
 # torch gives gloo's errors no type of their own, so they are known by their words
 _GLOO = (
@@ -88,6 +89,33 @@ class World:
         received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, tensor.contiguous())
         return received
+
+    def from_main(self, make_fn: Callable[[], T]) -> T:
+        """Return on every rank what `make_fn` returns on the main rank, the only one to call it.
+
+        What a file system holds is decided this way: ranks that look for themselves may see different things,
+        and a shared file system goes on saying "not there" for a while on a machine that looked too early.
+        Collective: every rank must call.
+
+        Args:
+            make_fn: returns something small that can be pickled.
+
+        Raises:
+            ValueError, OSError: on every rank, what `make_fn` raised.
+        """
+        if self.size == 1:
+            return make_fn()
+        made: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                made[0] = make_fn()
+            except (ValueError, OSError) as error:
+                made[1] = error
+        dist.broadcast_object_list(made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        value: T = made[0]
+        return value
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective: every rank must call."""

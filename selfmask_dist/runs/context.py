@@ -7,6 +7,7 @@ Knows nothing of what the run does.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.status import Heartbeat
 from selfmask_dist.runs.watchdog import Watchdog
+
+_VOTE_SECONDS = 2.0  # between two votes of `PacedCheck`
+_MOST_TURNS = 256  # between them
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,51 @@ class RunContext:
         if self.world.sum(votes).item():
             raise Preempted
 
+    def paced_check(self) -> "PacedCheck":
+        """Return a `check` for a loop of many short turns, which votes every few seconds only."""
+        return PacedCheck(self)
+
     def update_status(self, **facts: Any) -> None:
         """Write facts to `status.json`, for example `state` or `num_steps`; nothing on other ranks."""
         if self.heartbeat is not None:
             self.heartbeat.write(**facts)
+
+
+class PacedCheck:
+    """`RunContext.check` in a loop whose turns take milliseconds: it votes about every two seconds.
+
+    A vote makes every rank wait for its device and for the others. All ranks vote in the same turns, as each
+    vote also says how many turns the main rank wants until the next one. Make one for each loop: turns of
+    another loop may take longer. Collective: every rank must call equally often.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._turns, self._interval = 0, 1
+        self._since = time.monotonic()
+
+    def __call__(self) -> None:
+        """Say that a turn was made, and agree with all ranks on whether to go on, now and then.
+
+        Raises:
+            Preempted: some rank was asked to stop.
+        """
+        context = self._context
+        context.watchdog.beat()
+        self._turns += 1
+        if self._turns < self._interval:
+            return
+        per_turn = (time.monotonic() - self._since) / self._turns
+        # at most twice as many as before: the first turns may be quicker than the later ones
+        wanted = max(min(int(_VOTE_SECONDS / max(per_turn, 1e-6)), 2 * self._interval, _MOST_TURNS), 1)
+        votes = torch.tensor(
+            [float(context.stop.requested), float(wanted if context.world.is_main else 0)],
+            device=context.world.device,
+        )
+        is_stopped, interval = context.world.sum(votes).tolist()
+        if is_stopped:
+            raise Preempted
+        self._turns, self._interval, self._since = 0, int(interval), time.monotonic()
 
 
 @contextmanager

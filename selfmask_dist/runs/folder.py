@@ -144,6 +144,14 @@ def _check_same_run(config: Config, before: Config) -> None:
             )
 
 
+def remove_measured(config: Config, what: str = "") -> None:
+    """Delete what the run's own evaluation kept for a restart, of one encoder or of all; its numbers are
+    written. For the main process.
+    """
+    if not config.eval.keep_embeddings:
+        shutil.rmtree(run_path(config) / names.MEASURING / what, ignore_errors=True)
+
+
 def run_path(config: Config) -> Path:
     """Return the run's folder."""
     return Path(config.run.dir) / config.run.name

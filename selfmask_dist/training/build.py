@@ -7,7 +7,7 @@ its own. What trains is made by `prepare`.
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone, sample_of
+from selfmask_dist.backbones.mapping import tensors_in_files
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
 from selfmask_dist.config import Config
@@ -22,6 +23,9 @@ from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 from selfmask_dist.parallel import World, take_from_main
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
@@ -128,6 +132,27 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
     return backbone
+
+
+def shard_backbone(
+    backbone: Backbone, config: Config, world: World, *, keeps_frozen: bool = True
+) -> "ShardedEncoder":
+    """Cut an encoder that is only to be run over all ranks, in place. Collective: every rank must call.
+
+    Args:
+        backbone: best left in its file (`build_backbone`).
+        keeps_frozen: whether masks are put on it, and taken off again.
+    """
+    from selfmask_dist.parallel.fsdp import ShardedEncoder  # imports FSDP2
+
+    return ShardedEncoder(
+        backbone.encoder,
+        blocks=backbone.spec.blocks,
+        world=world,
+        config=config.engine,
+        in_file=tensors_in_files(backbone.encoder),
+        keeps_frozen=keeps_frozen,
+    )
 
 
 # ---- checked before anything is measured or trained

@@ -7,7 +7,6 @@ frozen (nothing). Methods that are chains of runs, the cascade and the procedure
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +20,20 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
-from selfmask_dist.parallel import World
+from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
 from selfmask_dist.runs.context import RunContext, open_run
-from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, run_path
+from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, remove_measured, run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
-from selfmask_dist.training.build import build_backbone, check_run, open_data, open_what_there_is
+from selfmask_dist.training.build import (
+    build_backbone,
+    check_run,
+    open_data,
+    open_what_there_is,
+    shard_backbone,
+)
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.retrieval.score_lr import describe_choice, with_chosen_score_lr
 
@@ -57,7 +62,7 @@ def run_in(
     world.barrier()
     if (directory / names.RESULT).exists():  # requeued after its end
         if world.is_main:
-            _remove_measured(config, directory / names.MEASURING)
+            remove_measured(config)
         finished: dict[str, Any] = json.loads((directory / names.RESULT).read_text())
         return finished
     config, choice = with_chosen_score_lr(
@@ -95,11 +100,13 @@ def _run(
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
     num_test = 0 if test is None else len(test)
-    cuts_weights = trains and config.engine.name == "fsdp"
+    cuts_weights = config.engine.name == "fsdp" if trains else shards_weights(config.engine, context.world)
     backbone = build_backbone(config, in_file=cuts_weights, world=context.world)
     notes = check_run(config, backbone, train, test)
     if not cuts_weights:  # that engine moves what it keeps
         backbone.encoder.to(context.world.device)
+    elif not trains:
+        shard_backbone(backbone, config, context.world, keeps_frozen=False)
     evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
     writer = context.writer
     record = RetrievalRecord(evaluation, context.directory, context.world)
@@ -127,7 +134,7 @@ def _run(
             )
             result["frozen"] |= record.measure("frozen")  # which a restart finds
             if context.world.is_main:
-                _remove_measured(config, context.directory / names.MEASURING / "frozen")
+                remove_measured(config, "frozen")
             writer.message(f"frozen backbone: {format_numbers(result['frozen'])}")
 
     if trains:
@@ -142,7 +149,7 @@ def _run(
         write_json(context.directory / names.RESULT, result)
     context.world.barrier()  # nobody looks for a file that is not there yet, or reads one that goes
     if is_main:
-        _remove_measured(config, context.directory / names.MEASURING)
+        remove_measured(config)
     writer.event("end", **result)
     return result
 
@@ -154,12 +161,6 @@ def _measure_frozen(config: Config, context: RunContext, evaluation: Evaluation)
         probe=config.eval.probe or config.method == "probe",
         progress=evaluation.begin(path, made_with="", report=context.writer.message),
     )
-
-
-def _remove_measured(config: Config, folder: Path) -> None:
-    """Delete what an evaluation kept for a restart, once its numbers are written."""
-    if not config.eval.keep_embeddings:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -349,6 +349,85 @@ def test_experts_at_the_same_time_are_those_trained_in_turn(cascade: Path, tmp_p
             assert torch.equal(theirs.masks["default"].bits[name], bits), name
 
 
+def _combine_rank(overrides: list[str], config: str) -> None:
+    run(load_config(config, overrides), part="combination")
+
+
+@pytest.mark.distributed
+def test_a_cascade_cut_over_processes_embeds_as_a_whole_one(cascade: Path, tmp_path: Path) -> None:
+    """Backbone and masks lie in rows on two processes; what is embedded and found is the same."""
+    shutil.copytree(cascade, tmp_path / "one")
+    for name in ("result.json", "views.json", "cascade.mask"):
+        (tmp_path / "one" / name).unlink()
+    for view in ("dispatcher", "expert-0", "expert-1", *COMBINATIONS):
+        shutil.rmtree(tmp_path / "one" / "embeddings" / view)
+    shutil.rmtree(tmp_path / "one" / "combination")
+    changes = ["engine.name=fsdp", f"run.dir={tmp_path}"]
+    # the dispatcher's were there already when the part began
+    shutil.copytree(cascade / "embeddings" / "dispatcher", tmp_path / "one" / "embeddings" / "dispatcher")
+    run_distributed(_combine_rank, 2, changes, str(cascade / "config.yaml"), backend="", timeout=120)
+    for view in ("expert-0", "expert-1"):
+        for split in ("train", "test"):
+            found, whole = (
+                EmbeddingStore.open(folder / "embeddings" / view / split).read_slice()
+                for folder in (tmp_path / "one", cascade)
+            )
+            assert torch.allclose(found.features, whole.features, rtol=1e-5, atol=1e-6), (view, split)
+            assert torch.equal(found.ids, whole.ids)
+            assert torch.equal(found.labels, whole.labels)
+    ours, theirs = result_of(tmp_path / "one"), result_of(cascade)
+    assert ours["views"].keys() == theirs["views"].keys()
+    assert ours["views"]["conditional"] == pytest.approx(theirs["views"]["conditional"], abs=1 / 32)
+    files = [read_mask_file(folder / "cascade.mask") for folder in (tmp_path / "one", cascade)]
+    for name, mask in files[1].masks.items():
+        for parameter, bits in mask.bits.items():
+            assert torch.equal(files[0].masks[name].bits[parameter], bits)
+
+
+def _eval_rank(arguments: list[str]) -> int:
+    return main(arguments)
+
+
+@pytest.mark.distributed
+def test_a_bundle_is_evaluated_with_its_backbone_cut_over_processes(cascade: Path, tmp_path: Path) -> None:
+    """Images of different experts cannot go through together: the combination is made from stores."""
+    bundle = tmp_path / "cascade.mask"
+    shutil.copy(cascade / "cascade.mask", bundle)
+    arguments = ["eval", str(bundle), "labelfree", "engine.name=fsdp"]
+    arguments += ["--config", str(cascade / "config.yaml")]
+    assert run_distributed(_eval_rank, 2, arguments, backend="", timeout=120) == [0, 0]
+    for mode in COMBINATIONS:
+        found, of_run = (
+            EmbeddingStore.open(folder / "embeddings" / mode / "test").read_slice().features
+            for folder in (tmp_path, cascade)
+        )
+        assert torch.allclose(found, of_run, atol=1e-4), mode
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [
+        ("probe", "fsdp"),
+        pytest.param("frozen", "fsdp", marks=pytest.mark.slow),
+        pytest.param("probe", "deepspeed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_backbone_is_measured_cut_over_processes(
+    cascade: Path, tmp_path: Path, method: str, engine: str
+) -> None:
+    own = ["objective.name=supervised", f"method={method}", "engine.zero_stage=3"]
+    alone, cut = (
+        settings(cascade.parent / "shards", tmp_path, *own, f"run.name={name}", f"engine.name={name}")
+        for name in ("ddp", engine)
+    )
+    run(load_config(None, alone))
+    run_distributed(_run_rank, 2, cut, backend="", timeout=120)
+    numbers = [result_of(tmp_path / name)["frozen"] for name in ("ddp", engine)]
+    assert numbers[0].keys() == numbers[1].keys()
+    assert numbers[1] == pytest.approx(numbers[0], abs=1 / 32 + 1e-9)
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_one_expert_fewer_images_than_a_batch_and_ranks_without_any(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from selfmask_dist.cli import main
 from selfmask_dist.cli.eval import subject as subject_module
 from selfmask_dist.cli.eval.results import Results, Row, format_table
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
+from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import read_mask_file
 from tests.support.cascade_cases import settings, write_shards
 from tests.support.distributed import run_distributed
@@ -140,6 +142,24 @@ def test_two_processes_find_the_numbers_of_one(a_run: Path, tmp_path: Path) -> N
         found = rows(tmp_path / "two", "probe")[name]
         assert found["probe"] == values["probe"]
         assert found["probe by SGD"] == pytest.approx(values["probe by SGD"], abs=1 / 32 + 1e-9)
+
+
+@pytest.mark.distributed
+def test_two_processes_that_cut_the_backbone_embed_as_one_that_holds_it(
+    finished: Path, tuned: Path, tmp_path: Path
+) -> None:
+    subjects = [str(finished / name) for name in ("a", "b", "lora")]
+    arguments = ["eval", *subjects, "labelfree"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    two = [*arguments, "engine.name=fsdp", "--out", str(tmp_path / "two")]
+    assert run_distributed(_eval_rank, 2, two, backend="", timeout=120) == [0, 0]
+    for view in ("frozen", "a", "b", "lora"):
+        for split in ("train", "test"):
+            whole, found = (
+                EmbeddingStore.open(tmp_path / name / "embeddings" / view / split).read_slice().features
+                for name in ("one", "two")
+            )
+            assert torch.allclose(found, whole, rtol=1e-5, atol=1e-5), (view, split)
 
 
 def test_several_masks_of_one_backbone_and_their_mean(finished: Path, tmp_path: Path) -> None:

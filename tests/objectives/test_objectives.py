@@ -24,8 +24,7 @@ from selfmask_dist.objectives import (
 from selfmask_dist.objectives.parts import GlobalBatchNorm
 from selfmask_dist.parallel import World
 from selfmask_dist.parallel.moving_average import MovingAverage
-from selfmask_dist.parallel.parts import KeptParts
-from selfmask_dist.parallel.trained import TrainedParameter
+from selfmask_dist.parallel.parts import KeptParts, TrainedParameter
 from tests.support.models import make
 from tests.support.state import averages_of
 

@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from selfmask_dist.cli import main
+from selfmask_dist.parallel import World
+from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.exit_status import HUNG, REQUEUE
-from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.runs.metrics import MetricsWriter
+from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.watchdog import Watchdog
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import (
@@ -228,3 +233,38 @@ def test_status_and_logs_tell_from_files_alone(
     assert "what it printed" in capsys.readouterr().out
     assert main(["logs", str(run), "--rank", "7"]) == 2
     assert main(["status", str(tmp_path)]) == 2
+
+
+def _turns_until_stopped(directory: Path) -> tuple[int, int]:
+    world = World(dist.get_rank(), dist.get_world_size())
+    votes = [0]
+
+    class Counting(World):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            votes[0] += 1
+            return super().sum(tensor)
+
+    counting = Counting(world.rank, world.size)
+    stop = StopRequest()
+    watchdog = Watchdog(timeout=0, stacks=directory / "stacks")
+    context = RunContext(directory, counting, MetricsWriter(None), stop, watchdog, None)
+    check = context.paced_check()
+    turn = 0
+    try:
+        while True:
+            turn += 1
+            time.sleep(0.002 if world.is_main else 0.0005)  # ranks differ in speed
+            if turn == 600 and world.rank == 1:
+                stop.reason = "SIGTERM"
+            check()
+    except Preempted:
+        return turn, votes[0]
+
+
+@pytest.mark.distributed
+def test_a_paced_check_votes_seldom_and_in_the_same_turns(tmp_path: Path) -> None:
+    main, other = run_distributed(_turns_until_stopped, 2, tmp_path)
+    assert main == other
+    turns, votes = main
+    assert 600 <= turns <= 600 + 256
+    assert votes < 20

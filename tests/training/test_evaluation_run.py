@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.maskfile import read_mask_file
@@ -104,6 +105,8 @@ def test_an_evaluation_that_was_stopped_goes_on_under_another_number_of_processe
     kept = chunks_of(folder / "measuring" / "adapted")
     assert made.items() <= kept.items(), "what was embedded is not embedded again"
     assert not (whole / "measuring").exists()
+    assert main(["train", "--config", str(config), *more[:2]]) == 0
+    assert not (folder / "measuring").exists(), "whoever was killed on the way to deleting it"
     resumed = [event["step"] for event in events_of(folder) if event["event"] == "resume"]
     assert resumed == [8], "and nothing is trained again"
 

@@ -66,7 +66,8 @@ def _eval(options: argparse.Namespace) -> int:
         c=options.c,
         epochs=options.epochs,
     )
-    with join_world(config.engine.device, threads=config.engine.threads) as world:
+    engine = config.engine
+    with join_world(engine.device, threads=engine.threads, needs_group=engine.name == "fsdp") as world:
         report = _say if world.is_main else (lambda _: None)
         out = Path(options.out) if options.out else None
         is_changed = bool(options.config) or any(word.startswith("backbone.") for word in overrides)

@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from selfmask_dist import data, evals, maskfile
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.cascade import fit_pca
-from selfmask_dist.cascade.model import Cascade, load_cascade
+from selfmask_dist.cascade import Combination, Router, fit_pca
+from selfmask_dist.cascade.model import Cascade, load_cascade, read_cascade
+from selfmask_dist.cascade.parts import Parts, combine_to_store
 from selfmask_dist.cli.eval.results import UnavailableError
 from selfmask_dist.cli.eval.views import (
     TunedWeights,
@@ -31,15 +32,20 @@ from selfmask_dist.cli.eval.views import (
     find_weights,
     mask_path,
     mask_views,
+    part_views,
 )
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals import Embeddings
-from selfmask_dist.evals.store import EmbeddingStore, embed_to_store
+from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.parallel import World
-from selfmask_dist.training.build import build_backbone, open_data
+from selfmask_dist.maskfile.rows import check_weights, put
+from selfmask_dist.parallel import World, shards_weights
+from selfmask_dist.training.build import build_backbone, open_data, shard_backbone
 from selfmask_dist.training.finetune import load_trained
+
+if TYPE_CHECKING:
+    from selfmask_dist.parallel.fsdp import ShardedEncoder
 
 SPLITS = ("train", "test")
 
@@ -65,6 +71,7 @@ class EvalSubject:
     report: Callable[[str], None]
     trusts_files: bool
     _ready: set[str] = field(default_factory=set)
+    _on: View | None = None  # whose theta the sharded encoder holds
 
     @property
     def masks(self) -> dict[str, maskfile.Mask]:
@@ -179,21 +186,42 @@ class EvalSubject:
             lacking = torch.tensor([len(store.missing(self.world.rank, self.world.size))])
             if self._sum(lacking.to(self.world.device)).item():
                 self.report(f"embedding data.{split}, {view.name}")
-                embed_to_store(
-                    self._encoder(view),
-                    self.sources[split],
-                    data.eval_transform(self.backbone.spec.preprocessing),
-                    store,
-                    batch_size=self.config.eval.batch_size,
-                    rank=self.world.rank,
-                    world_size=self.world.size,
-                    num_workers=self.config.engine.workers,
-                    device=self.world.device,
-                    all_reduce=self._sum,
-                    report=self.report,
-                )
+                self._fill(store, view, split)
         self.world.barrier()
         self._ready.add(view.folder)
+
+    def _fill(self, store: EmbeddingStore, view: View, split: str) -> None:
+        """Make the chunks that a view's store lacks."""
+        if view.mode is not None and self._is_sharded:
+            # ranks would choose experts for their images, and gather weights, each at its own time
+            (path,), (_, router, combinations) = self.files, self._in_bundle
+            parts = part_views(Path(path), self.files[path])
+            for part in parts:
+                self.embed(part)
+            stores = [EmbeddingStore.open(self._path(part, split)) for part in parts]
+            combined = Parts(stores, router, self.world.device)
+            combine_to_store(
+                combinations[view.mode],
+                combined,
+                store,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                report=self.report,
+            )
+            return
+        embed_to_store(
+            self._encoder(view),
+            self.sources[split],
+            data.eval_transform(self.backbone.spec.preprocessing),
+            store,
+            batch_size=self.config.eval.batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=self.config.engine.workers,
+            device=self.world.device,
+            all_reduce=self._sum,
+            report=self.report,
+        )
 
     def _store(self, view: View, split: str) -> EmbeddingStore:
         path, source, batch = self._path(view, split), self.sources[split], self.config.eval.batch_size
@@ -210,9 +238,7 @@ class EvalSubject:
                 "made with": view.made_with,
             },
             dtype=self.config.cascade.store_dtype if there is None else there.dtype,
-            chunk_size=batch * min(max(len(source) // (64 * batch), 1), 16)
-            if there is None
-            else there.chunk_size,
+            chunk_size=chunk_size_for(len(source), batch) if there is None else there.chunk_size,
         )
 
     def _path(self, view: View, split: str) -> Path:
@@ -229,7 +255,7 @@ class EvalSubject:
 
     def _dim(self, view: View) -> int:
         if view.mode is not None:
-            return self._cascade.combinations[view.mode].output_dim
+            return self._in_bundle[2][view.mode].output_dim
         return self.backbone.spec.dim
 
     @cached_property
@@ -239,7 +265,7 @@ class EvalSubject:
         Raises:
             ValueError: it is another one than masks or weights were made for.
         """
-        backbone = build_backbone(self.config)
+        backbone = build_backbone(self.config, in_file=self._is_sharded)
         made_for = [(path, file.backbone_fingerprint, file.backbone) for path, file in self.files.items()]
         made_for += [(str(each.path), each.backbone_fingerprint, "") for each in self._weights]
         for path, fingerprint, name in made_for:
@@ -249,8 +275,22 @@ class EvalSubject:
                     f"({name or 'not named'}), and {backbone.spec.name} as configured has "
                     f"{backbone.spec.fingerprint[:12]}; give its settings with --config or backbone.*=..."
                 )
-        backbone.encoder.to(self.world.device)
+        if not self._is_sharded:  # what cuts it moves it, too
+            backbone.encoder.to(self.world.device)
         return backbone
+
+    @property
+    def _is_sharded(self) -> bool:
+        return shards_weights(self.config.engine, self.world)
+
+    @cached_property
+    def _sharded(self) -> ShardedEncoder:
+        return shard_backbone(self.backbone, self.config, self.world)
+
+    @cached_property
+    def _in_bundle(self) -> tuple[dict[str, maskfile.Mask], Router, dict[str, Combination]]:
+        (path,) = self.files
+        return read_cascade(path)
 
     @cached_property
     def _cascade(self) -> Cascade:
@@ -266,13 +306,29 @@ class EvalSubject:
             return partial(self._cascade.embed, mode=view.mode)
         if view.weights is not None:
             _ = self.backbone  # which tells whether they are of it
-            changed = build_backbone(self.config).encoder
-            load_trained(changed, view.weights.path)
-            return partial(MaskBank(changed.to(self.world.device)).embed, names=None)
+            changed = build_backbone(self.config)
+            load_trained(changed.encoder, view.weights.path)
+            if self._is_sharded:
+                return shard_backbone(changed, self.config, self.world, keeps_frozen=False).encode
+            return partial(MaskBank(changed.encoder.to(self.world.device)).embed, names=None)
+        if self._is_sharded:
+            return self._sharded_under(view)
         name = None if view.mask is None else view.name
         if view.mask is not None and view.name not in self._bank:
             self._bank.add(view.name, view.mask)
         return lambda images: self._bank.embed(images, name)
+
+    def _sharded_under(self, view: View) -> Callable[[Tensor], Tensor]:
+        """Return the sharded encoder under a view's mask, or frozen, until the next view."""
+        if view is not self._on:
+            self._on = None  # were it cut off here, nothing must be taken for what is on
+            self._sharded.restore()
+            if view.mask is not None:
+                if not all(file.backbone_fingerprint for file in self.files.values()):  # else known to fit
+                    check_weights(view.mask.bits, view.mask.weights_fingerprint, self._sharded)
+                put([view.mask], self._sharded)
+            self._on = view
+        return self._sharded.encode
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.world.sum(tensor.clone())

@@ -100,6 +100,19 @@ def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
     ]
 
 
+def part_views(path: Path, file: maskfile.MaskFile) -> list[View]:
+    """Return the views that a cascade's combinations are made of, the dispatcher's first; see
+    `cascade_views`.
+    """
+    num_experts = sum(name != names.DISPATCHER for name in file.masks)
+    views = []
+    for name in (names.DISPATCHER, *map(names.expert, range(num_experts))):
+        of_run = path.parent / name / names.MASK
+        made_with = _sha256(of_run) if of_run.exists() else f"{_sha256(path)} {name}"
+        views.append(View(name, name, mask=file.masks[name], made_with=made_with))
+    return views
+
+
 def mask_views(
     paths: Sequence[Path],
     files: dict[str, maskfile.MaskFile],
