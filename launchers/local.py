@@ -27,7 +27,7 @@ from types import FrameType
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, REQUEUE, is_echo, is_restartable
 
-from .restarts import MAX_FRUITLESS, is_fruitless
+from .restarts import why_not_again
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
@@ -119,8 +119,9 @@ def run_processes(
     Args:
         plan: restart number, from 0 -> the processes.
         logs: folder of what each process prints, `rank-<r>.log`; rank 0's is shown here too.
-        max_restarts: after a preemption, and after a process was killed or hung. An error is not restarted,
-            nor is a run whose last starts all failed without getting anywhere.
+        max_restarts: after a process was killed or hung. Preemptions are not counted; with 0 there is no
+            restart after them either. An error is not restarted, nor is a run whose last starts all failed
+            without getting anywhere.
     """
     with _Signals() as signals:
         restart, launch = 0, f"{socket.gethostname()} {os.getpid()} {time.time()}"
@@ -135,13 +136,13 @@ def run_processes(
             if signals.stop:
                 return 128 + signals.stop
             group.report(status)
-            if not is_restartable(status) or restart >= max_restarts:
+            if not is_restartable(status):
                 return status if status > 0 else 128 - status
-            if status != REQUEUE and is_fruitless(logs, launch):
-                print(f"not started again: {MAX_FRUITLESS} starts in a row came to nothing", file=sys.stderr)
+            if (reason := why_not_again(logs, launch, status, max_restarts)) is not None:
+                print(f"not started again: {reason}", file=sys.stderr)
                 return status if status > 0 else 128 - status
             restart += 1
-            print(f"restart {restart} of at most {max_restarts}", file=sys.stderr, flush=True)
+            print(f"restart {restart}", file=sys.stderr, flush=True)
 
 
 @dataclass

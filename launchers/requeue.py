@@ -1,7 +1,7 @@
 """What the task of a rank does after its process failed: requeue the job, or leave that to another task.
 
     a process says with which status it ends (`runs.ending.notes`) -> the tasks of all ranks agree by notes
-    -> one of them: scontrol requeue, and on nodes other than those whose device failed
+    -> one of them: scontrol requeue (or the next job of a chain), not on nodes whose device failed
 
 Who was killed, hung or lost its device speaks for all; who only lost a peer waits for it. Knows nothing of
 training.
@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from selfmask_dist.runs.ending.device_fault import device_status
 from selfmask_dist.runs.ending.notes import EndNotes, node_name
 from selfmask_dist.runs.exit_status import DEVICE, FAILED, HUNG, REQUEUE, is_echo, is_restartable
 
-from .restarts import MAX_FRUITLESS, is_fruitless
+from .chain import chain_of, excluded_in, submit_next
+from .restarts import why_not_again
 
 _PEER_SECONDS = 10.0  # for the task whose process was killed to speak before those that failed with it
 # for a task whose process failed to speak before those that lost it: shared file systems may say for up to a
@@ -41,7 +43,8 @@ class Aftermath:
     """The end of one task of a job.
 
     environment: SLURM's variables of this task. notes: of this start of the job. log: what the process wrote.
-    seen: the signals that this task got, which grows while it waits.
+    seen: the signals that this task got, which grows while it waits. how: `launch.requeue`. submitted: what
+    submitit wrote, `slurm/` in the run's folder.
     """
 
     environment: Mapping[str, str]
@@ -49,6 +52,8 @@ class Aftermath:
     log: Path
     max_restarts: int = 0
     seen: set[int] = field(default_factory=set)
+    how: Literal["auto", "requeue", "chain"] = "requeue"
+    submitted: Path | None = None
 
     def settle(self, status: int, *, rank: int, num_ranks: int) -> None:
         """Requeue the job where that is worth it; on the other ranks, wait until that is done: srun ends all
@@ -70,11 +75,12 @@ class Aftermath:
             return
         if notes.has(FAILED_NOTE):
             return
-        if (restarts := int(self.environment.get("SLURM_RESTART_COUNT", 0))) >= self.max_restarts:
-            _say(f"not requeued: {restarts} restarts were launch.max_restarts")
+        if self.max_restarts == 0:
+            _say("not requeued: launch.max_restarts is 0")
             return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: SLURM may have the node
-        if shutil.which("scontrol") is None:
+        can_chain = self.how != "requeue" and shutil.which("sbatch") is not None
+        if shutil.which("scontrol") is None and not can_chain:
             _say("no scontrol on this node: SLURM itself requeues a preempted job")
             time.sleep(_END_SECONDS)
         elif (status != REQUEUE or rank == 0) and notes.say(CLAIMED_NOTE):
@@ -127,11 +133,25 @@ class Aftermath:
             time.sleep(_DUMP_SECONDS)
         if status == DEVICE:
             time.sleep(_DEVICE_SECONDS)
-        if status != REQUEUE and is_fruitless(self.log.parent, job_id):
-            _say(f"not requeued: {MAX_FRUITLESS} starts in a row came to nothing")
+        start = own_job_id(self.environment) if self._is_array() else chain_of(self.environment)
+        if (reason := why_not_again(self.log.parent, start, status, self.max_restarts)) is not None:
+            _say(f"not requeued: {reason}")
             self.notes.say(FAILED_NOTE)
             return
-        requeue(job_id, is_announced=signal.SIGUSR2 in self.seen, without_nodes=self.notes.nodes(DEVICE))
+        is_announced, bad = signal.SIGUSR2 in self.seen, self.notes.nodes(DEVICE)
+        if is_cancelled(job_id, is_announced=is_announced):
+            return
+        if self.how != "chain" and shutil.which("scontrol") is not None:
+            is_done = requeue(job_id, without_nodes=bad)
+            if is_done or self.how == "requeue":
+                return
+            _say("the cluster does not requeue this job: a next one goes on (launch.requeue=chain)")
+        if self.submitted is not None:
+            without = [*excluded_in(self.environment), *bad] if bad else []
+            submit_next(self.submitted, self.environment, without)
+
+    def _is_array(self) -> bool:
+        return "SLURM_ARRAY_TASK_ID" in self.environment
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait until the condition holds, at most for some seconds."""
@@ -152,18 +172,24 @@ def own_job_id(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_ID"]
 
 
-def requeue(job_id: str, *, is_announced: bool, without_nodes: Sequence[str] = ()) -> bool:
-    """Ask SLURM to run this job again, and return whether it will.
+def is_cancelled(job_id: str, *, is_announced: bool) -> bool:
+    """Return whether the job's user has ended it, and does not want it back.
 
-    A job that got SIGTERM only was either cancelled by its user, who does not want it back, or preempted on a
-    cluster that does not announce preemptions: while it is being cancelled its state is no longer RUNNING.
+    A job that got SIGTERM only was either cancelled or preempted on a cluster that does not announce
+    preemptions: while it is being cancelled its state is no longer RUNNING.
+    """
+    if is_announced or job_state(job_id) == "RUNNING":
+        return False
+    _say("not requeued: the job was cancelled")
+    return True
+
+
+def requeue(job_id: str, *, without_nodes: Sequence[str] = ()) -> bool:
+    """Ask SLURM to run this job again, and return whether it will.
 
     Args:
         without_nodes: nodes that it is not to run on any more, beside those that it was not to before.
     """
-    if not is_announced and job_state(job_id) != "RUNNING":
-        _say("not requeued: the job was cancelled")
-        return False
     if without_nodes:  # SLURM ends this task as soon as it requeues the job, and there is more to say
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     done = _scontrol("requeue", job_id)
@@ -175,9 +201,7 @@ def requeue(job_id: str, *, is_announced: bool, without_nodes: Sequence[str] = (
 
 def _exclude(job_id: str, nodes: Sequence[str]) -> None:
     """Take nodes out of a job that has just been requeued: SLURM refuses it for one that runs."""
-    shown = _scontrol("show", "--oneliner", "job", job_id).stdout
-    before = [word.partition("=")[2] for word in shown.split() if word.startswith("ExcNodeList=")]
-    names = [*(name for name in before if name != "(null)"), *nodes]
+    names = [*excluded_in({"SLURM_JOB_ID": job_id}), *nodes]
     deadline, reason = time.monotonic() + _EXCLUDE_SECONDS, ""
     while time.monotonic() < deadline:
         done = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={','.join(names)}")

@@ -2,6 +2,7 @@
 
     sbatch -> srun -> Task on every rank -> `selfmask train`
     told to stop (USR2, TERM) -> the process saves and ends with REQUEUE -> `scontrol requeue` -> once more
+                                          (or, where that is not allowed, the next job of a chain)
     failed -> `requeue.Aftermath`
 
 A cascade may also be three jobs, each after the one before: up to the router, the experts as a job array with
@@ -22,14 +23,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.runs.ending.notes import FOLDER_VARIABLE
 from selfmask_dist.runs.folder import run_path
+from selfmask_dist.runs.owner import CHAIN_VARIABLE
 from selfmask_dist.runs.submitted import note_jobs
 
+from .chain import chain_of, next_job, restarts_of
 from .local import log_path
 from .requeue import FAILED_NOTE, HUNG_NOTE, Aftermath, job_state, own_job_id, start_notes
 from .snapshot import snapshot_environment, take_snapshot
@@ -49,6 +52,8 @@ class TrainTask:
     master_port: int | None = None
     threads: int | None = None
     max_restarts: int = 0
+    requeue: Literal["auto", "requeue", "chain"] = "requeue"
+    submitted: Path | None = None  # where submitit writes
 
     def __call__(self) -> None:
         place = rank_environment(os.environ, master_port=self.master_port)
@@ -64,10 +69,14 @@ class TrainTask:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             log.flush()
             variables = {**place, "OMP_NUM_THREADS": threads, FOLDER_VARIABLE: str(notes.folder)}
+            if "SLURM_ARRAY_TASK_ID" not in os.environ:
+                variables[CHAIN_VARIABLE] = chain_of(os.environ)
             process = subprocess.Popen(
                 command, env={**os.environ, **variables}, stdout=log, stderr=subprocess.STDOUT
             )
-        end = Aftermath(os.environ, notes, log_file, self.max_restarts)
+        end = Aftermath(
+            os.environ, notes, log_file, self.max_restarts, how=self.requeue, submitted=self.submitted
+        )
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             end.seen.add(signum)
@@ -95,7 +104,7 @@ class TrainTask:
 def rank_environment(environment: Mapping[str, str], *, master_port: int | None = None) -> dict[str, str]:
     """Return torchrun's variables for this task, from SLURM's. Every rank finds the same without asking."""
     job_id = int(environment["SLURM_JOB_ID"])
-    restarts = environment.get("SLURM_RESTART_COUNT", "0")
+    restarts = restarts_of(environment)
     nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
     world_size = environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]
     num_nodes = environment.get("SLURM_STEP_NUM_NODES") or environment["SLURM_JOB_NUM_NODES"]
@@ -106,8 +115,8 @@ def rank_environment(environment: Mapping[str, str], *, master_port: int | None 
         "LOCAL_WORLD_SIZE": str(int(world_size) // int(num_nodes)),
         "GROUP_RANK": environment["SLURM_NODEID"],
         "MASTER_ADDR": first_host(nodes),
-        "MASTER_PORT": str(master_port or port_of(job_id, int(restarts))),
-        "SELFMASK_RESTARTS": restarts,
+        "MASTER_PORT": str(master_port or port_of(job_id, restarts)),
+        "SELFMASK_RESTARTS": str(restarts),
     }
 
 
@@ -163,6 +172,9 @@ def submit(
                 config.launch.master_port,
                 config.engine.threads,
                 config.launch.max_restarts,
+                # a job that others wait for (afterok) must not end without being requeued
+                "requeue" if experts_array else config.launch.requeue,
+                run / "slurm",
             )
             for index, folder in enumerate(job.folders)
         ]
@@ -192,12 +204,39 @@ def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False
     return "\n".join(scripts)
 
 
-def wait_for(job_id: str) -> int:
-    """Wait until the job has ended, and return 0 where it completed, else 1."""
-    while (state := job_state(job_id)) in _OPEN_STATES:
-        time.sleep(_POLL_SECONDS)
-    print(f"job {job_id} ended: {state}", flush=True)
-    return 0 if state == "COMPLETED" else 1
+def srun_options(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
+    """Return srun's arguments of `launch.srun`: `--name=value` of a mapping, a list as it is.
+
+    true is the option alone, false and null leave it out, and a list is joined with commas.
+    """
+    if not isinstance(options, Mapping):
+        return list(options)
+    words = []
+    for key, value in options.items():
+        flag = f"--{key.lstrip('-').replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):
+            words.append(f"{flag}={','.join(map(str, value))}")
+        elif value is not False and value is not None:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def wait_for(job_id: str, run: Path) -> int:
+    """Wait until the job, and those that go on after it, have ended; return 0 where the last one completed.
+
+    Args:
+        run: the folder of the job's run.
+    """
+    while True:
+        while (state := job_state(job_id)) in _OPEN_STATES:
+            time.sleep(_POLL_SECONDS)
+        print(f"job {job_id} ended: {state}", flush=True)
+        following = next_job(run.resolve() / "slurm", job_id)
+        if state == "COMPLETED" or following is None:
+            return 0 if state == "COMPLETED" else 1
+        job_id = following
 
 
 def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", is_dry: bool = False) -> Any:
@@ -216,6 +255,7 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", 
     srun = ["--kill-on-bad-exit=1"]
     if launch.cpus_per_process:  # since Slurm 22.05 srun no longer takes it from the job
         srun.append(f"--cpus-per-task={launch.cpus_per_process}")
+    srun += srun_options(launch.srun)
     variables = dict(launch.environment)
     if launch.snapshot:
         variables |= snapshot_environment(folder.parent)

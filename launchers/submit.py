@@ -153,7 +153,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
             )
             for run in runs
         ]
-        return max(slurm.wait_for(job) for job in jobs) if options.wait else 0
+        folders = [run_path(run.config) for run in runs]
+        return max(map(slurm.wait_for, jobs, folders)) if options.wait else 0
     statuses = []
     for run in runs:
         statuses.append(_run_here(run, options.nodes))
@@ -182,6 +183,11 @@ def _check_array(runs: Sequence[PlannedRun], cluster: str) -> None:
     for run in runs:
         if run.config.method != "cascade":
             raise ValueError(f"--experts-array is for method=cascade, and method is {run.config.method}")
+        if run.config.launch.requeue == "chain":
+            raise ValueError(
+                "launch.requeue=chain and --experts-array: jobs of the array wait for one that ended well, "
+                "and a job that a next one goes on with does not; leave --experts-array out"
+            )
 
 
 def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.text import age, positive, table
 from selfmask_dist.runs.status import COLUMNS, read_status, stages_of
+from selfmask_dist.runs.submitted import waiting
 
 _NUMBERS = ("step", "loss", "images/s", "restarts", "size")  # columns that are aligned to the right
 
@@ -55,6 +57,8 @@ def _status(options: argparse.Namespace) -> int:
     if rows:
         print(_table(COLUMNS, [[row[name] for name in COLUMNS] for row in rows]))
         for row in rows:
+            if row["path"] and row["state"] == "pending" and (job := waiting(Path(row["path"]))) is not None:
+                print(f"{row['run']}: {job}")
             for entry in verdict_of(Path(row["path"])) if row["path"] else ():
                 print(f"{row['run']}: {entry['text']}")
     if complaints:
@@ -65,12 +69,17 @@ def _status(options: argparse.Namespace) -> int:
 def _logs(options: argparse.Namespace) -> int:
     folder = Path(options.run) / names.LOGS
     path = folder / f"rank-{options.rank}.log"
+    job = waiting(Path(options.run))
+    if not path.exists() and job is not None:
+        raise ValueError(f"there is no {path} yet: the run {job}")
     if not path.exists():
         known = sorted(int(found.stem.partition("-")[2]) for found in folder.glob("rank-*.log"))
         there = f"there are ranks {', '.join(map(str, known))}" if known else "there are no logs"
         raise ValueError(f"there is no {path}; {there}")
     with open(path, errors="replace") as stream:
         print("".join(collections.deque(stream, maxlen=options.lines)), end="")
+    if job is not None:
+        print(f"the run {job}", file=sys.stderr)
     return 0
 
 

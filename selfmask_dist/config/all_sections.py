@@ -6,6 +6,7 @@ from pydantic import Field
 
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.fields import Section, science
+from selfmask_dist.config.launch import LaunchConfig
 from selfmask_dist.config.masks import MaskConfig
 from selfmask_dist.config.objectives import (
     ClipConfig,
@@ -24,7 +25,6 @@ from selfmask_dist.config.sections import (
     DataConfig,
     EngineConfig,
     EvalConfig,
-    LaunchConfig,
     ObjectiveConfig,
     RunConfig,
     TrainConfig,

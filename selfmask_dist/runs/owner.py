@@ -29,6 +29,7 @@ from selfmask_dist.runs.exit_status import BAD_INPUT
 
 FREE_AFTER_SECONDS = 60.0  # since the last heartbeat of an owner on another machine
 LAUNCHER_VARIABLE = "SELFMASK_LAUNCHER"  # what a launcher on this machine tells its processes of itself
+CHAIN_VARIABLE = "SELFMASK_CHAIN"  # the first of the SLURM jobs that go on with one run after each other
 _RENEW_SECONDS = 5.0
 _SETTLE_SECONDS = 0.2  # for another process that took the folder over at the same moment to have written
 _ENDED = ("finished", "failed", "lost a process", "preempted")
@@ -137,6 +138,7 @@ def identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "chain": os.environ.get(CHAIN_VARIABLE) or os.environ.get("SLURM_JOB_ID"),
         "restarts": int(os.environ.get("SELFMASK_RESTARTS", 0)),
     }
 
@@ -159,7 +161,8 @@ def _is_own(record: dict[str, Any]) -> bool:
         return True
     restarts = record.get("restarts")
     is_later = isinstance(restarts, int) and own["restarts"] > restarts
-    return own["job"] is not None and record.get("job") == own["job"] and is_later
+    chain = record.get("chain", record.get("job"))
+    return own["chain"] is not None and chain == own["chain"] and is_later
 
 
 def _this_process() -> list[Any]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from launchers import local
 from launchers import restarts as progress
 from selfmask_dist.parallel import is_lost_peer, set_timeout
 from selfmask_dist.runs.checkpoint import committed, load_newest, step_of
-from selfmask_dist.runs.exit_status import BAD_INPUT, FAILED, HUNG, LOST
+from selfmask_dist.runs.exit_status import BAD_INPUT, FAILED, HUNG, LOST, REQUEUE
 from selfmask_dist.runs.metrics import _Lines
 from tests.launchers.test_launchers import fake
 from tests.support.distributed import run_distributed
@@ -103,7 +104,27 @@ def test_starts_that_come_to_nothing_end_and_progress_counts_anew(
     assert local.run_processes(plan, logs=tmp_path / "logs", max_restarts=50) == 128 + 9
     assert len(seen) == 3 + progress.MAX_FRUITLESS
     assert "5 starts in a row came to nothing" in capfd.readouterr().err
-    assert not progress.is_fruitless(tmp_path / "logs", "another job")
+    assert progress.why_not_again(tmp_path / "logs", "another job", LOST, 50) is None
+
+
+def test_failures_are_counted_and_stops_are_not(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    why = partial(progress.why_not_again, logs, "job 7")
+    for step in range(10):  # each preempted start leaves a checkpoint
+        (tmp_path / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
+        assert why(REQUEUE, 2) is None
+    assert why(LOST, 2) is None
+    assert why(-9, 2) is None
+    assert why(REQUEUE, 2) is None
+    assert why(HUNG, 2) == "2 restarts after failures were launch.max_restarts"
+    assert progress.why_not_again(logs, "job 8", REQUEUE, 0) == "launch.max_restarts is 0"
+
+
+def test_a_run_that_is_always_stopped_too_early_ends(tmp_path: Path) -> None:
+    reasons = [progress.why_not_again(tmp_path, "job 7", REQUEUE, 1) for _ in range(progress.MAX_STOPPED)]
+    assert reasons[:-1] == [None] * (progress.MAX_STOPPED - 1)
+    assert "launch.hours" in str(reasons[-1])
 
 
 # ---- a full disk

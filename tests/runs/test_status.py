@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from selfmask_dist.cli import main
 from selfmask_dist.config import load_config
 from selfmask_dist.runs.checkpoint import Checkpoint, write_checkpoint
 from selfmask_dist.runs.status import read_status
-from selfmask_dist.runs.submitted import note_jobs
+from selfmask_dist.runs.submitted import note_jobs, waiting
 
 
 def make_run(folder: Path, **status: Any) -> Path:
@@ -171,11 +172,37 @@ def test_a_job_that_waits_is_pending(
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["c3", "pending", "7/4000"]
 
 
+def test_why_and_since_when_a_job_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 7200))
+    answer = f"12 PENDING {since} ReqNodeNotAvail, UnavailableNodes:n1"
+    squeue.write_text(SQUEUE.format(log=tmp_path / "asked", answer=answer))
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    run = tmp_path / "c3"
+    run.mkdir()
+    note_jobs(run, ["12"])
+    said = "waits in SLURM as job 12 (ReqNodeNotAvail, UnavailableNodes:n1), since 2 h"
+    assert main(["status", str(run)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["logs", str(run)]) == 2
+    assert said in capsys.readouterr().err
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text("of the start before\n")
+    assert main(["logs", str(run)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, said in shown.err) == ("of the start before\n", True)
+
+
 def test_without_squeue_a_submitted_run_that_has_not_begun_is_pending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     note_jobs(tmp_path, ["5"])
     assert read_status(tmp_path)["state"] == "pending"
+    assert re.fullmatch(r"waits in SLURM as job 5, since \d+ s", str(waiting(tmp_path)))
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert read_status(tmp_path)["state"] == "no heartbeat"
