@@ -30,6 +30,7 @@ from selfmask_dist.parallel import World, join_world
 from selfmask_dist.parallel.world import group_of, num_processes
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.folder import create_run_directory, run_path
+from selfmask_dist.runs.owner import num_restarts
 from selfmask_dist.runs.preempt import Preempted, StopRequest
 from selfmask_dist.runs.verdict import closing, judge_cascade
 from selfmask_dist.training.chain import Chain, stage_config
@@ -96,7 +97,7 @@ def run_cascade(
         Preempted: asked to stop; started again, it goes on.
     """
     directory = run_path(config)
-    stop_path = directory / f"stop-{os.environ.get('SELFMASK_RESTARTS', 0)}"
+    stop_path = directory / f"stop-{num_restarts()}"
     with ExitStack() as stack:
         current = CurrentWorld(config, stack)
         world = current.join()

@@ -26,7 +26,7 @@ from selfmask_dist.runs.folder import (
     remove_measured,
     run_path,
 )
-from selfmask_dist.runs.owner import Claim, check_free
+from selfmask_dist.runs.owner import Claim, check_free, num_restarts
 from selfmask_dist.runs.verdict import closing
 
 
@@ -110,7 +110,7 @@ def _is_main() -> bool:
 
 def _is_restart() -> bool:
     """Return whether a launcher has started this run before."""
-    return bool(int(os.environ.get("SELFMASK_RESTARTS", 0)))
+    return num_restarts() > 0
 
 
 def train(options: argparse.Namespace) -> int:

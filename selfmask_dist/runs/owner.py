@@ -29,7 +29,8 @@ from selfmask_dist.runs.exit_status import BAD_INPUT
 
 FREE_AFTER_SECONDS = 60.0  # since the last heartbeat of an owner on another machine
 LAUNCHER_VARIABLE = "SELFMASK_LAUNCHER"  # what a launcher on this machine tells its processes of itself
-CHAIN_VARIABLE = "SELFMASK_CHAIN"  # the first of the SLURM jobs that go on with one run after each other
+CHAIN_VARIABLE = "SELFMASK_CHAIN"  # what jobs that go on with one run after each other have in common
+_RESTART_VARIABLES = ("SELFMASK_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
 _RENEW_SECONDS = 5.0
 _SETTLE_SECONDS = 0.2  # for another process that took the folder over at the same moment to have written
 _ENDED = ("finished", "failed", "lost a process", "preempted")
@@ -130,6 +131,11 @@ def release(folder: Path) -> None:
             (folder / names.OWNER).unlink()
 
 
+def num_restarts() -> int:
+    """Return how often this run was started before, as its launcher (or torchrun) says."""
+    return sum(int(os.environ.get(name, 0)) for name in _RESTART_VARIABLES)
+
+
 def identity() -> dict[str, Any]:
     """Return which process this is, of which job and start of the run."""
     return {
@@ -139,7 +145,7 @@ def identity() -> dict[str, Any]:
         "machine": _machine(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "chain": os.environ.get(CHAIN_VARIABLE) or os.environ.get("SLURM_JOB_ID"),
-        "restarts": int(os.environ.get("SELFMASK_RESTARTS", 0)),
+        "restarts": num_restarts(),
     }
 
 
