@@ -157,13 +157,15 @@ def join_world(
     store = dist.HashStore() if size == 1 else _meeting_place(timeout)
     group, group_size = rank // (size // num_groups), size // num_groups
     _num_joins[0] += 1
+    # torchrun's store outlives the processes that it starts again: the addresses in it are of the dead
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if group_size == 1 and not needs_group:
         yield World(device=place)
         return
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
         timeout=timeout,
-        store=dist.PrefixStore(f"join-{_num_joins[0]}/group-{group}", store),
+        store=dist.PrefixStore(f"start-{start}/join-{_num_joins[0]}/group-{group}", store),
         rank=rank % group_size,
         world_size=group_size,
         device_id=place if place.type == "cuda" else None,

@@ -7,6 +7,7 @@ commands are in `cli.status`.
 """
 
 import json
+import statistics
 import sys
 import threading
 import time
@@ -16,11 +17,12 @@ from typing import Any
 
 from selfmask_dist.common import names
 from selfmask_dist.common.files import write_text
-from selfmask_dist.common.text import age
+from selfmask_dist.common.text import age, duration, number
 from selfmask_dist.runs.owner import identity
 from selfmask_dist.runs.submitted import waiting_job
 
 _SILENT_SECONDS = 60.0
+_SLOW, _SLOW_SECONDS = 1.25, 0.01  # a rank's seconds a step: so many times the median, and so much more
 COLUMNS = ("run", "state", "step", "loss", "images/s", "restarts", "checkpoint", "heartbeat", "job")
 
 
@@ -61,7 +63,7 @@ class Heartbeat:
     def _write(self, silence: float, facts: dict[str, Any]) -> None:
         self._facts |= facts
         newest = self._newest()
-        numbers = {name: newest.get(name) for name in ("step", "loss", "images_per_second")}
+        numbers = {name: newest.get(name) for name in ("step", "loss", "images_per_second", "ranks")}
         values = {**self._facts, **numbers, "time": time.time(), "silence": round(silence, 1)}
         try:
             for run in self._runs:
@@ -115,6 +117,25 @@ def _state(
         if silence > _SILENT_SECONDS:  # the process lives, and no step or batch was done
             state = f"still for {age(silence)}"
     return f"{state} ({status['stage']})" if "stage" in status else state
+
+
+def stragglers(run: Path) -> list[str]:
+    """Return a line for each rank that is much slower than the others, and so makes all of them wait.
+
+    Judged by the newest log line: seconds a step of its forward passes, and of waiting for data.
+    """
+    ranks, lines = _json(run / names.STATUS).get("ranks"), []
+    for key, what in (("forward", "its forward passes take"), ("data", "it waits for data for")):
+        seconds = ranks.get(key) if isinstance(ranks, dict) else None
+        if not isinstance(seconds, list) or len(seconds) < 2 or None in map(number, seconds):
+            continue
+        median = statistics.median(seconds)
+        lines += [
+            f"rank {rank} is slow: {what} {duration(value)} a step, {duration(median)} in the middle of all"
+            for rank, value in enumerate(seconds)
+            if value > _SLOW * median + _SLOW_SECONDS
+        ]
+    return lines
 
 
 def stages_of(run: Path) -> list[Path]:

@@ -8,10 +8,12 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from selfmask_dist.data import Batch
 from selfmask_dist.maskfile.api import Masks
@@ -30,7 +32,19 @@ class Meter:
         self._world = world
         self._sums: dict[str, Tensor] = {}
         self.seconds_per_step = 0.0
+        self.ranks: dict[str, list[float]] = {}  # of each rank, seconds a step: what `stragglers` looks at
+        self._forward = ForwardClock(world.device)
         self._reset()
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Time the forward passes of a module inside of `with`."""
+        handles = self._forward.watch(module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def time_waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on, timing how long each kept the loop waiting."""
@@ -52,8 +66,13 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Return means over the steps since the last read, summed over ranks. Collective; one device sync."""
-        totals = self._world.sum(torch.stack([value.double() for value in self._sums.values()]))
+        totals = torch.stack([value.double() for value in self._sums.values()])
+        totals, ranks = self._world.sum(torch.cat([totals, self._own_seconds(totals)])).split(
+            [len(totals), 2 * self._world.size]
+        )
         values = {name: total / self._steps for name, total in zip(self._sums, totals.tolist(), strict=True)}
+        forward, waited = ranks.view(2, -1).tolist()
+        self.ranks = {"forward": forward, "data": waited}
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         values["images_per_second"] = self._images / elapsed
         values["data_wait"] = min(self._waited / elapsed, 1.0)
@@ -61,6 +80,15 @@ class Meter:
         self.seconds_per_step = elapsed / self._steps
         self._reset()
         return values
+
+    def _own_seconds(self, like: Tensor) -> Tensor:
+        """Return (2 * ranks): this rank's seconds a step of forward passes and of waiting for data, else 0.
+
+        They ride on the sum of the metrics: no collective of their own.
+        """
+        rows = torch.zeros(2, self._world.size, dtype=torch.float64)
+        rows[:, self._world.rank] = torch.tensor([self._forward.read(), self._waited]) / max(self._steps, 1)
+        return rows.flatten().to(like.device)
 
     def state(self) -> dict[str, Any]:
         """Return what was counted since the last read, rank by rank. Collective: every rank must call."""
@@ -94,10 +122,52 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
+        self._forward.read()
         self._sums = {}
         self._steps = self._images = 0
         self._waited = 0.0
         self._start = time.perf_counter()
+
+
+class ForwardClock:
+    """Seconds that a module's training forward passes took on this rank, on its device.
+
+    The one part of a step in which a rank (under ddp) waits for no other: whole steps take equally long on
+    all of them, as each waits for the slowest.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._begun: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+
+    def watch(self, module: nn.Module) -> list[RemovableHandle]:
+        """Time every forward pass of the module, until the handles that are returned are removed."""
+        return [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
+
+    def read(self) -> float:
+        """Return the seconds since the last read. On a GPU this waits for the last of these passes."""
+        spans, self._spans = self._spans, []
+        if not self._is_cuda:
+            return sum(end - begin for begin, end in spans)
+        if spans:
+            spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
+
+    def _begin(self, _module: nn.Module, _inputs: Any) -> None:
+        self._begun = self._now() if torch.is_grad_enabled() else None
+
+    def _end(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if self._begun is not None:
+            self._spans.append((self._begun, self._now()))
+            self._begun = None
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def peak_memory(device: torch.device) -> int:

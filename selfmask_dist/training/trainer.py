@@ -88,6 +88,10 @@ class Trainer:
             QuarantineError: more samples than the budget allows could not be read.
         """
         start, meter = start or Position(), meter or Meter(self.engine.world)
+        with meter.watching(self.engine.module):
+            return self._run(start, meter)
+
+    def _run(self, start: Position, meter: Meter) -> int:
         step, epoch, done = start.step, start.epoch, start.batch
         self.writer.start_progress(self.num_steps, step)
         if not start.is_measured:
@@ -140,6 +144,7 @@ class Trainer:
         if self.telemetry is not None:
             values |= self.telemetry.after_step()
         remaining = (self.num_steps - step) * meter.seconds_per_step
+        self.writer.newest["ranks"] = meter.ranks
         self.writer.scalars(step, values)
         for text in self.remarks(values):
             self.writer.event("remark", step=step, text=text)

@@ -172,6 +172,21 @@ def test_a_job_that_waits_is_pending(
     assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["c3", "pending", "7/4000"]
 
 
+def test_a_rank_that_makes_the_others_wait_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = {"forward": [0.2, 0.21, 0.4, 0.2], "data": [0.0, 0.001, 0.0, 1.5]}
+    run = make_run(tmp_path / "a", **running(7, ranks=ranks))
+    assert main(["status", str(run)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is slow" in line]
+    assert lines == [
+        "a: rank 2 is slow: its forward passes take 400 ms a step, 205 ms in the middle of all",
+        "a: rank 3 is slow: it waits for data for 1.5 s a step, 0 ms in the middle of all",
+    ]
+    damaged = make_run(tmp_path / "b", **running(7, ranks={"forward": ["x", 1.0], "data": 3}))
+    assert main(["status", str(damaged)]) == 0
+
+
 def test_why_and_since_when_a_job_waits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
