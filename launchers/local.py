@@ -24,8 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.runs.exit_status import FAILED, HUNG, REQUEUE, is_echo, is_restartable
+from selfmask_dist.runs.folder import run_path
 
 from .restarts import why_not_again
 
@@ -84,6 +86,7 @@ def plan_processes(
     for rank in range(world_size):
         node, local_rank = divmod(rank, per_node)
         variables = {
+            **(recorder_environment(run_path(config)) if gpus else {}),
             **(environment or {}),
             **config.launch.environment,
             "RANK": str(rank),
@@ -270,6 +273,18 @@ class _Group:
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(signum)
+
+
+def recorder_environment(run: Path) -> dict[str, str]:
+    """Return the variables by which torch keeps its last collectives, and NCCL dumps them where one fails,
+    beside the stacks; what this process's environment says already stays.
+    """
+    wanted = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(run.resolve() / names.STACKS / "nccl-rank-"),
+    }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def log_path(logs: Path, rank: int) -> Path:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from selfmask_dist.common import names
 from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.runs.ending.notes import FOLDER_VARIABLE
@@ -32,8 +33,8 @@ from selfmask_dist.runs.folder import run_path
 from selfmask_dist.runs.owner import CHAIN_VARIABLE
 from selfmask_dist.runs.submitted import note_jobs
 
+from . import local
 from .chain import chain_of, next_job, restarts_of
-from .local import log_path
 from .requeue import FAILED_NOTE, HUNG_NOTE, Aftermath, job_state, own_job_id, start_notes
 from .snapshot import snapshot_environment, take_snapshot
 
@@ -64,7 +65,7 @@ class TrainTask:
         ]
         self.logs.mkdir(parents=True, exist_ok=True)
         rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
-        log_file = log_path(self.logs, rank)
+        log_file = local.log_path(self.logs, rank)
         with open(log_file, "ab") as log:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             log.flush()
@@ -161,7 +162,8 @@ def submit(
     run = run_path(config).resolve()
     if config.launch.snapshot:
         take_snapshot(run)
-    (run / "slurm").mkdir(parents=True, exist_ok=True)
+    for name in ("slurm", *((names.STACKS,) if config.launch.gpus_per_node else ())):
+        (run / name).mkdir(parents=True, exist_ok=True)
     after, ids = "", []
     for job in jobs_of(config, experts_array=experts_array):
         tasks = [
@@ -256,7 +258,8 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", 
     if launch.cpus_per_process:  # since Slurm 22.05 srun no longer takes it from the job
         srun.append(f"--cpus-per-task={launch.cpus_per_process}")
     srun += srun_options(launch.srun)
-    variables = dict(launch.environment)
+    recorder = local.recorder_environment(folder.parent) if launch.gpus_per_node else {}
+    variables = {**recorder, **launch.environment}
     if launch.snapshot:
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]

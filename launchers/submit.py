@@ -22,6 +22,7 @@ if not __package__:  # started by its path: Python put this file's folder on the
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     __package__ = "launchers"
 
+from selfmask_dist.common import names
 from selfmask_dist.common.shipped import find_config
 from selfmask_dist.config import Config, load_config, to_yaml
 from selfmask_dist.config.config import load_with_places
@@ -270,7 +271,9 @@ def _run_here(run: PlannedRun, num_nodes: int) -> int:
             environment=environment,
         )
 
-    plan(0)  # what cannot be planned cannot be run: said before the run's folder is made
+    first = plan(0)  # what cannot be planned cannot be run: said before the run's folder is made
+    if "CUDA_VISIBLE_DEVICES" in first[0].environment:
+        (folder / names.STACKS).mkdir(parents=True, exist_ok=True)  # where NCCL writes what it was doing
     if run.config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
         environment |= take_snapshot(folder)
     try:

@@ -5,6 +5,7 @@
 Knows nothing of training but that it beats.
 """
 
+import json
 import os
 import sys
 import threading
@@ -14,10 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
+from selfmask_dist.common.files import write_text
 from selfmask_dist.runs.exit_status import HUNG
 from selfmask_dist.runs.preempt import dump_stacks
 
 _INTERVAL = 2.0
+_RECORD_SECONDS = 5.0  # for torch to give its record
 _PATIENCE = 10  # times the timeout, until the first beat: building, compiling and meeting take their time
 
 
@@ -83,5 +88,28 @@ class Watchdog:
             if self._timeout and silence > limit:
                 print(f"nothing moved for {silence:.0f} s: see {self._stacks}", file=sys.stderr, flush=True)
                 dump_stacks(self._stacks, f"nothing moved for {silence:.0f} s")
+                dump_collectives(self._stacks.with_suffix(".collectives.json"))
                 self._exit_process(HUNG)
                 return
+
+
+def dump_collectives(path: Path) -> None:
+    """Write what torch's flight recorder holds: the last collectives of this process, and how far each came.
+
+    It records where TORCH_FR_BUFFER_SIZE is set, as launchers do where there are GPUs. NCCL's own dump would
+    come with its timeout, after this process is gone.
+    """
+    thread = threading.Thread(target=_dump_collectives, args=(path,), daemon=True)
+    thread.start()
+    thread.join(_RECORD_SECONDS)  # a device that hangs may keep it waiting
+
+
+def _dump_collectives(path: Path) -> None:
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        try:
+            text = getattr(torch._C._distributed_c10d, name)()
+            if json.loads(text).get("entries"):
+                write_text(path, text if isinstance(text, str) else text.decode())
+                return
+        except (AttributeError, RuntimeError, ValueError, OSError) as error:
+            print(f"no record of collectives by {name}: {error}", file=sys.stderr, flush=True)

@@ -305,6 +305,8 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
     ):
         assert f"#SBATCH {line}" in done.stdout.splitlines(), line
     assert "export NCCL_DEBUG=INFO" in done.stdout
+    assert "export TORCH_FR_BUFFER_SIZE=2000" in done.stdout
+    assert f"TORCH_FR_DUMP_TEMP_FILE={tmp_path / 'run' / 'stacks'}/nccl-rank-" in done.stdout
     started = next(line for line in done.stdout.splitlines() if line.startswith("srun "))
     assert " --container-image=image.sqsh --cpu-bind=cores " in started
     assert f"PYTHONPATH={tmp_path / 'run' / 'code'}" in done.stdout

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import subprocess
 import threading
 import time
@@ -268,3 +269,27 @@ def test_a_paced_check_votes_seldom_and_in_the_same_turns(tmp_path: Path) -> Non
     turns, votes = main
     assert 600 <= turns <= 600 + 256
     assert votes < 20
+
+
+_RECORDED = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from selfmask_dist.runs.watchdog import dump_collectives
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(7))
+dump_collectives(Path(sys.argv[1]))
+"""
+
+
+def test_the_last_collectives_are_written_beside_the_stacks(tmp_path: Path) -> None:
+    path = tmp_path / "rank-0.collectives.json"
+    subprocess.run(
+        [sys.executable, "-c", _RECORDED, str(path)],
+        env=child_environment(TORCH_FR_BUFFER_SIZE="100"),
+        check=True,
+        timeout=60,
+    )
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert (entry["profiling_name"], entry["input_sizes"]) == ("gloo:all_reduce", [[7]])
