@@ -1,6 +1,7 @@
 """The options of `launchers/submit.py` and `selfmask launch`, which are the same. Knows no launcher."""
 
 import argparse
+from typing import Any
 
 EPILOG = "`selfmask help` lists the sections of a configuration, and `selfmask help optim` the keys of one."
 
@@ -12,8 +13,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.add_argument(
-        "--nodes", type=_positive, default=1, metavar="N", help="nodes; local: groups of processes (1)"
+        "--nodes",
+        action=_Nodes,
+        default=1,
+        metavar="N",
+        help="nodes; local: groups of processes (1). SLURM, N:M: as many as it gets, from N to M; a "
+        "restart may get others",
     )
+    parser.set_defaults(least_nodes=None)
     parser.add_argument(
         "--config",
         action="append",
@@ -75,11 +82,19 @@ def _seeds(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
 
 
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of nodes")
-    return number
+class _Nodes(argparse.Action):
+    """Sets `nodes`, the most, and `least_nodes`: None where one number was given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        words = str(values).split(":")
+        numbers = [int(word) if word.isdecimal() else 0 for word in words]
+        if len(words) > 2 or min(numbers) < 1 or numbers != sorted(numbers):
+            raise argparse.ArgumentError(self, f"{values!r} is not a number of nodes, or a range such as 2:4")
+        namespace.nodes = numbers[-1]
+        namespace.least_nodes = numbers[0] if numbers[0] < numbers[-1] else None

@@ -24,16 +24,24 @@ from .site import read_partitions
 _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
 
-def preflight(config: Config, *, cluster: str, num_nodes: int, is_dry: bool = False) -> None:
+def preflight(
+    config: Config, *, cluster: str, num_nodes: int, least_nodes: int | None = None, is_dry: bool = False
+) -> None:
     """Check what would fail later.
 
     Args:
+        least_nodes: a job may get any number of nodes from this one on, up to `num_nodes`.
         is_dry: nothing will be submitted, so that SLURM's programs may be missing here.
 
     Raises:
         ValueError: with every complaint, one to a line.
     """
-    complaints = [*_run_folder(config), *_files(config), *_batch(config, cluster, num_nodes)]
+    complaints = [*_run_folder(config), *_files(config)]
+    for nodes in range(least_nodes or num_nodes, num_nodes + 1):
+        complaints += _batch(config, cluster, nodes)
+    if least_nodes is not None and cluster != "slurm":
+        complaints.append(f"--nodes {least_nodes}:{num_nodes} is for SLURM; give one number here")
+    complaints = list(dict.fromkeys(complaints))
     without_data = list(_data(config))
     if is_dry:  # another machine may have it
         for complaint in without_data:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 from selfmask_dist.common import names
 from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
+from selfmask_dist.config.conflicts.general import ACCUMULATING
 from selfmask_dist.runs.ending.notes import FOLDER_VARIABLE
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.runs.owner import CHAIN_VARIABLE
@@ -55,6 +56,8 @@ class TrainTask:
     max_restarts: int = 0
     requeue: Literal["auto", "requeue", "chain"] = "requeue"
     submitted: Path | None = None  # where submitit writes
+    # what train.accumulate is on the most nodes, and these; None where it stays as it is on any number
+    accumulate_on_most: tuple[int, int] | None = None
 
     def __call__(self) -> None:
         place = rank_environment(os.environ, master_port=self.master_port)
@@ -62,6 +65,7 @@ class TrainTask:
         command = [
             *(*self.container, sys.executable, "-m", "selfmask_dist.cli", "train"),
             *self.train_arguments,
+            *self._micro_steps(place),
         ]
         self.logs.mkdir(parents=True, exist_ok=True)
         rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
@@ -100,6 +104,20 @@ class TrainTask:
         print(f"rank {rank} ended with status {status}", file=sys.stderr, flush=True)
         end.settle(status, rank=rank, num_ranks=int(place["WORLD_SIZE"]))
         sys.exit(status if status > 0 else 128 - status)
+
+    def _micro_steps(self, place: Mapping[str, str]) -> list[str]:
+        """Return the override that lets a process on fewer nodes hold no more images at once than on most."""
+        if self.accumulate_on_most is None:
+            return []
+        nodes = int(place["WORLD_SIZE"]) // int(place["LOCAL_WORLD_SIZE"])
+        return [f"train.accumulate={micro_steps_on(nodes, *self.accumulate_on_most)}"]
+
+
+def micro_steps_on(nodes: int, accumulate: int, most: int) -> int:
+    """Return `train.accumulate` on some nodes, where it is `accumulate` on the most that a job may get: each
+    process has more images of the global batch there, and goes through them in more micro-steps.
+    """
+    return -(-accumulate * most // nodes)
 
 
 def rank_environment(environment: Mapping[str, str], *, master_port: int | None = None) -> dict[str, str]:
@@ -156,9 +174,18 @@ def jobs_of(config: Config, *, experts_array: bool) -> list[Job]:
 
 
 def submit(
-    config: Config, *, num_nodes: int, train_arguments: Sequence[str], experts_array: bool = False
+    config: Config,
+    *,
+    num_nodes: int,
+    train_arguments: Sequence[str],
+    least_nodes: int | None = None,
+    experts_array: bool = False,
 ) -> str:
-    """Submit the run's jobs, print where they write, and return the id of the last one."""
+    """Submit the run's jobs, print where they write, and return the id of the last one.
+
+    Args:
+        least_nodes: SLURM may give any number of nodes from this one on, up to `num_nodes`.
+    """
     run = run_path(config).resolve()
     if config.launch.snapshot:
         take_snapshot(run)
@@ -177,10 +204,12 @@ def submit(
                 # a job that others wait for (afterok) must not end without being requeued
                 "requeue" if experts_array else config.launch.requeue,
                 run / "slurm",
+                _accumulate_on_most(config, num_nodes, least_nodes),
             )
             for index, folder in enumerate(job.folders)
         ]
-        executor = _executor(config, run / "slurm", num_nodes, after=after)
+        nodes = node_range(num_nodes, least_nodes)
+        executor = _executor(config, run / "slurm", nodes, after=after)
         submitted = executor.map_array(TrainTask.__call__, tasks)
         after = str(submitted[0].job_id).partition("_")[0]
         ids.append(after)
@@ -191,19 +220,40 @@ def submit(
     return after
 
 
-def batch_scripts(config: Config, *, num_nodes: int, experts_array: bool = False) -> str:
+def batch_scripts(
+    config: Config, *, num_nodes: int, least_nodes: int | None = None, experts_array: bool = False
+) -> str:
     """Return what sbatch would get, a script for each job. Needs no program of SLURM's.
 
     submitit has no public way to show it.
     """
     scripts, after, folder = [], "", run_path(config).resolve() / "slurm"
     for job in jobs_of(config, experts_array=experts_array):
-        executor = _executor(config, folder, num_nodes, after=after, is_dry=True)
+        nodes = node_range(num_nodes, least_nodes)
+        executor = _executor(config, folder, nodes, after=after, is_dry=True)
         if len(job.folders) > 1:
             executor.parameters["map_count"] = len(job.folders)
         scripts.append(str(executor._make_submission_file_text("<task>", "dry-run")))
         after = "<the job before>"
     return "\n".join(scripts)
+
+
+def _accumulate_on_most(config: Config, most: int, least: int | None) -> tuple[int, int] | None:
+    if least is None:
+        return None
+    if config.objective.name not in ACCUMULATING:
+        print(
+            f"note: {config.objective.name} does not go through a batch in micro-steps: on fewer nodes than "
+            f"{most} each process holds more images at once",
+            file=sys.stderr,
+        )
+        return None
+    return config.train.accumulate, most
+
+
+def node_range(most: int, least: int | None) -> str:
+    """Return sbatch's `--nodes`: one number, or a range."""
+    return str(most) if least is None else f"{least}-{most}"
 
 
 def srun_options(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
@@ -241,10 +291,11 @@ def wait_for(job_id: str, run: Path) -> int:
         job_id = following
 
 
-def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", is_dry: bool = False) -> Any:
+def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_dry: bool = False) -> Any:
     """Return submitit's executor of a job.
 
     Args:
+        nodes: sbatch's `--nodes`.
         after: the id of the job that must have ended well before this one starts.
         is_dry: the executor only writes the script, so that SLURM may be missing here.
 
@@ -263,11 +314,16 @@ def _executor(config: Config, folder: Path, num_nodes: int, *, after: str = "", 
     if launch.snapshot:
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    per_node = launch.processes_per_node or launch.gpus_per_node or 1
+    if "-" in nodes:  # sbatch counts tasks for the least number of nodes, and srun would start no more
+        exports.append(f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {per_node}))")
+        exports.append("export SLURM_NPROCS=$SLURM_NTASKS")
+        exports.append("export SLURM_NNODES=$SLURM_JOB_NUM_NODES")
     more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
     options: dict[str, Any] = {
         "job_name": config.run.name,
-        "nodes": num_nodes,
-        "ntasks_per_node": launch.processes_per_node or launch.gpus_per_node or 1,
+        "nodes": nodes,
+        "ntasks_per_node": per_node,
         "time": max(round(launch.hours * 60), 1),
         "signal_delay_s": launch.signal_seconds,
         "partition": launch.partition,

@@ -144,11 +144,14 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         from . import slurm
 
         for run in runs:
-            print(in_short(run.config, options.nodes), file=sys.stderr)
+            least = options.least_nodes
+            at_least = "" if least is None else f" (or fewer nodes, at least {least})"
+            print(in_short(run.config, options.nodes) + at_least, file=sys.stderr)
         jobs = [
             slurm.submit(
                 run.config,
                 num_nodes=options.nodes,
+                least_nodes=options.least_nodes,
                 train_arguments=run.arguments,
                 experts_array=options.experts_array,
             )
@@ -195,7 +198,13 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
     complaints: dict[str, None] = {}  # by text: what is wrong with all runs is said once
     for run in runs:
         try:
-            preflight(run.config, cluster=cluster, num_nodes=options.nodes, is_dry=options.dry_run)
+            preflight(
+                run.config,
+                cluster=cluster,
+                num_nodes=options.nodes,
+                least_nodes=options.least_nodes,
+                is_dry=options.dry_run,
+            )
         except ValueError as error:
             complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
     if complaints:
@@ -210,7 +219,10 @@ def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace)
             from . import slurm
 
             scripts = slurm.batch_scripts(
-                run.config, num_nodes=options.nodes, experts_array=options.experts_array
+                run.config,
+                num_nodes=options.nodes,
+                least_nodes=options.least_nodes,
+                experts_array=options.experts_array,
             )
             print(scripts)
         else:

@@ -106,6 +106,7 @@ def test_a_plan_that_cannot_be_made_is_no_error(config_path: Path) -> None:
         (["--seeds", "0,many"], "'0,many' is not numbers"),
         (["--seeds", "1,1"], "run-seed1; give each seed once"),
         (["--nodes", "0"], "'0' is not a number of nodes"),
+        (["--nodes", "4:2"], "'4:2' is not a number of nodes, or a range such as 2:4"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "cascade_vitb23"], "did you mean cascade_vitb32 or cascade_vitb32_swav?"),
         (["--train.epochs=3"], "write train.epochs=3, without the dashes"),
@@ -311,6 +312,48 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
     assert " --container-image=image.sqsh --cpu-bind=cores " in started
     assert f"PYTHONPATH={tmp_path / 'run' / 'code'}" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_job_takes_as_many_nodes_as_it_gets(config_path: Path) -> None:
+    options = ("--dry-run", "--plan-seconds=0", "--nodes", "2:3", "launch.processes_per_node=2")
+    done = submit(config_path, *options, cluster="slurm")  # batches of 12 on 4 and 6 processes
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --nodes=2-3" in done.stdout.splitlines()
+    (tasks,) = re.findall(r"^export SLURM_NTASKS=.*$", done.stdout, re.MULTILINE)
+    counted = subprocess.run(
+        ["bash", "-c", f"SLURM_JOB_NUM_NODES=3 SLURM_NTASKS=4; {tasks}; echo $SLURM_NTASKS"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert counted.stdout.strip() == "6"
+    done = submit(config_path, *options, "train.global_batch_size=8", cluster="slurm")
+    assert done.returncode == 2
+    assert "global batch 8 is not divisible by 6 processes" in done.stderr
+    assert "by 4 processes" not in done.stderr
+    done = submit(config_path, *options)
+    assert done.returncode == 2
+    assert "--nodes 2:3 is for SLURM" in done.stderr
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("most", "per_node", "batch"), [(4, 2, 48), (3, 1, 36), (4, 8, 768)])
+def test_fewer_nodes_hold_no_more_images_at_once(
+    accumulate: int, most: int, per_node: int, batch: int
+) -> None:
+    largest = -(-(batch // (most * per_node)) // accumulate)
+    for nodes in range(1, most + 1):
+        images = batch // (nodes * per_node)
+        steps = slurm.micro_steps_on(nodes, accumulate, most)
+        assert steps <= images
+        assert -(-images // steps) <= largest, (nodes, steps)
+    assert slurm.micro_steps_on(most, accumulate, most) == accumulate
+
+
+def test_a_task_says_how_many_micro_steps_its_nodes_take() -> None:
+    task = slurm.TrainTask((), Path("logs"), accumulate_on_most=(2, 4))
+    assert task._micro_steps({"WORLD_SIZE": "24", "LOCAL_WORLD_SIZE": "8"}) == ["train.accumulate=3"]
+    assert slurm.TrainTask((), Path("logs"))._micro_steps({}) == []
 
 
 def test_a_cascade_as_three_jobs_with_its_experts_as_an_array(config_path: Path, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import signal
-import sys
 import subprocess
+import sys
 import threading
 import time
 from functools import partial

@@ -9,6 +9,9 @@ from selfmask_dist.config.objectives import TWO_VIEWS, WITH_CAPTIONS, WITH_TEACH
 _LONGEST_NAME = 200  # file systems allow 255
 
 
+ACCUMULATING = ("supervised", "swav", "nbd")  # objectives that go through a batch in micro-steps
+
+
 def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield names without weights, weights that are drawn and loaded, and half of a normalisation."""
     backbone = config.backbone
@@ -116,7 +119,7 @@ def view_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.name={name} needs CLIP's text tower, which {config.backbone.name} does not have; use "
             "a backbone open_clip:<model>/<tag>",
         )
-    if name not in ("supervised", "swav", "nbd") and config.train.accumulate > 1:
+    if name not in ACCUMULATING and config.train.accumulate > 1:
         yield Conflict(
             ("objective.name", "train.accumulate"),
             f"objective.name={name} holds images against the whole batch, which micro-steps would cut; set "
