@@ -33,6 +33,10 @@ class LaunchConfig(Section):
         "job submits a next one, which waits for its end (sbatch --dependency=afterany). auto: requeue, and "
         "chain where the cluster refuses it.",
     )
+    fabric_check: bool = orchestration(
+        False,
+        "Measure the bandwidth between neighbouring nodes before training, in seconds, and name slow ones.",
+    )
     snapshot: bool = orchestration(
         True, "Start from a copy of the code in the run's folder, which later edits do not change."
     )

@@ -23,6 +23,7 @@ from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
 from selfmask_dist.runs.context import RunContext, open_run
+from selfmask_dist.runs.fabric import report_fabric
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, remove_measured, run_path
 from selfmask_dist.runs.preempt import StopRequest
 from selfmask_dist.runs.verdict import closing, judge
@@ -76,6 +77,8 @@ def run_in(
     if world.is_main:
         drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
     with open_run(config, directory, world, stop, parent=parent) as context:
+        if config.launch.fabric_check and not is_trial:
+            report_fabric(context)
         result = _run(config, context, found, choice)
         if parent is None:
             context.writer.message(closing(directory, result))

@@ -40,9 +40,14 @@ def _measure() -> tuple[dict[str, float], dict[str, list[float]], int]:
     rank = dist.get_rank()
     meter = Meter(World(rank, 2))
     module = Slow(0.05 if rank == 1 else 0.0)
-    sums = []
-    handed, original = dist.all_reduce, dist.all_reduce
-    dist.all_reduce = lambda tensor: (sums.append(tensor.numel()), handed(tensor))[1]  # type: ignore[assignment]
+    sums: list[int] = []
+    original = dist.all_reduce
+
+    def counted(tensor: Tensor) -> Any:
+        sums.append(tensor.numel())
+        return original(tensor)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
     try:
         with meter.watching(module):
             for batch in meter.time_waiting(_batches(3, 0.04 if rank == 0 else 0.0)):
