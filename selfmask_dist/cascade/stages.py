@@ -303,10 +303,11 @@ class Stages:
             section.knn_temperature,
             num_classes=num_classes,
             world=self._world,
+            memory_mib=section.search_mib,
         )
         if section.probe:
-            self._context.watchdog.beat()
-            values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
+            check, seed = self._context.paced_check(), self._config.seed
+            values["probe"] = measure_probe(bank, queries, seed=seed, world=self._world, on_step=check)
         return values
 
     def _part(self, view: str, split: str) -> Embeddings:

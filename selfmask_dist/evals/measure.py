@@ -102,7 +102,8 @@ class Evaluation:
 
     Args:
         test: None where there is no test split.
-        on_batch: called after each batch, on all ranks equally often: the place to stop at.
+        begin_loop: called before each loop over batches; what it returns is called after each batch, on all
+            ranks equally often: the place to stop at.
     """
 
     def __init__(
@@ -113,9 +114,9 @@ class Evaluation:
         test: data.Source | None,
         world: World,
         *,
-        on_batch: Callable[[], None] = lambda: None,
+        begin_loop: Callable[[], Callable[[], None]] = lambda: lambda: None,
     ) -> None:
-        self._on_batch = on_batch
+        self._begin_loop = begin_loop
         self._config = config
         self._backbone = backbone
         self._train = train
@@ -171,8 +172,9 @@ class Evaluation:
             return self._knn(*rows(), neighbours_to_measure(self._config, len(train)))
 
         def linear() -> dict[str, float]:
-            seed = self._config.seed
-            return {"probe": measure_probe(*rows(), seed=seed, world=self._world, on_step=self._on_batch)}
+            bank, queries = rows()  # a loop of its own, before that of the probe begins
+            on_step, seed = self._begin_loop(), self._config.seed
+            return {"probe": measure_probe(bank, queries, seed=seed, world=self._world, on_step=on_step)}
 
         measures = {"knn": knn, **({"probe": linear} if probe else {})}
         values: dict[str, float] = {}
@@ -278,7 +280,7 @@ class Evaluation:
                 data.eval_transform(self._backbone.spec.preprocessing),
                 dim=dim or self._backbone.spec.dim,
                 workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
-                on_batch=self._on_batch,
+                on_batch=self._begin_loop(),
             )
 
     def _loader(
@@ -293,9 +295,10 @@ class Evaluation:
             workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
             seed=seed,
         )
+        on_batch = self._begin_loop()
         for batch in loader:
             yield batch
-            self._on_batch()
+            on_batch()
 
 
 def _one_view_each(batches: Iterable[data.Batch], num_samples: int) -> Iterator[data.Batch]:

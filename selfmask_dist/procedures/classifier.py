@@ -84,9 +84,10 @@ def batches(
         world_size=context.world.size,
         workers=data.Workers(config.engine.workers, config.engine.worker_kind),
     )
+    check = context.paced_check()
     for batch in loader:
         yield batch
-        context.check()
+        check()
 
 
 def embeddings(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
@@ -136,7 +137,7 @@ def measure_encoder(
         memory_mib=section.search_mib,
     )
     if section.probe:
-        world, check = context.world, context.check
+        world, check = context.world, context.paced_check()
         values["probe"] = measure_probe(bank, found, seed=config.seed, world=world, on_step=check)
     return values
 

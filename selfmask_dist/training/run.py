@@ -127,7 +127,8 @@ def _run(
         backbone.encoder.to(context.world.device)
     elif not trains:
         shard_backbone(backbone, config, context.world, keeps_frozen=False)
-    evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
+    paced = context.paced_check
+    evaluation = Evaluation(config, backbone, train, test, context.world, begin_loop=paced)
     writer = context.writer
     record = RetrievalRecord(evaluation, context.directory, context.world)
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=num_test)
