@@ -19,7 +19,7 @@ from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.evals import instance_retrieval
-from selfmask_dist.evals.embed import embed, eval_mode
+from selfmask_dist.evals.embed import embed, eval_mode, in_precision
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.progress import Progress
 from selfmask_dist.evals.ranks import share
@@ -118,6 +118,7 @@ class Evaluation:
     ) -> None:
         self._begin_loop = begin_loop
         self._config = config
+        self._precision = config.eval.precision
         self._backbone = backbone
         self._train = train
         self._test = test if test is not None and are_labelled(train, test) else None
@@ -136,6 +137,7 @@ class Evaluation:
         if self._test is None:
             return None
         spec, engine = self._backbone.spec, self._config.engine
+        engine_is_bf16 = engine.name == "fsdp" and engine.precision == "bf16"  # whose forward then is
         return Progress(
             path,
             self._world,
@@ -145,7 +147,7 @@ class Evaluation:
                 "training data": json.dumps(self._train.identity, sort_keys=True),
                 "test data": json.dumps(self._test.identity, sort_keys=True),
                 "mask or weights": made_with,
-                "precision": engine.precision if engine.name == "fsdp" else "float32",
+                "precision": "bf16" if self._precision == "bf16" or engine_is_bf16 else "float32",
             },
             batch_size=self._config.eval.batch_size,
             report=report,
@@ -216,7 +218,7 @@ class Evaluation:
         if looked_for is bank:  # each picture is read once for both views
             both = data.Joined(data.eval_transform(pre), view)
             loader = self._loader(bank, both, seed=instance_retrieval.VIEW_SEED)
-            found = embed(self._backbone.encoder, _one_view_each(loader, len(bank)), world=self._world)
+            found = self._embed_loaded(_one_view_each(loader, len(bank)))
             is_clean = found.ids < len(bank)
             clean, views = found.where(is_clean), found.where(~is_clean)
             views = Embeddings(views.features, views.labels, views.ids - len(bank))
@@ -224,7 +226,7 @@ class Evaluation:
             assert isinstance(looked_for, data.Subset)
             clean = self._embed(bank)
             loader = self._loader(looked_for, view, seed=instance_retrieval.VIEW_SEED)
-            views = embed(self._backbone.encoder, loader, world=self._world)
+            views = self._embed_loaded(loader)
             places = torch.from_numpy(looked_for.indices).to(views.ids.device)
             views = Embeddings(views.features, views.labels, places[views.ids])
         return instance_retrieval.find_own(clean, views, self._world)
@@ -259,8 +261,11 @@ class Evaluation:
         )
 
     def _embed(self, source: data.Source) -> Embeddings:
+        return self._embed_loaded(self._loader(source))
+
+    def _embed_loaded(self, loader: Iterable[data.Batch]) -> Embeddings:
         encoder: nn.Module = self._backbone.encoder
-        return embed(encoder, self._loader(source), world=self._world)
+        return embed(encoder, loader, world=self._world, precision=self._precision)
 
     def _embed_kept(
         self,
@@ -275,7 +280,7 @@ class Evaluation:
         with eval_mode(self._backbone.encoder):
             return progress.embed(
                 split,
-                encode_fn or self._backbone.encoder,
+                in_precision(encode_fn or self._backbone.encoder, self._precision, self._world.device),
                 source,
                 data.eval_transform(self._backbone.spec.preprocessing),
                 dim=dim or self._backbone.spec.dim,

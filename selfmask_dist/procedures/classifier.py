@@ -92,12 +92,14 @@ def batches(
 
 def embeddings(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
     """Return this rank's embeddings of a source, with labels and ids."""
-    return embed(network.encoder, batches(config, network, source, context), world=context.world)
+    loader, precision = batches(config, network, source, context), config.eval.precision
+    return embed(network.encoder, loader, world=context.world, precision=precision)
 
 
 def logits(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
     """Return this rank's class logits of a source, with labels and ids."""
-    return embed(network, batches(config, network, source, context), world=context.world)
+    loader, precision = batches(config, network, source, context), config.eval.precision
+    return embed(network, loader, world=context.world, precision=precision)
 
 
 def accuracy(found: Embeddings, context: RunContext) -> float:
