@@ -14,6 +14,7 @@ from selfmask_dist.config.objectives import (
     MocoV2Config,
     MocoV3Config,
     NbdConfig,
+    ObjectiveConfig,
     SimclrConfig,
     SlipConfig,
     SwavConfig,
@@ -25,7 +26,6 @@ from selfmask_dist.config.sections import (
     EngineConfig,
     EvalConfig,
     LaunchConfig,
-    ObjectiveConfig,
     RunConfig,
     TrainConfig,
 )
