@@ -72,6 +72,7 @@ ALL = [
     "backbone.batchnorm=frozen",
     "train.global_batch_size=128",
     "optim.score_step=rms",
+    "optim.score_reach=auto",
     "eval.knn_every=0",
     "engine.workers=0",
     "engine.threads=1",
