@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .options import SIMILAR, ConversionOptions
+from .prepared.once import INDEX_NAME
 from .shards import Conversion
 
 
@@ -60,5 +61,6 @@ def run_converter(
         for note in conversion.notes:
             print(f"  note: {note}")
         is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
-        print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
+        if not (conversion.folder / INDEX_NAME).exists():
+            print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
     return 0

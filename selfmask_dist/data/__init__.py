@@ -17,7 +17,7 @@ from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
-from selfmask_dist.data.subset import Subset, evenly_spaced
+from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
@@ -47,6 +47,7 @@ __all__ = [
     "eval_loader",
     "eval_transform",
     "evenly_spaced",
+    "hold_out",
     "multicrop_transform",
     "notes_on_splits",
     "open_source",

@@ -1,0 +1,1 @@
+"""Data sets that are made ready for runs: a folder of pictures converted once."""
