@@ -143,8 +143,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         else:
             left.append(run)
     runs = left
-    for folder in dict.fromkeys(folder for run in runs for folder in run.pictures):
-        convert(folder)
+    for pictures in dict.fromkeys(one for run in runs for one in run.pictures):
+        convert(pictures)
     if cluster == "slurm" and runs:
         from . import slurm
 

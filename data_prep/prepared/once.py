@@ -49,10 +49,9 @@ def convert_once(
     with _locked(out / f".{split}.lock"):
         now = {"source": str(src.resolve()), "layout": layout, **_listing(src)}
         before = json.loads(record.read_text()) if record.exists() else None
-        described = target / _DESCRIPTION
-        if described.exists():
+        if (found := is_described(target)) is not None:
             _check_is_the_same(src, target, before, now)
-            return [_found(target)]
+            return [found]
         write_json(record, now)
         # shards with visible names and without a description: it was killed while it gave them their names
         return convert(target.exists() and any(target.glob("shard-*.tar")))
@@ -106,7 +105,10 @@ def _check_is_the_same(
     )
 
 
-def _found(target: Path) -> Conversion:
+def is_described(target: Path) -> Conversion | None:
+    """Return the conversion that a folder holds; None where there is none, or it has not come to its end."""
+    if not (target / _DESCRIPTION).exists():
+        return None
     described = json.loads((target / _DESCRIPTION).read_text())
     rejects = target / "rejects.jsonl"
     lost = len(rejects.read_text().splitlines()) if rejects.exists() else 0
