@@ -64,8 +64,8 @@ def add_site(command: argparse.ArgumentParser) -> None:
 def _config(options: argparse.Namespace) -> None:
     from selfmask_dist.config import to_yaml
     from selfmask_dist.config.config import load_with_places
+    from selfmask_dist.config.conflicts.unread import unread
     from selfmask_dist.config.site import find_site
-    from selfmask_dist.config.unread import unread
 
     config, places = load_with_places(options.config, options.overrides, site=find_site(options.site))
     print(to_yaml(config, places), end="")
@@ -114,8 +114,8 @@ def explain(topic: str | None) -> str:
 
 def methods() -> list[str]:
     """Return the values that `method` takes."""
+    from selfmask_dist.config.conflicts.unread import READS
     from selfmask_dist.config.procedures import PROCEDURES
-    from selfmask_dist.config.unread import READS
 
     return [*READS, *PROCEDURES]
 
@@ -124,8 +124,8 @@ def _explain_method(name: str) -> str:
     """Return the sections that a method reads, and the keys that are for it alone."""
     from selfmask_dist.config import Config
     from selfmask_dist.config import help as config_help
+    from selfmask_dist.config.conflicts.unread import ALWAYS, READS
     from selfmask_dist.config.procedures import PROCEDURES, ProcedureConfig, trained_by
-    from selfmask_dist.config.unread import ALWAYS, READS
 
     stage = trained_by(ProcedureConfig(), name)
     reads = [*ALWAYS, *READS[stage], *(["procedure"] if name in PROCEDURES else [])]

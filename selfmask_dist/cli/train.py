@@ -16,8 +16,8 @@ from typing import Any
 from selfmask_dist.cli.errors import explain
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.config.conflicts.unread import unread
 from selfmask_dist.config.site import find_site
-from selfmask_dist.config.unread import unread
 from selfmask_dist.runs import exit_status
 from selfmask_dist.runs.folder import (
     check_start,

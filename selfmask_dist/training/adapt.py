@@ -58,10 +58,7 @@ def adapt(
     objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
     measure_frozen()
     config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
-    trained = prepare(config, engine, objective, num_steps=schedule.num_steps)
-    if config.mask.init_from is not None:
-        load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
-    context.writer.message(trained.summary)
+    trained = _make_ready(config, context, backbone, objective, engine, num_steps=schedule.num_steps)
     if isinstance(objective, Nbd) and found is None:
         begin_bank(config, context, backbone, objective, train, quarantine)
 
@@ -106,6 +103,23 @@ def adapt(
     checkpoints.finish()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": steps, **kept}
+
+
+def _make_ready(
+    config: Config,
+    context: RunContext,
+    backbone: Backbone,
+    objective: Objective,
+    engine: Engine,
+    *,
+    num_steps: int,
+) -> Trainable:
+    """Return what trains, as it starts: from nothing, or from the scores of an earlier run."""
+    trained = prepare(config, engine, objective, num_steps=num_steps)
+    if config.mask.init_from is not None:
+        load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
+    context.writer.message(trained.summary)
+    return trained
 
 
 def _keep_best(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.config.unread import unread
+from selfmask_dist.config.conflicts.unread import unread
 from selfmask_dist.runs.checkpoint import load_newest
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.schedule import Schedule, with_reached_rate
