@@ -1,1 +1,1 @@
-"""Data sets that are made ready for runs: a folder of pictures converted once, and the paper's sets by name."""
+"""Data sets made ready for runs: a folder of pictures converted once, and the paper's sets by name."""

@@ -147,8 +147,9 @@ def get_named(name: str, root: str | Path, **options: object) -> list[Conversion
             message says which file goes where.
     """
     if name not in SETS:
-        lines = [f"{one:11} {known.about} ({', '.join(known.splits)})" for one, known in SETS.items()]
-        known_sets = "".join(f"\n    {line}" for line in lines)
+        known_sets = "".join(
+            f"\n    {one:11} {known.about} ({', '.join(known.splits)})" for one, known in SETS.items()
+        )
         raise ValueError(f"no data set {name!r} to get; there are{known_sets}")
     chosen, out = SETS[name], Path(root) / name
     originals = Path(root) / ORIGINALS / _SHARED_ORIGINALS.get(name, name)
@@ -174,8 +175,8 @@ def bring(name: str, root: Path | None, *, num_workers: int = 1) -> int:
     """Bring a data set into the data root, say where it is, and return the exit status of the command."""
     if root is None:
         print(
-            "error: no data root is known; give --root DIR, or say it once: export SELFMASK_DATA=DIR, or in a "
-            "site file (site: {data_root: DIR}; `selfmask site init` writes one)",
+            "error: no data root is known; give --root DIR, or say it once: export SELFMASK_DATA=DIR, or in "
+            "a site file (site: {data_root: DIR}; `selfmask site init` writes one)",
             file=sys.stderr,
         )
         return 2
