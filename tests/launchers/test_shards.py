@@ -86,6 +86,20 @@ def test_tars_go_into_the_data_root_where_it_may_be_written_to(
     assert first.target.parent.parent == tmp_path / "runs" / "shards"
 
 
+def test_a_site_names_a_folder_of_pictures(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SELFMASK_DATA", raising=False)
+    flat = tmp_path / "flat"
+    save(flat / "a.png", 0)
+    for folder, name in ((flat, "photos"), (tree, "pets")):
+        site = Site(own=SiteConfig(data={name: str(folder)}))
+        config = load_config(None, [f"data.train={name}", "objective.name=nbd"], site=site)
+        (found, *_) = picture_folders(config, site)
+        assert found.src == (flat if name == "photos" else tree / "train")
+        assert found.layout == "unlabelled"
+
+
 def test_a_folder_is_converted_once_and_a_changed_one_is_refused(
     tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
