@@ -34,6 +34,7 @@ from selfmask_dist.runs.verdict import closing
 from . import local
 from .options import add_options
 from .preflight import preflight
+from .shards import PictureFolder, convert, picture_folders
 from .site import Partition, ask_cluster, read_partitions
 from .snapshot import take_snapshot
 
@@ -46,6 +47,7 @@ class PlannedRun:
 
     config: Config
     arguments: tuple[str, ...]
+    pictures: tuple[PictureFolder, ...] = ()  # what becomes tars first; the configuration names the tars
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,8 +110,10 @@ def plan_runs(
             own = [f"seed={seed}"] if seed is not None else []
             own += [f"run.name={first.run.name}{suffix}"] if suffix else []
             own += ask_cluster(first, said, partitions)
+            pictures = picture_folders(first, site)
+            own += [folder.as_override for folder in pictures]
             config = load_config(file, [*overrides, *own], site=site)
-            runs.append(PlannedRun(config, (*arguments, *overrides, *own)))
+            runs.append(PlannedRun(config, (*arguments, *overrides, *own), tuple(pictures)))
     folders = [str(run_path(run.config)) for run in runs]
     if shared := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(
@@ -139,6 +143,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         else:
             left.append(run)
     runs = left
+    for pictures in dict.fromkeys(one for run in runs for one in run.pictures):
+        convert(pictures)
     if cluster == "slurm" and runs:
         from . import slurm
 
@@ -188,7 +194,13 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
     complaints: dict[str, None] = {}  # by text: what is wrong with all runs is said once
     for run in runs:
         try:
-            preflight(run.config, cluster=cluster, num_nodes=options.nodes, is_dry=options.dry_run)
+            preflight(
+                run.config,
+                cluster=cluster,
+                num_nodes=options.nodes,
+                is_dry=options.dry_run,
+                coming={str(folder.target) for folder in run.pictures},
+            )
         except ValueError as error:
             complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
     if complaints:
@@ -198,6 +210,8 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
 def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:
     """Print what would run, the configuration, and once for each file what the planner reckons."""
     planned: set[str] = set()
+    for folder in dict.fromkeys(folder for run in runs for folder in run.pictures):
+        print(f"# {folder}")
     for run in runs:
         if cluster == "slurm":
             from . import slurm

@@ -27,9 +27,8 @@ from selfmask_dist.config.sections import (
     EvalConfig,
     LaunchConfig,
     RunConfig,
-    TrainConfig,
 )
-from selfmask_dist.config.training import FinetuneConfig, OptimConfig
+from selfmask_dist.config.training import FinetuneConfig, OptimConfig, TrainConfig
 
 
 class AllSections(Section):

@@ -1,4 +1,4 @@
-"""The sections that every run has: data, train, eval, engine, checkpoint, run and launch.
+"""The sections that every run has: data, eval, engine, checkpoint, run and launch.
 
 Each key has its default, effect, unit and bounds, and the group it belongs to (see `fields`). `Paper:` gives
 the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
@@ -21,21 +21,40 @@ from selfmask_dist.config.fields import (
 
 
 class DataConfig(Section):
-    """The images: folders of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, or a list."""
+    """The images: a folder of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, a list, an
+    address, or a folder of pictures, which `selfmask launch` converts.
+    """
 
     train: NonEmpty | None = science(
         None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
     )
     test: NonEmpty | None = science(
         None,
-        "Folder of tars to measure on. Every run needs it but those of method=mask and method=finetune whose "
-        "objective takes no labels: without it they measure instance retrieval alone (see eval.retrieval).",
+        "Folder of tars to measure on. Every run needs it or data.held_out, but those of method=mask and "
+        "method=finetune whose objective takes no labels: without they measure instance retrieval alone (see "
+        "eval.retrieval).",
+    )
+    held_out: float | None = science(
+        None,
+        "Measure on this share of data.train and do not train on it, in place of data.test. Which images "
+        "follows from their keys alone; data.subset and data.test_subset then number what is in each part.",
+        unit="fraction of the images",
+        gt=0,
+        lt=1,
     )
     subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
     )
     test_subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
+    )
+    cache: NonEmpty | None = efficiency(
+        None,
+        "Folder on each node's own disk for whole copies of tars that are read from an address (s3://, "
+        "https://, hf://), shared by the node's processes; null: samples are read in ranges.",
+    )
+    cache_gb: float = efficiency(
+        100.0, "Size of data.cache; the tars used longest ago make room.", unit="GB", gt=0
     )
     crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
@@ -59,33 +78,6 @@ class DataConfig(Section):
         """Take a list of paths too, kept as one text with `::` between them, as the reader takes it."""
         is_list = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
         return "::".join(value) if is_list else value
-
-
-class TrainConfig(Section):
-    """How long, and how many images at once."""
-
-    epochs: float = science(
-        10.0, "Length of training and of the schedule; may be a fraction.", unit="epochs", gt=0
-    )
-    global_batch_size: int = science(
-        64, "Images in one optimizer step, over all processes and micro-steps together.", unit="images", ge=1
-    )
-    max_steps: int | None = science(
-        None, "Stop after so many steps at the latest, for a quick look; null: do not.", unit="steps", ge=1
-    )
-    keep: Literal["last", "best"] = science(
-        "last",
-        "What a run leaves. last: what it trained at its end. best: the state with the highest instance "
-        "retrieval of those measured while training (eval.knn_every) and at the end; checkpoints then hold "
-        "that state too, about half as much again.",
-    )
-    accumulate: int = efficiency(
-        1,
-        "Micro-steps whose gradients are summed into one step: more need less memory. Each has batch "
-        "statistics of its own, so a network with batch normalisation in train mode does see a difference.",
-        unit="micro-steps per step",
-        ge=1,
-    )
 
 
 class EvalConfig(Section):

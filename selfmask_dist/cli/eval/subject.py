@@ -98,7 +98,7 @@ class EvalSubject:
             "backbone": {"name": name, "fingerprint": fingerprint or self.backbone.spec.fingerprint},
             "data": {
                 split: {
-                    "path": getattr(sections, split),
+                    "path": getattr(sections, split) or f"{sections.held_out:g} of {sections.train}",
                     "samples": len(source),
                     "classes": len(source.classes),
                 }
