@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .options import SIMILAR, ConversionOptions
+from .prepared.once import INDEX_NAME
 from .shards import Conversion
 
 
@@ -53,6 +54,12 @@ def run_converter(
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    describe(done)
+    return 0
+
+
+def describe(done: Sequence[Conversion]) -> None:
+    """Print what was written, and what is to be done next."""
     for conversion in done:
         rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
         counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
@@ -60,5 +67,5 @@ def run_converter(
         for note in conversion.notes:
             print(f"  note: {note}")
         is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
-        print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")
-    return 0
+        if not (conversion.folder / INDEX_NAME).exists():
+            print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")

@@ -5,7 +5,8 @@
     SRC/**/*.jpg                  ->  OUT/shard-000000.tar ..., no labels (layout "unlabelled")
 
 `layout` says which of the first two a folder is. Pictures may lie deeper inside a class folder; hidden files
-are left out. `shards` says what a tar holds. Knows folders, and nothing of torch, backbones or training.
+are left out. `shards` says what a tar holds. With --once, OUT/<split> is made and indexed by the first call,
+and found again by the next one (`prepared.once`). Knows folders, and nothing of torch, backbones or training.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 if not __package__:  # started by its path: Python put this file's folder on the path, not the one above it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,6 +28,7 @@ from .command import add_options, run_converter
 from .folder_tree import is_picture, look_below, look_into
 from .layout import LAYOUTS, Layout, find_splits
 from .options import ConversionOptions, OptionValues
+from .prepared.once import convert_once, make_index
 from .shards import Conversion, check_target, publish, write_split
 from .split_names import settle_classes, split_of
 from .writer import Picture, RejectedFile
@@ -85,10 +87,33 @@ def convert_image_folder(
     return publish(done)
 
 
-def count_files(src: str | Path) -> int:
-    """Return how many files the layout "unlabelled" takes or rejects."""
-    found = look_below(Path(src))
-    return len(found.files) + len(found.broken)
+def convert_folder_once(
+    src: str | Path,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    layout: Layout = "auto",
+    **options: Unpack[OptionValues],
+) -> list[Conversion]:
+    """Convert one split of `src` into `out/split` and index it, unless an earlier call did.
+
+    split: as in `convert_image_folder`; by default "train". `prepared.once` says what is found again.
+    Raises ValueError where `convert_image_folder` does, and where `src` changed since.
+    """
+    src, out, name = Path(src), Path(out), split or "train"
+
+    def convert(overwrite: bool) -> list[Conversion]:
+        chosen: OptionValues = {**options, "overwrite": overwrite}
+        return convert_image_folder(src, out, split=name, layout=layout, **chosen)
+
+    if not src.is_dir():
+        raise ValueError(f"{src}: no such folder")
+    if out.resolve().is_relative_to(src.resolve()):
+        raise ValueError(f"{out} lies inside {src}, where it would be taken for pictures; write elsewhere")
+    done = convert_once(src, out, name, layout=layout, convert=convert)
+    for conversion in done:
+        make_index(conversion.folder, has_labels=bool(conversion.classes))
+    return done
 
 
 def _choose_split(src: Path, folders: dict[str, Path], split: str | None) -> dict[str, Path]:
@@ -204,8 +229,18 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "image_folder.py") ->
     parser.add_argument(
         "--split", help="convert only this split; for a SRC without splits, the name of OUT's subfolder"
     )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="make OUT/SPLIT (train by default) with its index, or find it as an earlier call made it",
+    )
     add_options(parser)
-    return run_converter(convert_image_folder, parser, argv)
+    return run_converter(_convert, parser, argv)
+
+
+def _convert(*, once: bool, **arguments: Any) -> list[Conversion]:
+    fn = convert_folder_once if once else convert_image_folder
+    return fn(**arguments)
 
 
 if __name__ == "__main__":

@@ -38,24 +38,28 @@ def convert_torchvision(
     download: bool = False,
     **options: Unpack[OptionValues],
 ) -> list[Conversion]:
-    """Convert the named splits of `torchvision.datasets.NAME`; data sets with `train=` have train and test.
+    """Convert the named splits of `torchvision.datasets.NAME`; data sets with `train=` have train and test,
+    and one without splits is all "train".
 
+    splits: `train=trainval` writes the split that torchvision calls trainval to `out/train`.
     A label below 0, as STL-10's unlabelled split has it, is none.
     Raises ValueError for a data set or split that does not exist, or is not there, and for a label that is no
     class number.
     """
     chosen = ConversionOptions(**options)
-    for split in splits:
+    own = {target: given or target for target, _, given in (split.partition("=") for split in splits)}
+    for split in own:
         check_target(Path(out) / split, chosen.overwrite)
-    datasets = {split: _open(name, root, split, download) for split in splits}
+    datasets = {split: _open(name, root, given, download) for split, given in own.items()}
+    first = next(iter(own))
     labels = {split: _numbers(split, dataset) for split, dataset in datasets.items()}
     named = {split: _classes(dataset, labels.values()) for split, dataset in datasets.items()}
     done = []
     for split, dataset in datasets.items():
         class_of, notes = settle_classes((), chosen.similar_classes, order=named[split])
         classes = tuple(dict.fromkeys(class_of[one] for one in named[split]))
-        if named[split] != named[splits[0]]:
-            notes.append(f"its classes are not those of {splits[0]}: the splits are numbered on their own")
+        if named[split] != named[first]:
+            notes.append(f"its classes are not those of {first}: the splits are numbered on their own")
         outside = sorted({label for label in labels[split] if label >= len(named[split])})
         if outside:
             raise ValueError(
@@ -119,7 +123,7 @@ def _open(name: str, root: str | Path, split: str, download: bool) -> Any:
         arguments["split"] = split
     elif "train" in parameters and split in ("train", "test"):
         arguments["train"] = split == "train"
-    else:
+    elif split != "train" or "version" in parameters or "annotation_path" in parameters:
         raise ValueError(f"{name} has no split {split!r}")
     try:
         return cls(str(root), **arguments)

@@ -9,7 +9,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from selfmask_dist.config import Config
@@ -25,12 +25,19 @@ _FREE_BYTES = 2**30  # for checkpoints, masks and logs of a run
 
 
 def preflight(
-    config: Config, *, cluster: str, num_nodes: int, least_nodes: int | None = None, is_dry: bool = False
+    config: Config,
+    *,
+    cluster: str,
+    num_nodes: int,
+    least_nodes: int | None = None,
+    is_dry: bool = False,
+    coming: Collection[str] = (),
 ) -> None:
     """Check what would fail later.
 
     Args:
         least_nodes: a job may get any number of nodes from this one on, up to `num_nodes`.
+        coming: folders of tars that are made before the run starts.
         is_dry: nothing will be submitted, so that SLURM's programs may be missing here.
 
     Raises:
@@ -42,7 +49,7 @@ def preflight(
     if least_nodes is not None and cluster != "slurm":
         complaints.append(f"--nodes {least_nodes}:{num_nodes} is for SLURM; give one number here")
     complaints = list(dict.fromkeys(complaints))
-    without_data = list(_data(config))
+    without_data = list(_data(config, coming))
     if is_dry:  # another machine may have it
         for complaint in without_data:
             print(f"note: {complaint}", file=sys.stderr)
@@ -79,12 +86,16 @@ def _run_folder(config: Config) -> Iterator[str]:
         yield str(error)
 
 
-def _data(config: Config) -> Iterator[str]:
+def _data(config: Config, coming: Collection[str]) -> Iterator[str]:
+    needs_test = config.needs_labels and config.data.held_out is None
     for key, text in (("data.train", config.data.train), ("data.test", config.data.test)):
-        if text is None and key == "data.test" and not config.needs_labels:
-            continue  # without it, what needs no labels is measured
+        if text is None and key == "data.test" and not needs_test:
+            continue  # a part of the training images is, or what needs no labels
+        if text in coming:
+            continue
         if text is None:
-            yield f"{key} is not set; give a folder of tars, as `selfmask data convert` writes them"
+            instead = ", or a share of the training images as data.held_out" if key == "data.test" else ""
+            yield f"{key} is not set; give a folder of tars or of pictures{instead}"
         elif any(sign in text for sign in "*?[{") or "::" in text:
             continue  # a pattern, which the reader resolves
         elif "://" in text:
@@ -98,7 +109,7 @@ def _data(config: Config) -> Iterator[str]:
         elif not Path(text).exists():
             yield f"{key}: there is no {text} on this machine"
         elif Path(text).is_dir() and not any(Path(text).glob("*.tar")):
-            yield f"{key}: {text} has no tars in it; write them with `selfmask data convert`"
+            yield f"{key}: {text} has no tars and no pictures in it; name a folder that has"
     if config.data.subset is not None and not Path(config.data.subset).is_file():
         yield f"data.subset: there is no file {config.data.subset}; unset, all images are used"
 

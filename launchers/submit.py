@@ -35,6 +35,7 @@ from selfmask_dist.runs.verdict import closing
 from . import local
 from .options import add_options
 from .preflight import preflight
+from .shards import PictureFolder, convert, picture_folders
 from .site import Partition, ask_cluster, read_partitions
 from .snapshot import take_snapshot
 
@@ -47,6 +48,7 @@ class PlannedRun:
 
     config: Config
     arguments: tuple[str, ...]
+    pictures: tuple[PictureFolder, ...] = ()  # what becomes tars first; the configuration names the tars
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,8 +111,10 @@ def plan_runs(
             own = [f"seed={seed}"] if seed is not None else []
             own += [f"run.name={first.run.name}{suffix}"] if suffix else []
             own += ask_cluster(first, said, partitions)
+            pictures = picture_folders(first, site)
+            own += [folder.as_override for folder in pictures]
             config = load_config(file, [*overrides, *own], site=site)
-            runs.append(PlannedRun(config, (*arguments, *overrides, *own)))
+            runs.append(PlannedRun(config, (*arguments, *overrides, *own), tuple(pictures)))
     folders = [str(run_path(run.config)) for run in runs]
     if shared := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(
@@ -140,6 +144,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
         else:
             left.append(run)
     runs = left
+    for pictures in dict.fromkeys(one for run in runs for one in run.pictures):
+        convert(pictures)
     if cluster == "slurm" and runs:
         from . import slurm
 
@@ -204,6 +210,7 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
                 num_nodes=options.nodes,
                 least_nodes=options.least_nodes,
                 is_dry=options.dry_run,
+                coming={str(folder.target) for folder in run.pictures},
             )
         except ValueError as error:
             complaints |= dict.fromkeys(line.strip() for line in str(error).splitlines())
@@ -214,6 +221,8 @@ def _preflight(runs: Sequence[PlannedRun], cluster: str, options: argparse.Names
 def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace) -> None:
     """Print what would run, the configuration, and once for each file what the planner reckons."""
     planned: set[str] = set()
+    for folder in dict.fromkeys(folder for run in runs for folder in run.pictures):
+        print(f"# {folder}")
     for run in runs:
         if cluster == "slurm":
             from . import slurm

@@ -72,6 +72,7 @@ ALL = [
     "backbone.batchnorm=frozen",
     "train.global_batch_size=128",
     "optim.score_step=rms",
+    "optim.score_reach=auto",
     "eval.knn_every=0",
     "engine.workers=0",
     "engine.threads=1",
@@ -208,6 +209,15 @@ class Cell:
         return found
 
 
+def known_rows(path: Path) -> dict[str, Row]:
+    """The rows of a result file, and of the one beside it that an interrupted run left."""
+    rows: dict[str, Row] = {}
+    for place in (path, path.with_suffix(".partial.json")):
+        if place.exists():
+            rows |= json.loads(place.read_text())["figures"].get("rows", {})
+    return rows
+
+
 def grid(options: Any) -> Iterator[tuple[str, str, int]]:
     yield from itertools.product(options.sets, options.models, options.pixels)
 
@@ -289,9 +299,7 @@ def main() -> int:
     torch.set_num_threads(1)
     known = Path(options.out or RESULTS / "labelfree.json")
     is_kept = options.split == "test" and not options.quick
-    rows: dict[str, Row] = {}
-    if is_kept and known.exists():
-        rows = json.loads(known.read_text())["figures"].get("rows", {})
+    rows: dict[str, Row] = known_rows(known) if is_kept else {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         for dataset, model, pixels in grid(options):

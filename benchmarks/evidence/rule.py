@@ -8,7 +8,7 @@ parts are not read.
 
 A row that is in the result file is not made again:
 
-    python benchmarks/evidence/rule.py --json            72 runs: an hour on two quiet cores
+    python benchmarks/evidence/rule.py --json            84 runs: an hour on two quiet cores
     python benchmarks/evidence/rule.py --models resnet --sets rbc --out PART.json
 """
 
@@ -20,11 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.evidence.labelfree import DEFAULT_DATA, METHODS, MODELS, SETS, WEIGHTS, Cell, Row
+from benchmarks.evidence.labelfree import DEFAULT_DATA, METHODS, MODELS, SETS, WEIGHTS, Cell, Row, known_rows
 from benchmarks.harness import RESULTS, Benchmark
 
 NBD = METHODS["nbd"]
@@ -33,6 +32,7 @@ RUNS: dict[str, list[str]] = {
     "reach 1.2": [*NBD, "optim.score_reach=1.2"],
     "reach 1.2, best state": [*NBD, "optim.score_reach=1.2", *KEEP_BEST],
     "reach 0.4": [*NBD, "optim.score_reach=0.4"],
+    "reach 2": [*NBD, "optim.score_reach=2"],
     "reach 4": [*NBD, "optim.score_reach=4"],
     "reach 0.15": [*NBD, "optim.score_reach=0.15"],
     "reach 12": [*NBD, "optim.score_reach=12"],
@@ -108,9 +108,7 @@ def main() -> int:
         options.epochs = 0.5
     torch.set_num_threads(1)
     known = Path(options.out or RESULTS / "rule.json")
-    rows: dict[str, Any] = {}
-    if not options.quick and known.exists():
-        rows = json.loads(known.read_text())["figures"]["rows"]
+    rows: dict[str, Row] = {} if options.quick else known_rows(known)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for dataset, model in itertools.product(options.sets, options.models):

@@ -166,7 +166,7 @@ def save(rig: Rig) -> None:
 
 
 def resume(rig: Rig) -> None:
-    found = open_newest(rig.folder / "checkpoints", peers=loading_peers(rig.world))
+    found = open_newest(rig.folder / "checkpoints", peers=loading_peers(rig.world), verify_later=True)
     assert found is not None
     state_of(rig).restore(found, telemetry=NoMeans())
 

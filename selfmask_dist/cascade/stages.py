@@ -33,6 +33,7 @@ from selfmask_dist.common import names, text
 from selfmask_dist.common.files import replacing, sha256, write_json
 from selfmask_dist.common.plots import why_no_pictures
 from selfmask_dist.config import Config, load_config
+from selfmask_dist.evals.embed import in_precision, made_in
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
@@ -113,7 +114,8 @@ class Stages:
     def embed(self, view: str) -> None:
         """Write the embeddings of both splits: `frozen`, or under the mask of the run `view`."""
         mask_path = None if view == "frozen" else self._directory / view / names.MASK
-        encode_fn = self._encoder_under(view, mask_path)
+        precision, device = self._config.eval.precision, self._world.device
+        encode_fn = in_precision(self._encoder_under(view, mask_path), precision, device)
         for split in SPLITS:
             store = self._create(view, split, mask_path)
             embed_to_store(
@@ -154,6 +156,7 @@ class Stages:
             "preprocessing": json.dumps(self._backbone.spec.preprocessing.to_dict(), sort_keys=True),
             "data": json.dumps(source.identity, sort_keys=True),
             "made with": self._world.from_main(lambda: "" if made_with is None else sha256(made_with)),
+            **made_in(self._config.eval.precision),
         }
 
         def create() -> EmbeddingStore:
@@ -303,10 +306,11 @@ class Stages:
             section.knn_temperature,
             num_classes=num_classes,
             world=self._world,
+            memory_mib=section.search_mib,
         )
         if section.probe:
-            self._context.watchdog.beat()
-            values["probe"] = measure_probe(bank, queries, seed=self._config.seed, world=self._world)
+            check, seed = self._context.paced_check(), self._config.seed
+            values["probe"] = measure_probe(bank, queries, seed=seed, world=self._world, on_step=check)
         return values
 
     def _part(self, view: str, split: str) -> Embeddings:

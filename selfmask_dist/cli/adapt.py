@@ -1,6 +1,6 @@
 """`selfmask adapt PHOTOS`: from a folder of pictures without labels to a mask, and whether to use it.
 
-    PHOTOS/ -> OUT/shards (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
+    PHOTOS/ -> OUT/shards/train (once) -> selfmask launch --config nbd -> OUT/adapt: mask, decision, report
 
 Scores that travel too far destroy a network's features, a convolutional one's sooner, which instance
 retrieval shows without labels: then a smaller optim.score_reach is tried, and a smaller one yet
@@ -56,8 +56,8 @@ def _adapt(options: argparse.Namespace) -> int:
     if not photos.is_dir():
         raise ValueError(f"{photos} is no folder; give one with pictures in it")
     out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
-    number = prepare(photos, out / "shards")
-    places = (("data.train", out / "shards"), ("run.dir", out), ("backbone.name", options.backbone))
+    shards, number = prepare(photos, out / "shards")
+    places = (("data.train", shards), ("run.dir", out), ("backbone.name", options.backbone))
     shared = [f"{key}={flow(str(value))}" for key, value in places]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
@@ -86,8 +86,8 @@ def _selfmask(*words: str) -> int:
     return subprocess.run([sys.executable, "-m", "selfmask_dist.cli", *words], check=False).returncode
 
 
-def prepare(photos: Path, shards: Path) -> int:
-    """Write the pictures as tars, once, and return their number.
+def prepare(photos: Path, out: Path) -> tuple[Path, int]:
+    """Write the pictures as tars below `out`, once, and return the tars' folder and the pictures' number.
 
     Broken files are left out, named, and listed in `rejects.jsonl`.
 
@@ -95,22 +95,11 @@ def prepare(photos: Path, shards: Path) -> int:
         ValueError: there are none, or others than when the tars were written.
     """
     image_folder = shipped_module("data_prep.image_folder")
-    described = shards / "dataset.json"
-    if described.exists():
-        known = json.loads(described.read_text())["num_samples"] + _num_lines(shards / "rejects.jsonl")
-        now = image_folder.count_files(photos)
-        if now != known:
-            raise ValueError(
-                f"{photos} has {count(now)} files, and had {count(known)} when {shards} was made of it; give "
-                f"another --out, or remove {shards.parent} to begin anew"
-            )
-    else:
-        (done,) = image_folder.convert_image_folder(photos, shards, layout="unlabelled", skip_broken=True)
-        print(f"{done.folder}: {count(done.num_samples)} pictures")
-        if rejected := _rejects(shards / "rejects.jsonl"):
-            print(f"  left out: {len(rejected)} files that are no pictures or broken: {some(rejected)}")
-    number: int = json.loads(described.read_text())["num_samples"]
-    return number
+    (done,) = image_folder.convert_folder_once(photos, out, layout="unlabelled", skip_broken=True)
+    print(f"{done.folder}: {count(done.num_samples)} pictures")
+    if rejected := _rejects(done.folder / "rejects.jsonl"):
+        print(f"  left out: {len(rejected)} files that are no pictures or broken: {some(rejected)}")
+    return done.folder, int(done.num_samples)
 
 
 def settings_for(num_pictures: int) -> list[str]:
@@ -126,7 +115,3 @@ def settings_for(num_pictures: int) -> list[str]:
 def _rejects(path: Path) -> list[str]:
     lines = path.read_text().splitlines() if path.exists() else []
     return [str(json.loads(line)["path"]) for line in lines]
-
-
-def _num_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0

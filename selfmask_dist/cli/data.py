@@ -1,6 +1,7 @@
-"""`selfmask data convert | index | verify | stats`: from pictures to indexed tars, and what is in them."""
+"""`selfmask data get | convert | index | verify | stats`: from pictures to indexed tars."""
 
 import argparse
+from pathlib import Path
 
 from selfmask_dist.common.shipped import shipped_module
 from selfmask_dist.common.text import positive
@@ -23,6 +24,11 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     help = "convert pictures to tars; index, verify or describe a folder of tars"
     actions = commands.add_parser("data", help=help).add_subparsers(required=True, metavar="ACTION")
     _add_convert(actions)
+    get = actions.add_parser("get", help="bring a data set of the paper into the data root, as indexed tars")
+    get.add_argument("name", metavar="NAME", help="cifar10, inat21, ...; a name that is none lists them all")
+    get.add_argument("--root", type=Path, metavar="DIR", help="data root ($SELFMASK_DATA, or the site's)")
+    get.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (1)")
+    get.set_defaults(command=_get)
     index = actions.add_parser("index", help="check every picture and write the index beside the tars")
     index.add_argument("--no-decode", dest="decode", action="store_false", help="do not decode the pictures")
     index.add_argument(
@@ -75,6 +81,15 @@ def _convert(options: argparse.Namespace) -> int:
     module, _ = _SOURCES[options.source]
     converter = shipped_module(f"data_prep.{module}")
     status: int = converter.main(options.arguments, prog=f"selfmask data convert {options.source}")
+    return status
+
+
+def _get(options: argparse.Namespace) -> int:
+    from selfmask_dist.config.site import data_root, find_site
+
+    named = shipped_module("data_prep.prepared.named")
+    root = options.root or data_root(find_site())
+    status: int = named.bring(options.name, root, num_workers=options.workers)
     return status
 
 

@@ -15,6 +15,7 @@ from selfmask_dist.config.objectives import (
     MocoV2Config,
     MocoV3Config,
     NbdConfig,
+    ObjectiveConfig,
     SimclrConfig,
     SlipConfig,
     SwavConfig,
@@ -25,11 +26,9 @@ from selfmask_dist.config.sections import (
     DataConfig,
     EngineConfig,
     EvalConfig,
-    ObjectiveConfig,
     RunConfig,
-    TrainConfig,
 )
-from selfmask_dist.config.training import FinetuneConfig, OptimConfig
+from selfmask_dist.config.training import FinetuneConfig, OptimConfig, TrainConfig
 
 
 class AllSections(Section):

@@ -1,4 +1,4 @@
-"""The sections of objectives without labels, and of the crops they see.
+"""The sections of objectives, and of the crops that those without labels see.
 
 An objective gets its section as it is. What a section gives in epochs, its methods turn into steps. `Paper:`
 gives the value of Warmerdam et al. 2024, `Published:` that of the paper a method is from. Heads train with
@@ -9,7 +9,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from selfmask_dist.config.fields import Positive, Scale, Section, efficiency, science
+from selfmask_dist.config.fields import (
+    NonEmpty,
+    Positive,
+    Scale,
+    Section,
+    SomeStrings,
+    efficiency,
+    science,
+)
 
 # those whose loss is between views of one image, so that data comes as the crops section says
 VIEWS = ("swav", "simclr", "moco_v2", "moco_v3", "dino", "slip")
@@ -20,6 +28,56 @@ ON_BANK = ("nbd",)
 WITH_TEACHER = ("moco_v2", "moco_v3", "dino")
 
 Temperatures = Annotated[tuple[Positive, Positive], Field(strict=False)]
+
+
+class ObjectiveConfig(Section):
+    """The loss (method=mask and method=finetune)."""
+
+    name: Literal["supervised", "nbd", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = (
+        science(
+            "supervised",
+            "supervised: cross-entropy against the labels. Without labels, each with a section of its own: "
+            "nbd: pictures are found in a bank of all, where frozen neighbours are partly the same. On "
+            "views that the crops section describes: swav: crops predict each other's cluster. simclr: two "
+            "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
+            "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
+            "captions: clip: images and texts find each other. slip: that and simclr.",
+        )
+    )
+    head: Literal["linear", "masked", "clip_text"] = science(
+        "linear",
+        "linear: a new linear layer, trained. masked: a new linear layer of fixed random weights under a "
+        "learned mask. clip_text: CLIP's embeddings of the class names, nothing to train; needs an "
+        "open_clip backbone.",
+    )
+    head_norm: Literal["none", "l2", "batchnorm"] = science(
+        "l2",
+        "Features before a linear or masked head. none: as they are (Paper); those of raw ViTs are so long "
+        "that optim.head_lr=0.1 explodes. l2: all scaled to one length. batchnorm: mean 0 and variance 1 "
+        "over the batch, for each feature. clip_text has CLIP's own normalisation and temperature instead.",
+    )
+    label_smoothing: float = science(
+        0.0, "Target probability that is spread evenly over all classes.", unit="probability", ge=0, lt=1
+    )
+    prompts: SomeStrings = science(
+        ("a photo of a {}.",), "Sentences for clip_text with {} for the class name; several are averaged."
+    )
+
+    distill_from: NonEmpty | None = science(
+        None,
+        "Folder of a finished supervised run on the same classes, for example one of method=finetune, whose "
+        "logits are learned beside the labels; null: labels alone.",
+    )
+    distill_weight: float = science(
+        0.5,
+        "Share of the loss that is learned from objective.distill_from; the labels have the rest.",
+        unit="fraction of the loss",
+        gt=0,
+        le=1,
+    )
+    distill_temperature: float = science(
+        2.0, "Both logits are divided by it: larger shows more of the teacher's doubts.", unit="logit", gt=0
+    )
 
 
 class CropsConfig(Section):

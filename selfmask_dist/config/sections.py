@@ -1,5 +1,4 @@
-"""The sections that every run has: data, objective, train, eval, engine, checkpoint and run; `launch` is in
-`config.launch`.
+"""The sections that every run has: data, eval, engine, checkpoint and run.
 
 Each key has its default, effect, unit and bounds, and the group it belongs to (see `fields`). `Paper:` gives
 the value of Warmerdam et al. 2024. Knows nothing of files, overrides or torch.
@@ -14,7 +13,6 @@ from selfmask_dist.config.fields import (
     NonEmpty,
     Scale,
     Section,
-    SomeStrings,
     efficiency,
     orchestration,
     science,
@@ -22,21 +20,40 @@ from selfmask_dist.config.fields import (
 
 
 class DataConfig(Section):
-    """The images: folders of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, or a list."""
+    """The images: a folder of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, a list, an
+    address, or a folder of pictures, which `selfmask launch` converts.
+    """
 
     train: NonEmpty | None = science(
         None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
     )
     test: NonEmpty | None = science(
         None,
-        "Folder of tars to measure on. Every run needs it but those of method=mask and method=finetune whose "
-        "objective takes no labels: without it they measure instance retrieval alone (see eval.retrieval).",
+        "Folder of tars to measure on. Every run needs it or data.held_out, but those of method=mask and "
+        "method=finetune whose objective takes no labels: without they measure instance retrieval alone (see "
+        "eval.retrieval).",
+    )
+    held_out: float | None = science(
+        None,
+        "Measure on this share of data.train and do not train on it, in place of data.test. Which images "
+        "follows from their keys alone; data.subset and data.test_subset then number what is in each part.",
+        unit="fraction of the images",
+        gt=0,
+        lt=1,
     )
     subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
     )
     test_subset: NonEmpty | None = science(
         None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
+    )
+    cache: NonEmpty | None = efficiency(
+        None,
+        "Folder on each node's own disk for whole copies of tars that are read from an address (s3://, "
+        "https://, hf://), shared by the node's processes; null: samples are read in ranges.",
+    )
+    cache_gb: float = efficiency(
+        100.0, "Size of data.cache; the tars used longest ago make room.", unit="GB", gt=0
     )
     crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
@@ -60,83 +77,6 @@ class DataConfig(Section):
         """Take a list of paths too, kept as one text with `::` between them, as the reader takes it."""
         is_list = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
         return "::".join(value) if is_list else value
-
-
-class ObjectiveConfig(Section):
-    """The loss (method=mask and method=finetune)."""
-
-    name: Literal["supervised", "nbd", "swav", "simclr", "moco_v2", "moco_v3", "dino", "clip", "slip"] = (
-        science(
-            "supervised",
-            "supervised: cross-entropy against the labels. Without labels, each with a section of its own: "
-            "nbd: pictures are found in a bank of all, where frozen neighbours are partly the same. On "
-            "views that the crops section describes: swav: crops predict each other's cluster. simclr: two "
-            "views find each other in the batch. moco_v2: one finds the other, as a slow copy sees it, in a "
-            "queue. moco_v3: the same in the batch. dino: crops predict a slow copy's outputs. With "
-            "captions: clip: images and texts find each other. slip: that and simclr.",
-        )
-    )
-    head: Literal["linear", "masked", "clip_text"] = science(
-        "linear",
-        "linear: a new linear layer, trained. masked: a new linear layer of fixed random weights under a "
-        "learned mask. clip_text: CLIP's embeddings of the class names, nothing to train; needs an "
-        "open_clip backbone.",
-    )
-    head_norm: Literal["none", "l2", "batchnorm"] = science(
-        "l2",
-        "Features before a linear or masked head. none: as they are (Paper); those of raw ViTs are so long "
-        "that optim.head_lr=0.1 explodes. l2: all scaled to one length. batchnorm: mean 0 and variance 1 "
-        "over the batch, for each feature. clip_text has CLIP's own normalisation and temperature instead.",
-    )
-    label_smoothing: float = science(
-        0.0, "Target probability that is spread evenly over all classes.", unit="probability", ge=0, lt=1
-    )
-    prompts: SomeStrings = science(
-        ("a photo of a {}.",), "Sentences for clip_text with {} for the class name; several are averaged."
-    )
-
-    distill_from: NonEmpty | None = science(
-        None,
-        "Folder of a finished supervised run on the same classes, for example one of method=finetune, whose "
-        "logits are learned beside the labels; null: labels alone.",
-    )
-    distill_weight: float = science(
-        0.5,
-        "Share of the loss that is learned from objective.distill_from; the labels have the rest.",
-        unit="fraction of the loss",
-        gt=0,
-        le=1,
-    )
-    distill_temperature: float = science(
-        2.0, "Both logits are divided by it: larger shows more of the teacher's doubts.", unit="logit", gt=0
-    )
-
-
-class TrainConfig(Section):
-    """How long, and how many images at once."""
-
-    epochs: float = science(
-        10.0, "Length of training and of the schedule; may be a fraction.", unit="epochs", gt=0
-    )
-    global_batch_size: int = science(
-        64, "Images in one optimizer step, over all processes and micro-steps together.", unit="images", ge=1
-    )
-    max_steps: int | None = science(
-        None, "Stop after so many steps at the latest, for a quick look; null: do not.", unit="steps", ge=1
-    )
-    keep: Literal["last", "best"] = science(
-        "last",
-        "What a run leaves. last: what it trained at its end. best: the state with the highest instance "
-        "retrieval of those measured while training (eval.knn_every) and at the end; checkpoints then hold "
-        "that state too, about half as much again.",
-    )
-    accumulate: int = efficiency(
-        1,
-        "Micro-steps whose gradients are summed into one step: more need less memory. Each has batch "
-        "statistics of its own, so a network with batch normalisation in train mode does see a difference.",
-        unit="micro-steps per step",
-        ge=1,
-    )
 
 
 class EvalConfig(Section):
@@ -191,6 +131,12 @@ class EvalConfig(Section):
         True, "Measure the frozen backbone before training, to compare with."
     )
     batch_size: int = efficiency(256, "Images a process embeds at once.", unit="images", ge=1)
+    precision: Literal["float32", "bf16"] = science(
+        "float32",
+        "Of the backbone while it embeds images that are measured, or that a cascade divides among experts; "
+        "what is reckoned with embeddings stays as it is. bf16: faster on GPUs, and numbers differ a little. "
+        "While a run trains under fsdp, engine.precision=bf16 holds for its measurements in any case.",
+    )
     keep_embeddings: bool = orchestration(False, "Keep measuring/ once its numbers are written: embeddings.")
     search_mib: float | None = efficiency(
         None,

@@ -38,7 +38,8 @@ class SiteConfig(Section):
         "$SELFMASK_DATA is looked in first.",
     )
     data: dict[str, NonEmpty] = orchestration(
-        {}, "Data sets that lie elsewhere, by name: folders with train and test in them, or of tars."
+        {},
+        "Data sets that lie elsewhere, by name: folders with train and test in them, of tars or of pictures.",
     )
     weights: dict[str, NonEmpty] = orchestration(
         {}, "Files of weights by backbone.name, for nodes without a network."
@@ -129,12 +130,20 @@ def _data_folder(name: str | None, split: str, site: Site) -> str | None:
     if name in site.own.data:
         folder = Path(_expanded(site.own.data[name]))
         inside = folder / split
-        return str(inside if inside.exists() or not any(folder.glob("*.tar")) else folder)
+        # one that holds no splits is trained on whole: its tars, or the pictures that a launch converts
+        is_whole = not inside.exists() and folder.is_dir() and (split == "train" or any(folder.glob("*.tar")))
+        return str(folder if is_whole else inside)
     roots = [os.environ.get(DATA_VARIABLE), site.own.data_root]
     for root in (_expanded(root) for root in roots if root):
         if (Path(root) / name).is_dir():
             return str(Path(root) / name / split)
     return None
+
+
+def data_root(site: Site) -> Path | None:
+    """Return the folder that data sets are put into: $SELFMASK_DATA, else the site's; None without either."""
+    found = os.environ.get(DATA_VARIABLE) or site.own.data_root
+    return Path(_expanded(found)) if found else None
 
 
 def is_data_name(text: str) -> bool:

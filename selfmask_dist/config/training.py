@@ -1,8 +1,35 @@
-"""The sections of what is trained besides masks, and by which optimizer."""
+"""The sections of how long is trained, what besides masks, and by which optimizer."""
 
 from typing import Literal
 
-from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, science
+from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, efficiency, science
+
+
+class TrainConfig(Section):
+    """How long, and how many images at once."""
+
+    epochs: float = science(
+        10.0, "Length of training and of the schedule; may be a fraction.", unit="epochs", gt=0
+    )
+    global_batch_size: int = science(
+        64, "Images in one optimizer step, over all processes and micro-steps together.", unit="images", ge=1
+    )
+    max_steps: int | None = science(
+        None, "Stop after so many steps at the latest, for a quick look; null: do not.", unit="steps", ge=1
+    )
+    keep: Literal["last", "best"] = science(
+        "last",
+        "What a run leaves. last: what it trained at its end. best: the state with the highest instance "
+        "retrieval of those measured while training (eval.knn_every) and at the end; checkpoints then hold "
+        "that state too, about half as much again.",
+    )
+    accumulate: int = efficiency(
+        1,
+        "Micro-steps whose gradients are summed into one step: more need less memory. Each has batch "
+        "statistics of its own, so a network with batch normalisation in train mode does see a difference.",
+        unit="micro-steps per step",
+        ge=1,
+    )
 
 
 class FinetuneConfig(Section):

@@ -15,9 +15,10 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
+from selfmask_dist.data.remote import NetworkLostError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
-from selfmask_dist.data.subset import Subset, evenly_spaced
+from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
@@ -31,6 +32,7 @@ __all__ = [
     "Failure",
     "Joined",
     "MultiCrop",
+    "NetworkLostError",
     "Quarantine",
     "QuarantineError",
     "Sample",
@@ -47,6 +49,7 @@ __all__ = [
     "eval_loader",
     "eval_transform",
     "evenly_spaced",
+    "hold_out",
     "multicrop_transform",
     "notes_on_splits",
     "open_source",

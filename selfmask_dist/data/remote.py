@@ -5,6 +5,9 @@ node share: a shard is fetched under a temporary name by one process while the o
 ones used longest ago make room.
 
     size of the cache <= max_bytes,  as long as one shard fits
+
+What a server answers badly is one sample's trouble; a server that does not answer at all, after several
+attempts, is `NetworkLostError`: nothing is wrong with the data or the run, which is to be started again.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +25,23 @@ from typing import Any, BinaryIO, TypeVar
 from selfmask_dist.common.files import replacing
 from selfmask_dist.common.optional import MissingLibraryError, install_command, require
 
-_ATTEMPTS = 3
+_ATTEMPTS = 4
+_PASSING = (408, 425, 429)  # of the statuses 400 to 499, those that may be another one in a moment
 _EXTRA = "fsspec[http,s3]"  # what selfmask_dist[remote] installs
 _EXTRA_HOLDS = ("http", "https", "s3")  # the protocols that are readable with it
 T = TypeVar("T")
+
+
+class NetworkLostError(RuntimeError):
+    """Shards cannot be reached for now; the message names one. A restart may find them again."""
+
+
+class _LostError(OSError):
+    """The same of one request, which is worth another attempt."""
+
+
+class _NoRangesError(OSError):
+    """A server sends whole files where ranges are asked for; asking again changes nothing."""
 
 
 def is_remote(path: str) -> bool:
@@ -45,7 +60,10 @@ class RangeStorage:
     ) -> list[bytes | OSError]:
         """Ask for all ranges at once: where fsspec can do that, the network's latency is waited for once.
 
-        What fails is asked for again, up to three times. Returns the bytes, or the last error, of each.
+        What fails is asked for again, up to four times. Returns the bytes, or the last error, of each.
+
+        Raises:
+            NetworkLostError: the last error is of the network, and not of one shard.
         """
         found: list[bytes | OSError] = [OSError("not read")] * len(shards)
         waiting = list(range(len(shards)))
@@ -62,6 +80,7 @@ class RangeStorage:
                 break
             if attempt < _ATTEMPTS - 1:
                 _pause(attempt)
+        _raise_lost(found)
         return found
 
     def _fetch(
@@ -105,13 +124,18 @@ class CachedStorage:
     def read_many(
         self, shards: Sequence[int], offsets: Sequence[int], lengths: Sequence[int]
     ) -> list[bytes | OSError]:
-        """Read from local copies, each fetched first where it is absent; returns bytes or an error each."""
+        """Read from local copies, each fetched first where it is absent; returns bytes or an error each.
+
+        Raises:
+            NetworkLostError: one that is absent cannot be fetched, as its server is not to be reached.
+        """
         found: list[bytes | OSError] = []
         for place in zip(shards, offsets, lengths, strict=True):
             try:
                 found.append(self._read(*place))
             except OSError as error:
                 found.append(error)
+                _raise_lost(found[-1:])
         return found
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
@@ -158,8 +182,15 @@ class CachedStorage:
     def _copy(self, url: str, target: Path) -> None:
         files, remote = _file_system(url, self._options)
         source: BinaryIO
-        with files.open(remote, "rb") as source, open(target, "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
+        with _naming_lost(url):
+            source = files.open(remote, "rb")
+        with source, open(target, "wb") as file:
+            while True:
+                with _naming_lost(url):
+                    chunk = source.read(1 << 20)
+                if not chunk:
+                    break
+                file.write(chunk)  # whose errors are this node's own, such as a full disk
 
     def _make_room(self, size: int) -> None:
         for left_over in self.folder.glob(".*.partial"):  # of a process that was killed: the lock is ours
@@ -184,15 +215,23 @@ class CachedStorage:
 
 
 def fetch_bytes(url: str, options: dict[str, Any] | None = None) -> bytes:
-    """Return the bytes of a whole small file. Raises ValueError where it cannot be had."""
+    """Return the bytes of a whole small file.
+
+    Raises:
+        NetworkLostError: its server is not to be reached.
+        ValueError: it cannot be had.
+    """
 
     def fetch() -> bytes:
         files, path = _file_system(url, options or {})
-        data: bytes = files.cat_file(path)
+        with _naming_lost(url):
+            data: bytes = files.cat_file(path)
         return data
 
     try:
         return _with_attempts(fetch)
+    except _LostError as error:
+        raise NetworkLostError(str(error)) from error
     except OSError as error:
         raise ValueError(
             f"{url} cannot be read ({error}); index the data where it lies, with selfmask data index, and"
@@ -222,18 +261,50 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 def _checked(url: str, answer: Any, length: int) -> bytes | OSError:
     """Return what a file system answered in one of the two ways that a storage may: bytes, or an OSError."""
-    if isinstance(answer, OSError):
-        return answer
-    if isinstance(answer, BaseException):  # such as aiohttp's, which are no OSErrors
-        return OSError(f"{url} cannot be read ({type(answer).__name__}: {answer})")
+    if isinstance(answer, BaseException):
+        return _named(url, answer)
     if len(answer) > length:
-        return OSError(f"{url}: its server does not serve ranges; read whole shards through a cache")
+        return _NoRangesError(f"{url}: its server does not serve ranges; read whole shards through a cache")
     return bytes(answer)
+
+
+def _named(url: str, error: BaseException) -> OSError:
+    """Return an error of a file system as one that tells whether the network or the file is at fault."""
+    of_the_file = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    status = getattr(error, "status", None)  # aiohttp's, whose errors are no OSErrors for the most part
+    is_refusal = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING
+    if isinstance(error, OSError) and (isinstance(error, of_the_file) or not _leaves_machine(url)):
+        return error
+    told = f"{url} cannot be read ({type(error).__name__}: {error})"
+    return OSError(told) if is_refusal else _LostError(told)
+
+
+def _leaves_machine(url: str) -> bool:
+    """Return whether an address leads over a network, and not to this machine's files or memory."""
+    return not url.startswith(("file://", "local://", "memory://"))
+
+
+@contextmanager
+def _naming_lost(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (MissingLibraryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise _named(url, error) from error
+
+
+def _raise_lost(found: Sequence[bytes | OSError]) -> None:
+    lost = next((answer for answer in found if isinstance(answer, _LostError)), None)
+    if lost is not None:
+        raise NetworkLostError(
+            f"{lost}; after {_ATTEMPTS} attempts. The run is to be started again"
+        ) from lost
 
 
 def _is_worth_another_attempt(answer: bytes | OSError) -> bool:
     """Return whether to ask again: networks fail now and then, but a file that is absent stays absent."""
-    return isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError)
+    return isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError | _NoRangesError)
 
 
 def _pause(attempt: int) -> None:

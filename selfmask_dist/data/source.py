@@ -13,6 +13,7 @@ there are no checksums. A `dataset.json` beside the tars, as data_prep writes it
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import tempfile
@@ -29,7 +30,7 @@ from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.index import INDEX_NAME, Index, index_of_table, load_index
 from selfmask_dist.data.indexing.labels import Labels, resolve_labels
 from selfmask_dist.data.indexing.manifest import MANIFEST_NAME, find_shards, read_manifest, sizes_of
-from selfmask_dist.data.indexing.patterns import is_pattern, written
+from selfmask_dist.data.indexing.patterns import expand, is_pattern, written
 from selfmask_dist.data.indexing.table import SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
@@ -111,8 +112,8 @@ def open_source(
     """Return a source over a folder of `*.tar` files, one tar, a pattern or a list; shards by name.
 
     path: may hold braces and glob signs (`{000000..000041}.tar`, `*.tar`; see `indexing.patterns`), or be the
-        address of a remote folder (s3://..., https://...) that holds its index. An index is used where the
-        path is one folder or one tar.
+        address of a remote folder (s3://..., https://...) that holds its index, or of tars in it. On this
+        machine an index is used where the path is one folder or one tar.
     cache: folder on this node for the remote tars' copies, at most `cache_bytes`; without it, samples are
         read in ranges.
 
@@ -152,18 +153,14 @@ def _open_remote(
     cache_bytes: int,
 ) -> TarSource:
     """Open a remote folder. Its index is small: it is copied to this node, and mapped there."""
-    if is_pattern(url) or url.endswith(".tar"):
-        raise ValueError(
-            f"{url}: of tars that are elsewhere, name their folder, which holds their index; patterns and"
-            " single tars work on this machine only"
-        )
+    url, wanted = _folder_of(url)
     content = fetch_bytes(f"{url}/{INDEX_NAME}")
     folder = Path(cache) if cache is not None else Path(tempfile.gettempdir())
     folder.mkdir(parents=True, exist_ok=True)
     local = folder / f".{hashlib.sha256(content).hexdigest()[:16]}.index"
     if not local.exists():
         write_bytes(local, content)
-    index = load_index(local)
+    index = _only(load_index(local), wanted, url)
     urls = [f"{url}/{shard.name}" for shard in index.shards]
     storage: Storage = RangeStorage(urls)
     if cache is not None:
@@ -171,6 +168,37 @@ def _open_remote(
         storage = CachedStorage(urls, sizes, folder=cache, max_bytes=cache_bytes)
     names, labels = resolve_labels(index, url, classes=classes, require_labels=require_labels)
     return TarSource(index, url, storage, labels, names)
+
+
+def _folder_of(url: str) -> tuple[str, list[str]]:
+    """Return the remote folder that an address means, and patterns of the tars in it; none for all of them.
+
+    Raises:
+        ValueError: it means tars of several folders, whose indices are several too.
+    """
+    if not is_pattern(url) and not url.endswith(".tar"):
+        return url, []
+    parts = [part.rstrip("/").rpartition("/") for part in expand(url)]
+    folders = sorted({folder for folder, _, _ in parts})
+    if len(folders) > 1 or is_pattern(folders[0]) or not all(name.endswith(".tar") for _, _, name in parts):
+        raise ValueError(
+            f"{url}: of tars that are elsewhere, name one folder, which holds their index, or tars of one "
+            f"folder (s3://bucket/pets/a-{{000..041}}.tar); copy others into one, and index it"
+        )
+    return folders[0], [name for _, _, name in parts]
+
+
+def _only(index: Index, wanted: Sequence[str], url: str) -> Index:
+    """Return the part of an index that is of the tars which patterns name; without patterns, all of it."""
+    if not wanted:
+        return index
+    names = [shard.name for shard in index.shards]
+    chosen = {pattern: fnmatch.filter(names, pattern) for pattern in wanted}
+    if absent := [pattern for pattern, found in chosen.items() if not found]:
+        raise ValueError(f"{url}: no tar of its index is called {some(absent)}; there are {some(names)}")
+    taken = {name for found in chosen.values() for name in found}
+    is_taken = np.array([name in taken for name in names])
+    return index.keep(is_taken[index.shard], num_rejected=index.num_rejected)
 
 
 def index_path(path: str) -> Path | None:

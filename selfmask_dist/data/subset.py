@@ -89,6 +89,32 @@ def _stamp(file: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def hold_out(source: Source, share: float) -> tuple[Subset, Subset]:
+    """Return the samples to train on, and about `share` of all that are held out, both in the source's order.
+
+    A sample is held out by a hash of its key alone, so neither the order of the tars, nor the number of
+    processes, nor other samples change its part. It costs a microsecond a sample and 8 bytes a process.
+
+    Raises:
+        ValueError: one of the parts is empty.
+    """
+    limit = int(share * 2**64)
+    is_held = np.fromiter(
+        (_hash_of(source.key(index)) < limit for index in range(len(source))), dtype=bool, count=len(source)
+    )
+    parts = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+    if not all(len(part) for part in parts):
+        raise ValueError(
+            f"holding out {share:g} of {len(source)} images leaves {len(parts[0])} to train on and "
+            f"{len(parts[1])} to measure on; set data.held_out to another share, or name images in data.test"
+        )
+    return Subset(source, parts[0]), Subset(source, parts[1])
+
+
+def _hash_of(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest())
+
+
 def evenly_spaced(source: Source, limit: int) -> Source:
     """Return a source of at most `limit` samples at equal distances through `source`, the same every time."""
     if len(source) <= limit:

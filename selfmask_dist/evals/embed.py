@@ -6,7 +6,7 @@ Knows nothing of masks, objectives or what the embeddings are for.
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +15,52 @@ from selfmask_dist.data import Batch
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.parallel import World
 
+Precision = Literal["float32", "bf16"]
+
 
 class NonFiniteEmbeddingsError(ValueError):
     """Embeddings are not finite: the encoder, or an image, is broken."""
 
 
+def in_precision(
+    encode_fn: Callable[[Tensor], Tensor], precision: Precision, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Return `encode_fn` in a precision (`eval.precision`) on a device; what it returns is float32."""
+    if precision == "float32":
+        return encode_fn
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return encode_fn(images).float()
+
+    return encode
+
+
+def made_in(precision: Precision) -> dict[str, str]:
+    """Return what a store's provenance says of it: of float32 nothing, as older stores."""
+    return {} if precision == "float32" else {"precision": precision}
+
+
 @torch.no_grad()
-def embed(encoder: nn.Module, loader: Iterable[Batch], *, world: World) -> Embeddings:
+def embed(
+    encoder: nn.Module, loader: Iterable[Batch], *, world: World, precision: Precision = "float32"
+) -> Embeddings:
     """Embed the samples of this rank's loader, the encoder in eval mode. Collective: every rank must call.
 
     Args:
         encoder: images (n, 3, H, W) -> (n, dim).
         loader: yields this rank's part, one batch or more; padding has weight 0.
+        precision: of the encoder.
 
     Raises:
         NonFiniteEmbeddingsError: on every rank, where an embedding on any of them is not finite.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    encode_fn = in_precision(encoder, precision, world.device)
     with eval_mode(encoder):
         for batch in loader:
             rows = batch.weights > 0
-            output = encoder(batch.views[0].to(world.device)).float()
+            output = encode_fn(batch.views[0].to(world.device)).float()
             kept = rows.to(world.device)
             parts.append(
                 (output[kept], batch.labels[rows].to(world.device), batch.ids[rows].to(world.device))

@@ -19,7 +19,7 @@ from selfmask_dist import data, evals
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
 from selfmask_dist.evals import instance_retrieval
-from selfmask_dist.evals.embed import embed, eval_mode
+from selfmask_dist.evals.embed import embed, eval_mode, in_precision
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.progress import Progress
 from selfmask_dist.evals.ranks import share
@@ -102,7 +102,8 @@ class Evaluation:
 
     Args:
         test: None where there is no test split.
-        on_batch: called after each batch, on all ranks equally often: the place to stop at.
+        begin_loop: called before each loop over batches; what it returns is called after each batch, on all
+            ranks equally often: the place to stop at.
     """
 
     def __init__(
@@ -113,10 +114,11 @@ class Evaluation:
         test: data.Source | None,
         world: World,
         *,
-        on_batch: Callable[[], None] = lambda: None,
+        begin_loop: Callable[[], Callable[[], None]] = lambda: lambda: None,
     ) -> None:
-        self._on_batch = on_batch
+        self._begin_loop = begin_loop
         self._config = config
+        self._precision = config.eval.precision
         self._backbone = backbone
         self._train = train
         self._test = test if test is not None and are_labelled(train, test) else None
@@ -135,6 +137,7 @@ class Evaluation:
         if self._test is None:
             return None
         spec, engine = self._backbone.spec, self._config.engine
+        engine_is_bf16 = engine.name == "fsdp" and engine.precision == "bf16"  # whose forward then is
         return Progress(
             path,
             self._world,
@@ -144,7 +147,7 @@ class Evaluation:
                 "training data": json.dumps(self._train.identity, sort_keys=True),
                 "test data": json.dumps(self._test.identity, sort_keys=True),
                 "mask or weights": made_with,
-                "precision": engine.precision if engine.name == "fsdp" else "float32",
+                "precision": "bf16" if self._precision == "bf16" or engine_is_bf16 else "float32",
             },
             batch_size=self._config.eval.batch_size,
             report=report,
@@ -171,8 +174,9 @@ class Evaluation:
             return self._knn(*rows(), neighbours_to_measure(self._config, len(train)))
 
         def linear() -> dict[str, float]:
-            seed = self._config.seed
-            return {"probe": measure_probe(*rows(), seed=seed, world=self._world, on_step=self._on_batch)}
+            bank, queries = rows()  # a loop of its own, before that of the probe begins
+            on_step, seed = self._begin_loop(), self._config.seed
+            return {"probe": measure_probe(bank, queries, seed=seed, world=self._world, on_step=on_step)}
 
         measures = {"knn": knn, **({"probe": linear} if probe else {})}
         values: dict[str, float] = {}
@@ -214,7 +218,7 @@ class Evaluation:
         if looked_for is bank:  # each picture is read once for both views
             both = data.Joined(data.eval_transform(pre), view)
             loader = self._loader(bank, both, seed=instance_retrieval.VIEW_SEED)
-            found = embed(self._backbone.encoder, _one_view_each(loader, len(bank)), world=self._world)
+            found = self._embed_loaded(_one_view_each(loader, len(bank)))
             is_clean = found.ids < len(bank)
             clean, views = found.where(is_clean), found.where(~is_clean)
             views = Embeddings(views.features, views.labels, views.ids - len(bank))
@@ -222,7 +226,7 @@ class Evaluation:
             assert isinstance(looked_for, data.Subset)
             clean = self._embed(bank)
             loader = self._loader(looked_for, view, seed=instance_retrieval.VIEW_SEED)
-            views = embed(self._backbone.encoder, loader, world=self._world)
+            views = self._embed_loaded(loader)
             places = torch.from_numpy(looked_for.indices).to(views.ids.device)
             views = Embeddings(views.features, views.labels, places[views.ids])
         return instance_retrieval.find_own(clean, views, self._world)
@@ -257,8 +261,11 @@ class Evaluation:
         )
 
     def _embed(self, source: data.Source) -> Embeddings:
+        return self._embed_loaded(self._loader(source))
+
+    def _embed_loaded(self, loader: Iterable[data.Batch]) -> Embeddings:
         encoder: nn.Module = self._backbone.encoder
-        return embed(encoder, self._loader(source), world=self._world)
+        return embed(encoder, loader, world=self._world, precision=self._precision)
 
     def _embed_kept(
         self,
@@ -273,12 +280,12 @@ class Evaluation:
         with eval_mode(self._backbone.encoder):
             return progress.embed(
                 split,
-                encode_fn or self._backbone.encoder,
+                in_precision(encode_fn or self._backbone.encoder, self._precision, self._world.device),
                 source,
                 data.eval_transform(self._backbone.spec.preprocessing),
                 dim=dim or self._backbone.spec.dim,
                 workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
-                on_batch=self._on_batch,
+                on_batch=self._begin_loop(),
             )
 
     def _loader(
@@ -293,9 +300,10 @@ class Evaluation:
             workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
             seed=seed,
         )
+        on_batch = self._begin_loop()
         for batch in loader:
             yield batch
-            self._on_batch()
+            on_batch()
 
 
 def _one_view_each(batches: Iterable[data.Batch], num_samples: int) -> Iterator[data.Batch]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
-from selfmask_dist.config.sections import ObjectiveConfig
+from selfmask_dist.config.objectives import ObjectiveConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import at_least_float32

@@ -84,19 +84,22 @@ def batches(
         world_size=context.world.size,
         workers=data.Workers(config.engine.workers, config.engine.worker_kind),
     )
+    check = context.paced_check()
     for batch in loader:
         yield batch
-        context.check()
+        check()
 
 
 def embeddings(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
     """Return this rank's embeddings of a source, with labels and ids."""
-    return embed(network.encoder, batches(config, network, source, context), world=context.world)
+    loader, precision = batches(config, network, source, context), config.eval.precision
+    return embed(network.encoder, loader, world=context.world, precision=precision)
 
 
 def logits(config: Config, network: Classifier, source: data.Source, context: RunContext) -> Embeddings:
     """Return this rank's class logits of a source, with labels and ids."""
-    return embed(network, batches(config, network, source, context), world=context.world)
+    loader, precision = batches(config, network, source, context), config.eval.precision
+    return embed(network, loader, world=context.world, precision=precision)
 
 
 def accuracy(found: Embeddings, context: RunContext) -> float:
@@ -136,7 +139,7 @@ def measure_encoder(
         memory_mib=section.search_mib,
     )
     if section.probe:
-        world, check = context.world, context.check
+        world, check = context.world, context.paced_check()
         values["probe"] = measure_probe(bank, found, seed=config.seed, world=world, on_step=check)
     return values
 

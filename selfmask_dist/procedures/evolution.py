@@ -293,5 +293,6 @@ def _measure_fit(config: Config, context: RunContext, network: nn.Module) -> dic
         dim = backbone.encoder(torch.zeros(1, 3, size, size, device=context.world.device)).shape[1]
     backbone.spec = replace(backbone.spec, dim=dim)
     train, test = open_data(config)
-    evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
+    paced = context.paced_check
+    evaluation = Evaluation(config, backbone, train, test, context.world, begin_loop=paced)
     return evaluation.full(probe=config.eval.probe)

@@ -320,10 +320,11 @@ def _infer(
         store.add(task.name, _mask(folder, task), own=_shared_head(folder / task.name / HEAD, task, width))
     # images, groups; right images with the known task; by method: groups inferred right, right images
     counts = torch.zeros(3 + 2 * len(METHODS), dtype=torch.float64, device=context.world.device)
+    check = context.paced_check()
     for group in _groups(test, tasks, size, config.seed, context):
         if group is not None:
             counts += _count(store, tasks, *group, network=network).to(counts.device)
-        context.check()
+        check()
     num_images, num_groups, known, *inferred = context.world.sum(counts).tolist()
     pairs = zip(METHODS, inferred[::2], inferred[1::2], strict=True)
     return {"known": {"tasks": 1.0, "head": known / num_images}} | {

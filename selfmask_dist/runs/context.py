@@ -20,6 +20,7 @@ import torch
 from selfmask_dist.common import names
 from selfmask_dist.config import Config
 from selfmask_dist.parallel import START_TIMEOUT, World, set_timeout
+from selfmask_dist.runs.checkpoint import DamagedCheckpointError
 from selfmask_dist.runs.ending.leaving import departure, is_lost_process
 from selfmask_dist.runs.exit_status import plain_status
 from selfmask_dist.runs.metrics import MetricsWriter
@@ -142,7 +143,7 @@ def open_run(
         heartbeat=heartbeat.write if heartbeat else None,
         on_first_beat=lambda: set_timeout(timeout),  # a little longer than the watchdog, which says more
     )
-    is_preempted = False
+    is_preempted, damaged = False, None
     with writer, watchdog:
         context = RunContext(directory, world, writer, stop, watchdog, heartbeat)
         try:
@@ -151,11 +152,16 @@ def open_run(
             reason = stop.reason or "another rank's signal"
             writer.event("preempted", reason=reason, step=writer.newest.get("step"))
             is_preempted = True
+        except DamagedCheckpointError as error:
+            writer.event("note", text=f"{error}: going on from the one before")
+            damaged = error
         except BaseException as error:
             if plain_status(error) is None:  # a trial that diverged is caught, and the run goes on
                 departure.note(error)
             context.update_status(state="lost a process" if is_lost_process(error) else "failed")
             raise
+    if damaged is not None:
+        raise damaged  # the run goes on, with everything made anew
     context.update_status(state="preempted" if is_preempted else ends_as)
     if is_preempted:
         raise Preempted  # outside of the writer, which would call it a failure

@@ -12,7 +12,8 @@ BAD_INPUT = 2  # the user's to mend; a restart would end the same
 DIVERGED = 3  # the loss or the scores stopped being finite; a restart would end the same
 REQUEUE = 75  # asked to stop and saved (EX_TEMPFAIL of sysexits.h): start me again
 HUNG = 76  # no step for too long, stacks are dumped: start me again
-LOST = 77  # another process, or a data loading worker, is gone: start me again unless another says why not
+LOST = 77  # another process, a data loading worker or the network is gone: start me again, unless another
+# says why not
 DEVICE = 78  # this process's device failed (uncorrectable memory error, ...): start me again on other nodes
 
 # a path that does not fit: the message says all there is to say

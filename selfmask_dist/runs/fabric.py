@@ -85,9 +85,7 @@ def report_fabric(context: RunContext) -> None:
     seconds = round(time.monotonic() - start, 1)
     context.writer.event("fabric", gigabytes_per_second=pairs, slow=slow, seconds=seconds)
     low, high = min(pairs.values()), max(pairs.values())
-    context.writer.message(
-        f"fabric   {low:.2f} to {high:.2f} GB/s between neighbouring nodes ({seconds:g} s)"
-    )
+    context.writer.message(f"fabric   {low:.2f} to {high:.2f} GB/s between neighbour nodes ({seconds:g} s)")
     for host in slow:
         context.writer.message(
             f"WARNING: node {host} is slow to all its neighbours, and so will be each step; leave it out "

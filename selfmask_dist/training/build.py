@@ -29,23 +29,39 @@ if TYPE_CHECKING:
 
 
 def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Source, data.Source]:
-    """Return the train and test sources, with one list of classes."""
-    paths = {"data.train": config.data.train, "data.test": config.data.test}
-    missing = [key for key, path in paths.items() if path is None]
-    if missing:
-        raise ValueError(f"{' and '.join(missing)} is not set; give a folder of shards (see docs/data.md)")
-    assert config.data.test is not None
-    train = open_train(config, require_labels=require_labels)
-    test = _open(config.data.test, classes=train.classes, require_labels=require_labels)
-    return train, _subset("data.test_subset", config.data.test_subset, test)
+    """Return the train and test sources, with one list of classes; the test source is the part of the
+    training images that `data.held_out` asks for, where it does.
+    """
+    if config.data.train is None or not _has_test(config):
+        given = {"data.train": config.data.train is not None, "data.test": _has_test(config)}
+        missing = " and ".join(key for key, is_given in given.items() if not is_given)
+        raise ValueError(f"{missing} is not set; give a folder of shards (see docs/data.md)")
+    train, held_out = _open_train(config, require_labels=require_labels)
+    if held_out is None:
+        assert config.data.test is not None
+        held_out = _open(config, config.data.test, classes=train.classes, require_labels=require_labels)
+    return train, _subset("data.test_subset", config.data.test_subset, held_out)
 
 
 def open_train(config: Config, *, require_labels: bool = True) -> data.Source:
-    """Return the train source."""
+    """Return the train source, without what is held out."""
     if config.data.train is None:
         raise ValueError("data.train is not set; give a folder of shards (see docs/data.md)")
-    whole = _open(config.data.train, require_labels=require_labels)
-    return _subset("data.subset", config.data.subset, whole)
+    return _open_train(config, require_labels=require_labels)[0]
+
+
+def _open_train(config: Config, *, require_labels: bool) -> tuple[data.Source, data.Source | None]:
+    """Return the train source, and what is held out of it, if anything is."""
+    assert config.data.train is not None
+    whole: data.Source = _open(config, config.data.train, require_labels=require_labels)
+    held_out: data.Source | None = None
+    if config.data.held_out is not None:
+        whole, held_out = data.hold_out(whole, config.data.held_out)
+    return _subset("data.subset", config.data.subset, whole), held_out
+
+
+def _has_test(config: Config) -> bool:
+    return config.data.test is not None or config.data.held_out is not None
 
 
 def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]:
@@ -58,8 +74,8 @@ def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]
     """
     section = config.eval
     measures = section.final or section.frozen_baseline or section.knn_every > 0
-    if not measures or config.data.test is None:
-        if config.data.test is None:
+    if not measures or not _has_test(config):
+        if not _has_test(config):
             return open_train(config, require_labels=False), None
         return open_data(config, require_labels=False)
     try:
@@ -74,9 +90,15 @@ def open_what_there_is(config: Config) -> tuple[data.Source, data.Source | None]
         return found
 
 
-def _open(path: str, **options: Any) -> data.TarSource:
+def _open(config: Config, path: str, **options: Any) -> data.TarSource:
     """Open one of the run's sources. One process of the run holds the index against its folder for all."""
-    return data.open_source(path, trust_index=not _is_first(), **options)
+    return data.open_source(
+        path,
+        trust_index=not _is_first(),
+        cache=config.data.cache,
+        cache_bytes=int(config.data.cache_gb * 1e9),
+        **options,
+    )
 
 
 def _is_first() -> bool:

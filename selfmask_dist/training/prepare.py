@@ -271,8 +271,9 @@ def begin_bank(
     )
     drawn = objective.warmup_draws[0].unique()
     drawn = drawn[drawn % world.size == world.rank]
+    paced = context.paced_check()
     found = embed_views(
-        backbone.encoder, loader, world=world, flip=config.data.flip, keep=drawn, on_batch=context.check
+        backbone.encoder, loader, world=world, flip=config.data.flip, keep=drawn, on_batch=paced
     )
     present = torch.ones(len(found.means), dtype=torch.bool, device=world.device)
     present[found.broken // world.size] = False

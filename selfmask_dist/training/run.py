@@ -6,9 +6,10 @@
 frozen (nothing). Methods that are chains of runs, the cascade and the procedures, call `run_in` for each.
 """
 
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
 from selfmask_dist.parallel import World, shards_weights
-from selfmask_dist.runs.checkpoint import OpenCheckpoint, loading_peers, open_newest
+from selfmask_dist.runs.checkpoint import (
+    DamagedCheckpointError,
+    OpenCheckpoint,
+    loading_peers,
+    open_newest,
+)
 from selfmask_dist.runs.context import RunContext, open_run
 from selfmask_dist.runs.fabric import report_fabric
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, remove_measured, run_path
@@ -71,29 +77,43 @@ def run_in(
         world,
         train_fn=lambda trial: run_in(trial, world, stop, is_restart=True, parent=directory, is_trial=True),
     )
-    found = find_checkpoint(directory, world)
-    if found is None and config.procedure.start_from is not None:
-        found = find_checkpoint(Path(config.procedure.start_from), world)
-    if world.is_main:
-        drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
-    with open_run(config, directory, world, stop, parent=parent) as context:
-        if config.launch.fabric_check and not is_trial:
-            report_fabric(context)
-        result = _run(config, context, found, choice)
-        if parent is None:
-            context.writer.message(closing(directory, result))
-        elif not is_trial:  # a stage's numbers are shown by the run that it is a part of
-            for entry in result["verdict"]:
-                context.writer.message(f"VERDICT: {entry['text']}")
-        return result
+    damaged: list[Path] = []
+    while True:
+        found = find_checkpoint(directory, world, skip=damaged)
+        if found is None and config.procedure.start_from is not None:
+            found = find_checkpoint(Path(config.procedure.start_from), world, skip=damaged)
+        if world.is_main:
+            drop_metrics_after(directory, found.values["position"]["step"] if found else 0)
+        try:
+            with open_run(config, directory, world, stop, parent=parent) as context:
+                if config.launch.fabric_check and not is_trial:
+                    report_fabric(context)
+                result = _run(config, context, found, choice)
+                if parent is None:
+                    context.writer.message(closing(directory, result))
+                elif not is_trial:  # a stage's numbers are shown by the run that it is a part of
+                    for entry in result["verdict"]:
+                        context.writer.message(f"VERDICT: {entry['text']}")
+                return result
+        except DamagedCheckpointError as error:
+            damaged.append(error.path)
+        gc.collect()  # model and optimizer, which hold some of it; all is built anew for the one before
 
 
-def find_checkpoint(directory: Path, world: World) -> OpenCheckpoint | None:
-    """Return a run's newest valid checkpoint, the same on every rank. Collective: every rank must call."""
+def find_checkpoint(directory: Path, world: World, *, skip: Collection[Path] = ()) -> OpenCheckpoint | None:
+    """Return a run's newest checkpoint, the same on every rank; its tensors are verified when they are read.
+
+    Collective: every rank must call.
+
+    Args:
+        skip: those that turned out to be damaged.
+    """
     return open_newest(
         directory / names.CHECKPOINTS,
         peers=loading_peers(world),
         report=lambda text: print(text, file=sys.stderr),
+        verify_later=True,
+        skip=skip,
     )
 
 
@@ -110,7 +130,8 @@ def _run(
         backbone.encoder.to(context.world.device)
     elif not trains:
         shard_backbone(backbone, config, context.world, keeps_frozen=False)
-    evaluation = Evaluation(config, backbone, train, test, context.world, on_batch=context.check)
+    paced = context.paced_check
+    evaluation = Evaluation(config, backbone, train, test, context.world, begin_loop=paced)
     writer = context.writer
     record = RetrievalRecord(evaluation, context.directory, context.world)
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=num_test)

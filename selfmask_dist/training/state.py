@@ -146,6 +146,8 @@ class RunState:
 
         Raises:
             ValueError: it is another run's.
+            DamagedCheckpointError: it turned out to be damaged, and engine and objective hold some of it:
+                they must not be used any more.
         """
         self.check(checkpoint)
         position = Position(**checkpoint.values["position"])
@@ -154,6 +156,7 @@ class RunState:
         telemetry.load_state(checkpoint.values["telemetry"])
         if self._best is not None and "best" in checkpoint.values:
             self._best.load(_Below(checkpoint, _BEST), checkpoint.values["best"])
+        checkpoint.confirm()
         return position
 
 

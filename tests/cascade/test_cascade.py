@@ -253,6 +253,29 @@ def test_a_smaller_batch_of_the_evaluation_goes_on_with_the_embeddings_there(
     assert result["clusters"] == result_of(cascade)["clusters"]
 
 
+def test_a_cascade_embeds_in_bf16_where_it_is_asked_to(cascade: Path, tmp_path: Path) -> None:
+    own = ["run.name=one", "eval.precision=bf16", "eval.probe=false", "train.epochs=1"]
+    run(load_config(None, settings(cascade.parent / "shards", tmp_path, *own)))
+    frozen, in_float32 = (
+        EmbeddingStore.open(folder / "embeddings" / "frozen" / "test")
+        for folder in (tmp_path / "one", cascade)
+    )
+    assert frozen.provenance["precision"] == "bf16"
+    found, expected = frozen.read_slice().features, in_float32.read_slice().features
+    assert not torch.allclose(found, expected, rtol=0, atol=1e-4)
+    assert torch.allclose(found, expected, rtol=0.02, atol=0.02)
+    # the file alone gives the same; router and combination are float32
+    bundle = tmp_path / "cascade.mask"
+    shutil.copy(tmp_path / "one" / "cascade.mask", bundle)
+    assert main(["eval", str(bundle), "labelfree", "--config", str(tmp_path / "one" / "config.yaml")]) == 0
+    for mode in load_config(tmp_path / "one" / "config.yaml").cascade.combinations:
+        alone, of_run = (
+            EmbeddingStore.open(folder / "embeddings" / mode / "test").read_slice().features
+            for folder in (tmp_path, tmp_path / "one")
+        )
+        assert torch.allclose(alone, of_run, atol=1e-4), mode
+
+
 def test_overwriting_a_cascade_leaves_nothing_of_it(cascade: Path, tmp_path: Path) -> None:
     """A result that stays would be taken for the new run's."""
     shutil.copytree(cascade, tmp_path / "one")

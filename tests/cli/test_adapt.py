@@ -32,17 +32,17 @@ def test_pictures_become_tars_once_and_what_is_broken_is_named(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = tmp_path / "out" / "shards"
-    assert prepare(photos, shards) == 20
+    assert prepare(photos, shards) == (shards / "train", 20)
     said = capsys.readouterr().out
     assert "20 pictures" in said
     assert "left out: 3 files" in said
     for name in ("cut.png", "notes.txt", "empty.jpg"):
         assert name in said
-    before = (shards / "shard-000000.tar").stat().st_mtime_ns
-    assert prepare(photos, shards) == 20
-    assert (shards / "shard-000000.tar").stat().st_mtime_ns == before
+    before = (shards / "train" / "shard-000000.tar").stat().st_mtime_ns
+    assert prepare(photos, shards) == (shards / "train", 20)
+    assert (shards / "train" / "shard-000000.tar").stat().st_mtime_ns == before
     (photos / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"has 22 files, and had 23 .* give another --out, or remove"):
+    with pytest.raises(ValueError, match=r"when it had 23 files, and now it has 22; remove .*train"):
         prepare(photos, shards)
 
 

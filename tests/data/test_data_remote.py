@@ -3,12 +3,15 @@
 import contextlib
 import functools
 import http.server
+import multiprocessing
+import os
 import pickle
 import shutil
 import socket
 import subprocess
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -191,3 +194,25 @@ def test_a_protocol_without_its_library_is_told_with_the_command_that_brings_it(
     )
     with pytest.raises(ValueError, match=r"absent://a.* Install absent_library .* 'fsspec\[absent\]'`"):
         open_source("absent://a/b")
+
+
+def _read_all(storage: CachedStorage) -> bool:
+    """Read every shard some times over, in an order of this process's own. In a process."""
+    orders = np.random.default_rng(os.getpid()).integers(0, 6, 60)
+    return all(storage.read_many([shard], [0], [4]) == [bytes([shard]) * 4] for shard in orders.tolist())
+
+
+def test_several_processes_share_a_cache_that_holds_a_third_of_the_tars(tmp_path: Path) -> None:
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    there.mkdir()
+    for number in range(6):
+        (there / f"{number}.tar").write_bytes(bytes([number]) * 1000)
+    urls = [f"file://{there}/{number}.tar" for number in range(6)]
+    storage = CachedStorage(urls, [1000] * 6, folder=cache, max_bytes=2000)
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which these processes do not use
+        with context.Pool(3) as pool:
+            assert pool.map(_read_all, [storage] * 3) == [True] * 3
+    assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= 2000
+    assert not list(cache.glob(".*.partial"))

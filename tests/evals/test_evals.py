@@ -11,7 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from selfmask_dist import evals
+from selfmask_dist.data import Batch
 from selfmask_dist.evals import probe as probe_module
+from selfmask_dist.evals.embed import embed
+from selfmask_dist.parallel import World
 from tests.support.evals import knn_predict, linear_probe
 
 
@@ -30,6 +33,22 @@ def brute_force_vote(sims, labels, temperature, num_classes):
         for row, s in zip(labels, sims, strict=True)
     ]
     return np.argmax(votes, axis=1)
+
+
+def test_embedding_in_bf16_computes_in_it_and_returns_float32(generator):
+    encoder, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)), []
+    encoder[1].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    images, ones = torch.randn(6, 3, 2, 2, generator=generator), torch.ones(6)
+    batch = Batch((images,), torch.zeros(6, dtype=torch.int64), ones, torch.arange(6), 6)
+    default = embed(encoder, [batch], world=World()).features
+    plain = embed(encoder, [batch], world=World(), precision="float32").features
+    in_bf16 = embed(encoder, [batch], world=World(), precision="bf16").features
+    assert torch.equal(plain, default)
+    assert in_bf16.dtype == torch.float32
+    assert torch.equal(in_bf16, in_bf16.bfloat16().float()), "rounded once, where it was computed"
+    assert torch.allclose(in_bf16, plain, rtol=0.02, atol=0.02)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert torch.equal(plain, encoder(images))
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_nothing_is_said_of_what_is_fine(settings: list[str], cluster: str) -> N
         ("local", "data.train=null", "data.train is not set"),
         ("local", "data.test=null", "data.test is not set"),
         ("local", "data.test=no/where", "data.test: there is no no/where"),
-        ("local", "data.train={here}/empty", "has no tars in it"),
+        ("local", "data.train={here}/empty", "has no tars and no pictures in it"),
         ("local", "data.subset=nowhere.npy", "there is no file nowhere.npy"),
         ("local", "backbone.weights=nowhere.safetensors", "there is no file nowhere.safetensors"),
         ("local", "backbone.weights={here}/pointer.pth", "is neither safetensors nor what torch.save writes"),

@@ -13,7 +13,7 @@ from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.backbone import BackboneConfig
-from selfmask_dist.config.sections import ObjectiveConfig
+from selfmask_dist.config.objectives import ObjectiveConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Supervised, build_objective
 from selfmask_dist.objectives.supervised import L2_LENGTH, FeatureBatchNorm

@@ -252,6 +252,40 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
         assert_same(outcome(tmp_path / "a"), expected)
 
 
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 64
+    path.write_bytes(data)
+
+
+def test_nothing_of_a_checkpoint_that_is_damaged_in_one_ranks_file_reaches_the_masks(
+    tmp_path: Path, tiny_data: dict[str, str]
+) -> None:
+    path = config_of(tmp_path, tiny_data)
+    keep = ["checkpoint.every_steps=1", "checkpoint.keep_last=100", "engine.name=bits", "run.name=a"]
+    train_on(2, path, keep)
+    expected, checkpoints = outcome(tmp_path / "a"), tmp_path / "a" / "checkpoints"
+    cut_back(tmp_path / "a", 5)
+    flip_a_byte(committed(checkpoints)[0] / "rank-00001.safetensors")
+    (committed(checkpoints)[1] / "rank-00000.safetensors").write_bytes(b"short")
+    train_on(2, path, [*keep, "run.resume=true"])
+    assert_same(outcome(tmp_path / "a"), expected)
+    events = [json.loads(line) for line in (tmp_path / "a" / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [3]
+    assert not any(event["event"] == "failed" for event in events)
+    notes = [event["text"] for event in events if event["event"] == "note" and "checkpoint" in event["text"]]
+    assert len(notes) == 1
+    assert "rank-00001.safetensors is not what was written (checksum): going on from" in notes[0]
+    assert len(list(checkpoints.glob("invalid-*"))) == 2
+    # none is left: the run begins anew, with other processes
+    cut_back(tmp_path / "a", 2)
+    for one in committed(checkpoints):
+        flip_a_byte(one / "rank-00001.safetensors")
+    train(path, [*keep, "run.resume=true", "engine.name=ddp"])
+    torch.testing.assert_close(outcome(tmp_path / "a")["losses"], expected["losses"], rtol=1e-6, atol=1e-7)
+    assert len(list(checkpoints.glob("invalid-*"))) == 4
+
+
 def test_batch_norm_statistics_and_a_masked_head_are_part_of_the_state(
     tmp_path: Path, tiny_data: dict[str, str]
 ) -> None:

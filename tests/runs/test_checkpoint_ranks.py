@@ -7,6 +7,7 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from selfmask_dist.common.files import sha256
 from selfmask_dist.parallel.parts import TensorPart, whole_parts
 from selfmask_dist.runs.checkpoint import (
     CheckpointError,
+    DamagedCheckpointError,
     OpenCheckpoint,
     Retention,
     Saver,
@@ -31,6 +33,7 @@ from selfmask_dist.runs.checkpoint import (
     saving_peers,
     verify,
 )
+from selfmask_dist.runs.checkpoint.crc import combined_crc
 from selfmask_dist.runs.checkpoint.folder import _digest
 from selfmask_dist.runs.checkpoint.rank_file import Staging, own_ranges
 from tests.support.distributed import DistributedError, run_distributed
@@ -139,6 +142,68 @@ def test_ranks_commit_together_or_not_at_all_and_agree_on_what_is_valid(tmp_path
     assert sum(sizes) < 1.01 * sum(tensor.nbytes for tensor in expected(5).values()) + SIZE * 1000
     first = load_file(tmp_path / "step-000000005" / "rank-00000.safetensors")
     assert torch.equal(first["cut[0:3335]"], expected(5)["cut"][:3335]), "other programs read the files"
+
+
+def read_while_verifying(folder: Path) -> tuple[int, int]:
+    """Save on two ranks and read at another cut: as it is, and with a byte flipped at many places.
+
+    Return the bytes that this rank read of an undamaged one, and those of the files.
+    """
+    rank_file.BLOCK = saving.BLOCK = 1000
+    world = world_here()
+    whole, cut = torch.arange(6001.0), [0, 2777, 6001]
+    low, high = cut[world.rank : world.rank + 2]
+    on_both = whole_parts({"unread": torch.ones(700), "same": torch.ones(900)}, copies=2, copy=world.rank)
+    saver = saver_of(folder, [])
+    saver.save([TensorPart("cut", whole.shape, whole[low:high], low), *on_both], {}, step=1)
+    saver.finish()
+    world.barrier()
+
+    def load(told: list[str]) -> tuple[OpenCheckpoint, int]:
+        peers = loading_peers(world)
+        opened = open_newest(folder, peers=peers, report=told.append, set_aside=False, verify_later=True)
+        assert opened is not None
+        watch = opened._watch
+        assert watch is not None
+        found = torch.zeros(6001)
+        for low, high in ([(1234, 4100)], [(4100, 6001), (0, 1234)])[world.rank]:
+            opened.read_into(TensorPart("cut", whole.shape, found[low:high], low))
+            assert told or torch.equal(found[low:high], whole[low:high])
+        opened.read_into(whole_parts({"same": torch.zeros(900)})[0])
+        opened.confirm()
+        return opened, watch.bytes_read
+
+    opened, checked = load([])
+    files = sorted(opened.path.glob("*.safetensors"))
+    for file in files:
+        good = file.read_bytes()
+        for place in range(0, len(good), 1501):
+            told = ["a byte is flipped"]
+            world.barrier()
+            if world.is_main:
+                file.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+            world.barrier()
+            with pytest.raises(DamagedCheckpointError, match=f"{file.name} is not what was written"):
+                load(told)
+            assert len(told) == 1 + world.is_main, "the main rank alone reports"
+        world.barrier()
+        if world.is_main:
+            file.write_bytes(good)
+        world.barrier()
+    load([])
+    return opened.bytes_read + checked, sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.distributed
+def test_what_is_read_is_verified_on_the_way_and_the_rest_by_one_rank(tmp_path: Path) -> None:
+    found = run_distributed(read_while_verifying, 2, tmp_path)
+    assert sum(read for read, _ in found) == found[0][1] + 900 * 4, "each byte once, `same` by both"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 17, 4095, 5000])
+def test_checksums_of_pieces_make_that_of_the_whole(cut: int) -> None:
+    data = bytes(range(250)) * 20
+    assert combined_crc(crc32(data[:cut]), crc32(data[cut:]), len(data) - cut) == crc32(data)
 
 
 def die(folder: Path, victim: int, moment: str) -> None:

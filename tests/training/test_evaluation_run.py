@@ -15,6 +15,7 @@ import pytest
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
+from selfmask_dist.evals.store import EmbeddingStore
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.runs.preempt import Preempted
 from tests.support.distributed import run_distributed
@@ -156,3 +157,21 @@ def test_numbers_that_are_there_are_not_measured_again(config: Path, whole: Path
     train(config, "run.name=smaller", "run.resume=true")
     assert json_of(folder / "result.json")["adapted"]["knn5"] == 0.125
     assert not (folder / "measuring").exists()
+
+
+def test_a_run_is_measured_in_bf16_where_it_is_asked_to(config: Path) -> None:
+    """Masks are those of a run that is measured in float32; what is embedded is rounded to bf16."""
+    short = ("train.max_steps=2", "eval.probe=false", "eval.keep_embeddings=true")
+    plain = train(config, *short, "run.name=in-float32")
+    folder = train(config, *short, "run.name=in-bf16", "eval.precision=bf16")
+    numbers, masks = [json_of(one / "result.json") for one in (plain, folder)], []
+    assert numbers[0]["adapted"].keys() == numbers[1]["adapted"].keys() >= {"knn5", "head"}
+    for one in (plain, folder):
+        masks.append(read_mask_file(one / "final.mask").masks["default"].bits)
+    assert all(bits.equal(masks[1][name]) for name, bits in masks[0].items())
+    for view in ("frozen", "adapted"):
+        stores = [EmbeddingStore.open(one / "measuring" / view / "test") for one in (plain, folder)]
+        assert [store.provenance["precision"] for store in stores] == ["float32", "bf16"]
+        expected, found = (store.read_slice().features for store in stores)
+        assert not found.equal(expected)
+        assert (found - expected).norm() < 0.02 * expected.norm()

@@ -120,7 +120,8 @@ class Training:
         schedule.finish()
 
     def resume(self, folder: Path) -> OpenCheckpoint:
-        opened = open_newest(folder, peers=loading_peers(self.world), report=pytest.fail)
+        peers = loading_peers(self.world)
+        opened = open_newest(folder, peers=peers, report=pytest.fail, verify_later=True)
         assert opened is not None
         self.state.restore(opened, telemetry=Meter(self.world))
         return opened

@@ -37,6 +37,7 @@ from selfmask_dist.cli.eval.views import (
 from selfmask_dist.common import names
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.evals import Embeddings
+from selfmask_dist.evals.embed import in_precision, made_in
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.rows import check_weights, put
@@ -97,7 +98,7 @@ class EvalSubject:
             "backbone": {"name": name, "fingerprint": fingerprint or self.backbone.spec.fingerprint},
             "data": {
                 split: {
-                    "path": getattr(sections, split),
+                    "path": getattr(sections, split) or f"{sections.held_out:g} of {sections.train}",
                     "samples": len(source),
                     "classes": len(source.classes),
                 }
@@ -192,8 +193,9 @@ class EvalSubject:
 
     def _fill(self, store: EmbeddingStore, view: View, split: str) -> None:
         """Make the chunks that a view's store lacks."""
-        if view.mode is not None and self._is_sharded:
-            # ranks would choose experts for their images, and gather weights, each at its own time
+        if view.mode is not None and (self._is_sharded or self.config.eval.precision != "float32"):
+            # ranks would choose experts for their images, and gather weights, each at its own time; and
+            # router and combination are float32
             (path,), (_, router, combinations) = self.files, self._in_bundle
             parts = part_views(Path(path), self.files[path])
             for part in parts:
@@ -210,7 +212,7 @@ class EvalSubject:
             )
             return
         embed_to_store(
-            self._encoder(view),
+            in_precision(self._encoder(view), self.config.eval.precision, self.world.device),
             self.sources[split],
             data.eval_transform(self.backbone.spec.preprocessing),
             store,
@@ -236,6 +238,7 @@ class EvalSubject:
                 "preprocessing": json.dumps(preprocessing, sort_keys=True),
                 "data": json.dumps(source.identity, sort_keys=True),
                 "made with": view.made_with,
+                **made_in(self.config.eval.precision),
             },
             dtype=self.config.cascade.store_dtype if there is None else there.dtype,
             chunk_size=chunk_size_for(len(source), batch) if there is None else there.chunk_size,

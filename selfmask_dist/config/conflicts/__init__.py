@@ -12,6 +12,7 @@ def conflicts(config: AllSections) -> list[Conflict]:
     """Return every conflict of a configuration; none where its values go together."""
     checks = (
         general.run_conflicts,
+        general.data_conflicts,
         general.backbone_conflicts,
         general.objective_conflicts,
         general.view_conflicts,

@@ -72,6 +72,16 @@ def run_conflicts(config: AllSections) -> Iterator[Conflict]:
         )
 
 
+def data_conflicts(config: AllSections) -> Iterator[Conflict]:
+    """Yield two places to measure on."""
+    if config.data.held_out is not None and config.data.test is not None:
+        yield Conflict(
+            ("data.held_out", "data.test"),
+            f"data.held_out={config.data.held_out:g} measures on a part of data.train, and data.test names "
+            "other images; set one of them to null",
+        )
+
+
 def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield objectives and heads that the backbone or the method cannot have."""
     objective = config.objective

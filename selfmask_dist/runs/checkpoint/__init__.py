@@ -9,9 +9,11 @@
     renames the directory, renames the pointer: committed
 
 Killed anywhere in between, the pointer still names a whole checkpoint. A directory is never written twice.
-Reading verifies every byte, takes the newest valid one and sets the others aside.
+Reading verifies every byte, takes the newest valid one and sets the others aside. A resume verifies the bytes
+while it loads them; what it loaded of a checkpoint that turns out damaged is thrown away.
 
-`folder` knows names and checksums, `saving` writes, `opening` verifies, `reading` reads. They know tensors by
+`folder` knows names and checksums, `saving` writes, `opening` verifies, `reading` reads, `watching` verifies
+what is read. They know tensors by
 name and ranges of their elements, and a JSON dict; nothing of engines or masks.
 """
 
@@ -27,10 +29,12 @@ from selfmask_dist.runs.checkpoint.opening import load_newest, open_newest, read
 from selfmask_dist.runs.checkpoint.peers import Peers, loading_peers, saving_peers
 from selfmask_dist.runs.checkpoint.reading import Checkpoint, OpenCheckpoint
 from selfmask_dist.runs.checkpoint.saving import Saver, write_checkpoint
+from selfmask_dist.runs.checkpoint.watching import DamagedCheckpointError
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "DamagedCheckpointError",
     "OpenCheckpoint",
     "Peers",
     "Retention",

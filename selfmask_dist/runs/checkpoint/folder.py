@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def write_manifest(partial: Path, files: dict[str, dict[str, Any]], *, step: int
     """Write the manifest of a checkpoint.
 
     Args:
-        files: bytes and sha256 of each by name; the latter a list, of each `block` of bytes in turn.
+        files: bytes and sha256 of each by name; the latter a list, of each `block` of bytes in turn. Files
+            of tensors have a list of crc32 as well.
     """
     manifest = {"format": FORMAT, "step": step, "block": block, "files": files}
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
@@ -163,13 +164,34 @@ def verify(path: Path, *, rank: int = 0, size: int = 1) -> list[str]:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return [str(error)]
-    blocks = []  # (file, number of the block) of all
-    for name, expected in manifest["files"].items():
+    blocks = _blocks(manifest, manifest["files"])
+    return _problems(path, manifest, blocks[rank * len(blocks) // size : (rank + 1) * len(blocks) // size])
+
+
+def verify_outline(path: Path, manifest: dict[str, Any], *, rank: int = 0, size: int = 1) -> list[str]:
+    """Return what is wrong with a checkpoint apart from the bytes of its tensors: with what says where they
+    lie and what is no tensor, and with the lengths of files, of which each of `size` processes looks at some.
+    """
+    problems = _problems(path, manifest, _blocks(manifest, (VALUES, TENSORS)))
+    for name in list(manifest["files"])[rank::size]:
+        if problem := _wrong_length(path / name, manifest):
+            problems.append(f"{name} {problem}")
+    return list(dict.fromkeys(problems))
+
+
+def _blocks(manifest: dict[str, Any], files: Iterable[str]) -> list[tuple[str, int]]:
+    """Return (file, number of the block) of all blocks of some files."""
+    found = []
+    for name in files:
         # format 1 has one checksum of a whole file
-        num = 1 if manifest["format"] == 1 else len(expected["sha256"])
-        blocks += [(name, index) for index in range(max(num, 1))]
+        num = 1 if manifest["format"] == 1 else len(manifest["files"][name]["sha256"])
+        found += [(name, index) for index in range(max(num, 1))]
+    return found
+
+
+def _problems(path: Path, manifest: dict[str, Any], blocks: Iterable[tuple[str, int]]) -> list[str]:
     problems: dict[str, str] = {}
-    for name, index in blocks[rank * len(blocks) // size : (rank + 1) * len(blocks) // size]:
+    for name, index in blocks:
         if name not in problems and (problem := _problem(path / name, manifest, index)):
             problems[name] = f"{name} {problem}"
     return list(problems.values())
@@ -179,15 +201,24 @@ def _problem(file: Path, manifest: dict[str, Any], index: int) -> str:
     """Return what is wrong with one block of a file; with the first, its length is looked at too."""
     expected = manifest["files"][file.name]
     block = manifest.get("block")
+    if index == 0 and (problem := _wrong_length(file, manifest)):
+        return problem
     try:
         size = file.stat().st_size
-        if index == 0 and size != expected["bytes"]:
-            return f"has {size} bytes and should have {expected['bytes']}"
         found = hash_block(file, index, block or max(size, 1))
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     wanted = expected["sha256"] if block is None else [*expected["sha256"], ""][index]
     return "" if found == wanted or not size else "is not what was written (checksum)"
+
+
+def _wrong_length(file: Path, manifest: dict[str, Any]) -> str:
+    expected = manifest["files"][file.name]["bytes"]
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "" if size == expected else f"has {size} bytes and should have {expected}"
 
 
 def hash_block(file: Path, index: int, block: int) -> str:

@@ -1,10 +1,11 @@
 """Finding the newest valid checkpoint: verified by all processes together, the same one for all.
 
 opened = open_newest(folder, peers=...)    every byte hashed once, by one of them; nothing is held
+open_newest(..., verify_later=True)        bytes are verified as they are read: load, then opened.confirm()
 load_newest(folder)                        whole tensors, for one process that looks at them
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from selfmask_dist.runs.checkpoint.folder import (
@@ -13,10 +14,12 @@ from selfmask_dist.runs.checkpoint.folder import (
     read_manifest,
     rename_invalid,
     verify,
+    verify_outline,
 )
 from selfmask_dist.runs.checkpoint.format_1 import OpenFormat1
 from selfmask_dist.runs.checkpoint.peers import Peers
 from selfmask_dist.runs.checkpoint.reading import Checkpoint, OpenCheckpoint
+from selfmask_dist.runs.checkpoint.watching import Watch
 
 
 def open_checkpoint(path: Path) -> OpenCheckpoint:
@@ -36,16 +39,26 @@ def open_newest(
     peers: Peers | None = None,
     report: Callable[[str], None] = print,
     set_aside: bool = True,
+    verify_later: bool = False,
+    skip: Collection[Path] = (),
 ) -> OpenCheckpoint | None:
     """Return the newest valid checkpoint, None where there is none. Collective: every rank must call.
 
     Each byte is hashed once, by one process, and all take the same one. Invalid ones are renamed and reported
     by the main rank.
+
+    Args:
+        verify_later: verify the bytes of tensors when they are read, and the others in `confirm` of what is
+            returned, which must be called before anything is used; of checkpoints of before 2026-12, now.
+        skip: checkpoints not to look at.
     """
     peers = peers or Peers()
-    for name in peers.from_main(lambda: [path.name for path in committed(folder)]):
+    for name in peers.from_main(lambda: [path.name for path in committed(folder) if path not in skip]):
         path = folder / name
-        opened, problems = _open_verified(path, peers.rank, peers.size)
+        if verify_later:
+            opened, problems = _open_watched(path, peers, report, set_aside)
+        else:
+            opened, problems = _open_verified(path, peers.rank, peers.size)
         all_problems = list(dict.fromkeys(one for found in peers.share(problems) for one in found))
         if opened is not None and not all_problems:
             return opened
@@ -72,6 +85,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if opened is None or problems:
         raise CheckpointError("; ".join(problems))
     return opened.whole()
+
+
+def _open_watched(
+    path: Path, peers: Peers, report: Callable[[str], None], set_aside: bool
+) -> tuple[OpenCheckpoint | None, list[str]]:
+    """Open a checkpoint of which the tensors are verified when they are read, if it has what that takes."""
+    try:
+        manifest = read_manifest(path)
+        if not any("crc32" in one for one in manifest["files"].values()):
+            return _open_verified(path, peers.rank, peers.size)
+        if problems := verify_outline(path, manifest, rank=peers.rank, size=peers.size):
+            return None, problems
+        watch = Watch(path, manifest, peers=peers, report=report, set_aside=set_aside)
+        return OpenCheckpoint(path, watch), []
+    except CheckpointError as error:
+        return None, [str(error)]
 
 
 def _open_verified(path: Path, rank: int, size: int) -> tuple[OpenCheckpoint | None, list[str]]:

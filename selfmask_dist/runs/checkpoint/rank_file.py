@@ -12,6 +12,7 @@ import hashlib
 import heapq
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,12 +131,13 @@ def own_ranges(parts: Sequence[TensorPart]) -> Iterator[tuple[TensorPart, int, i
 class WrittenFile:
     """What the manifest is to know of a file. pieces: with the byte of the file where each begins.
 
-    sha256: of each `BLOCK` of bytes in turn.
+    sha256, crc32: of each `BLOCK` of bytes in turn; the former says more, the latter can be combined.
     """
 
     name: str
     num_bytes: int = 0
     sha256: list[str] = field(default_factory=list)
+    crc32: list[int] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
 
 
@@ -160,19 +162,22 @@ def write_file(path: Path, staged: Staged) -> WrittenFile:
     written = WrittenFile(path.name)
     data = staged.data.numpy().data
     with open(path, "wb") as stream:
-        digest, filled = hashlib.sha256(), 0
+        digest, crc, filled = hashlib.sha256(), 0, 0
         for chunk in (memoryview(len(header).to_bytes(8, "little") + header), data):
             first = 0
             while first < len(chunk):
                 block = chunk[first : first + BLOCK - filled]
                 stream.write(block)
                 digest.update(block)
+                crc = zlib.crc32(block, crc)
                 first, filled = first + len(block), filled + len(block)
                 if filled == BLOCK:
                     written.sha256.append(digest.hexdigest())
-                    digest, filled = hashlib.sha256(), 0
+                    written.crc32.append(crc)
+                    digest, crc, filled = hashlib.sha256(), 0, 0
         if filled:
             written.sha256.append(digest.hexdigest())
+            written.crc32.append(crc)
         stream.flush()
         os.fsync(stream.fileno())
         written.num_bytes = stream.tell()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selfmask_dist.parallel.parts import TensorPart
 from selfmask_dist.runs.checkpoint.folder import TENSORS, VALUES, CheckpointError
+from selfmask_dist.runs.checkpoint.watching import Watch
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,17 @@ class OpenCheckpoint:
 
     values: what is no tensor. shapes: of whole tensors, by name. bytes_read: of tensors, so far.
 
+    Args:
+        watch: verifies what is read; `confirm` must be called before it is used. None: all is verified.
+
     Raises:
         CheckpointError: files cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, watch: Watch | None = None) -> None:
         self.path = path
         self.bytes_read = 0
+        self._watch = watch
         try:
             self.values: dict[str, Any] = json.loads((path / VALUES).read_text())
             self._open()
@@ -45,6 +50,18 @@ class OpenCheckpoint:
         self._pieces = {name: one["pieces"] for name, one in places["tensors"].items()}
         self.dtypes = {name: getattr(torch, one["dtype"]) for name, one in places["tensors"].items()}
         self.shapes = {name: torch.Size(one["shape"]) for name, one in places["tensors"].items()}
+
+    def confirm(self) -> None:
+        """Say that what is needed was read, and hear whether all of the checkpoint is as it was written.
+
+        Nothing is to do where it was verified when it was opened. Collective: every rank must call.
+
+        Raises:
+            DamagedCheckpointError: it is not, on any rank: what was loaded must not be used.
+        """
+        if self._watch is not None:
+            self._watch.confirm()
+            self._watch = None
 
     def read_into(self, part: TensorPart) -> None:
         """Fill a part with the tensor's elements.
@@ -70,7 +87,21 @@ class OpenCheckpoint:
 
     def _read(self, file: str, place: int, num: int, dtype: torch.dtype) -> Tensor:
         values = torch.empty(num, dtype=dtype)
-        view, done = values.view(torch.uint8).numpy().data, 0
+        view = values.view(torch.uint8).numpy().data
+        try:
+            self._read_bytes(file, place, view)
+        except CheckpointError as error:
+            if self._watch is None:
+                raise
+            # the other ranks go on loading, which they do together: `confirm` tells all
+            self._watch.failed(file, str(error).removeprefix(f"{self.path / file} "))
+            return values.zero_()
+        if self._watch is not None:
+            self._watch.saw(file, place, view)
+        return values
+
+    def _read_bytes(self, file: str, place: int, view: memoryview) -> None:
+        done = 0
         try:
             with open(self.path / file, "rb", buffering=0) as stream:
                 stream.seek(place)
@@ -81,7 +112,6 @@ class OpenCheckpoint:
         if done < len(view):
             raise CheckpointError(f"{self.path / file} ended early while it was read")
         self.bytes_read += done
-        return values
 
     def whole(self) -> Checkpoint:
         """Return everything that is in it."""

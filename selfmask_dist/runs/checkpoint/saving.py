@@ -124,7 +124,9 @@ def _commit(
     partial = _partial(path)
     write_text(partial / TENSORS, json.dumps(_places(written, staged)), sync=True)
     write_text(partial / VALUES, json.dumps(values, allow_nan=False, indent=1), sync=True)
-    files = {one.name: {"bytes": one.num_bytes, "sha256": one.sha256} for one in written}
+    files: dict[str, dict[str, Any]] = {
+        one.name: {"bytes": one.num_bytes, "sha256": one.sha256, "crc32": one.crc32} for one in written
+    }
     for name in (TENSORS, VALUES):
         size = (partial / name).stat().st_size
         hashes = [hash_block(partial / name, index, BLOCK) for index in range(-(-size // BLOCK))]

@@ -15,7 +15,7 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from selfmask_dist.data import WorkerLostError
+from selfmask_dist.data import NetworkLostError, WorkerLostError
 from selfmask_dist.parallel import is_lost_peer
 from selfmask_dist.runs.ending.device_fault import device_status
 from selfmask_dist.runs.ending.notes import node_name, notes_from
@@ -28,10 +28,10 @@ _MAX_CAUSES = 5
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Return whether an error only says that another process is gone, which may pass."""
+    """Return whether an error only says that another process is gone, or the network, which may pass."""
     if _device_status(error) is not None:  # NCCL wraps what CUDA said of this process's own device
         return False
-    return isinstance(error, WorkerLostError) or is_lost_peer(error)
+    return isinstance(error, WorkerLostError | NetworkLostError) or is_lost_peer(error)
 
 
 def status_of(error: BaseException) -> int:
