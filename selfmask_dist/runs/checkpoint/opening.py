@@ -19,7 +19,7 @@ from selfmask_dist.runs.checkpoint.folder import (
 from selfmask_dist.runs.checkpoint.format_1 import OpenFormat1
 from selfmask_dist.runs.checkpoint.peers import Peers
 from selfmask_dist.runs.checkpoint.reading import Checkpoint, OpenCheckpoint
-from selfmask_dist.runs.checkpoint.watching import Watch
+from selfmask_dist.runs.checkpoint.watching import ReadingWatch
 
 
 def open_checkpoint(path: Path) -> OpenCheckpoint:
@@ -97,7 +97,7 @@ def _open_watched(
             return _open_verified(path, peers.rank, peers.size)
         if problems := verify_outline(path, manifest, rank=peers.rank, size=peers.size):
             return None, problems
-        watch = Watch(path, manifest, peers=peers, report=report, set_aside=set_aside)
+        watch = ReadingWatch(path, manifest, peers=peers, report=report, set_aside=set_aside)
         return OpenCheckpoint(path, watch), []
     except CheckpointError as error:
         return None, [str(error)]

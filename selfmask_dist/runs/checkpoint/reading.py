@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfmask_dist.parallel.parts import TensorPart
 from selfmask_dist.runs.checkpoint.folder import TENSORS, VALUES, CheckpointError
-from selfmask_dist.runs.checkpoint.watching import Watch
+from selfmask_dist.runs.checkpoint.watching import ReadingWatch
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OpenCheckpoint:
         CheckpointError: files cannot be read.
     """
 
-    def __init__(self, path: Path, watch: Watch | None = None) -> None:
+    def __init__(self, path: Path, watch: ReadingWatch | None = None) -> None:
         self.path = path
         self.bytes_read = 0
         self._watch = watch

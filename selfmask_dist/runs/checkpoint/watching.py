@@ -29,7 +29,7 @@ class DamagedCheckpointError(CheckpointError):
         self.path = path
 
 
-class Watch:
+class ReadingWatch:
     """What this process has read of one checkpoint, and what is wrong with it.
 
     bytes_read: by `confirm` alone.
