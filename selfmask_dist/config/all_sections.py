@@ -6,7 +6,6 @@ from pydantic import Field
 
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.fields import Section, science
-from selfmask_dist.config.launch import LaunchConfig
 from selfmask_dist.config.masks import MaskConfig
 from selfmask_dist.config.objectives import (
     ClipConfig,
@@ -26,6 +25,7 @@ from selfmask_dist.config.sections import (
     DataConfig,
     EngineConfig,
     EvalConfig,
+    LaunchConfig,
     RunConfig,
 )
 from selfmask_dist.config.training import FinetuneConfig, OptimConfig, TrainConfig
