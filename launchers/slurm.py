@@ -320,9 +320,10 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
         exports.append("export SLURM_NPROCS=$SLURM_NTASKS")
         exports.append("export SLURM_NNODES=$SLURM_JOB_NUM_NODES")
     more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
+    more |= {"nodes": nodes} if "-" in nodes else {}  # over submitit's own, which it counts tasks by
     options: dict[str, Any] = {
         "job_name": config.run.name,
-        "nodes": nodes,
+        "nodes": int(nodes.rpartition("-")[2]),
         "ntasks_per_node": per_node,
         "time": max(round(launch.hours * 60), 1),
         "signal_delay_s": launch.signal_seconds,
