@@ -74,8 +74,8 @@ def test_a_rank_that_dies_is_reported_with_its_exit_code():
 
 
 def test_a_hang_ends_in_time_names_the_place_and_leaves_no_process(tmp_path):
-    with pytest.raises(
-        DistributedError, match=r"(?s)rank 0 hangs:.*barrier.*rank 1 hangs:.*in _rank_one_hangs"
+    with pytest.raises(  # on a busy machine rank 0 may be told that rank 1 was ended, before it is itself
+        DistributedError, match=r"(?s)rank 0 (hangs|failed):.*barrier.*rank 1 hangs:.*in _rank_one_hangs"
     ):
         run_distributed(_rank_one_hangs, 2, str(tmp_path), timeout=2)
     pids = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
