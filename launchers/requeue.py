@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfmask_dist.runs.ending.device_fault import device_status
-from selfmask_dist.runs.ending.notes import EndNotes, node_name
+from selfmask_dist.runs.ending.notes import FOLDER_PREFIX, EndNotes, node_name
 from selfmask_dist.runs.exit_status import DEVICE, FAILED, HUNG, REQUEUE, is_echo, is_restartable
 
 from .chain import chain_of, excluded_in, submit_next
@@ -162,7 +162,9 @@ class Aftermath:
 
 def start_notes(logs: Path, environment: Mapping[str, str]) -> EndNotes:
     """Return the notes by which the tasks of this start of the job tell each other how it ends."""
-    return EndNotes(logs / f".ends-{own_job_id(environment)}-{environment.get('SLURM_RESTART_COUNT', 0)}")
+    return EndNotes(
+        logs / f"{FOLDER_PREFIX}{own_job_id(environment)}-{environment.get('SLURM_RESTART_COUNT', 0)}"
+    )
 
 
 def own_job_id(environment: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from selfmask_dist.common import names
 from selfmask_dist.common.text import age, positive, table
+from selfmask_dist.runs.ending.notes import failed_ranks
 from selfmask_dist.runs.status import COLUMNS, read_status, stages_of, stragglers
 from selfmask_dist.runs.submitted import waiting
 
@@ -23,7 +24,12 @@ def add_commands(commands: Any) -> None:
     status.set_defaults(command=_status)
     logs = commands.add_parser("logs", help="the end of what a process of a run printed")
     logs.add_argument("run", metavar="RUN")
-    logs.add_argument("--rank", type=int, default=0, metavar="R", help="which process (0)")
+    logs.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="which process (one that ended with an error of its own, if the last start failed, else 0)",
+    )
     logs.add_argument("--lines", type=positive, default=40, metavar="N", help="how many lines (40)")
     logs.set_defaults(command=_logs)
     checkpoints = commands.add_parser("checkpoints", help="list, verify or prune a run's checkpoints")
@@ -71,7 +77,9 @@ def _status(options: argparse.Namespace) -> int:
 
 def _logs(options: argparse.Namespace) -> int:
     folder = Path(options.run) / names.LOGS
-    path = folder / f"rank-{options.rank}.log"
+    failed = failed_ranks(folder) if options.rank is None else {}
+    rank = options.rank if options.rank is not None else next(iter(failed), 0)
+    path = folder / f"rank-{rank}.log"
     job = waiting(Path(options.run))
     if not path.exists() and job is not None:
         raise ValueError(f"there is no {path} yet: the run {job}")
@@ -81,6 +89,8 @@ def _logs(options: argparse.Namespace) -> int:
         raise ValueError(f"there is no {path}; {there}")
     with open(path, errors="replace") as stream:
         print("".join(collections.deque(stream, maxlen=options.lines)), end="")
+    if rank in failed:
+        print(f"(rank {rank}, which ended with an error of its own, status {failed[rank]})", file=sys.stderr)
     if job is not None:
         print(f"the run {job}", file=sys.stderr)
     return 0

@@ -91,6 +91,13 @@ def test_logs_of_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "there are ranks 0, 2, 10" in capsys.readouterr().err
     assert main(["logs", str(run), "--rank", "2", "--lines", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["line 98", "line 99"]
+    for name in (".ends-7-0/rank-10.2", ".ends-7-1/rank-0.137", ".ends-7-1/rank-2.2"):
+        note = run / "logs" / name
+        note.parent.mkdir(exist_ok=True)
+        note.touch()
+        os.utime(note.parent, (int(name[8]), int(name[8])))
+    assert main(["logs", str(run)]) == 0
+    assert "(rank 2, which ended with an error of its own, status 2)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["logs", str(run), "--lines", "0"])
 

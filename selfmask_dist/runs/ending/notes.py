@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from selfmask_dist.runs.exit_status import is_restartable
+
 FOLDER_VARIABLE = "SELFMASK_ENDS"  # of the processes that a launcher starts: where they leave their notes
+FOLDER_PREFIX = ".ends-"  # of such a folder in the run's logs: one for each start
 _END = re.compile(r"rank-(\d+)\.(\d+)(?:@(.+))?")
 
 
@@ -73,6 +76,17 @@ class EndNotes:
         except OSError:  # a full disk: the exit status says the same, a little later
             return True
         return True
+
+
+def failed_ranks(logs: Path) -> dict[int, int]:
+    """Return the ranks that ended the last start of a run with an error of their own, and their statuses.
+
+    Args:
+        logs: the run's folder of logs, in which each start's notes are.
+    """
+    starts = sorted(logs.glob(f"{FOLDER_PREFIX}*"), key=lambda path: path.stat().st_mtime)
+    statuses = EndNotes(starts[-1]).statuses() if starts else {}
+    return {rank: status for rank, status in statuses.items() if status and not is_restartable(status)}
 
 
 def notes_from(environment: Mapping[str, str]) -> EndNotes | None:
