@@ -127,7 +127,8 @@ def estimate(size: ModelSize, config: Config, hardware: Hardware, *, image_size:
     if config.engine.shard_size is not None:
         return found
     groups = [n * hardware.gpus_per_node for n in _GROUPS_OF_NODES if n < hardware.nodes]
-    hybrid = [reckoner.fsdp(group) for group in groups if not hardware.world_size % group]
+    # a group of one process is what ddp does
+    hybrid = [reckoner.fsdp(group) for group in groups if group > 1 and not hardware.world_size % group]
     fitting = [one for one in hybrid if one.memory <= 0.9 * hardware.memory_gib * GIB]
     return [*found[:2], *fitting[:1], *found[2:]]  # the smallest groups that fit send the least
 
