@@ -138,8 +138,6 @@ def ask_cluster(config: Config, said: Collection[str], partitions: Sequence[Part
         "launch.processes_per_node": 0,
         "launch.cpus_per_process": max(min(config.engine.workers + 1, part.cpus // part.gpus), 1),
     }
-    if launch.gpus_per_node is not None:  # fewer than all, say: CPUs follow them
-        found["launch.gpus_per_node"] = launch.gpus_per_node
     return [f"{key}={value}" for key, value in found.items() if key not in said]
 
 

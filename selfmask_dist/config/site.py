@@ -74,7 +74,7 @@ def find_site(given: str | None = None) -> Site:
     """
     asked = given or os.environ.get(VARIABLE)
     if asked is not None:
-        return Site() if asked == _NONE else read_site(Path(asked))
+        return Site() if asked == _NONE else read_site(Path(asked).absolute())
     for path in (Path(FILE), config_home()):
         if path.is_file():
             return read_site(path.absolute())

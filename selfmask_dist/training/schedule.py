@@ -77,7 +77,10 @@ def with_reached_rate(config: Config, schedule: Schedule, encoder: nn.Module) ->
         return config, ""
     is_convolutional = _holds_mostly_convolutions(encoder)
     reach = REACH[is_convolutional] if optim.score_reach == "auto" else optim.score_reach
-    rate = reach * config.mask.way_to_threshold / schedule.travel(optim.momentum)
+    travel = schedule.travel(optim.momentum)
+    if not travel:
+        raise ValueError("optim.head_first_epochs leaves the scores no step of train.epochs; lower it")
+    rate = reach * config.mask.way_to_threshold / travel
     why = f" ({'a convolutional network' if is_convolutional else 'no convolutional network'})"
     line = (
         f"rate     {rate:.3g} for the scores: {schedule.num_steps:,} steps can carry one {reach:g} times the "

@@ -115,6 +115,8 @@ def test_where_a_site_file_is_looked_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_site().path == tmp_path / "named.yaml"
     assert find_site(str(home)).path == home
     assert find_site("none").path is None
+    monkeypatch.chdir(tmp_path)
+    assert find_site("named.yaml").path == tmp_path / "named.yaml", "nodes start elsewhere"
     monkeypatch.setenv("SELFMASK_SITE", "none")
     assert find_site().path is None
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read the configuration: no such file"):

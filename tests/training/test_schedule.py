@@ -112,6 +112,12 @@ def test_a_gradient_of_one_size_and_sign_carries_a_score_as_far_as_asked(steps: 
     assert moved == pytest.approx(0.8, rel=1e-4)
 
 
+def test_scores_that_are_never_trained_have_no_rate() -> None:
+    config = load_config(None, ["objective.name=nbd"])
+    with pytest.raises(ValueError, match="head_first_epochs leaves the scores no step"):
+        with_reached_rate(config, Schedule(10, head_first_steps=10), torch.nn.Linear(1, 1))
+
+
 def test_a_rate_that_is_given_wins_over_the_reach_that_an_objective_brings() -> None:
     assert load_config(None, ["objective.name=nbd"]).optim.score_reach == "auto"
     given = load_config(None, ["objective.name=nbd", "optim.score_lr=0.002"])
