@@ -210,7 +210,8 @@ def _patches(config: Config) -> Iterator[str]:
     """Compare sizes with the patch that a backbone's name tells; the training process asks the backbone."""
     section = config.backbone
     named = re.search(r"patch(\d+)|ViT-[A-Za-z]+-(\d+)", section.name)
-    given = section.kwargs.get("patch_size")
+    tower = section.kwargs.get("vision_cfg")  # open_clip's own arguments lie one deeper
+    given = (tower if isinstance(tower, dict) else section.kwargs).get("patch_size")
     patch = given if isinstance(given, int) else int(named[1] or named[2]) if named else 0
     size = section.image_size
     if patch and size is not None and size % patch:

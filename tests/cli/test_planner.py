@@ -12,7 +12,7 @@ from selfmask_dist.cli import main
 from selfmask_dist.cli.plan.hardware import GIB, Hardware
 from selfmask_dist.cli.plan.model_size import ModelSize, build_on_meta, measure_size
 from selfmask_dist.cli.plan.stages import reckon_experts, reckon_saving
-from selfmask_dist.cli.plan.steps import choose, choose_with_micro_steps, estimate, plan
+from selfmask_dist.cli.plan.steps import choose, choose_with_micro_steps, estimate, measure, plan
 from selfmask_dist.config import Config, load_config
 from tests.support.models import make
 
@@ -217,3 +217,18 @@ def test_open_clip_towers_are_planned() -> None:
     assert size == 224
     assert len(find_blocks(encoder)) == 48
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(1.84e9, rel=0.02)
+
+
+def test_open_clip_towers_of_other_sizes_are_planned() -> None:
+    """They are built as training builds them: with the picture's size, and with a part of `vision_cfg`."""
+    name = [
+        "backbone.name=open_clip:ViT-B-32-quickgelu",
+        "backbone.pretrained=false",
+        "backbone.image_size=64",
+    ]
+    size, pixels = measure(load_config(None, name))
+    assert pixels == 64
+    small = "backbone.kwargs={vision_cfg: {layers: 2, width: 64, head_width: 16, patch_size: 8}}"
+    smaller, _ = measure(load_config(None, [*name, small]))
+    assert smaller.masked == 2 * 12 * 64 * 64 + 2 * 9 * 64, "weights and biases of two blocks of width 64"
+    assert smaller.masked < size.masked
