@@ -80,7 +80,7 @@ def in_a_line(config: Config, hardware: Hardware) -> str:
     count = f"{on.pictures:,} pictures" if pictures is not None else f"{on.pictures:,} pictures, a guess"
     return (
         f"{on.nodes} x {on.gpus_per_node} H100, {short.images} images a GPU, about {short.hours}{each}, "
-        f"{short.memory / GIB:.0f} GiB of {on.memory_gib:g} (reckoned, for {count} with {short.engine})"
+        f"{short.memory / GIB:.0f} GiB of {on.memory_gib:g} (reckoned with {short.engine} for {count})"
     )
 
 
