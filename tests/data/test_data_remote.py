@@ -1,16 +1,11 @@
 """Remote shards: the same samples in ranges and through a cache that keeps its bound and survives kills."""
 
-import contextlib
 import functools
 import http.server
 import multiprocessing
 import os
 import pickle
-import shutil
-import socket
-import subprocess
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +17,7 @@ import pytest
 from selfmask_dist.data import SampleError, open_source
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.remote import CachedStorage
+from tests.support.buckets import serving_bucket
 from tests.support.tars import numbered_tars, picture
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
@@ -135,30 +131,11 @@ def test_a_real_web_server_in_ranges_and_through_the_cache(
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A bucket on an S3 server of this machine, whose address is in the environment."""
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: selfmask_dist[remote]")
-    program = shutil.which("moto_server")
-    if program is None:
-        pytest.skip("moto_server is not on the path: pip install 'moto[s3,server]' in any environment")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    for name, value in {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    try:
-        for _ in range(300):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                break
-            time.sleep(0.1)
-        files = s3fs.S3FileSystem()
-        files.mkdir("bucket")
+    with serving_bucket(tmp_path / "server.log") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
         yield "bucket"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")

@@ -4,6 +4,8 @@
 """
 
 import http.server
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,14 +84,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Web]:
-    """Serve a folder while the block lasts."""
+def serving(folder: Path, *, certificate: Path | None = None) -> Iterator[Web]:
+    """Serve a folder while the block lasts; over TLS with a file that holds a certificate and its key."""
     with Web(folder) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server
         finally:
             server.shutdown()
+
+
+def write_certificate(path: Path) -> Path:
+    """Write a certificate of this machine, signed by itself, and its key; SSL_CERT_FILE=path trusts it."""
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{path}.key", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.key").read_text())
+    return path
 
 
 def install(folder: Path) -> Path:
