@@ -52,7 +52,7 @@ from tests.support.tiny_run import (
 )
 
 NODES = 3
-_EPOCHS = 90  # of four steps
+_EPOCHS = 60  # of four steps
 _LIKE_ON_FEWER = 0.99  # share of bits that other numbers of processes leave the same: sums round otherwise
 
 
