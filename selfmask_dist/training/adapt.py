@@ -25,7 +25,7 @@ from selfmask_dist.training.build import build_objective, lora_options, train_tr
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
-from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
+from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
 from selfmask_dist.training.retrieval.best_state import BestState
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
@@ -236,7 +236,7 @@ def _build(
         score_step=config.optim.score_step,
     )
     if isinstance(objective, Nbd):
-        objective.loss_factor = engine.loss_factor
+        objective.loss_factor, objective.search = engine.loss_factor, search_bank(world)
     return objective, engine
 
 
