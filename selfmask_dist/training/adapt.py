@@ -21,6 +21,7 @@ from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, saving_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
+from selfmask_dist.runs.profile import StepProfiler
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
@@ -94,6 +95,7 @@ def adapt(
         checkpoints=checkpoints,
         on_step=context.watchdog.beat,
         quarantine=quarantine,
+        profiler=_profiler(config, context),
     )
     try:
         trainer.run(start, meter)
@@ -103,6 +105,13 @@ def adapt(
     checkpoints.finish()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": steps, **kept}
+
+
+def _profiler(config: Config, context: RunContext) -> StepProfiler | None:
+    steps, world = config.run.profile, context.world
+    if steps is None:
+        return None
+    return StepProfiler(context.directory / names.PROFILE, world.rank, steps, report=context.writer.message)
 
 
 def _make_ready(
