@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from selfmask_dist.maskfile.api import Masks, apply_masks, attach, detach
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.masking import Family, Segment
+    from selfmask_dist.models.hub import push_to_hub
+    from selfmask_dist.models.load import from_pretrained, load
 
 __version__ = version.VERSION
 __all__ = [
@@ -27,7 +29,10 @@ __all__ = [
     "apply_masks",
     "attach",
     "detach",
+    "from_pretrained",
+    "load",
     "load_cascade",
+    "push_to_hub",
 ]
 
 _HOMES = {
@@ -38,7 +43,10 @@ _HOMES = {
     "apply_masks": "maskfile.api",
     "attach": "maskfile.api",
     "detach": "maskfile.api",
+    "from_pretrained": "models.load",
+    "load": "models.load",
     "load_cascade": "cascade.model",
+    "push_to_hub": "models.hub",
 }
 
 

@@ -59,7 +59,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _device(name: str | None) -> Any:
+def device_of(name: str | None) -> Any:
     """Return the device of that name. Raises ValueError where there is none here."""
     import torch
 
@@ -85,7 +85,7 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.training.build import build_backbone
 
-    device = _device(options.device)
+    device = device_of(options.device)
     backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from selfmask_dist.maskfile.model.part import Model
+
 Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]  # see `forms`
 
 
@@ -70,6 +72,7 @@ class MaskFile:
     tensors: of a cascade, its router and combinations.
     verdict: what the run that trained it found against it, for example that the frozen backbone is to be
         kept; empty where it found nothing.
+    models: what makes a mask, or a cascade's mode, answer with a class, by its name.
     """
 
     masks: dict[str, Mask]
@@ -79,3 +82,4 @@ class MaskFile:
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     verdict: str = ""
+    models: dict[str, Model] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule, with_reached_rate
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from selfmask_dist.training.trainer import Trainer
+from selfmask_dist.training.whole.keep import keep_model
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -252,7 +253,8 @@ def _conclude(
 ) -> dict[str, Any]:
     """Save what was trained, measure it, and add the numbers to the mask file; return the result's entries.
 
-    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers.
+    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers. Its
+    size in the result is that of the mask alone, whatever the head takes that comes into its file last.
     """
     saved = save(config, trained, backbone, objective, context.directory, engine=engine)
     result: dict[str, Any] = {}
@@ -267,6 +269,7 @@ def _conclude(
     result |= record.result()
     if context.world.is_main:
         saved.add_numbers(result.get("adapted", {}), verdict=mark_of(result.get("retrieval")))
+        keep_model(config, backbone, objective, context.directory)
     return result | saved.sizes
 
 
