@@ -1,6 +1,7 @@
 """Whole runs on tiny images: world 1 = world 2, a saved config repeats the run, baselines, bad input."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from selfmask_dist import apply_masks, attach
 from selfmask_dist.cli import main
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.maskfile import read_mask_file
+from selfmask_dist.maskfile import drop_models, read_mask_file
 from selfmask_dist.runs.folder import run_path
 from selfmask_dist.training.build import build_backbone
 from selfmask_dist.training.meter import MaskTelemetry, NonFiniteError
