@@ -210,6 +210,10 @@ def _merge(options: argparse.Namespace) -> None:
     about["verdict"] = "; ".join(sorted({file.verdict for _, _, file in loaded if file.verdict}))
     if options.how == "collect":
         masks = {name: replace(mask, against=None) for name, mask, _ in loaded}
+        heads = [
+            (name, next(iter(file.models.values()), None)) for name, _, file in loaded if len(file.masks) == 1
+        ]
+        about["models"] = {name: model for name, model in heads if model is not None}
         if len(masks) < len(loaded):
             raise ValueError(f"two masks have one name: {[name for name, _, _ in loaded]}; rename a file")
     else:

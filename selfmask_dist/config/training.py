@@ -40,6 +40,11 @@ class FinetuneConfig(Section):
         "all: every weight. bias: bias terms alone (BitFit). norm: gain and bias of normalisation layers. "
         "lora: low-rank additions to frozen matrices, through peft (pip install 'selfmask_dist[lora]').",
     )
+    peft: dict[str, JsonValue] = science(
+        {},
+        "Any method of peft in place of finetune.train: {method: VERA, r: 16}, with its own arguments; "
+        "without target_modules, those of finetune.lora_targets=auto.",
+    )
     freeze: Strings = science(
         (),
         "Glob patterns over parameter names that stay frozen; `embedding` is the patch embedding or the stem "

@@ -23,7 +23,7 @@ from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
-from selfmask_dist.training.finetune import add_lora
+from selfmask_dist.training.finetune import add_lora, add_peft
 from selfmask_dist.training.meter import MaskTelemetry, Meter
 from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
 from selfmask_dist.training.retrieval.best_state import BestState
@@ -226,6 +226,8 @@ def _build(
         synchronise_batchnorm(backbone.encoder)
     if config.method == "finetune" and config.finetune.train == "lora":
         add_lora(backbone.encoder, **lora_options(config))  # before an engine cuts or wraps it
+    if config.method == "finetune" and config.finetune.peft:
+        add_peft(backbone.encoder, config.finetune.peft, seed=config.seed)
     engine = build_engine(
         TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
         encoder=backbone.encoder,

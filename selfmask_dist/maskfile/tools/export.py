@@ -88,6 +88,7 @@ def export(
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=file.preprocessing,
             metrics=file.metrics,
+            models=dict(file.models) if len(file.masks) == 1 else {},
         ),
     )
     draw_mask(mask.bits, picture, title=f"{name}: what the mask prunes, by layer")

@@ -1,0 +1,110 @@
+"""Every command of docs/models.md is run, in a folder that has what it names."""
+
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from selfmask_dist.cli import main
+from tests.models.cases import CLASSES, pictures_of
+from tests.support.tiny_run import child_environment
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def block(title: str, language: str) -> str:
+    """The one block of code in a section."""
+    section = TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+    (found,) = re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+    return str(found)
+
+
+@pytest.fixture
+def place(
+    linear_run: Path, hard_data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """runs/pets, photo.jpg, other.jpg and a folder of pictures."""
+    shutil.copytree(linear_run, tmp_path / "runs" / "pets", ignore=shutil.ignore_patterns("checkpoints"))
+    pictures = pictures_of(hard_data)
+    for name, picture in zip(("photo.jpg", "other.jpg", "pictures/a.png"), pictures, strict=False):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_load(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict = {}
+    exec(block("Load", "python"), names)
+    assert names["classes"] == CLASSES
+    assert names["logits"].shape == (1, 3)
+    assert names["embeddings"].shape == (1, 32)
+    assert capsys.readouterr().out.startswith("photo.jpg ('")
+
+
+def test_predict(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = block("Predict", "bash").splitlines()
+    assert main(shlex.split(first)[1:]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["picture"] for row in rows] == ["photo.jpg"] * 3 + ["other.jpg"] * 3
+    assert main(shlex.split(second)[1:]) == 0
+    (found,) = json.loads(Path("classes.json").read_text())
+    assert found["picture"] == "pictures/a.png"
+    list_pictures, _, rest = third.partition(" | ")
+    command, _, _ = rest.partition(" > ")
+    listed = subprocess.run(shlex.split(list_pictures), capture_output=True, text=True, check=True)
+    monkeypatch.setattr("sys.stdin", io.StringIO(listed.stdout))
+    assert main(shlex.split(command)[1:]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["picture"], row["class"]) == ("pictures/a.png", found["top"][0]["class"])
+
+
+def test_push_and_pull(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in block("Push and pull", "bash").splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    said = capsys.readouterr().out
+    assert "us/pets\n" in said
+    assert Path("pulled/model.mask").read_bytes() == Path("runs/pets/final.mask").read_bytes()
+    assert said.splitlines()[-1].startswith("photo.jpg,1,")
+
+
+def test_serve(place: Path) -> None:
+    serve, ask = block("Serve", "bash").splitlines()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "selfmask_dist.cli", *shlex.split(serve.replace("8000", port))[1:]]
+    # the file alone says which backbone
+    Path("runs/pets/config.yaml").unlink()
+    process = subprocess.Popen(command, env=child_environment())
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                assert httpx.get(f"http://localhost:{port}/health").status_code == 200
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        file, address = re.fullmatch(r"curl --data-binary @(\S+) '(\S+)'", ask).groups()  # type: ignore[union-attr]
+        answer = httpx.post(
+            f"http://{address.replace('8000', port)}", content=Path(file).read_bytes(), timeout=60
+        )
+        assert {one["class"] for one in answer.json()["top"]} == {*CLASSES}
+        assert len(answer.json()["top"]) == 3, answer.text
+        assert "drop" in httpx.get(f"http://localhost:{port}/").text
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
