@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, efficiency, science
 
 

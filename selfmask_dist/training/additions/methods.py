@@ -6,6 +6,7 @@ training loop (AdaLoRA's ranks) are refused. Knows nothing of engines or objecti
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def add_method(
         config = config_class(**arguments)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            # not inject_adapter_in_model: it refuses methods whose modules share tensors (VeRA), which they hold
+            # not inject_adapter_in_model, which refuses methods whose modules share tensors (VeRA)
             tuner_class(model, config, adapter_name="default")
     except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
         known = [field.name for field in dataclasses.fields(config_class)]
@@ -92,5 +93,7 @@ def _has_targets(mapping: Any, kind: Any) -> bool:
     return any(field.name == _TARGETS for field in fields)
 
 
-def _norms(model: nn.Module) -> list[str]:
-    return sorted({name.rpartition(".")[0] for name in norm_parameters(model)})
+def _norms(model: nn.Module) -> str:
+    """Return the normalisation layers as one regular expression: a list would match by the ends of names."""
+    found = {name.rpartition(".")[0] for name in norm_parameters(model)}
+    return "|".join(re.escape(name) for name in sorted(found))
