@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from selfmask_dist.masking import Family, Segment
     from selfmask_dist.models.hub import push_to_hub
     from selfmask_dist.models.load import from_pretrained, load
+    from selfmask_dist.models.peft_masks import SelfMaskConfig
 
 __version__ = version.VERSION
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "MaskBank",
     "Masks",
     "Segment",
+    "SelfMaskConfig",
     "__version__",
     "apply_masks",
     "attach",
@@ -40,6 +42,7 @@ _HOMES = {
     "MaskBank": "maskfile.bank",
     "Masks": "maskfile.api",
     "Segment": "masking",
+    "SelfMaskConfig": "models.peft_masks",
     "apply_masks": "maskfile.api",
     "attach": "maskfile.api",
     "detach": "maskfile.api",
