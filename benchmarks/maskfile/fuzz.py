@@ -24,9 +24,11 @@ import zstandard
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.maskfile import (
+    Head,
     Mask,
     MaskFile,
     MaskFileError,
+    Model,
     container,
     forms,
     read_mask_file,
@@ -59,6 +61,9 @@ def originals(folder: Path) -> list[Path]:
     }
     files["forms"] = MaskFile({kind: of_kind(kind, generator) for kind in forms.KINDS})
     files["forms plain"] = files["forms"]
+    head = Head("linear", torch.randn(3, 4, generator=generator), torch.zeros(3), norm="l2", scale=8.0)
+    about = {"name": "timm:x", "kwargs": {"depth": 2}}
+    files["model"] = MaskFile({"base": base}, models={"base": Model(head, ("a", "b", "c"), about, "token")})
     for name, file in files.items():
         codec_name = "packbits-zstd" if name.endswith("plain") else "entropy"
         write_mask_file(folder / f"{name}.mask", file, codec_name=codec_name)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from selfmask_dist.cli import main
 from tests.models.cases import CLASSES, pictures_of
+from tests.support.models import make
 from tests.support.tiny_run import child_environment
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
@@ -51,6 +53,15 @@ def test_load(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names["logits"].shape == (1, 3)
     assert names["embeddings"].shape == (1, 32)
     assert capsys.readouterr().out.startswith("photo.jpg ('")
+
+
+def test_with_peft(place: Path) -> None:
+    pytest.importorskip("peft")  # the extra `lora`
+    frozen, other = (make("timm_vit", dtype=torch.float32)[0].eval() for _ in range(2))
+    names: dict = {"frozen": frozen, "other": other}
+    exec(block("With peft", "python"), names)
+    images = torch.zeros(1, 3, 16, 16)
+    assert torch.equal(names["again"](images), names["dense"](images))
 
 
 def test_predict(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ training loop (AdaLoRA's ranks) are refused. Knows nothing of engines or objecti
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,9 @@ def add_method(
     before = {name for name, _ in model.named_parameters()}
     try:
         config = config_class(**arguments)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            if method == "LN_TUNING":  # it copies layers, and peft warns that it knows no matrix in them
+                warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             torch.default_generator.manual_seed(seed)
             # not inject_adapter_in_model, which refuses methods whose modules share tensors (VeRA)
             tuner_class(model, config, adapter_name="default")
