@@ -73,9 +73,9 @@ def originals(folder: Path) -> list[Path]:
 def of_kind(kind: Any, generator: torch.Generator) -> Mask:
     """A mask of a kind: one parameter with two scaled parts, and one whose bits are of blocks."""
     weights = {name: torch.randn(40, 50, generator=generator) for name in "ab"}
-    blocks = {} if kind == "sign" else {"b": (16, 8)}
+    blocks = {} if kind in forms.KEEPS_ALL else {"b": (16, 8)}
     bits = {name: torch.rand(40, 50, generator=generator) < 0.6 for name in "ab"}
-    if kind == "sign":
+    if kind in forms.KEEPS_ALL:
         bits = {name: torch.ones_like(kept) for name, kept in bits.items()}
     else:
         bits["b"] = forms.from_grid(bits["b"][:3, :7], [40, 50], blocks["b"])

@@ -303,9 +303,9 @@ def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) 
 
 def _check_contexts(mask: Mask, weights: Weights | None) -> None:
     """Check that bits which are to be coded by others are bits of single weights, and not all alike."""
-    if mask.kind != "sign" and not mask.blocks:
+    if mask.kind not in forms.KEEPS_ALL and not mask.blocks:
         return
-    what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
+    what = "every weight is kept" if mask.kind in forms.KEEPS_ALL else "a bit belongs to a block of weights"
     if mask.against is not None:
         raise MaskFileError(
             f"{what}, so it cannot be coded against mask {mask.against!r}; store it by itself"

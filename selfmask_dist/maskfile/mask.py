@@ -7,7 +7,7 @@ from torch import Tensor
 
 from selfmask_dist.maskfile.model.part import Model
 
-Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]  # see `forms`
+Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft", "delta"]  # see `forms`
 
 
 class MaskFileError(ValueError):
@@ -34,7 +34,7 @@ class Mask:
     threshold: mu, above which scores were kept.
     against: an earlier mask of the file that tells which bits are alike.
     kind: what the bits and the other parts mean.
-    signs: of kinds sign and ternary: bool, True is negative.
+    signs: of kinds sign, ternary and delta: bool, True is negative.
     scales: float64, (segments, 1): s; of kind ternary (segments, 2): p and n.
     values: of kinds values and graft: (kept,), in row-major order.
     blocks: rows and columns that share a bit, of the parameters that have blocks.

@@ -16,8 +16,11 @@ import httpx
 import pytest
 import torch
 
+import selfmask_dist
 from selfmask_dist.cli import main
-from tests.models.cases import CLASSES, pictures_of
+from selfmask_dist.config import load_config
+from selfmask_dist.training.build import build_backbone
+from tests.models.cases import CLASSES, pictures_of, train
 from tests.support.models import make
 from tests.support.tiny_run import child_environment
 
@@ -88,6 +91,29 @@ def test_push_and_pull(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "us/pets\n" in said
     assert Path("pulled/model.mask").read_bytes() == Path("runs/pets/final.mask").read_bytes()
     assert said.splitlines()[-1].startswith("photo.jpg,1,")
+
+
+def test_a_fine_tuned_network_as_a_mask(
+    place: Path, hard_data: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(place / "runs", hard_data, "finetuned", "method=finetune", "optim.weight_lr=0.01")
+    capsys.readouterr()
+    for line in block("A fine-tuned network as a mask", "bash").splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    said = capsys.readouterr().out
+    found = re.search(r"\(([\d.]+) bits a weight\)", said)
+    assert found is not None
+    assert float(found[1]) < 4, "the tiny network's biases and header weigh more than its matrices' bits"
+    assert said.splitlines()[-1].startswith("photo.jpg,1,")
+    tuned, rounded = (
+        selfmask_dist.load(folder),
+        selfmask_dist.load("finetuned.mask", config=folder / "config.yaml"),
+    )
+    images = torch.stack([tuned.transform(path) for path in pictures_of(hard_data)])
+    frozen = build_backbone(load_config(folder / "config.yaml")).encoder(images)
+    exact = tuned.model.embed(images)
+    error = (rounded.model.embed(images) - exact).norm() / (frozen - exact).norm()
+    assert error < 1, "it is nearer to the fine-tuned network than the frozen one is"
 
 
 def test_serve(place: Path) -> None:

@@ -148,6 +148,7 @@ _RESTS = {
     "ternary": "the rest of one positive and one negative value in each tensor",
     "values": "the rest trained",
     "graft": "the rest replaced by fine-tuned ones",
+    "delta": "to every weight of a tensor one size added, or taken away",
 }
 
 
