@@ -112,8 +112,6 @@ def _models(options: argparse.Namespace) -> dict[str, Any]:
 def _config(options: argparse.Namespace) -> Any:
     """Return the settings of the backbone; the masks' fingerprints tell later whether it is theirs."""
     from selfmask_dist.config import load_config
-    from selfmask_dist.maskfile.file import read_about
-    from selfmask_dist.models.building import settings_for
 
     if options.config is not None:
         return load_config(options.config)
@@ -122,6 +120,9 @@ def _config(options: argparse.Namespace) -> Any:
     first: Path = options.masks[0]
     if (first.parent / names.CONFIG).exists():
         return load_config(first.parent / names.CONFIG)
+    from selfmask_dist.maskfile.file import read_about
+    from selfmask_dist.models.building import settings_for
+
     about = read_about(first)
     if not about.backbone:
         raise ValueError(f"{first} does not name its backbone; give a run's config.yaml with --config")

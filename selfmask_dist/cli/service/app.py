@@ -31,8 +31,7 @@ from selfmask_dist.models.whole import ranked
 
 _LOG = logging.getLogger(__name__)
 _ROUTES = (
-    "POST /embed, POST /predict, GET /masks, GET /health, GET /metrics, GET /openapi.json and, in a browser, "
-    "GET /"
+    "POST /embed, GET /masks, GET /health, GET /metrics, POST /predict, GET /openapi.json and GET /, a page"
 )
 _TOP = 5  # classes of an answer, where a request does not say how many
 
