@@ -22,7 +22,7 @@ from selfmask_dist.maskfile.mask import WithoutWeightsError
 from selfmask_dist.models.building import Settings, build, settings_for
 from selfmask_dist.models.hub import pull
 from selfmask_dist.models.pictures import PictureTransform
-from selfmask_dist.models.repository import HUB_MASK, check_name, is_hub_name
+from selfmask_dist.models.repository import HUB_MASK, HubError, check_name, is_hub_name
 from selfmask_dist.models.whole import CascadeEncoder, Loaded, WholeModel
 from selfmask_dist.training.saving import read_outcome
 from selfmask_dist.training.whole.keep import read_model
@@ -42,7 +42,7 @@ def load(
 
     Args:
         source: a run's folder, a mask file, a cascade's file, or `owner/name` of a hub.
-        mask: which mask, where the file holds several and is no cascade.
+        mask: which mask, where the file holds several; of a cascade, that one alone.
         mode: of a cascade; see `Cascade.embed`.
         config: config.yaml of a run on the backbone, where the file does not say how it is built.
         weights: the backbone's weights, where they are in a file that is somewhere else here.
@@ -57,7 +57,10 @@ def load(
     if not path.exists():
         if not is_hub_name(str(source)):
             raise FileNotFoundError(2, "no such run, mask file or name on a hub", str(source))
-        path = pull(str(source), hub=hub)
+        try:
+            path = pull(str(source), hub=hub)
+        except HubError as error:
+            raise HubError(f"{source} is no file or folder here, and as a name on a hub: {error}") from error
     about: dict[str, Any] = {
         "config": None if config is None else Path(config),
         "weights": None if weights is None else Path(weights),
@@ -104,7 +107,8 @@ def _load_file(
         file = read_mask_file(path)
     except WithoutWeightsError:  # its bits are coded by the backbone, which is built first
         return _load_coded_by_weights(path, name, device, about, mask=mask)
-    is_cascade = names.DISPATCHER in file.masks and any(key.startswith("router.") for key in file.tensors)
+    has_router = names.DISPATCHER in file.masks and any(key.startswith("router.") for key in file.tensors)
+    is_cascade = has_router and mask is None
     key = mode if is_cascade else _mask_name(path, file, mask)
     model = file.models.get(key)
     settings = settings_for(path, file, model, **about)
