@@ -1,11 +1,16 @@
 """Remote shards: the same samples in ranges and through a cache that keeps its bound and survives kills."""
 
+import contextlib
 import functools
 import http.server
 import multiprocessing
 import os
 import pickle
+import shutil
+import socket
+import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +22,9 @@ import pytest
 from selfmask_dist.data import SampleError, open_source
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.remote import CachedStorage
-from tests.support.buckets import serving_bucket
+from tests.support.resuming import KEEP, check_resumed_equals_whole, losses_of, train
 from tests.support.tars import numbered_tars, picture
+from tests.support.tiny_run import write_config, write_tiny_data
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
@@ -131,11 +137,30 @@ def test_a_real_web_server_in_ranges_and_through_the_cache(
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """A bucket on an S3 server of this machine, whose address is in the environment."""
-    with serving_bucket(tmp_path / "server.log") as variables:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("bucket")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: selfmask_dist[remote]")
+    program = shutil.which("moto_server")
+    if program is None:
+        pytest.skip("moto_server is not on the path: pip install 'moto[s3,server]' in any environment")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    for name, value in {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
         yield "bucket"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -155,6 +180,24 @@ def test_a_real_s3_server_in_ranges_and_through_the_cache(url: str, bucket: str,
     assert cached.read(0) == local.read(0), "it is here"
     with pytest.raises(ValueError, match=r"s3://bucket/none/samples\.index cannot be read"):
         open_source(f"s3://{bucket}/none")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_run_from_s3_through_the_nodes_cache_goes_on_bit_for_bit(bucket: str, tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path)
+    files = fsspec.filesystem("s3")
+    for name, folder in data.items():
+        build_index(folder)
+        files.put(str(folder), f"{bucket}/{name}", recursive=True)
+    path = write_config(tmp_path / "tiny.yaml", {name: f"s3://{bucket}/{name}" for name in data})
+    cache = tmp_path / "node"
+    keys = ["run.name=a", f"data.cache={cache}", "data.cache_gb=1", "engine.workers=2"]
+    check_resumed_equals_whole(path, keys, tmp_path / "a", step=3)
+    assert sorted(file.name.partition("-")[2] for file in cache.glob("*.tar"))
+    local = write_config(tmp_path / "local.yaml", {name: str(folder) for name, folder in data.items()})
+    train(local, [*KEEP, "run.name=b", "engine.workers=2"])
+    assert losses_of(tmp_path / "b") == losses_of(tmp_path / "a")
 
 
 def test_memory_file_system_in_ranges() -> None:
