@@ -159,8 +159,8 @@ def fewer(place: Place) -> None:
         slurm.resume_node("n2")
     calm = place.calm(4)
     sizes = [event["world_size"] for event in events_of(run) if event["event"] == "start"]
-    place.bench.figure("fewer_nodes_before", int(before), min=2, max=4)
-    place.bench.figure("fewer_nodes_after", int(after), min=2, max=4)
+    place.bench.figure("fewer_nodes_before", int(before), min=4)
+    place.bench.figure("fewer_nodes_after", int(after), max=3)
     place.bench.figure("fewer_processes_of_each_start", sizes)
     place.bench.figure("fewer_finished", float(state == "COMPLETED"), min=1.0)
     place.bench.figure("fewer_bits_like_the_calm_run", _share_alike(run, calm), min=_LIKE_ON_FEWER)
