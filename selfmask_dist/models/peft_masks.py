@@ -189,7 +189,7 @@ class SelfMaskModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SelfMaskConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
