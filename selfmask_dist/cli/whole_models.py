@@ -1,4 +1,4 @@
-"""`selfmask predict` and `selfmask hub`: pictures to classes, and masks by name."""
+"""`selfmask predict`, `onnx` and `hub`: classes of pictures, and models and masks for elsewhere."""
 
 import argparse
 import csv
@@ -16,27 +16,37 @@ _STDIN = Path("-")
 
 
 def add_commands(commands: Any) -> None:
-    """Add `predict` and `hub` to the command line."""
+    """Add `predict`, `onnx` and `hub` to the command line."""
     predict = commands.add_parser(
         "predict",
         help="classes of pictures, by a run, a mask file or a name on a hub",
         description="Write the most likely classes of pictures, by a run's folder, a mask file or a name on "
         "a hub.",
     )
-    predict.add_argument("source", metavar="MODEL", help="a run's folder, a mask file, or owner/name")
+    _add_model(predict)
     predict.add_argument(
         "pictures", nargs="+", type=Path, metavar="PICTURE", help="files, folders, or - for a list on stdin"
     )
     predict.add_argument("--top", type=positive, default=1, metavar="K", help="classes of each picture (1)")
     predict.add_argument("--format", choices=("csv", "json"), default="csv", help="(csv)")
     predict.add_argument("--out", "-o", type=Path, metavar="FILE", help="in place of standard output")
-    predict.add_argument("--mask", metavar="NAME", help="which one, where the file holds several")
-    predict.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of a run on the backbone")
-    predict.add_argument("--weights", type=Path, metavar="FILE", help="the backbone's weights")
     predict.add_argument("--batch-size", type=positive, default=32, metavar="N", help="at a time (32)")
     predict.add_argument("--device", metavar="NAME", help="cuda where there is one, else cpu")
-    _add_hub(predict)
     predict.set_defaults(command=_predict)
+
+    onnx = commands.add_parser(
+        "onnx",
+        help="backbone, mask and head as one ONNX file, checked against PyTorch",
+        description="Write backbone, mask and head as one ONNX file, for any number of pictures at once, and "
+        "check it against PyTorch.",
+    )
+    _add_model(onnx)
+    onnx.add_argument("out", type=Path, metavar="OUT.onnx")
+    onnx.add_argument("--opset", type=positive, metavar="N", help="of ONNX's operators (20)")
+    onnx.add_argument(
+        "--shrink", action="store_true", help="without the heads and hidden units that the mask switched off"
+    )
+    onnx.set_defaults(command=_onnx)
 
     hub = commands.add_parser("hub", help="push masks to a hub, pull them, list them")
     actions: Any = hub.add_subparsers(required=True, metavar="ACTION")
@@ -56,6 +66,15 @@ def add_commands(commands: Any) -> None:
     listing.add_argument("owner", nargs="?", metavar="OWNER")
     _add_hub(listing)
     listing.set_defaults(command=_list)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model: what `load` takes."""
+    parser.add_argument("source", metavar="MODEL", help="a run's folder, a mask file, or owner/name")
+    parser.add_argument("--mask", metavar="NAME", help="which one, where the file holds several")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.yaml of a run on the backbone")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="the backbone's weights")
+    _add_hub(parser)
 
 
 def _add_hub(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +110,20 @@ def _predict(options: argparse.Namespace) -> None:
             parts = zip(one.classes, one.probabilities, one.logits, strict=True)
             for rank, (name, probability, logit) in enumerate(parts, start=1):
                 rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}"))
+
+
+def _onnx(options: argparse.Namespace) -> None:
+    from selfmask_dist.models.load import load
+    from selfmask_dist.models.onnx import OPSET, export_onnx
+
+    loaded = load(
+        options.source, mask=options.mask, config=options.config, weights=options.weights, hub=options.hub
+    )
+    made = export_onnx(loaded, options.out, opset=options.opset or OPSET, smaller=options.shrink)
+    print(
+        f"{made.path}: {made.size / 2**20:.1f} MiB, opset {made.opset}; differs from PyTorch by "
+        f"{made.difference:.1g} of the largest number"
+    )
 
 
 def _named(paths: list[Path]) -> Iterator[Path]:
