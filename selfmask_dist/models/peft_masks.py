@@ -195,7 +195,7 @@ class SelfMaskModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, SelfMaskLayer):
             target.update_layer(adapter_name, peft_config)
