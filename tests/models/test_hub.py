@@ -167,7 +167,7 @@ def test_what_is_damaged_or_unsafe_is_refused(damage: str, hub: Path, tmp_path: 
     change(hub / REPO)
     with pytest.raises(HubError, match=reason):
         pull(REPO, hub=hub)
-    assert not (tmp_path / "cache").exists(), "nothing of it is kept"
+    assert not (tmp_path / "cache" / "selfmask_dist").exists(), "nothing of it is kept"
     assert not Path("/tmp/selfmask-was-here").exists()
 
 
