@@ -6,13 +6,14 @@ nothing that a limit does not allow.
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from selfmask_dist.maskfile import codec, container, forms
-from selfmask_dist.maskfile.container import Sections
+from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
 from selfmask_dist.maskfile.reading import Reading, Weights, classes
 
@@ -39,7 +40,8 @@ def write_mask_file(
         weights: the frozen weights. With them the file is smaller, as large weights are pruned more often,
             and cannot be read without them.
         parts: by a mask's name, its parameters in masks of their own, which are coded and let go one after
-            the other; the mask in `file` then has all but them.
+            the other; the mask in `file` then has all but them. Those of a mask that others are stored
+            against are gone through again for each, and all have their parameters in one order.
 
     Raises:
         MaskFileError: a statistic has a dtype the format does not hold, or a mask is to be coded against
@@ -54,7 +56,12 @@ def write_mask_file(
         **({"verdict": file.verdict} if file.verdict else {}),
         "masks": {
             name: _describe_mask(
-                mask, (parts or {}).get(name, [mask]), sections, file.masks, codec_name, weights
+                mask,
+                (parts or {}).get(name, [mask]),
+                sections,
+                {} if mask.against is None else _bits_of(mask.against, file.masks, parts or {}),
+                codec_name,
+                weights,
             )
             for name, mask in file.masks.items()
         },
@@ -109,20 +116,36 @@ def read_mask_file(
     """
     whole = container.read(Path(path))
     try:
-        header = whole.header
         reading = Reading(whole, weights)
-        container.check_size(_count_values(header), max_weights or _limit(whole.num_bytes))
-        return MaskFile(
-            masks={name: reading.mask(name) for name in reading.order},
-            tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
-            backbone=header["backbone"]["name"],
-            backbone_fingerprint=header["backbone"]["fingerprint"],
-            preprocessing=header["preprocessing"],
-            metrics=header["metrics"],
-            verdict=_one_line(str(header.get("verdict", ""))),
-        )
+        container.check_size(_count_values(whole.header), max_weights or _limit(whole.num_bytes))
+        return _contents(whole, {name: reading.mask(name) for name in reading.order})
     except _MISTAKES as error:
         raise _refusal(path, error) from error
+
+
+def read_all_but_masks(path: str | Path) -> MaskFile:
+    """Read what a mask file holds beside masks: `masks` is empty. What is read is verified, and no more.
+
+    Raises:
+        MaskFileError: as in `read_mask_file`.
+    """
+    try:
+        return _contents(container.open_part(Path(path)), {})
+    except _MISTAKES as error:
+        raise _refusal(path, error) from error
+
+
+def _contents(whole: Container, masks: dict[str, Mask]) -> MaskFile:
+    header = whole.header
+    return MaskFile(
+        masks=masks,
+        tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
+        backbone=header["backbone"]["name"],
+        backbone_fingerprint=header["backbone"]["fingerprint"],
+        preprocessing=header["preprocessing"],
+        metrics=header["metrics"],
+        verdict=_one_line(str(header.get("verdict", ""))),
+    )
 
 
 def read_backbone_name(path: str | Path) -> str:
@@ -205,14 +228,13 @@ def _describe_mask(
     mask: Mask,
     parts: Iterable[Mask],
     sections: Sections,
-    masks: Mapping[str, Mask],
+    base: "Mapping[str, Tensor] | _BitsInTurn",
     codec_name: str,
     weights: Weights | None,
 ) -> dict[str, Any]:
-    _check_contexts(mask, weights)
-    base = {} if mask.against is None else masks[mask.against].bits
     parameters = []
     for part in parts:
+        _check_contexts(replace(part, against=mask.against), weights)
         for name in part.bits:
             known = {"mask": base.get(name), "weights": weights(name) if weights else None}
             parameters.append(_describe_parameter(part, name, sections, codec_name, known))
@@ -228,6 +250,29 @@ def _describe_mask(
             container.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
         ],
     }
+
+
+class _BitsInTurn:
+    """The bits of a mask that comes in parts, asked for in the order of the parts; one part is held."""
+
+    def __init__(self, parts: Iterable[Mask]) -> None:
+        self._parts = iter(parts)
+        self._bits: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a parameter's bits; None where it does not come any more."""
+        while name not in self._bits:
+            part = next(self._parts, None)
+            if part is None:
+                return None
+            self._bits = part.bits
+        return self._bits[name]
+
+
+def _bits_of(
+    name: str, masks: Mapping[str, Mask], parts: Mapping[str, Iterable[Mask]]
+) -> Mapping[str, Tensor] | _BitsInTurn:
+    return _BitsInTurn(parts[name]) if name in parts else masks[name].bits
 
 
 def _describe_parameter(

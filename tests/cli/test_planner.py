@@ -11,7 +11,7 @@ from selfmask_dist.backbones import find_blocks
 from selfmask_dist.cli import main
 from selfmask_dist.cli.plan.hardware import GIB, Hardware
 from selfmask_dist.cli.plan.model_size import ModelSize, build_on_meta, measure_size
-from selfmask_dist.cli.plan.stages import reckon_experts, reckon_saving
+from selfmask_dist.cli.plan.stages import reckon_evaluating, reckon_experts, reckon_saving
 from selfmask_dist.cli.plan.steps import choose, choose_with_micro_steps, estimate, plan
 from selfmask_dist.config import Config, load_config
 from tests.support.models import make
@@ -163,6 +163,24 @@ def test_a_checkpoint_is_shared_out_and_its_time_sets_the_keys() -> None:
     saving = reckon_saving(shape, config, slow, step_seconds=1.0)
     assert saving.stop_seconds >= 2 * (2 * saving.seconds + 1) > 60
     assert saving.signal_seconds > saving.stop_seconds
+
+
+def test_an_evaluation_is_planned_in_its_precision() -> None:
+    """float32 by default, and the engine's where fsdp computes in bf16; what only embeds keeps less."""
+    hardware = Hardware(gpus_per_node=8)
+    found = {}
+    for keys in ((), ("eval.precision=bf16",), ("engine.precision=bf16",)):
+        config, shape = shape_of(*keys)
+        for engine in estimate(shape, config, hardware):
+            found[keys, engine.engine] = reckon_evaluating(shape, config, hardware, engine)
+    compute = hardware.pictures * shape.flops_per_image / 8 / 1e12
+    assert found[(), "ddp"].seconds == pytest.approx(compute / 40)
+    assert found[("eval.precision=bf16",), "ddp"].seconds == pytest.approx(compute / 300)
+    computed = {name: found[("engine.precision=bf16",), name].precision for name in ("ddp", "fsdp", "bits")}
+    assert computed == {"ddp": "float32", "fsdp": "bf16", "bits": "float32"}
+    whole = found[(), "ddp"].memory
+    assert whole == 4 * (2 * shape.masked + shape.frozen)
+    assert found[(), "fsdp"].memory == found[(), "deepspeed-3"].memory < whole / 2
 
 
 def test_experts_are_planned_on_their_groups() -> None:
