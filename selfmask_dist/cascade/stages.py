@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfmask_dist import data, maskfile
+from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade.model import save_cascade
@@ -352,7 +352,7 @@ class Stages:
             draw_cascade(
                 router.reduce(self._open(names.DISPATCHER, "test").read_slice().features).numpy(),
                 np.load(self._directory / names.ROUTER / "test.npy"),
-                maskfile.read_mask_file(self._directory / names.CASCADE_MASK).masks,
+                stored_masks(self._directory / names.CASCADE_MASK),
                 self._directory / names.CASCADE_PICTURE,
                 self._config.seed,
             )

@@ -11,7 +11,7 @@ on. Values are those of `apply_mask`, to the bit.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -99,10 +99,9 @@ class StoredMask:
     def without_bits(self) -> Mask:
         """Return all of the mask but its parameters, as `write_mask_file` takes it beside parts."""
         first = next(iter(self))
-        nothing: dict[str, dict[str, Any]] = {
-            key: {} for key in ("bits", "num_segments", "signs", "scales", "values", "blocks")
-        }
-        return replace(first, against=None, **nothing)
+        return replace(
+            first, against=None, bits={}, num_segments={}, signs={}, scales={}, values={}, blocks={}
+        )
 
 
 def stored_masks(path: str | Path) -> dict[str, StoredMask]:

@@ -146,7 +146,7 @@ def test_masks_go_from_file_to_file_by_parameter(tmp_path: Path) -> None:
         write_mask("resnet", weights, path, seed=seed)
     whole = {name: read_mask_file(path).masks["default"] for name, path in paths.items()}
     stored = {name: stored_masks(path)["default"] for name, path in paths.items()}
-    about = {"tensors": {"router.n": torch.arange(3)}, "backbone": "one"}
+    about: dict[str, Any] = {"tensors": {"router.n": torch.arange(3)}, "backbone": "one"}
     shells = {name: mask.without_bits() for name, mask in stored.items()}
     for name, masks, parts in (("whole", whole, None), ("parts", shells, stored)):
         masks = {"base": masks["base"], "other": replace(masks["other"], against="base")}
