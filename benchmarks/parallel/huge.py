@@ -326,6 +326,7 @@ def main() -> int:
     bench.parser.add_argument(
         "--folder", type=Path, help="keeps weights, runs and what is done; goes on there"
     )
+    bench.parser.add_argument("--parts", nargs="+", default=["life", "cascade"], choices=("life", "cascade"))
     args = bench.parse()
     folder: Path = args.folder or Path(tempfile.mkdtemp(prefix="huge-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -349,13 +350,15 @@ def main() -> int:
             write_weights(weights, blocks)
         train_and_resume(config, blocks, record)
     check_identity(bench, configs[TENTH], record)
-    for blocks, config in configs.items():
+    for blocks, config in configs.items() if "cascade" in args.parts else ():
         cascade_and_embed(config, blocks, record)
     size = plans[depth].size
     bench.figure("weights", size.masked + size.frozen, min=LEAST_WEIGHTS, quick=False)
     bench.figure("masked", size.masked)
     bench.figure("processes", {"train": RANKS, "resume": RESUME_RANKS})
-    bench.figure("bundle", record[f"bundle of {depth}"])
+    bench.figure("parts", args.parts)
+    if "cascade" in args.parts:
+        bench.figure("bundle", record[f"bundle of {depth}"])
     left = min(one.available for one in record.stages(depth).values())
     bench.figure("least_memory_left_gib", round(left / GIB, 2))
     compare(bench, depth, plans, record)
