@@ -141,9 +141,9 @@ def command(words: list[str], *, stop_when: Any = None) -> tuple[Watch, float, i
             child.send_signal(signal.SIGTERM)
         status = child.wait()
         watch.finish()
-        if status and not (stop_when and status == 128 + signal.SIGTERM):
+        if watch.was_short or (status and not (stop_when and status == 128 + signal.SIGTERM)):
             log.seek(0)
-            short = "; memory was short" if watch.was_short else ""
+            short = f"; less than {KEPT_FREE_GIB:g} GiB were left to the system" if watch.was_short else ""
             tail = log.read().decode(errors="replace")[-6000:]
             raise RuntimeError(f"{' '.join(words)} ended with status {status}{short}:\n{tail}")
     return watch, time.perf_counter() - began, status
