@@ -95,6 +95,11 @@ CASES = {
     "moco_v2": ("resnet", f"objective.name=moco_v2 {TWO_VIEWS} moco_v2.dim=8 moco_v2.queue_length=24"),
     "moco_v3": ("vit", f"objective.name=moco_v3 {TWO_VIEWS} moco_v3.dim=8 moco_v3.hidden=16"),
     "dino": ("vit", f"objective.name=dino {VIEWS} crops.local_count=1 dino.outputs=16 dino.hidden=16"),
+    "nbd": (
+        "resnet",
+        "objective.name=nbd nbd.dim=8 nbd.neighbours=3 nbd.warmup_steps=5 nbd.warmup_batch=16 "
+        "nbd.renew_every=1 optim.score_lr=0.1",
+    ),
     "cascade": (
         "vit",
         f"method=cascade {SWAV} cascade.clusters=[2] cascade.components=4 cascade.restarts=2",

@@ -21,11 +21,12 @@ from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, saving_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
+from selfmask_dist.runs.profile import StepProfiler
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora
 from selfmask_dist.training.meter import MaskTelemetry, Meter
-from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
+from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
 from selfmask_dist.training.retrieval.best_state import BestState
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
@@ -94,6 +95,7 @@ def adapt(
         checkpoints=checkpoints,
         on_step=context.watchdog.beat,
         quarantine=quarantine,
+        profiler=_profiler(config, context),
     )
     try:
         trainer.run(start, meter)
@@ -103,6 +105,13 @@ def adapt(
     checkpoints.close()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": steps, **kept}
+
+
+def _profiler(config: Config, context: RunContext) -> StepProfiler | None:
+    steps, world = config.run.profile, context.world
+    if steps is None:
+        return None
+    return StepProfiler(context.directory / names.PROFILE, world.rank, steps, report=context.writer.message)
 
 
 def _make_ready(
@@ -236,7 +245,7 @@ def _build(
         score_step=config.optim.score_step,
     )
     if isinstance(objective, Nbd):
-        objective.loss_factor = engine.loss_factor
+        objective.loss_factor, objective.search = engine.loss_factor, search_bank(world)
     return objective, engine
 
 
