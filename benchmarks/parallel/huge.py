@@ -179,7 +179,8 @@ def cascade_and_embed(config: Path, depth: int, record: Record) -> None:
             watch.samples += more.samples
         verify(run / "cascade.mask")
         for part, (begin, end) in spans_of(run).items():
-            record.add(depth, part, Stage(end - begin, watch.peak(begin, end), watch.least_available))
+            peaks = watch.peak(begin, end, after_lowest=part.startswith("embed"))
+            record.add(depth, part, Stage(end - begin, peaks, watch.least_available))
         record[f"bundle of {depth}"] = json.loads((run / "result.json").read_text())["mask"]
     if f"{depth}/embed" not in record:
         shutil.rmtree(run / "again", ignore_errors=True)
@@ -205,7 +206,8 @@ def spans_of(run: Path) -> dict[str, tuple[float, float]]:
     own = {part: events_of(run / part) for part in ("dispatcher", "expert-0", "expert-1")}
     spans = {part: (events[0]["time"], events[-1]["time"]) for part, events in own.items()}
     spans["embed dispatcher"] = (spans["dispatcher"][1], times["stage", "embedded", "dispatcher"])
-    spans["embed experts"] = (spans["expert-1"][1], times["stage", "embedded", "expert-1"])
+    trained = max(spans["expert-0"][1], spans["expert-1"][1])
+    spans["embed experts"] = (trained, times["stage", "embedded", "expert-1"])
     combined = max(t for (name, stage, _), t in times.items() if stage == "combined")
     spans["bundle"] = (combined, max(times.values()))
     return spans

@@ -59,13 +59,22 @@ class Watch(threading.Thread):
         self._ended.set()
         self.join()
 
-    def peak(self, begin: float = 0.0, end: float = math.inf) -> dict[int, int]:
-        """The highest of each rank in a span of time."""
-        most: dict[int, int] = {}
+    def peak(
+        self, begin: float = 0.0, end: float = math.inf, *, after_lowest: bool = False
+    ) -> dict[int, int]:
+        """The highest of each rank in a span of time.
+
+        Args:
+            after_lowest: from each rank's lowest on: what the stage before held is gone by then.
+        """
+        series: dict[int, list[int]] = {}
         for moment, rank, found in self.samples:
             if begin <= moment <= end:
-                most[rank] = max(most.get(rank, 0), found)
-        return most
+                series.setdefault(rank, []).append(found)
+        return {
+            rank: max(found[found.index(min(found)) :] if after_lowest else found)
+            for rank, found in series.items()
+        }
 
 
 def _ranks_below(root: int) -> dict[int, int]:

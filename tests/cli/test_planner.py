@@ -183,6 +183,20 @@ def test_an_evaluation_is_planned_in_its_precision() -> None:
     assert found[(), "fsdp"].memory == found[(), "deepspeed-3"].memory < whole / 2
 
 
+def test_scores_gradients_take_memory_of_their_own_where_they_cannot_be_written_over_theta_s() -> None:
+    """The same batch for all: what differs is the family that needs G again, and the score step on pieces."""
+    needs = {}
+    for keys in ((), ("mask.family=joint",), ("optim.score_step=rms",)):
+        config, shape = shape_of(*keys, "train.global_batch_size=1", "engine.checkpoint_activations=true")
+        for one in estimate(shape, config, Hardware()):
+            needs[keys, one.engine] = one.gradients / shape.masked
+    for engine in ("ddp", "fsdp"):
+        assert needs[(), engine] == 4
+        assert 4 < needs[("mask.family=joint",), engine] <= 8
+    assert needs[("optim.score_step=rms",), "ddp"] == 4
+    assert 4 < needs[("optim.score_step=rms",), "fsdp"] <= 8
+
+
 def test_experts_are_planned_on_their_groups() -> None:
     config, shape = shape_of("objective.name=swav", "train.global_batch_size=640", "cascade.clusters=[4]")
     experts = reckon_experts(shape, config, Hardware(nodes=4, gpus_per_node=8), image_size=224)
