@@ -79,7 +79,7 @@ def test_22_billion_weights_on_1024_ranks() -> None:
     estimates = {e.engine: e for e in plan(config, hardware)}
     num_weights = estimates["ddp"].weights / 8
     assert num_weights == pytest.approx(21.8e9, rel=0.02)
-    assert estimates["ddp"].memory > 500 * GIB
+    assert estimates["ddp"].memory > 450 * GIB
     best = choose(list(estimates.values()), hardware.memory_gib)
     assert best is not None
     assert best.engine == "fsdp/8", "groups of a node send the least"
