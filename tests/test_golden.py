@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from selfmask_dist import apply_masks
 from selfmask_dist.cli import main
+from selfmask_dist.maskfile import drop_models
 from selfmask_dist.runs.checkpoint import read_checkpoint
 from tests.support.distributed import run_distributed
 
@@ -182,6 +184,19 @@ def trained(checkpoint: Path) -> str:
     return digest(*sorted(hashlib.sha256(tensor.numpy().tobytes()).digest() for tensor in state.values()))
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a file; of a mask file, as it is without the head that a supervised run adds to it.
+
+    Without its head it is, bit for bit, the file that was written before heads were (docs/mask_format.md).
+    """
+    if path.suffix != ".mask":
+        return digest(path.read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(shutil.copy(path, folder))
+        drop_models(alone)
+        return digest(alone.read_bytes())
+
+
 def record(run: Path, backbone: str) -> dict[str, Any]:
     """All that must stay: losses, the result, hashes of files, of the backbone under each mask, of scores."""
     losses = {}
@@ -203,7 +218,7 @@ def record(run: Path, backbone: str) -> dict[str, Any]:
     return {
         "losses": losses,
         "result": result,
-        "files": {str(path.relative_to(run)): digest(path.read_bytes()) for path in paths},
+        "files": {str(path.relative_to(run)): file_digest(path) for path in paths},
         "weights_under_mask": under,
         "trained": {str(path.relative_to(run)): trained(path) for path in sorted(run.rglob("step-*"))},
     }

@@ -284,6 +284,14 @@ class RunConfig(Section):
         "the run's folder profile/; a few steps suffice, as a trace grows by megabytes with each.",
         unit="steps",
     )
+    whole_model: bool = orchestration(
+        True,
+        "A supervised run writes its head, class names and how the backbone is built into final.mask (or "
+        "model.json), so that the file alone predicts; false: the mask alone.",
+    )
+    licence: NonEmpty | None = orchestration(
+        None, "Licence of the mask, kept in its file and shown on its model card, for example cc-by-4.0."
+    )
     progress: bool = orchestration(
         True, "A progress bar with images/s, time left and the share of waiting for data."
     )

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, efficiency, science
 
 
@@ -39,6 +41,11 @@ class FinetuneConfig(Section):
         "all",
         "all: every weight. bias: bias terms alone (BitFit). norm: gain and bias of normalisation layers. "
         "lora: low-rank additions to frozen matrices, through peft (pip install 'selfmask_dist[lora]').",
+    )
+    peft: dict[str, JsonValue] = science(
+        {},
+        "Any method of peft in place of finetune.train: {method: VERA, r: 16}, with its own arguments; "
+        "without target_modules, those of finetune.lora_targets=auto.",
     )
     freeze: Strings = science(
         (),

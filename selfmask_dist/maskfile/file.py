@@ -15,6 +15,7 @@ from torch import Tensor
 from selfmask_dist.maskfile import codec, container, forms
 from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
+from selfmask_dist.maskfile.model import coding
 from selfmask_dist.maskfile.reading import Reading, Weights, classes
 
 # of one parameter; and of all masks of a file together, a byte each while they are read, however small it is
@@ -71,6 +72,8 @@ def write_mask_file(
         ],
     }
     _keep_to_limit(header, sections)
+    if file.models:
+        header[coding.KEY] = coding.describe(file.models, sections)
     has_forms = any(mask.kind != "threshold" or mask.blocks for mask in file.masks.values())
     version = container.VERSION_WITH_FORMS if has_forms else container.VERSION
     return container.write(Path(path), header, sections, version=version)
@@ -118,33 +121,42 @@ def read_mask_file(
     try:
         reading = Reading(whole, weights)
         container.check_size(_count_values(whole.header), max_weights or _limit(whole.num_bytes))
-        return _contents(whole, {name: reading.mask(name) for name in reading.order})
+        return _contents(whole, {name: reading.mask(name) for name in reading.order}, with_tensors=True)
     except _MISTAKES as error:
         raise _refusal(path, error) from error
 
 
-def read_all_but_masks(path: str | Path) -> MaskFile:
-    """Read what a mask file holds beside masks: `masks` is empty. What is read is verified, and no more.
+def read_about(path: str | Path, *, with_tensors: bool = False) -> MaskFile:
+    """Return what a mask file says beside its masks, which are left out: backbone, metrics, models.
+
+    The header and the models' arrays are read, each with its checksum.
+
+    Args:
+        with_tensors: read a cascade's router and combinations as well.
 
     Raises:
-        MaskFileError: as in `read_mask_file`.
+        MaskFileError: as in `read_mask_file`, for these.
     """
     try:
-        return _contents(container.open_part(Path(path)), {})
+        whole = container.open_part(Path(path))
+        container.check_size(_count_values(whole.header), _limit(whole.num_bytes))
+        return _contents(whole, {}, with_tensors=with_tensors)
     except _MISTAKES as error:
         raise _refusal(path, error) from error
 
 
-def _contents(whole: Container, masks: dict[str, Mask]) -> MaskFile:
+def _contents(whole: Container, masks: dict[str, Mask], *, with_tensors: bool) -> MaskFile:
     header = whole.header
+    tensors = header["tensors"] if with_tensors else ()
     return MaskFile(
         masks=masks,
-        tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
+        tensors={entry["name"]: container.parse_array(entry, whole) for entry in tensors},
         backbone=header["backbone"]["name"],
         backbone_fingerprint=header["backbone"]["fingerprint"],
         preprocessing=header["preprocessing"],
         metrics=header["metrics"],
         verdict=_one_line(str(header.get("verdict", ""))),
+        models=coding.parse(whole),
     )
 
 
@@ -192,7 +204,8 @@ def _count_values(header: Mapping[str, Any]) -> int:
         entry for mask in header["masks"].values() for entry in (*mask["parameters"], *mask["statistics"])
     ]
     signed = [entry for entry in entries if "signs" in entry]
-    counts = [container.count_values(entry["shape"]) for entry in [*entries, *signed, *header["tensors"]]]
+    arrays = [*entries, *signed, *header["tensors"], *coding.entries(header)]
+    counts = [container.count_values(entry["shape"]) for entry in arrays]
     if max(counts, default=0) > MAX_WEIGHTS:
         raise MaskFileError(
             f"one of its arrays holds {max(counts):,} values, more than the limit of {MAX_WEIGHTS:,} for one"
@@ -318,9 +331,9 @@ def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) 
 
 def _check_contexts(mask: Mask, weights: Weights | None) -> None:
     """Check that bits which are to be coded by others are bits of single weights, and not all alike."""
-    if mask.kind != "sign" and not mask.blocks:
+    if mask.kind not in forms.KEEPS_ALL and not mask.blocks:
         return
-    what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
+    what = "every weight is kept" if mask.kind in forms.KEEPS_ALL else "a bit belongs to a block of weights"
     if mask.against is not None:
         raise MaskFileError(
             f"{what}, so it cannot be coded against mask {mask.against!r}; store it by itself"

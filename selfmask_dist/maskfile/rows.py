@@ -8,7 +8,7 @@ is no frozen copy beside theta: whoever holds the rows brings the frozen ones ba
 on. Values are those of `apply_mask`, to the bit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -72,13 +72,14 @@ def put_file(path: str | Path, weights: WeightRows, *, fingerprint: str) -> None
 class StoredMask:
     """A mask that stays in its file. To go through it yields masks of one parameter each, decoded anew.
 
-    parameters: their names, in order.
+    parameters: their names, in order. blocks: rows and columns that share a bit, where there are blocks.
     """
 
     path: Path
     name: str
     weights_fingerprint: str
     parameters: tuple[str, ...]
+    blocks: Mapping[str, tuple[int, int]]
 
     def __iter__(self) -> Iterator[Mask]:
         return read_by_parameter(self.path, name=self.name)
@@ -100,7 +101,14 @@ class StoredMask:
         """Return all of the mask but its parameters, as `write_mask_file` takes it beside parts."""
         first = next(iter(self))
         return replace(
-            first, against=None, bits={}, num_segments={}, signs={}, scales={}, values={}, blocks={}
+            first,
+            against=None,
+            bits={},
+            num_segments={},
+            signs={},
+            scales={},
+            values={},
+            blocks=dict(self.blocks),
         )
 
 
@@ -113,14 +121,15 @@ def stored_masks(path: str | Path) -> dict[str, StoredMask]:
         MaskFileError: as in `read_mask_file`, for the header.
     """
     try:
-        header = container.open_part(Path(path)).header
-        reading = Reading(container.open_part(Path(path)), None)
+        whole = container.open_part(Path(path))
+        header, reading = whole.header, Reading(whole, None)
         return {
             name: StoredMask(
                 Path(path),
                 name,
                 str(header["masks"][name]["weights_fingerprint"]),
                 tuple(reading.parameters(name)),
+                {key: tuple(e["block"]) for key, e in reading.parameters(name).items() if "block" in e},
             )
             for name in reading.order
         }
@@ -193,6 +202,10 @@ def put(masks: Iterable[Mask], weights: WeightRows) -> None:
                 rows.copy_(theta[first : first + len(rows)])
         for name, statistic in mask.statistics.items():
             buffer = weights.buffer(name)
+            if buffer is None and weights.shape(name) == statistic.shape:  # of a delta: a bias, a gain
+                rows, first = weights.rows(name)
+                rows.copy_(statistic[first : first + len(rows)])
+                continue
             if buffer is None:
                 raise MaskFileError(f"the mask brings running statistics the model does not have: {name}")
             buffer.copy_(statistic)

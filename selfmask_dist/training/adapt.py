@@ -24,7 +24,7 @@ from selfmask_dist.runs.decision import mark_of
 from selfmask_dist.runs.profile import StepProfiler
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
-from selfmask_dist.training.finetune import add_lora
+from selfmask_dist.training.finetune import add_lora, add_peft
 from selfmask_dist.training.meter import MaskTelemetry, Meter
 from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
 from selfmask_dist.training.retrieval.best_state import BestState
@@ -33,6 +33,7 @@ from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule, with_reached_rate
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from selfmask_dist.training.trainer import Trainer
+from selfmask_dist.training.whole.keep import keep_model
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -234,6 +235,8 @@ def _build(
         synchronise_batchnorm(backbone.encoder)
     if config.method == "finetune" and config.finetune.train == "lora":
         add_lora(backbone.encoder, **lora_options(config))  # before an engine cuts or wraps it
+    if config.method == "finetune" and config.finetune.peft:
+        add_peft(backbone.encoder, config.finetune.peft, seed=config.seed)
     engine = build_engine(
         TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
         encoder=backbone.encoder,
@@ -261,7 +264,8 @@ def _conclude(
 ) -> dict[str, Any]:
     """Save what was trained, measure it, and add the numbers to the mask file; return the result's entries.
 
-    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers.
+    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers. Its
+    size in the result is that of the mask alone, whatever the head takes that comes into its file last.
     """
     saved = save(config, trained, backbone, objective, context.directory, engine=engine)
     result: dict[str, Any] = {}
@@ -276,6 +280,7 @@ def _conclude(
     result |= record.result()
     if context.world.is_main:
         saved.add_numbers(result.get("adapted", {}), verdict=mark_of(result.get("retrieval")))
+        keep_model(config, backbone, objective, context.directory)
     return result | saved.sizes
 
 

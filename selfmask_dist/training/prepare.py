@@ -27,6 +27,7 @@ from selfmask_dist.parallel import Engine, World
 from selfmask_dist.parallel.pca import fit_pca
 from selfmask_dist.runs.checkpoint import loading_peers
 from selfmask_dist.runs.context import RunContext
+from selfmask_dist.training.additions.methods import METHOD, trained_names
 from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.hold import Hold
@@ -49,7 +50,11 @@ def prepare(
         masks, head_masks = _attach_masks(config, engine, objective, groups, num_steps=num_steps)
         summary = masks.summary()
     else:
-        names = choose_weights(engine.encoder, config.finetune.train, freeze=config.finetune.freeze)
+        section = config.finetune
+        if section.peft:
+            names = trained_names(engine.encoder, str(section.peft[METHOD]))
+        else:
+            names = choose_weights(engine.encoder, section.train, freeze=section.freeze)
         weights = engine.free(engine.encoder, names)
         groups.append(_weight_group(config, weights))
         count = sum(parameter.numel() for parameter in weights)

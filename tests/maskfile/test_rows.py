@@ -13,7 +13,7 @@ from selfmask_dist.backbones.mapping import tensors_in_files
 from selfmask_dist.backbones.spec import Backbone
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.maskfile import MaskFile, MaskFileError, read_mask_file, write_mask_file
-from selfmask_dist.maskfile.file import read_all_but_masks
+from selfmask_dist.maskfile.file import read_about
 from selfmask_dist.maskfile.rows import put_file, read_by_parameter, stored_masks
 from selfmask_dist.parallel.fsdp import ShardedEncoder
 from tests.backbones.test_weights_in_file import FAMILIES, load, write_files
@@ -153,7 +153,7 @@ def test_masks_go_from_file_to_file_by_parameter(tmp_path: Path) -> None:
         write_mask_file(tmp_path / name, MaskFile(masks, **about), parts=parts)
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
 
-    beside = read_all_but_masks(tmp_path / "parts")
+    beside = read_about(tmp_path / "parts", with_tensors=True)
     assert (beside.masks, beside.backbone) == ({}, "one")
     assert torch.equal(beside.tensors["router.n"], torch.arange(3))
     found = stored_masks(tmp_path / "parts")

@@ -11,7 +11,7 @@ from selfmask_dist import maskfile
 from selfmask_dist.cascade.model import modes_of
 from selfmask_dist.common import names
 from selfmask_dist.config import Config
-from selfmask_dist.maskfile.file import read_all_but_masks
+from selfmask_dist.maskfile.file import read_about
 from selfmask_dist.maskfile.rows import StoredMask, stored_masks
 from selfmask_dist.training.saving import read_outcome
 
@@ -87,7 +87,7 @@ def open_files(
             file = maskfile.read_mask_file(place)
             files[place], masks_of[place] = replace(file, masks={}), {**file.masks}
         else:
-            files[place], masks_of[place] = read_all_but_masks(place), {**stored_masks(place)}
+            files[place], masks_of[place] = read_about(place, with_tensors=True), {**stored_masks(place)}
     return files, masks_of
 
 
