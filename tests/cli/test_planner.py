@@ -183,18 +183,21 @@ def test_an_evaluation_is_planned_in_its_precision() -> None:
     assert found[(), "fsdp"].memory == found[(), "deepspeed-3"].memory < whole / 2
 
 
-def test_scores_gradients_take_memory_of_their_own_where_they_cannot_be_written_over_theta_s() -> None:
+def test_scores_gradients_take_memory_where_theta_s_are_needed_again() -> None:
     """The same batch for all: what differs is the family that needs G again, and the score step on pieces."""
     needs = {}
-    for keys in ((), ("mask.family=joint",), ("optim.score_step=rms",)):
+    cases = {
+        "plain": (),
+        "joint": ("mask.family=joint",),
+        "rms": ("optim.score_step=rms", "optim.score_lr=0.05"),
+    }
+    for case, keys in cases.items():
         config, shape = shape_of(*keys, "train.global_batch_size=1", "engine.checkpoint_activations=true")
         for one in estimate(shape, config, Hardware()):
-            needs[keys, one.engine] = one.gradients / shape.masked
-    for engine in ("ddp", "fsdp"):
-        assert needs[(), engine] == 4
-        assert 4 < needs[("mask.family=joint",), engine] <= 8
-    assert needs[("optim.score_step=rms",), "ddp"] == 4
-    assert 4 < needs[("optim.score_step=rms",), "fsdp"] <= 8
+            needs[case, one.engine] = one.gradients / shape.masked
+    assert needs["plain", "ddp"] == needs["plain", "fsdp"] == needs["rms", "ddp"] == 4
+    for of in (("joint", "ddp"), ("joint", "fsdp"), ("rms", "fsdp")):
+        assert 4 < needs[of] <= 8, of
 
 
 def test_experts_are_planned_on_their_groups() -> None:
