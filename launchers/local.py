@@ -10,6 +10,7 @@ Knows nothing of training: it starts `selfmask train`.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -36,6 +37,7 @@ _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one h
 _LOST_SECONDS = 10.0  # for the process whose loss broke the others to end, with its reason
 _STOP_SECONDS = 60.0  # from asking to stop to killing, at least
 _AFTER_FORCED_SECONDS = 5.0  # processes end themselves after checkpoint.stop_seconds; who has not is killed
+_ONE_STOP_SECONDS = 1.0  # two signals so close are one, which came to a group of processes and was passed on
 _DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
 
@@ -157,6 +159,7 @@ class _Signals:
 
     stop: int = 0
     num_stops: int = 0
+    last_stop: float = -math.inf
     num_preemptions: int = 0
     _previous: dict[int, object] = field(default_factory=dict)
 
@@ -173,8 +176,9 @@ class _Signals:
         if signum == signal.SIGUSR2:
             self.num_preemptions += 1
         else:
-            self.stop = signum
-            self.num_stops += 1
+            now = time.monotonic()
+            self.num_stops += now - self.last_stop > _ONE_STOP_SECONDS
+            self.stop, self.last_stop = signum, now
 
 
 class _Group:
@@ -277,8 +281,8 @@ class _Group:
     def _status(self, statuses: Sequence[int | None]) -> int:
         """Return the status that says why the run ended, not that of a peer whose connection it broke."""
         failed = [(s, p) for s, p in zip(statuses, self._processes, strict=True) if s]
-        if not failed:
-            return 0
+        if not failed:  # all are done, or those that are left had their time and are killed
+            return -signal.SIGKILL if None in statuses else 0
         failed.sort(key=lambda pair: _rank_of(pair[0]))
         status, self._failed = failed[0]
         return status

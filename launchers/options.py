@@ -59,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=120.0,
         metavar="S",
-        help="dry run: longest time for `selfmask plan`, memory and traffic of each engine; 0: without (120)",
+        help="longest time for `selfmask plan`: a line before a job that asks for GPUs, and in a dry run "
+        "memory and traffic of each engine; 0: without (120)",
     )
     parser.add_argument(
         "--experts-array",

@@ -49,12 +49,12 @@ def preflight(
     if least_nodes is not None and cluster != "slurm":
         complaints.append(f"--nodes {least_nodes}:{num_nodes} is for SLURM; give one number here")
     complaints = list(dict.fromkeys(complaints))
-    without_data = list(_data(config, coming))
-    if is_dry:  # another machine may have it
-        for complaint in without_data:
+    missing = [*_data(config, coming), *_absent(config)]
+    if is_dry:  # another machine may have them
+        for complaint in missing:
             print(f"note: {complaint}", file=sys.stderr)
     else:
-        complaints += without_data
+        complaints += missing
     complaints += [*_patches(config), *_cascade(config), *_times(config, cluster)]
     complaints += [*(_slurm(config, num_nodes, is_dry) if cluster == "slurm" else _here(config))]
     if complaints:
@@ -114,20 +114,24 @@ def _data(config: Config, coming: Collection[str]) -> Iterator[str]:
         yield f"data.subset: there is no file {config.data.subset}; unset, all images are used"
 
 
-def _files(config: Config) -> Iterator[str]:
-    weights, container = config.backbone.weights, config.launch.container
+def _absent(config: Config) -> Iterator[str]:
+    """Yield which files and programs of the configuration this machine does not have."""
+    weights, container, first = config.backbone.weights, config.launch.container, config.mask.init_from
     if weights is not None and not Path(weights).is_file():
         yield f"backbone.weights: there is no file {weights}"
-    elif weights is not None and not _looks_like_weights(Path(weights)):
-        yield (
-            f"backbone.weights: {weights} is neither safetensors nor what torch.save writes (a Git LFS "
-            f"pointer, a web page, half a download?); fetch it again"
-        )
-    first = config.mask.init_from
     if first is not None and not any(Path(first, "checkpoints").glob("step-*")):
         yield f"mask.init_from: {first} has no checkpoints; name the folder of a finished run"
     if container and shutil.which(container[0]) is None:
         yield f"launch.container: there is no program {container[0]} on this machine"
+
+
+def _files(config: Config) -> Iterator[str]:
+    weights = config.backbone.weights
+    if weights is not None and Path(weights).is_file() and not _looks_like_weights(Path(weights)):
+        yield (
+            f"backbone.weights: {weights} is neither safetensors nor what torch.save writes (a Git LFS "
+            f"pointer, a web page, half a download?); fetch it again"
+        )
     for name in config.launch.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             yield f"launch.environment: {name!r} is not the name of a variable"
@@ -210,7 +214,8 @@ def _patches(config: Config) -> Iterator[str]:
     """Compare sizes with the patch that a backbone's name tells; the training process asks the backbone."""
     section = config.backbone
     named = re.search(r"patch(\d+)|ViT-[A-Za-z]+-(\d+)", section.name)
-    given = section.kwargs.get("patch_size")
+    tower = section.kwargs.get("vision_cfg")  # open_clip's own arguments lie one deeper
+    given = (tower if isinstance(tower, dict) else section.kwargs).get("patch_size")
     patch = given if isinstance(given, int) else int(named[1] or named[2]) if named else 0
     size = section.image_size
     if patch and size is not None and size % patch:

@@ -35,6 +35,8 @@ _EXCLUDE_SECONDS = 10.0  # for SLURM to take a node out of a job that it has jus
 _POLL_SECONDS, _LATER_POLL_SECONDS = 0.5, 3.0  # in the first seconds, and after them
 _LOG_BYTES = 65536  # of the end of a log, in which an aborted process has said why
 
+_REQUEUED_BEFORE = "pending execution"  # ESLURM_JOB_PENDING, as scontrol words it
+
 FAILED_NOTE, CLAIMED_NOTE, REQUEUED_NOTE, HUNG_NOTE = "failed", "claimed", "requeued", "hung"
 
 
@@ -189,6 +191,9 @@ def is_cancelled(job_id: str, *, is_announced: bool) -> bool:
 def requeue(job_id: str, *, without_nodes: Sequence[str] = ()) -> bool:
     """Ask SLURM to run this job again, and return whether it will.
 
+    It does so by itself where the grace time of a preemption ended before the processes had saved; it then
+    refuses to do it once more, which is no ban on requeues.
+
     Args:
         without_nodes: nodes that it is not to run on any more, beside those that it was not to before.
     """
@@ -196,6 +201,9 @@ def requeue(job_id: str, *, without_nodes: Sequence[str] = ()) -> bool:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     done = _scontrol("requeue", job_id)
     _say(f"requeue of job {job_id}: {done.stderr.strip() or 'done'}")
+    if done.returncode and _REQUEUED_BEFORE in done.stderr:
+        _say("SLURM has requeued it by itself")
+        return True
     if without_nodes and done.returncode == 0:
         _exclude(job_id, without_nodes)
     return done.returncode == 0

@@ -275,6 +275,16 @@ def srun_options(options: Mapping[str, Any] | Sequence[str]) -> list[str]:
     return words
 
 
+def _sbatch_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `launch.sbatch`, without those that are false or null. Jobs may be requeued,
+    whatever the cluster's default is, unless `requeue` is one of these.
+    """
+    asked = {"requeue": True, **options}
+    if not asked["requeue"]:
+        asked["no-requeue"] = True
+    return {name: value for name, value in asked.items() if value is not False and value is not None}
+
+
 def wait_for(job_id: str, run: Path) -> int:
     """Wait until the job, and those that go on after it, have ended; return 0 where the last one completed.
 
@@ -339,7 +349,7 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
         "mail_type": "END,FAIL,REQUEUE" if launch.mail else None,
         "setup": [*launch.setup, *exports],
         "srun_args": srun,
-        "additional_parameters": {"requeue": True, **launch.sbatch, **more},
+        "additional_parameters": {**_sbatch_options(launch.sbatch), **more},
     }
     kind = submitit.SlurmExecutor
     if is_dry:  # submitit refuses to make an executor where srun is missing; the script needs none

@@ -153,6 +153,8 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
             least = options.least_nodes
             at_least = "" if least is None else f" (or fewer nodes, at least {least})"
             print(in_short(run.config, options.nodes) + at_least, file=sys.stderr)
+            if options.plan_seconds and run.config.launch.gpus_per_node:
+                print(_plan(run, cluster, options, "--line"), file=sys.stderr)
         jobs = [
             slurm.submit(
                 run.config,
@@ -243,11 +245,12 @@ def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace)
         source = next((word for word in run.arguments if word.startswith("--config=")), "")
         if options.plan_seconds and source not in planned:
             planned.add(source)
-            print(_reckon(run, cluster, options))
+            plan = _plan(run, cluster, options)
+            print("\n".join(f"# {line}".rstrip() for line in plan.splitlines()))
 
 
-def _reckon(run: PlannedRun, cluster: str, options: argparse.Namespace) -> str:
-    """Return each engine's memory, traffic and time from `selfmask plan`, a process that imports torch."""
+def _plan(run: PlannedRun, cluster: str, options: argparse.Namespace, *more: str) -> str:
+    """Return what `selfmask plan`, a process that imports torch, says of memory, traffic and time."""
     launch = run.config.launch
     if cluster == "slurm":
         per_node = launch.processes_per_node or launch.gpus_per_node or 1
@@ -255,17 +258,17 @@ def _reckon(run: PlannedRun, cluster: str, options: argparse.Namespace) -> str:
         planned = local.plan_processes(run.config, num_nodes=options.nodes, train_arguments=())
         per_node = len(planned) // options.nodes
     command = [sys.executable, "-m", "selfmask_dist.cli", "plan", *run.arguments]
-    command += [f"--nodes={options.nodes}", f"--gpus-per-node={per_node}"]
+    command += [f"--nodes={options.nodes}", f"--gpus-per-node={per_node}", *more]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=options.plan_seconds
         )
     except subprocess.TimeoutExpired:
-        return f"# no plan: `selfmask plan` took longer than --plan-seconds {options.plan_seconds:g}"
+        return f"no plan: `selfmask plan` took longer than --plan-seconds {options.plan_seconds:g}"
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        return f"# no plan: `selfmask plan` says {reason}"
-    return "\n".join(f"# {line}".rstrip() for line in done.stdout.splitlines())
+        return f"no plan: `selfmask plan` says {reason}"
+    return done.stdout.rstrip()
 
 
 def _has_slurm_configuration() -> bool:

@@ -69,6 +69,26 @@ def build(name: str, section: BackboneSettings) -> BuiltEncoder:
     return BuiltEncoder(encoder, preprocessing, text, float(clip.logit_scale.detach().exp()), parts)
 
 
+def build_on_meta(model_name: str, kwargs: dict[str, Any], image_size: int | None) -> tuple[nn.Module, int]:
+    """Return the visual tower that `build` makes, without storage, and the side of its images in pixels.
+
+    Args:
+        kwargs, image_size: those of the configuration, as `build` takes them.
+
+    Raises:
+        ValueError: open_clip has no such model, or does not take these arguments.
+    """
+    _check_name(model_name, "")
+    model_kwargs = _with_configs(model_name, dict(kwargs), image_size)
+    with torch.device("meta"):
+        tower: Any = _create(model_name, "", False, model_kwargs).visual
+        if image_size is not None and model_kwargs["vision_cfg"].get("timm_model_name"):
+            with _quiet_root_logger():
+                tower.set_input_size(image_size)
+    size = tower.image_size
+    return tower, image_size or int(size if isinstance(size, int) else size[0])
+
+
 class TextTower:
     """open_clip's frozen text tower: prompts -> L2-normalised embeddings (len(prompts), dim), on the CPU."""
 

@@ -11,6 +11,7 @@ done.
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,25 +40,31 @@ def add_command(commands: Any) -> None:
     command.add_argument("photos", metavar="PHOTOS", help="folder of pictures")
     command.add_argument("--out", metavar="DIR", help="where everything goes (runs/NAME-adapted)")
     command.add_argument(
-        "--backbone", default=BACKBONE, metavar="NAME", help=f"timm's or open_clip's ({BACKBONE})"
+        "--backbone",
+        metavar="NAME",
+        help=f"timm's or open_clip's (backbone.name of the site file, else {BACKBONE})",
     )
     command.add_argument("--nodes", type=positive, default=1, metavar="N", help="as of selfmask launch (1)")
     command.add_argument(
         "--cluster", choices=("auto", "slurm", "local"), default="local", help="where to (local)"
     )
+    command.add_argument("--site", metavar="FILE", help="as of selfmask launch")
     command.add_argument("words", nargs="*", metavar="key=value", help="settings over those of --config nbd")
     command.set_defaults(command=_adapt)
 
 
 def _adapt(options: argparse.Namespace) -> int:
+    from selfmask_dist.config.site import find_site
     from selfmask_dist.config.yaml import flow
 
+    site = find_site(options.site)
     photos = Path(options.photos)
     if not photos.is_dir():
         raise ValueError(f"{photos} is no folder; give one with pictures in it")
     out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
     shards, number = prepare(photos, out / "shards")
-    places = (("data.train", shards), ("run.dir", out), ("backbone.name", options.backbone))
+    backbone = options.backbone or (site.given.values.get("backbone") or {}).get("name") or BACKBONE
+    places = (("data.train", shards), ("run.dir", out), ("backbone.name", backbone))
     shared = [f"{key}={flow(str(value))}" for key, value in places]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
@@ -71,6 +78,7 @@ def _adapt(options: argparse.Namespace) -> int:
         if (folder / names.CONFIG).exists():
             settings.append("run.resume=true")
         place = ["--cluster", options.cluster, "--nodes", str(options.nodes)]
+        place.append(f"--site={site.path or 'none'}")
         launch = ["launch", *place, "--config", "nbd", *shared, *settings, *options.words]
         if status := _selfmask(*launch):
             return status
@@ -83,7 +91,17 @@ def _adapt(options: argparse.Namespace) -> int:
 
 
 def _selfmask(*words: str) -> int:
-    return subprocess.run([sys.executable, "-m", "selfmask_dist.cli", *words], check=False).returncode
+    """Run a command of `selfmask`, and return its exit status. It is told to stop where this process is."""
+    command = [sys.executable, "-m", "selfmask_dist.cli", *words]
+    with subprocess.Popen(command) as process:
+        # Ctrl-C reaches both from the terminal; the command saves, and this process waits for that
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 def prepare(photos: Path, out: Path) -> tuple[Path, int]:

@@ -373,5 +373,7 @@ class LaunchConfig(Section):
         None, "SLURM: address that is written to when the job ends or fails."
     )
     sbatch: dict[str, JsonValue] = orchestration(
-        {}, "SLURM: any further sbatch option, for example {nodelist: n1}."
+        {},
+        "SLURM: any further sbatch option, for example {nodelist: n1}. true: the option alone; false, null: "
+        "without it, so that {requeue: false} is a job that SLURM may not requeue.",
     )

@@ -52,6 +52,17 @@ def _settle(run: Path, status: int, how: str, **more: str) -> None:
     end.settle(status, rank=0, num_ranks=1)
 
 
+def test_a_job_that_slurm_has_requeued_by_itself_gets_no_second_one(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The grace time of a preemption was over before the processes had saved. The words are SLURM 22.05's."""
+    program = run.parent / "bin" / "scontrol"
+    program.write_text("#!/bin/sh\necho 'Job is pending execution for job 7' >&2\nexit 1\n")
+    _settle(run, REQUEUE, "auto")
+    assert not (run.parent / "sbatch").exists()
+    assert "SLURM has requeued it by itself" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("how", "requeues", "chains"), [("auto", True, True), ("requeue", True, False), ("chain", False, True)]
 )

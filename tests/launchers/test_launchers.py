@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -237,6 +238,20 @@ def test_the_status_of_who_failed_first_wins_over_its_peers(
     assert "the reason" in shown
 
 
+def test_who_does_not_stop_in_its_time_is_killed_and_that_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal that a group of processes got, and one of them passed on, is one signal, not the second."""
+    deaf = fake(0, "import signal, time; signal.signal(15, lambda *_: print('heard')); time.sleep(600)")
+    monkeypatch.setattr(local, "_STOP_SECONDS", 3.0)
+    start = time.monotonic()
+    for delay in (1.5, 1.8):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert local.run_processes(lambda _: [deaf], logs=tmp_path) == 128 + signal.SIGTERM
+    assert time.monotonic() - start > 4.0
+    assert not processes_of(tmp_path)
+
+
 @pytest.mark.parametrize("end", [f"sys.exit({REQUEUE})", f"sys.exit({HUNG})", "os.kill(os.getpid(), 9)"])
 def test_a_preempted_hung_or_killed_run_starts_again(tmp_path: Path, end: str) -> None:
     def plan(restart: int) -> list[local.Process]:
@@ -399,6 +414,13 @@ def test_a_task_of_an_array_is_requeued_by_its_own_name() -> None:
     array = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
     assert slurm.own_job_id(array) == "70_3", "70 alone would be all tasks"
     assert slurm.own_job_id({"SLURM_JOB_ID": "71"}) == "71"
+
+
+def test_what_is_false_in_launch_sbatch_is_left_out(config_path: Path) -> None:
+    keys = ["launch.sbatch={requeue: false, hold: true, nice: null, nodelist: n1}"]
+    lines = submit(config_path, "--dry-run", "--plan-seconds=0", *keys, cluster="slurm").stdout.splitlines()
+    assert {"#SBATCH --no-requeue", "#SBATCH --hold", "#SBATCH --nodelist=n1"} <= set(lines)
+    assert not [line for line in lines if line.startswith(("#SBATCH --requeue", "#SBATCH --nice"))]
 
 
 def test_the_default_time_limit_is_not_submitits_five_minutes(config_path: Path) -> None:

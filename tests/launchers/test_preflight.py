@@ -135,3 +135,32 @@ def test_no_sbatch(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 def test_an_earlier_run_that_is_wanted(settings: list[str], places: dict[str, object]) -> None:
     for wanted in ("run.overwrite=true", "run.resume=true"):
         preflight(load_config(None, [*settings, "run.name=earlier", wanted]), cluster="local", num_nodes=2)
+
+
+def test_the_patch_of_an_open_clip_tower_is_that_of_its_arguments(settings: list[str]) -> None:
+    tower = [
+        "backbone.name=open_clip:ViT-B-32-quickgelu",
+        "backbone.pretrained=false",
+        "backbone.image_size=16",
+    ]
+    preflight(
+        load_config(None, [*settings, *tower, "backbone.kwargs={vision_cfg: {patch_size: 4}}"]),
+        cluster="local",
+        num_nodes=1,
+    )
+    with pytest.raises(ValueError, match=r"backbone\.image_size=16 is not a multiple of 5"):
+        preflight(
+            load_config(None, [*settings, *tower, "backbone.kwargs={vision_cfg: {patch_size: 5}}"]),
+            cluster="local",
+            num_nodes=1,
+        )
+
+
+def test_a_dry_run_notes_weights_that_another_machine_may_have(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(None, [*settings, "backbone.weights=elsewhere.safetensors"])
+    preflight(config, cluster="local", num_nodes=1, is_dry=True)
+    assert "note: backbone.weights: there is no file elsewhere.safetensors" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="there is no file elsewhere"):
+        preflight(config, cluster="local", num_nodes=1)

@@ -220,6 +220,34 @@ def _training_processes(job: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
+def test_a_job_asks_for_the_gpus_and_cpus_that_the_nodes_have(
+    cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing says a word of them; the job is held, so that it is only asked for."""
+    monkeypatch.setenv("SLURM_CONF", str(cluster))
+    data = write_tiny_data(tmp_path / "data")
+    site = tmp_path / "site.yaml"
+    shards = Path(data["train"]).parent
+    site.write_text(
+        f"run: {{dir: {tmp_path}}}\nsite:\n  data: {{inat21: {shards}}}\nlaunch: {{sbatch: {{hold: true}}}}\n"
+    )
+    monkeypatch.setenv("SELFMASK_SITE", str(site))
+    config = Path(__file__).resolve().parents[2] / "configs" / "cascade_vitb32.yaml"
+    done = submit(config, nodes=4, cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    job = slurm.submitted_job(done.stdout)
+    try:
+        fields = {
+            name: slurm.job_field(job, name) for name in ("TresPerNode", "NumTasks", "CPUs/Task", "NumNodes")
+        }
+    finally:
+        slurm.cancel(job)
+    assert fields["TresPerNode"].endswith(f"gpu:{slurm.GPUS}"), fields
+    assert (fields["NumNodes"], fields["NumTasks"]) == ("4", str(4 * slurm.GPUS)), "a process for each GPU"
+    assert fields["CPUs/Task"] == "9", "eight workers and the process itself"
+
+
 def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
     done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,9 @@
     python -m tests.support.slurm down
 
 One slurmctld and one slurmd per node, each at its own port. Two partitions: `low`, whose jobs are requeued
-when `high` needs their nodes; preempted jobs get SIGUSR2 first and have a grace time. Adds the nodes' names
-to /etc/hosts. Knows nothing of training.
+when `high` needs their nodes; preempted jobs get SIGUSR2 first and have a grace time. Each node claims 72
+CPUs and 8 GPUs, which are empty files: what a job asks for is granted, and its processes find no device. Adds
+the nodes' names to /etc/hosts. Knows nothing of training.
 """
 
 import argparse
@@ -20,10 +21,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 NODES = ("n1", "n2", "n3", "n4")
+CPUS, GPUS = 72, 8  # that each node claims to have: no task is bound to any, and the GPUs are empty files
 FOLDER = Path(tempfile.gettempdir()) / "selfmask-slurm"
 _CONTROL_PORT, _NODE_PORTS = 16817, (17001, 17002, 17003, 17004)
 _START_SECONDS = 30.0
@@ -58,13 +60,15 @@ KillWait=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_signal}
-NodeName=DEFAULT CPUs=2 RealMemory=4000 State=UNKNOWN
+GresTypes=gpu
+NodeName=DEFAULT CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_ports[0]}-{node_ports[3]}]
 PartitionName=DEFAULT Nodes=n[1-4] MaxTime=INFINITE State=UP
 PartitionName=low Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Default=NO PriorityTier=10 PreemptMode=OFF
 SlurmdParameters=config_overrides
 """
+_DEVICES = "AutoDetect=off\nNodeName=n[1-4] Name=gpu File={folder}/devices/nvidia[0-{last}]\n"
 
 
 def why_not() -> str:
@@ -105,7 +109,7 @@ def up() -> Path:
 
 
 def _start(configuration: Path) -> None:
-    for name in ("state", "log", *(f"spool/{node}" for node in NODES)):
+    for name in ("state", "log", "devices", *(f"spool/{node}" for node in NODES)):
         (FOLDER / name).mkdir(parents=True)
     host = socket.gethostname()
     version = _run("slurmctld", "-V").stdout.split()[-1]
@@ -113,9 +117,12 @@ def _start(configuration: Path) -> None:
     preempt_signal = (
         "PreemptParameters=send_user_signal" if is_new else "SlurmctldParameters=preempt_send_user_signal"
     )
-    values = {"host": host, "folder": FOLDER, "preempt_signal": preempt_signal}
+    values = {"host": host, "folder": FOLDER, "preempt_signal": preempt_signal, "cpus": CPUS, "gpus": GPUS}
     ports = {"control_port": _CONTROL_PORT, "node_ports": _NODE_PORTS}
     configuration.write_text(_CONFIGURATION.format(**values, **ports))
+    (FOLDER / "gres.conf").write_text(_DEVICES.format(folder=FOLDER, last=GPUS - 1))
+    for index in range(GPUS):
+        (FOLDER / "devices" / f"nvidia{index}").touch()
     _name_nodes()
     _start_munge()
     _run("slurmctld", "-c")
@@ -195,10 +202,15 @@ def job_field(job: str, name: str) -> str:
     return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
 
 
-def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
-    """Take the nodes away from running jobs by one of a higher partition until they have left them; then let
-    them start again at once (SLURM would wait for two minutes).
-    """
+def requeue_refusal(job: str) -> str:
+    """What SLURM says to a requeue of a job that may not be; empty, and the job is requeued, where it may."""
+    done = _run("scontrol", "requeue", job, check=False)
+    return done.stderr.strip() if done.returncode else ""
+
+
+@contextlib.contextmanager
+def nodes_taken(nodes: int = 4, seconds: float = 120.0) -> Iterator[str]:
+    """Have nodes in the hands of a job of the higher partition, whose id is yielded; it ends with `with`."""
     command = [
         "sbatch",
         "--parsable",
@@ -210,10 +222,18 @@ def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
     higher = _run(*command, "--wrap=sleep 600").stdout.strip()
     try:
         _wait(lambda: job_state(higher) == "RUNNING", seconds)
-        for job in jobs:
-            wait_for_state(job, "PENDING", seconds)
+        yield higher
     finally:  # else every test that follows finds the nodes taken
         _run("scancel", higher)
+
+
+def preempt(*jobs: str, nodes: int = 4, seconds: float = 120.0) -> None:
+    """Take the nodes away from running jobs by one of a higher partition until they have left them; then let
+    them start again at once (SLURM would wait for two minutes).
+    """
+    with nodes_taken(nodes, seconds):
+        for job in jobs:
+            wait_for_state(job, "PENDING", seconds)
     start_again(*jobs, seconds=seconds)
 
 

@@ -71,7 +71,10 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 def submit_command(config: Path, *arguments: str, nodes: int = 2, cluster: str = "local") -> list[str]:
     command = [sys.executable, str(ROOT / "launchers" / "submit.py"), "--cluster", cluster]
-    return [*command, "--nodes", str(nodes), "--config", str(config), *arguments]
+    plan = (
+        ["--plan-seconds", "0"] if cluster == "slurm" else []
+    )  # it imports torch; `arguments` may ask for it
+    return [*command, "--nodes", str(nodes), *plan, "--config", str(config), *arguments]
 
 
 def submit(

@@ -4,6 +4,7 @@
     steps        (size, configuration, hardware) -> each engine's memory, traffic and time of a step
     stages       checkpoints, evaluation, training as a whole, a cascade's experts
     tables       all of it as tables
+    short        all of it in a line
 
 Nothing here looks at a run. What was compared with measurements says docs/scale.md.
 """
@@ -54,6 +55,9 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="numbers of nodes: one line for each, with the engine to take there",
     )
+    command.add_argument(
+        "--line", action="store_true", help="in one line, with the engine of the configuration"
+    )
     command.set_defaults(command=_plan)
 
 
@@ -64,4 +68,9 @@ def _plan(options: argparse.Namespace) -> None:
 
     hardware = Hardware(**{name: getattr(options, name) for name, _, _ in _OPTIONS})
     config = load_config(options.config, options.overrides, site=find_site(options.site))
+    if options.line:
+        from selfmask_dist.cli.plan.short import in_a_line
+
+        print(in_a_line(config, hardware))
+        return
     print(describe_sizes(config, hardware, options.sizes) if options.sizes else describe(config, hardware))

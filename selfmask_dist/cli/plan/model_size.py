@@ -62,12 +62,10 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
                 kwargs["img_size"] = section.image_size
             return timm.create_model(name, num_classes=0, **kwargs), size
         if family == "open_clip":
-            open_clip = require("open_clip", "open_clip_torch", needed_by=f"backbone.name={section.name}")
-            base = open_clip.get_model_config(name.partition("/")[0])
-            if base is None:
-                raise ValueError(f"open_clip has no model {name!r}; see open_clip.list_models()")
-            clip = open_clip.create_model(name.partition("/")[0], load_weights=False, device="meta", **kwargs)
-            return clip.visual, section.image_size or int(base["vision_cfg"]["image_size"])
+            require("open_clip", "open_clip_torch", needed_by=f"backbone.name={section.name}")
+            from selfmask_dist.backbones import from_open_clip
+
+            return from_open_clip.build_on_meta(name.partition("/")[0], kwargs, section.image_size)
     raise ValueError(f"backbone {section.name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
 
 
