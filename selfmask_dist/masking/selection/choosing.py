@@ -95,7 +95,7 @@ def select(
             bias of the layers inside the repeated blocks, `matrices` the same without biases; `stem` and
             `pool` are the layers before and after them, never the classifier. `vit`, `resnet` and
             `clip_visual` are the paper's rules. `auto` is `vit` or `resnet` where that takes 95 % of the
-            weights of `matrices`, else `structure`.
+            weights of `matrices`, and all or nothing of `pool`; else `structure`.
         exclude: glob patterns taken out again.
         first_layers: of what is chosen, keep the parameters of so many layers, the first in the model's
             order; a layer is a module that owns chosen parameters. None: all.
@@ -154,11 +154,15 @@ def rule_of(model: nn.Module) -> str:
     """Return the preset that `auto` stands for on this model: `vit`, `resnet` or `structure`."""
     names = [name for name, _ in model.named_parameters()]
     parameters = dict(model.named_parameters())
-    sizes = {name: parameters[name].numel() for name in STRUCTURAL["matrices"](find_parts(model))}
+    parts = find_parts(model)
+    sizes = {name: parameters[name].numel() for name in _names(parts.body, biases=False)}
+    after = set(_names(parts.pool, biases=False))
     for preset in ("vit", "resnet"):
         matched = _expand(preset, names, model)
         taken = sum(size for name, size in sizes.items() if name in matched)
-        if matched and taken >= ENOUGH * sum(sizes.values()):
+        # half of an attention pooling, by names that are like those in blocks, is nobody's rule
+        is_whole = len(after & matched) in (0, len(after))
+        if matched and is_whole and taken >= ENOUGH * sum(sizes.values()):
             return preset
     return "structure"
 
