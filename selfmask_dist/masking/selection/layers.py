@@ -20,6 +20,7 @@ from selfmask_dist.common.tensor_names import plain
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+_FEW_CHANNELS = 4  # those of an image; inside a network there are more
 _HEADS = ("head", "heads", "head_dist", "fc", "classifier", "classif", "last_linear", "logits")
 
 
@@ -84,7 +85,7 @@ def each_layer(model: nn.Module) -> Iterator[LayerParameters]:
             elif attribute.endswith("bias") and parameter.ndim == 1:
                 biases.append(f"{start}{attribute}")
         if is_layer and parametrize.is_parametrized(module):
-            for attribute, parts in module.parametrizations.items():  # type: ignore[operator,union-attr]
+            for attribute, parts in module.parametrizations.items():
                 names = [f"{start}parametrizations.{attribute}.{key}" for key in parts._parameters]
                 (matrices if attribute == "weight" else biases).extend(names)
         if matrices:
@@ -107,11 +108,10 @@ def find_parts(model: nn.Module) -> Parts:
         (place for name, place in order.items() if place > order[last] and not name.startswith(f"{last}.")),
         default=len(order),
     )
-    channels = _image_channels(layers)
-    stem, body, pool, head = [], [], [], []
+    stem, body, pool, head = (list[LayerParameters]() for _ in range(4))
     for layer in layers:
         place = order[layer.name]
-        if place < order[first] or (channels and _channels_of(layer.module) == channels):
+        if place < order[first] or _reads_image(layer, layers[0]):
             stem.append(layer)
         elif place < after_last:
             body.append(layer)
@@ -197,11 +197,14 @@ def _span(model: nn.Module, blocks: Sequence[str], layers: Sequence[LayerParamet
     return children[0], children[-1]
 
 
-def _image_channels(layers: Sequence[LayerParameters]) -> int | None:
-    """Return how many channels the first layer reads, where it is a convolution of an image."""
-    channels = _channels_of(layers[0].module) if layers else None
-    return channels if channels is not None and channels <= 16 else None
+def _reads_image(layer: LayerParameters, first: LayerParameters) -> bool:
+    """Return whether a layer is the model's first convolution, or one beside it on as few channels."""
+    channels = _channels_of(layer.module)
+    if channels is None or _channels_of(first.module) != channels:
+        return False
+    return layer is first or channels <= _FEW_CHANNELS
 
 
 def _channels_of(module: nn.Module) -> int | None:
+    """Return the channels that an ordinary convolution reads; None for other layers."""
     return module.in_channels if isinstance(module, nn.modules.conv._ConvNd) and module.groups == 1 else None
