@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from selfmask_dist.maskfile.api import Masks, apply_masks, attach, detach
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.masking import Family, Segment
+    from selfmask_dist.models.hub import push_to_hub
+    from selfmask_dist.models.load import from_pretrained, load
+    from selfmask_dist.models.peft_masks import SelfMaskConfig
 
 __version__ = version.VERSION
 __all__ = [
@@ -23,11 +26,15 @@ __all__ = [
     "MaskBank",
     "Masks",
     "Segment",
+    "SelfMaskConfig",
     "__version__",
     "apply_masks",
     "attach",
     "detach",
+    "from_pretrained",
+    "load",
     "load_cascade",
+    "push_to_hub",
 ]
 
 _HOMES = {
@@ -35,10 +42,14 @@ _HOMES = {
     "MaskBank": "maskfile.bank",
     "Masks": "maskfile.api",
     "Segment": "masking",
+    "SelfMaskConfig": "models.peft_masks",
     "apply_masks": "maskfile.api",
     "attach": "maskfile.api",
     "detach": "maskfile.api",
+    "from_pretrained": "models.load",
+    "load": "models.load",
     "load_cascade": "cascade.model",
+    "push_to_hub": "models.hub",
 }
 
 

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from safetensors.torch import load_file, save_file
 
 from selfmask_dist import apply_masks
 from selfmask_dist.cli import main
+from selfmask_dist.maskfile import drop_models
 from selfmask_dist.runs.checkpoint import read_checkpoint
 from tests.support.distributed import run_distributed
 
@@ -95,6 +97,11 @@ CASES = {
     "moco_v2": ("resnet", f"objective.name=moco_v2 {TWO_VIEWS} moco_v2.dim=8 moco_v2.queue_length=24"),
     "moco_v3": ("vit", f"objective.name=moco_v3 {TWO_VIEWS} moco_v3.dim=8 moco_v3.hidden=16"),
     "dino": ("vit", f"objective.name=dino {VIEWS} crops.local_count=1 dino.outputs=16 dino.hidden=16"),
+    "nbd": (
+        "resnet",
+        "objective.name=nbd nbd.dim=8 nbd.neighbours=3 nbd.warmup_steps=5 nbd.warmup_batch=16 "
+        "nbd.renew_every=1 optim.score_lr=0.1",
+    ),
     "cascade": (
         "vit",
         f"method=cascade {SWAV} cascade.clusters=[2] cascade.components=4 cascade.restarts=2",
@@ -177,6 +184,19 @@ def trained(checkpoint: Path) -> str:
     return digest(*sorted(hashlib.sha256(tensor.numpy().tobytes()).digest() for tensor in state.values()))
 
 
+def file_digest(path: Path) -> str:
+    """A hash of a file; of a mask file, as it is without the head that a supervised run adds to it.
+
+    Without its head it is, bit for bit, the file that was written before heads were (docs/mask_format.md).
+    """
+    if path.suffix != ".mask":
+        return digest(path.read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        alone = Path(shutil.copy(path, folder))
+        drop_models(alone)
+        return digest(alone.read_bytes())
+
+
 def record(run: Path, backbone: str) -> dict[str, Any]:
     """All that must stay: losses, the result, hashes of files, of the backbone under each mask, of scores."""
     losses = {}
@@ -198,7 +218,7 @@ def record(run: Path, backbone: str) -> dict[str, Any]:
     return {
         "losses": losses,
         "result": result,
-        "files": {str(path.relative_to(run)): digest(path.read_bytes()) for path in paths},
+        "files": {str(path.relative_to(run)): file_digest(path) for path in paths},
         "weights_under_mask": under,
         "trained": {str(path.relative_to(run)): trained(path) for path in sorted(run.rglob("step-*"))},
     }

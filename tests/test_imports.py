@@ -34,12 +34,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "training": _ABOVE_TRAINING,
     "cascade": _ABOVE_CLI,
     "procedures": _ABOVE_CLI,
-    "cli": (*_ABOVE_CLI, "cascade", "procedures", "__init__", "launchers", "data_prep"),
+    "models": (*_ABOVE_CLI, "cascade"),
+    "cli": (*_ABOVE_CLI, "cascade", "procedures", "models", "__init__", "launchers", "data_prep"),
     "__init__": (
         "common",
         "maskfile",
         "masking",
         "cascade",
+        "models",
     ),  # the public names, each imported when it is asked for
     "launchers": (
         "common",
@@ -82,6 +84,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "training/schedule.py": ("torch.distributed", *OPTIMIZERS),
     "cascade": ("torch.optim", "torchvision", "submitit", *MODELS),
     "procedures": (*OPTIMIZERS, *MODELS),
+    "models": ("torch.optim", "torch.distributed", "torchvision", "submitit", *MODELS),
     "cli": ("submitit",),
     "cli/report": ("torch", *MODELS),
     "__init__": TRAINING,

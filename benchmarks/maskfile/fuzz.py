@@ -24,9 +24,11 @@ import zstandard
 
 from benchmarks.harness import Benchmark
 from selfmask_dist.maskfile import (
+    Head,
     Mask,
     MaskFile,
     MaskFileError,
+    Model,
     container,
     forms,
     read_mask_file,
@@ -59,6 +61,9 @@ def originals(folder: Path) -> list[Path]:
     }
     files["forms"] = MaskFile({kind: of_kind(kind, generator) for kind in forms.KINDS})
     files["forms plain"] = files["forms"]
+    head = Head("linear", torch.randn(3, 4, generator=generator), torch.zeros(3), norm="l2", scale=8.0)
+    about = {"name": "timm:x", "kwargs": {"depth": 2}}
+    files["model"] = MaskFile({"base": base}, models={"base": Model(head, ("a", "b", "c"), about, "token")})
     for name, file in files.items():
         codec_name = "packbits-zstd" if name.endswith("plain") else "entropy"
         write_mask_file(folder / f"{name}.mask", file, codec_name=codec_name)
@@ -68,9 +73,9 @@ def originals(folder: Path) -> list[Path]:
 def of_kind(kind: Any, generator: torch.Generator) -> Mask:
     """A mask of a kind: one parameter with two scaled parts, and one whose bits are of blocks."""
     weights = {name: torch.randn(40, 50, generator=generator) for name in "ab"}
-    blocks = {} if kind == "sign" else {"b": (16, 8)}
+    blocks = {} if kind in forms.KEEPS_ALL else {"b": (16, 8)}
     bits = {name: torch.rand(40, 50, generator=generator) < 0.6 for name in "ab"}
-    if kind == "sign":
+    if kind in forms.KEEPS_ALL:
         bits = {name: torch.ones_like(kept) for name, kept in bits.items()}
     else:
         bits["b"] = forms.from_grid(bits["b"][:3, :7], [40, 50], blocks["b"])

@@ -25,6 +25,7 @@ from selfmask_dist.cli import plan as plan_command
 from selfmask_dist.cli import report as report_command
 from selfmask_dist.cli import serve as serve_command
 from selfmask_dist.cli import status as status_command
+from selfmask_dist.cli import whole_models as whole_models_command
 from selfmask_dist.cli.errors import explain
 
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that the signal SIGPIPE ended
@@ -133,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     config_command.add_site_command(commands)
     mask_command.add_inspect(commands)
     mask_command.add_command(commands)
+    whole_models_command.add_commands(commands)
     serve_command.add_commands(commands)
     eval_command.add_command(commands)
     status_command.add_commands(commands)

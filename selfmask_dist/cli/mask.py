@@ -109,6 +109,12 @@ def _add_with_backbone(actions: Any) -> None:
     _add_config(importing, "of a run on the backbone, in place of --backbone")
     importing.set_defaults(command=_import)
 
+    delta = actions.add_parser("delta", help="a fine-tuned network as one bit a weight on its frozen one")
+    delta.add_argument("source", type=Path, metavar="RUN", help="a fine-tuning run's folder, or weights")
+    delta.add_argument("--out", "-o", type=Path, required=True, metavar="FILE")
+    _add_config(delta, "of a run on the frozen network; else the one in RUN")
+    delta.set_defaults(command=_delta)
+
     shrink = actions.add_parser(
         "shrink",
         help="a smaller dense network: heads and hidden units that the mask leaves without effect go",
@@ -179,13 +185,14 @@ def _diff(options: argparse.Namespace) -> None:
 
 _NOTES = {
     "sign": "A sign mask keeps every weight: here, kept stands for positive and pruned for negative.",
+    "delta": "A delta keeps every weight: here, kept stands for a size added and pruned for one taken away.",
     "ternary": "Signs of weights that both keep, and scales, are not compared.",
 }
 
 
 def _positive(mask: Any) -> dict[str, Any]:
-    """Return where a sign mask is positive; it keeps every weight, so that its bits say nothing."""
-    return {name: ~signs for name, signs in mask.signs.items()} if mask.kind == "sign" else {}
+    """Return where a sign mask or a delta is positive; both keep every weight: their bits say nothing."""
+    return {name: ~signs for name, signs in mask.signs.items()} if mask.kind in ("sign", "delta") else {}
 
 
 def _row(name: str, row: list[int]) -> str:
@@ -210,6 +217,10 @@ def _merge(options: argparse.Namespace) -> None:
     about["verdict"] = "; ".join(sorted({file.verdict for _, _, file in loaded if file.verdict}))
     if options.how == "collect":
         masks = {name: replace(mask, against=None) for name, mask, _ in loaded}
+        heads = [
+            (name, next(iter(file.models.values()), None)) for name, _, file in loaded if len(file.masks) == 1
+        ]
+        about["models"] = {name: model for name, model in heads if model is not None}
         if len(masks) < len(loaded):
             raise ValueError(f"two masks have one name: {[name for name, _, _ in loaded]}; rename a file")
     else:
@@ -317,6 +328,12 @@ def _import(options: argparse.Namespace) -> None:
         print(f"with {len(found.mask.statistics)} running statistics that moved")
     if found.left_out:
         print(f"left out, as the backbone has none of these names: {', '.join(found.left_out)}")
+
+
+def _delta(options: argparse.Namespace) -> None:
+    from selfmask_dist.models.deltas import import_delta
+
+    print(import_delta(options.source, options.out, config=options.config).describe())
 
 
 def _shrink(options: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _device(name: str | None) -> Any:
+def device_of(name: str | None) -> Any:
     """Return the device of that name. Raises ValueError where there is none here."""
     import torch
 
@@ -85,18 +85,33 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     from selfmask_dist.maskfile.bank import MaskBank
     from selfmask_dist.training.build import build_backbone
 
-    device = _device(options.device)
+    device = device_of(options.device)
     backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:
-        bank.add(path.parent.name if path.name == names.MASK else path.stem, path)
+        bank.add(_name_of(path), path)
     return bank, backbone.spec.preprocessing
+
+
+def _name_of(path: Path) -> str:
+    return path.parent.name if path.name == names.MASK else path.stem
+
+
+def _models(options: argparse.Namespace) -> dict[str, Any]:
+    """Return heads and class names of the masks that came with them, by the masks' names in the bank."""
+    from selfmask_dist.maskfile.file import read_about
+
+    found = {}
+    for path in options.masks:
+        for model in read_about(path).models.values():
+            if model.head is not None:  # a file in a bank holds one mask
+                found[_name_of(path)] = model
+    return found
 
 
 def _config(options: argparse.Namespace) -> Any:
     """Return the settings of the backbone; the masks' fingerprints tell later whether it is theirs."""
     from selfmask_dist.config import load_config
-    from selfmask_dist.maskfile import read_backbone_name
 
     if options.config is not None:
         return load_config(options.config)
@@ -105,10 +120,16 @@ def _config(options: argparse.Namespace) -> Any:
     first: Path = options.masks[0]
     if (first.parent / names.CONFIG).exists():
         return load_config(first.parent / names.CONFIG)
-    name = read_backbone_name(first)
-    if not name:
+    from selfmask_dist.maskfile.file import read_about
+    from selfmask_dist.models.building import settings_for
+
+    about = read_about(first)
+    if not about.backbone:
         raise ValueError(f"{first} does not name its backbone; give a run's config.yaml with --config")
-    return load_config(None, [f"backbone.name={name}"])
+    model = next(iter(about.models.values()), None)
+    settings = settings_for(first, about, model, config=None, weights=None)
+    config = load_config(None)
+    return config.model_copy(update={"backbone": settings.section, "seed": settings.seed})
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -149,10 +170,12 @@ def _serve(options: argparse.Namespace) -> None:
             f"the service needs starlette and uvicorn ({error}): pip install -e '.[serve]'"
         ) from error
     bank, preprocessing = _bank(options)
+    models = _models(options)
     server = make_server(
-        create_app(bank, preprocessing, limits), limits, host=options.host, port=options.port
+        create_app(bank, preprocessing, limits, models), limits, host=options.host, port=options.port
     )
     # what PIL finds odd in a client's picture is the client's to know
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    print(f"serving {len(bank)} masks on {options.host}:{options.port}", flush=True)
+    heads = f", {len(models)} of them with classes," if models else ""
+    print(f"serving {len(bank)} masks{heads} on {options.host}:{options.port}", flush=True)
     server.run()

@@ -11,7 +11,7 @@ from typing import Any
 from selfmask_dist.common import names
 from selfmask_dist.common.text import age, positive, table
 from selfmask_dist.runs.ending.notes import failed_ranks
-from selfmask_dist.runs.status import COLUMNS, read_status, stages_of, stragglers
+from selfmask_dist.runs.status import COLUMNS, memory_of_ranks, read_status, stages_of, stragglers
 from selfmask_dist.runs.submitted import waiting
 
 _NUMBERS = ("step", "loss", "images/s", "restarts", "size")  # columns that are aligned to the right
@@ -66,8 +66,8 @@ def _status(options: argparse.Namespace) -> int:
             if row["path"] and row["state"] == "pending" and (job := waiting(Path(row["path"]))) is not None:
                 print(f"{row['run']}: {job}")
             if row["path"] and row["state"].startswith("running"):
-                for line in stragglers(Path(row["path"])):
-                    print(f"{row['run']}: {line}")
+                for line in (*stragglers(Path(row["path"])), memory_of_ranks(Path(row["path"]))):
+                    print(f"{row['run']}: {line}" if line else "", end="\n" if line else "")
             for entry in verdict_of(Path(row["path"])) if row["path"] else ():
                 print(f"{row['run']}: {entry['text']}")
     if complaints:

@@ -19,6 +19,7 @@ QUARANTINE = "quarantine.jsonl"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 STACKS = "stacks"
+PROFILE = "profile"
 REPORT = "report.html"
 EMBEDDINGS = "embeddings"
 EVAL = "eval"
@@ -33,6 +34,8 @@ def trial(rate: float | str) -> str:
 # what training leaves
 MASK = "final.mask"
 HEAD = "head.safetensors"
+TEXT_HEAD = "text.safetensors"  # class names as CLIP embeds them, where there is no mask file to hold them
+MODEL = "model.json"  # classes and how the backbone is built, where there is no mask file to hold them
 ENCODER = "encoder.safetensors"  # of a fine-tuning run: the whole network
 FINETUNED = "finetuned.safetensors"  # of one that changes a part: that part
 

@@ -16,6 +16,7 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False, 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Rates = Annotated[tuple[Positive, ...], Field(strict=False, min_length=2)]
+StepSpan = Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # smallest and largest
 
 

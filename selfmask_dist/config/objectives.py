@@ -317,6 +317,13 @@ class NbdConfig(Section):
         ge=0,
         le=1,
     )
+    renew_every: float | None = science(
+        None,
+        "After so many epochs, each time, neighbours and their shares are found anew in the bank as it then "
+        "is; null: those of the frozen backbone stay.",
+        unit="epochs",
+        gt=0,
+    )
     exact_up_to: int = science(
         100_000,
         "The softmax is over all pictures up to so many; over more it is estimated.",

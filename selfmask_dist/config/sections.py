@@ -13,6 +13,7 @@ from selfmask_dist.config.fields import (
     NonEmpty,
     Scale,
     Section,
+    StepSpan,
     Strings,
     efficiency,
     orchestration,
@@ -276,6 +277,20 @@ class RunConfig(Section):
     wandb_project: NonEmpty = orchestration("selfmask", "Project of the wandb run.")
     log_every: int = orchestration(
         10, "Steps from one line of metrics.jsonl to the next; each waits for the device.", unit="steps", ge=1
+    )
+    profile: StepSpan | None = orchestration(
+        None,
+        "[first, end]: the steps first to end - 1 are traced with torch's profiler, on every rank, into "
+        "the run's folder profile/; a few steps suffice, as a trace grows by megabytes with each.",
+        unit="steps",
+    )
+    whole_model: bool = orchestration(
+        True,
+        "A supervised run writes its head, class names and how the backbone is built into final.mask (or "
+        "model.json), so that the file alone predicts; false: the mask alone.",
+    )
+    licence: NonEmpty | None = orchestration(
+        None, "Licence of the mask, kept in its file and shown on its model card, for example cc-by-4.0."
     )
     progress: bool = orchestration(
         True, "A progress bar with images/s, time left and the share of waiting for data."

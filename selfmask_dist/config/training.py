@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, efficiency, science
 
 
@@ -39,6 +41,11 @@ class FinetuneConfig(Section):
         "all",
         "all: every weight. bias: bias terms alone (BitFit). norm: gain and bias of normalisation layers. "
         "lora: low-rank additions to frozen matrices, through peft (pip install 'selfmask_dist[lora]').",
+    )
+    peft: dict[str, JsonValue] = science(
+        {},
+        "Any method of peft in place of finetune.train: {method: VERA, r: 16}, with its own arguments; "
+        "without target_modules, those of finetune.lora_targets=auto.",
     )
     freeze: Strings = science(
         (),
@@ -84,8 +91,8 @@ class OptimConfig(Section):
         "How far the whole training can carry a score, in place of score_lr: the rate is set at the start so "
         "that a score whose gradient stays one root mean square large and of one sign goes so many times the "
         "way from mask.init to mask.threshold. The same number then serves trainings of any length. auto: "
-        "1.2, and 0.4 where convolutions hold most weights. Needs optim.score_step=rms and optim.kind=sgd. "
-        "null: score_lr.",
+        "1.2; 0.4 where convolutions hold most weights, 0.15 where some of these are depthwise. Needs "
+        "optim.score_step=rms and optim.kind=sgd. null: score_lr.",
         unit="way from mask.init to mask.threshold",
     )
     score_lr_choices: Rates | None = science(

@@ -3,8 +3,8 @@
 `mask` says what is in it, `forms` what its kinds mean, `codec` turns bits into bytes, `container` lays bytes
 out and guards them, `file` brings them together with `reading`, and `fit` puts a mask on a model. `api` is
 what users import. `bank` holds many masks of one model in memory; `layers`, `rewrite` and `kernel` put them
-on fast. `tools` compares, draws, merges, imports and exports masks. Knows nothing of optimizers or process
-groups.
+on fast. `model` is what makes a mask answer with a class. `tools` compares, draws, merges, imports and
+exports masks. Knows nothing of optimizers or process groups.
 """
 
 from selfmask_dist.maskfile.file import (
@@ -25,17 +25,23 @@ from selfmask_dist.maskfile.fit import (
 )
 from selfmask_dist.maskfile.forms import materialize, take_apart
 from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.model.coding import add_models, drop_models
+from selfmask_dist.maskfile.model.part import Head, Model
 
 __all__ = [
     "MAX_WEIGHTS",
+    "Head",
     "MarkedMaskWarning",
     "Mask",
     "MaskFile",
     "MaskFileError",
+    "Model",
+    "add_models",
     "add_numbers",
     "apply_mask",
     "check_fits",
     "describe_file",
+    "drop_models",
     "from_masks",
     "materialize",
     "read_backbone_name",

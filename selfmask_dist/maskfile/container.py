@@ -60,9 +60,9 @@ _OTHERS = {
 class Sections:
     """Collects sections while a header is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, start: int = 0) -> None:
         self.parts: list[bytes] = []
-        self._size = 0
+        self._size = start  # bytes of sections that are there already
 
     def add(self, data: bytes) -> list[int]:
         """Add a section and return its place: [offset, length, crc32]."""
@@ -77,25 +77,38 @@ def write(path: Path, header: Mapping[str, Any], sections: Sections, *, version:
     return _write(path, header, sections.parts, version)
 
 
-def rewrite_header(path: Path, change_fn: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+def rewrite_header(
+    path: Path,
+    change_fn: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    num_kept: int | None = None,
+    more: Iterable[bytes] = (),
+) -> int:
     """Write a file anew with another header and the same sections, as `write` does; return its bytes.
+
+    Args:
+        num_kept: of the sections, only so many bytes; None: all of them.
+        more: sections to put behind those.
 
     Raises:
         MaskFileError: as `read` does; the file then stays as it was.
     """
     old = open_part(path)
     start, stop = path.stat().st_size - _DIGEST_BYTES - old.num_bytes, path.stat().st_size - _DIGEST_BYTES
+    left = old.num_bytes if num_kept is None else num_kept
 
-    def sections() -> Iterator[bytes]:
+    def sections(left: int) -> Iterator[bytes]:
         with open(path, "rb") as stream:
             found = hashlib.sha256(stream.read(start))
             while block := stream.read(min(_BLOCK_BYTES, stop - stream.tell())):
                 found.update(block)
-                yield block
+                yield block[:left]
+                left -= len(block[:left])
             if found.digest() != stream.read():
                 raise MaskFileError(_DAMAGED.format(path))
+        yield from more
 
-    return _write(path, change_fn(old.header), sections(), old.version)
+    return _write(path, change_fn(old.header), sections(left), old.version)
 
 
 def _write(path: Path, header: Mapping[str, Any], parts: Iterable[bytes], version: int) -> int:

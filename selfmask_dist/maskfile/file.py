@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from selfmask_dist.maskfile import codec, container, forms
-from selfmask_dist.maskfile.container import Sections
+from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import Mask, MaskFile, MaskFileError, WithoutWeightsError
+from selfmask_dist.maskfile.model import coding
 from selfmask_dist.maskfile.reading import Reading, Weights, classes
 
 # of one parameter; and of all masks of a file together, a byte each while they are read, however small it is
@@ -64,6 +65,8 @@ def write_mask_file(
         ],
     }
     _keep_to_limit(header, sections)
+    if file.models:
+        header[coding.KEY] = coding.describe(file.models, sections)
     has_forms = any(mask.kind != "threshold" or mask.blocks for mask in file.masks.values())
     version = container.VERSION_WITH_FORMS if has_forms else container.VERSION
     return container.write(Path(path), header, sections, version=version)
@@ -112,17 +115,43 @@ def read_mask_file(
         header = whole.header
         reading = Reading(whole, weights)
         container.check_size(_count_values(header), max_weights or _limit(whole.num_bytes))
-        return MaskFile(
+        return _about(
+            whole,
             masks={name: reading.mask(name) for name in reading.order},
             tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
-            backbone=header["backbone"]["name"],
-            backbone_fingerprint=header["backbone"]["fingerprint"],
-            preprocessing=header["preprocessing"],
-            metrics=header["metrics"],
-            verdict=_one_line(str(header.get("verdict", ""))),
         )
     except _MISTAKES as error:
         raise _refusal(path, error) from error
+
+
+def read_about(path: str | Path) -> MaskFile:
+    """Return what a mask file says beside its masks, which are left out: backbone, metrics, models.
+
+    The header and the models' arrays are read, each with its checksum.
+
+    Raises:
+        MaskFileError: as in `read_mask_file`, for these.
+    """
+    try:
+        whole = container.open_part(Path(path))
+        container.check_size(_count_values(whole.header), _limit(whole.num_bytes))
+        return _about(whole, masks={}, tensors={})
+    except _MISTAKES as error:
+        raise _refusal(path, error) from error
+
+
+def _about(whole: Container, masks: dict[str, Mask], tensors: dict[str, Tensor]) -> MaskFile:
+    header = whole.header
+    return MaskFile(
+        masks=masks,
+        tensors=tensors,
+        backbone=header["backbone"]["name"],
+        backbone_fingerprint=header["backbone"]["fingerprint"],
+        preprocessing=header["preprocessing"],
+        metrics=header["metrics"],
+        verdict=_one_line(str(header.get("verdict", ""))),
+        models=coding.parse(whole),
+    )
 
 
 def read_backbone_name(path: str | Path) -> str:
@@ -169,7 +198,8 @@ def _count_values(header: Mapping[str, Any]) -> int:
         entry for mask in header["masks"].values() for entry in (*mask["parameters"], *mask["statistics"])
     ]
     signed = [entry for entry in entries if "signs" in entry]
-    counts = [container.count_values(entry["shape"]) for entry in [*entries, *signed, *header["tensors"]]]
+    arrays = [*entries, *signed, *header["tensors"], *coding.entries(header)]
+    counts = [container.count_values(entry["shape"]) for entry in arrays]
     if max(counts, default=0) > MAX_WEIGHTS:
         raise MaskFileError(
             f"one of its arrays holds {max(counts):,} values, more than the limit of {MAX_WEIGHTS:,} for one"
@@ -273,9 +303,9 @@ def _describe_parts(mask: Mask, name: str, sections: Sections, codec_name: str) 
 
 def _check_contexts(mask: Mask, weights: Weights | None) -> None:
     """Check that bits which are to be coded by others are bits of single weights, and not all alike."""
-    if mask.kind != "sign" and not mask.blocks:
+    if mask.kind not in forms.KEEPS_ALL and not mask.blocks:
         return
-    what = "every weight is kept" if mask.kind == "sign" else "a bit belongs to a block of weights"
+    what = "every weight is kept" if mask.kind in forms.KEEPS_ALL else "a bit belongs to a block of weights"
     if mask.against is not None:
         raise MaskFileError(
             f"{what}, so it cannot be coded against mask {mask.against!r}; store it by itself"

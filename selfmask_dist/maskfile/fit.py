@@ -14,6 +14,7 @@ from selfmask_dist.common.tensor_names import placements, plain_names
 from selfmask_dist.maskfile.file import read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
+from selfmask_dist.maskfile.model.part import Model
 from selfmask_dist.maskfile.reading import Weights, fingerprints, other_precision, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
 from selfmask_dist.masking.marks import describe_left_over
@@ -288,6 +289,7 @@ def describe_file(path: str | Path) -> str:
         f"{file.backbone_fingerprint[:12] or 'not stated'}",
         *(f"{name} {value:.4f}" for name, value in file.metrics.items()),
         *([f"VERDICT: {file.verdict}"] if file.verdict else []),
+        *(_describe_model(name, model) for name, model in file.models.items()),
     ]
     for name, mask in file.masks.items():
         kept = sum(int(bits.sum()) for bits in mask.bits.values())
@@ -304,6 +306,16 @@ def describe_file(path: str | Path) -> str:
         if mask.statistics:
             lines.append(f"  and {len(mask.statistics)} moved statistics")
     return "\n".join(lines)
+
+
+def _describe_model(name: str, model: Model) -> str:
+    """Return what a file has beside a mask, as one line of printable text."""
+    head = "no head" if model.head is None else f"a {model.head.kind} head of {len(model.classes)} classes"
+    shown = [*model.classes[:5], *(["..."] if len(model.classes) > 5 else [])]
+    told = [head, *([f"({', '.join(shown)})"] if shown else [])]
+    told += [f"licence {model.licence}"] if model.licence else []
+    text = f"model {name!r}: {' '.join(told)}"
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _describe_parts(mask: Mask, parameter: str) -> str:

@@ -3,10 +3,11 @@
     threshold    theta = a W M            frozen_sign   theta = s M sign(W)
     sign         theta = +-s              ternary       theta in {p, 0, -n}
     values       theta = M ? V : 0        graft         theta = M ? V : W
+    delta        theta = W +- s
 
 M, W, s, p, n and V: bits, frozen weights, scales (a set for each part of a tensor along its first dimension)
-and trained values. Parts are taken from a theta as it was trained and give it back bit for bit, or refuse.
-Knows nothing of files.
+and trained values. Parts are taken from a theta as it was trained and give it back bit for bit, or refuse;
+those of a delta are rounded from a fine-tuned network (`tools.deltas`). Knows nothing of files.
 """
 
 from typing import Any, get_args
@@ -18,8 +19,9 @@ from selfmask_dist.maskfile.mask import Kind, Mask, MaskFileError
 from selfmask_dist.masking import core
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NUM_SCALES: dict[Kind, int] = {"frozen_sign": 1, "sign": 1, "ternary": 2}  # of each part
-WITH_SIGNS = ("sign", "ternary")
+NUM_SCALES: dict[Kind, int] = {"frozen_sign": 1, "sign": 1, "ternary": 2, "delta": 1}  # of each part
+WITH_SIGNS = ("sign", "ternary", "delta")
+KEEPS_ALL = ("sign", "delta")  # whose bits are all ones
 WITH_VALUES = ("values", "graft")
 
 
@@ -53,6 +55,13 @@ def materialize(mask: Mask, name: str, weight: Tensor) -> Tensor:
             [(piece.sign() * s).where(kept, zero) for (piece, kept), s in zip(pieces, scales, strict=True)]
         )
     signs = mask.signs[name].to(weight.device).chunk(num_parts)
+    if mask.kind == "delta":
+        return torch.cat(
+            [
+                piece + torch.where(negative, -s[0], s[0])
+                for (piece, _), negative, s in zip(pieces, signs, scales, strict=True)
+            ]
+        )
     return torch.cat(
         [
             torch.where(kept, torch.where(negative, -s[-1], s[0]), zero)
@@ -73,6 +82,11 @@ def take_apart(
     Raises:
         MaskFileError: theta is not of that kind: its parts would give another.
     """
+    if kind == "delta":
+        raise MaskFileError(
+            "a mask of kind delta is rounded from the difference of two networks (tools.deltas), and not "
+            "taken from a theta"
+        )
     parts: dict[str, Tensor] = {}
     pieces = theta.chunk(num_parts) if theta.ndim else (theta,)
     if kind in WITH_SIGNS:

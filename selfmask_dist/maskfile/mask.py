@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft"]  # see `forms`
+from selfmask_dist.maskfile.model.part import Model
+
+Kind = Literal["threshold", "frozen_sign", "sign", "ternary", "values", "graft", "delta"]  # see `forms`
 
 
 class MaskFileError(ValueError):
@@ -32,7 +34,7 @@ class Mask:
     threshold: mu, above which scores were kept.
     against: an earlier mask of the file that tells which bits are alike.
     kind: what the bits and the other parts mean.
-    signs: of kinds sign and ternary: bool, True is negative.
+    signs: of kinds sign, ternary and delta: bool, True is negative.
     scales: float64, (segments, 1): s; of kind ternary (segments, 2): p and n.
     values: of kinds values and graft: (kept,), in row-major order.
     blocks: rows and columns that share a bit, of the parameters that have blocks.
@@ -70,6 +72,7 @@ class MaskFile:
     tensors: of a cascade, its router and combinations.
     verdict: what the run that trained it found against it, for example that the frozen backbone is to be
         kept; empty where it found nothing.
+    models: what makes a mask, or a cascade's mode, answer with a class, by its name.
     """
 
     masks: dict[str, Mask]
@@ -79,3 +82,4 @@ class MaskFile:
     metrics: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     verdict: str = ""
+    models: dict[str, Model] = field(default_factory=dict)

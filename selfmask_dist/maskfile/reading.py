@@ -100,8 +100,8 @@ class Reading:
                         f"{key}: {tuple(values.shape)} values of {values.dtype} for the kept weights"
                     )
                 parts.setdefault("values", {})[key] = values
-            if kind == "sign" and not bits[key].all():
-                raise ValueError(f"{key}: weights are left out, and a sign mask has none to leave out")
+            if kind in forms.KEEPS_ALL and not bits[key].all():
+                raise ValueError(f"{key}: weights are left out, and a {kind} mask has none to leave out")
         return parts
 
     def bits(self, mask: str, parameter: str) -> Tensor:

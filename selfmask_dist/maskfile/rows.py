@@ -127,6 +127,10 @@ def put(masks: Iterable[Mask], weights: WeightRows) -> None:
                 rows.copy_(theta[first : first + len(rows)])
         for name, statistic in mask.statistics.items():
             buffer = weights.buffer(name)
+            if buffer is None and weights.shape(name) == statistic.shape:  # of a delta: a bias, a gain
+                rows, first = weights.rows(name)
+                rows.copy_(statistic[first : first + len(rows)])
+                continue
             if buffer is None:
                 raise MaskFileError(f"the mask brings running statistics the model does not have: {name}")
             buffer.copy_(statistic)

@@ -187,22 +187,21 @@ class AttachedMasks(MaskSet[MaskedParameter]):
         optimizer.zero_grad = zero_grad_with_theta  # type: ignore[method-assign]  # torch has no hook for it
 
     @torch.no_grad()
-    def pull_back(self, sums: Tensor | None = None) -> None:
+    def pull_back(self, sums: Tensor | None = None, *, take: bool = False) -> None:
         """Set the gradient of scores, and of what else the family trains, from theta's accumulated gradient.
 
-        It runs by itself at the end of every backward; call it where theta's gradient was written by other
-        means.
+        It runs by itself at the end of every backward; call it where theta's gradient was written otherwise.
 
         Args:
-            sums: `back_sums()` summed over all processes, where the caller has done so; None: it is done
-                here.
+            sums: `back_sums()` summed over all processes, where the caller has done so; None: done here.
+            take: theta's gradient is not needed again; its memory is used where it can be.
         """
         if not self.is_trained:
             return
         if self._guard is not None:
             self._guard.check_before_pull()
             self._guard.pulled(sum(entry.theta.grad is not None for entry in self.entries))
-        self._passes.pull_back(self.entries, sums)
+        self._passes.pull_back(self.entries, sums, take=take)
         if self._guard is not None:
             self._guard.note_gradients()
 

@@ -191,7 +191,7 @@ class ParametrizedMasks(MaskSet[ParametrizedEntry]):
             squares = torch.stack([core.sum_of_squares(grad) for grad in grads])
             core.normalise(grads, squares, [grad.numel() for grad in grads])
 
-    def pull_back(self, sums: Tensor | None = None) -> None:
+    def pull_back(self, sums: Tensor | None = None, *, take: bool = False) -> None:
         """Do nothing: autograd does it."""
 
     def rewrite(self) -> None:

@@ -115,11 +115,14 @@ class Passes:
         First what the family needs, then, under the score step `rms`, three numbers for each segment.
         """
         assert not self.shards.is_whole, "a missing gradient would leave a gap"
-        pulls = self._pulls(entries)
-        sums = [self.family.back_sums(p.segment, p.grad) for p in pulls] if self.family.has_back_sums else []
+        sums = []
+        if self.family.has_back_sums:
+            for entry, grad in self._gradients(entries):
+                parts = zip(entry.segments(), entry.split(grad), strict=True)
+                sums += [self.family.back_sums(segment, part) for segment, part in parts]
         self._lengths = [len(part) for part in sums]
         if self._sends_squares:
-            sums += [self._moments(pull) for pull in pulls]
+            sums += [self._moments(pull) for pull in self._pulls(entries)]
         return torch.cat(sums).double()
 
     def _moments(self, pull: Pull) -> Tensor:
@@ -135,17 +138,21 @@ class Passes:
         total = pull.scores.sum(dtype=torch.float64)
         return torch.stack([core.sum_of_squares(pull.scores), total, count])
 
-    def pull_back(self, entries: Sequence[MaskedParameter], sums: Tensor | None) -> None:
+    def pull_back(
+        self, entries: Sequence[MaskedParameter], sums: Tensor | None, *, take: bool = False
+    ) -> None:
         """Set gradients of all that is trained, from theta's.
 
         Args:
             sums: `back_sums()` summed over all processes, where the caller has done so.
+            take: theta's gradients are not needed any more. Where scores alone are trained, theirs are then
+                written into the same memory, and theta has none.
         """
         if self.has_sums and sums is None:
             sums = self.shards.sum(self.back_sums(entries))
         squares = None
         for group in self._groups(entries):
-            if pulls := self._pulls(group):
+            if pulls := self._pulls(group, take=take and not self._sends_squares):
                 squares = self._pull_back(pulls, sums)
         if self.score_step == "rms":
             if squares is not None:
@@ -201,18 +208,14 @@ class Passes:
             return
         core.normalise(grads, torch.stack(sums), sizes)
 
-    def _pulls(self, entries: Sequence[MaskedParameter]) -> list[Pull]:
-        """Return what is to be pulled back.
-
-        A whole theta without a gradient is left out; a piece without one counts as zero.
-        """
+    def _pulls(self, entries: Sequence[MaskedParameter], *, take: bool = False) -> list[Pull]:
+        """Return what is to be pulled back; with `take` into the memory of G, where it can be."""
+        take = take and _is_elementwise(self.family) and not self.family.trains_weight
         pulls: list[Pull] = []
-        for entry in entries:
-            grad = self.shards.gradient(entry.name, entry.theta)
-            if grad is None and self.shards.is_whole:
-                continue
+        for entry, grad in self._gradients(entries):
             segments = entry.segments()
-            grad = torch.zeros_like(entry.piece(entry.scores)) if grad is None else entry.piece(grad)
+            if take and entry.numbers is None and _is_alike(grad, entry.scores):
+                entry.scores.grad, entry.theta.grad = grad, None
             outs = [_gradient_of(entry, tensor) for tensor in (entry.scores, entry.weight)]
             numbers: Any = [None] * len(segments)
             if entry.numbers is not None:
@@ -220,6 +223,33 @@ class Passes:
             parts = zip(segments, entry.split(grad), *outs, numbers, strict=True)
             pulls += [Pull(*part) for part in parts]
         return pulls
+
+    def _gradients(self, entries: Sequence[MaskedParameter]) -> Iterator[tuple[MaskedParameter, Tensor]]:
+        """Yield each entry with this process's piece of G.
+
+        A whole theta without a gradient is left out; a piece without one counts as zero.
+        """
+        for entry in entries:
+            grad = self.shards.gradient(entry.name, entry.theta)
+            if grad is not None:
+                yield entry, entry.piece(grad)
+            elif not self.shards.is_whole:
+                yield entry, torch.zeros_like(entry.piece(entry.scores))
+
+
+def _is_elementwise(family: Family) -> bool:
+    """Return whether dL/dS may be written over G. It may in all families here; others are not known."""
+    return type(family).pull_back.__module__.startswith("selfmask_dist.")
+
+
+def _is_alike(grad: Tensor, scores: Tensor) -> bool:
+    """Return whether a piece of theta's gradient can be the gradient of the scores as it lies."""
+    return (
+        scores.requires_grad
+        and grad.dtype == scores.dtype
+        and grad.shape == scores.shape
+        and grad.stride() == scores.stride()
+    )
 
 
 def _trains_scores(family: Family) -> bool:

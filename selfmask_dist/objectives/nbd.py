@@ -7,7 +7,8 @@ principal directions and lambda the variances along them,
     P = V diag(lambda + shrinkage mean(lambda))^(-1/2)             the whitening
     a_i = unit((t_i - mu) P)                                       the bank's first rows
     q_i(i) = own_share,   q_i(j) = (1 - own_share) softmax_j(a_i . a_j / neighbour_temperature)
-                                                                   over the nearest j; fixed from then on
+                                                                   over the nearest j; fixed from then on, or
+                                                                   found anew every `renew_every` epochs
     z = unit(f W + b),   at first W = P, b = - mu P                the head
     loss = mean_i - sum_j q_i(j) log softmax_j(z_i . unit(a_j) / temperature)          over all N
 
@@ -67,6 +68,8 @@ class WarmupViews:
     features: Tensor
 
 
+# (bank (n, dim), present (n,), k) -> similarities and pictures (n, k) of each row's nearest others in all of
+# the bank, on whatever ranks
 Search = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -78,6 +81,7 @@ class Nbd(Objective):
         context: this rank's place, the number of pictures, and how to sum over ranks.
 
     Before the first step, `begin` gives it frozen features, or `take_buffers` an earlier state.
+    search: set by whoever trains where targets are found anew (`renew_every`). Collective.
     loss_factor: what the loss is multiplied by before backward, which an engine may do; the gradients of
         head and bank, which no engine holds, are divided by it.
     """
@@ -88,6 +92,7 @@ class Nbd(Objective):
         super().__init__()
         self.config, self.context, self.seed = config, context, seed
         self.loss_factor = 1.0
+        self.search: Search | None = None
         num = context.num_samples
         self.dim = min(config.dim, in_dim, max(num - 1, 1))
         self.bank = ShardedBank(num, self.dim, min(config.neighbours, num - 1), context)
@@ -124,26 +129,28 @@ class Nbd(Objective):
         Args:
             targets: (n, in_dim), t_i of this rank's pictures r, r + W, ...
             present: (n,) bool, false where a picture could not be read.
-            search: (bank (n, dim), present, k) -> similarities and pictures (n, k) of each row's nearest
-                others in the bank of all ranks.
         """
-        device = targets.device
         # laid out in memory as after a resume, or products would round differently
         self.weight = whitening.projection.contiguous()
         self.bias = -(whitening.mean @ whitening.projection)
         bank = self.bank
         bank.rows = F.normalize(targets @ self.weight + self.bias, dim=1) * present[:, None]
         bank.present = present
-        k = bank.neighbours.shape[1]
-        if k:
-            similar, bank.neighbours = search(bank.rows, present, k)
-            shares = (similar / self.config.neighbour_temperature).softmax(dim=1)
-            bank.shares = (1 - self.config.own_share) * shares
-        else:
-            bank.neighbours, bank.shares = bank.neighbours.to(device), bank.shares.to(device)
+        self._aim(search, bank.rows)
         self._adamw = AdamW(self._trained())
         self._warm_up(views)
         self._adamw = AdamW(self._trained())
+
+    @torch.no_grad()
+    def _aim(self, search: Search, rows: Tensor) -> None:
+        """Set every picture's targets by its nearest others among unit rows. Collective."""
+        bank, k = self.bank, self.bank.neighbours.shape[1]
+        if k:
+            similar, bank.neighbours = search(rows, bank.present, k)
+            shares = (similar / self.config.neighbour_temperature).softmax(dim=1)
+            bank.shares = (1 - self.config.own_share) * shares
+        else:
+            bank.neighbours, bank.shares = bank.neighbours.to(rows.device), bank.shares.to(rows.device)
 
     def _warm_up(self, views: WarmupViews) -> None:
         """Train head and bank on frozen views, each rank its rows of every batch."""
@@ -172,7 +179,14 @@ class Nbd(Objective):
     # ---- a step
 
     def start_step(self, step: int) -> None:
+        """As `Objective.start_step`; where targets are to be found anew, collective."""
         self._step = step
+        if self.config.renew_every is None or step == 0:
+            return
+        every = max(round(self.config.renew_every * self.context.steps_per_epoch), 1)
+        if step % every == 0:
+            assert self.search is not None, "whoever trains gives `search`"
+            self._aim(self.search, F.normalize(self.bank.rows.detach(), dim=1))
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """As `Objective.forward`; rows of weight 0 have no influence. Collective: every rank must call."""

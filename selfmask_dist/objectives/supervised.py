@@ -54,7 +54,7 @@ def build(
                 "model's file, or head=linear"
             )
         text, scale = embed_classes(backbone, classes, section.prompts), backbone.logit_scale
-    return Supervised(
+    objective = Supervised(
         backbone.spec.dim,
         len(classes),
         section,
@@ -63,6 +63,8 @@ def build(
         distill_teacher=distill_teacher,
         seed=config.seed,
     )
+    objective.classes = classes
+    return objective
 
 
 def embed_classes(backbone: Backbone, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -92,6 +94,7 @@ class Supervised(Objective):
     """
 
     text_embeddings: Tensor
+    classes: tuple[str, ...] = ()  # their names, where `build` knew them
 
     def __init__(
         self,

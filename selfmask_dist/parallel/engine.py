@@ -301,7 +301,7 @@ class Engine:
         if self.world.size > 1 and (grads or sums):
             _sum_together(self.world, [*grads, *sums])
         for masks in self.masks.values():
-            masks.pull_back(sums.pop(0) if masks.has_sums else None)
+            masks.pull_back(sums.pop(0) if masks.has_sums else None, take=True)
 
     def _scores(self) -> list[nn.Parameter]:
         """Return the tensors whose gradients are normalised: scores, but no weights that stand for them."""

@@ -24,7 +24,7 @@ _OWN_FILES = (
     *(names.QUARANTINE, names.CHECKPOINTS, names.STACKS, names.REPORT, names.EMBEDDINGS, names.EVAL),
     *("*.mask", "*.safetensors", "failure-*.pt", "*.png", "wandb"),
     *(names.DISPATCHER, names.ROUTER, names.expert("*"), names.COMBINATION, names.VIEWS, "stop-*"),
-    *(names.RETRIEVAL, names.SCORE_LR, names.trial("*"), names.MEASURING),
+    *(names.MODEL, names.RETRIEVAL, names.SCORE_LR, names.trial("*"), names.MEASURING),
     # of procedures
     *("task-*", "rewind", "round-*", "generation-*", "fit.json", "inferred-*.json"),
     *("adapted", "fit.npy", "alpha-*.json", "first", "second", "barrier-*.json", "reached-*.json"),

@@ -138,6 +138,17 @@ def stragglers(run: Path) -> list[str]:
     return lines
 
 
+def memory_of_ranks(run: Path) -> str:
+    """Return a sentence on which rank has held most memory by the newest log line; empty where none says."""
+    ranks = _json(run / names.STATUS).get("ranks")
+    held = ranks.get("memory_mib") if isinstance(ranks, dict) else None
+    if not isinstance(held, list) or not held or None in map(number, held):
+        return ""
+    most = max(range(len(held)), key=held.__getitem__)
+    where = f" on rank {most}, {statistics.median(held) / 1024:.2f} in the middle of all {len(held)}"
+    return f"most memory held: {held[most] / 1024:.2f} GiB{where if len(held) > 1 else ''}"
+
+
 def stages_of(run: Path) -> list[Path]:
     """Return the runs of which a cascade is made, as far as they have begun; none for another run."""
     prefix = names.expert("")

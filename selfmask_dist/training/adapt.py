@@ -21,17 +21,19 @@ from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, saving_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
+from selfmask_dist.runs.profile import StepProfiler
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
-from selfmask_dist.training.finetune import add_lora
+from selfmask_dist.training.finetune import add_lora, add_peft
 from selfmask_dist.training.meter import MaskTelemetry, Meter
-from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare
+from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
 from selfmask_dist.training.retrieval.best_state import BestState
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.saving import Trainable, save
 from selfmask_dist.training.schedule import Schedule, with_reached_rate
 from selfmask_dist.training.state import CheckpointSchedule, Position, RunState
 from selfmask_dist.training.trainer import Trainer
+from selfmask_dist.training.whole.keep import keep_model
 
 BatchesOf = Callable[[int, int], data.BatchLoader]
 
@@ -94,6 +96,7 @@ def adapt(
         checkpoints=checkpoints,
         on_step=context.watchdog.beat,
         quarantine=quarantine,
+        profiler=_profiler(config, context),
     )
     try:
         trainer.run(start, meter)
@@ -103,6 +106,13 @@ def adapt(
     checkpoints.finish()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": steps, **kept}
+
+
+def _profiler(config: Config, context: RunContext) -> StepProfiler | None:
+    steps, world = config.run.profile, context.world
+    if steps is None:
+        return None
+    return StepProfiler(context.directory / names.PROFILE, world.rank, steps, report=context.writer.message)
 
 
 def _make_ready(
@@ -225,6 +235,8 @@ def _build(
         synchronise_batchnorm(backbone.encoder)
     if config.method == "finetune" and config.finetune.train == "lora":
         add_lora(backbone.encoder, **lora_options(config))  # before an engine cuts or wraps it
+    if config.method == "finetune" and config.finetune.peft:
+        add_peft(backbone.encoder, config.finetune.peft, seed=config.seed)
     engine = build_engine(
         TrainStep(backbone.encoder, objective, batchnorm=config.backbone.batchnorm),
         encoder=backbone.encoder,
@@ -236,7 +248,7 @@ def _build(
         score_step=config.optim.score_step,
     )
     if isinstance(objective, Nbd):
-        objective.loss_factor = engine.loss_factor
+        objective.loss_factor, objective.search = engine.loss_factor, search_bank(world)
     return objective, engine
 
 
@@ -252,7 +264,8 @@ def _conclude(
 ) -> dict[str, Any]:
     """Save what was trained, measure it, and add the numbers to the mask file; return the result's entries.
 
-    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers.
+    The mask is there before it is measured: a run that ends in between leaves it whole, without numbers. Its
+    size in the result is that of the mask alone, whatever the head takes that comes into its file last.
     """
     saved = save(config, trained, backbone, objective, context.directory, engine=engine)
     result: dict[str, Any] = {}
@@ -267,6 +280,7 @@ def _conclude(
     result |= record.result()
     if context.world.is_main:
         saved.add_numbers(result.get("adapted", {}), verdict=mark_of(result.get("retrieval")))
+        keep_model(config, backbone, objective, context.directory)
     return result | saved.sizes
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from selfmask_dist.common.files import replacing
 from selfmask_dist.common.names import FINETUNED
 from selfmask_dist.masking.selection import is_fused_qkv, norm_parameters
+from selfmask_dist.training.additions.methods import add_method
 
 Train = Literal["all", "bias", "norm", "lora"]
 
@@ -91,7 +92,7 @@ def add_lora(
     Raises:
         ValueError: peft is not installed, a pattern matches nothing, or what it matches cannot be added to.
     """
-    names = _lora_targets(model, targets)
+    names = lora_targets(model, targets)
     try:
         import peft
     except ImportError as error:
@@ -107,7 +108,13 @@ def add_lora(
     return names
 
 
-def _lora_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+def add_peft(model: nn.Module, settings: Mapping[str, Any], *, seed: int) -> list[str]:
+    """Put any method of peft on modules of `model`; see `additions.methods.add_method`."""
+    return add_method(model, settings, seed=seed, auto_fn=lambda own: lora_targets(own, ["auto"]))
+
+
+def lora_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names of the modules that `add_lora` adds to, in the network's order; errors as there."""
     # nn.MultiheadAttention never calls the module of its output projection: there it would do nothing
     hidden = {
         f"{n}.out_proj" for n, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
@@ -150,13 +157,21 @@ def _auto_targets(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str
 # ---- files
 
 
-def save_changed(tensors: Mapping[str, Tensor], path: Path, *, lora: Mapping[str, Any] | None = None) -> int:
+def save_changed(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    lora: Mapping[str, Any] | None = None,
+    peft: Mapping[str, Any] | None = None,
+) -> int:
     """Write what fine-tuning changed, weights and moved statistics, as safetensors; return the bytes.
 
     Args:
         lora: the arguments of `add_lora`, where tensors are its additions.
+        peft: those of `add_peft`, likewise.
     """
-    metadata = {_METADATA: json.dumps({"lora": None if lora is None else dict(lora)})}
+    about: dict[str, Any] = {"lora": None if lora is None else dict(lora)}
+    metadata = {_METADATA: json.dumps({**about, **({"peft": dict(peft)} if peft else {})})}
     with replacing(path) as partial:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata=metadata)
     return path.stat().st_size
@@ -174,8 +189,11 @@ def load_changed(model: nn.Module, path: Path) -> list[str]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     if text is None:
         raise ValueError(f"{path} was not written by a fine-tuning run")
-    if (lora := json.loads(text)["lora"]) is not None:
+    about = json.loads(text)
+    if (lora := about["lora"]) is not None:
         add_lora(model, **lora)
+    if (peft := about.get("peft")) is not None:
+        add_peft(model, peft["settings"], seed=peft["seed"])
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     odd = sorted(n for n, tensor in tensors.items() if n not in own or own[n].shape != tensor.shape)
     if odd:

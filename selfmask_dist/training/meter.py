@@ -32,7 +32,8 @@ class Meter:
         self._world = world
         self._sums: dict[str, Tensor] = {}
         self.seconds_per_step = 0.0
-        self.ranks: dict[str, list[float]] = {}  # of each rank, seconds a step: what `stragglers` looks at
+        # of each rank, seconds a step and the peak of memory: what `stragglers` and `memory_of_ranks` look at
+        self.ranks: dict[str, list[float]] = {}
         self._forward = ForwardClock(world.device)
         self._reset()
 
@@ -67,27 +68,31 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return means over the steps since the last read, summed over ranks. Collective; one device sync."""
         totals = torch.stack([value.double() for value in self._sums.values()])
-        totals, ranks = self._world.sum(torch.cat([totals, self._own_seconds(totals)])).split(
-            [len(totals), 2 * self._world.size]
+        totals, ranks = self._world.sum(torch.cat([totals, self._own_numbers(totals)])).split(
+            [len(totals), 3 * self._world.size]
         )
         values = {name: total / self._steps for name, total in zip(self._sums, totals.tolist(), strict=True)}
-        forward, waited = ranks.view(2, -1).tolist()
-        self.ranks = {"forward": forward, "data": waited}
+        forward, waited, memory = ranks.view(3, -1).tolist()
+        self.ranks = {"forward": forward, "data": waited, "memory_mib": memory}
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         values["images_per_second"] = self._images / elapsed
         values["data_wait"] = min(self._waited / elapsed, 1.0)
-        values["memory_mib"] = peak_memory(self._world.device) / 2**20
+        values["memory_mib"] = max(memory)
         self.seconds_per_step = elapsed / self._steps
         self._reset()
         return values
 
-    def _own_seconds(self, like: Tensor) -> Tensor:
-        """Return (2 * ranks): this rank's seconds a step of forward passes and of waiting for data, else 0.
+    def _own_numbers(self, like: Tensor) -> Tensor:
+        """Return (3 * ranks): of this rank the seconds a step of forward passes and of waiting for data, and
+        the peak of memory in MiB; 0 for the others.
 
         They ride on the sum of the metrics: no collective of their own.
         """
-        rows = torch.zeros(2, self._world.size, dtype=torch.float64)
-        rows[:, self._world.rank] = torch.tensor([self._forward.read(), self._waited]) / max(self._steps, 1)
+        rows = torch.zeros(3, self._world.size, dtype=torch.float64)
+        steps, memory = max(self._steps, 1), peak_memory(self._world.device) / 2**20
+        rows[:, self._world.rank] = torch.tensor(
+            [self._forward.read() / steps, self._waited / steps, memory], dtype=torch.float64
+        )
         return rows.flatten().to(like.device)
 
     def state(self) -> dict[str, Any]:

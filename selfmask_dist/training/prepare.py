@@ -22,11 +22,12 @@ from selfmask_dist.evals.embed import embed_views
 from selfmask_dist.evals.search import search
 from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family
-from selfmask_dist.objectives.nbd import Nbd, WarmupViews, Whitening
-from selfmask_dist.parallel import Engine
+from selfmask_dist.objectives.nbd import Nbd, Search, WarmupViews, Whitening
+from selfmask_dist.parallel import Engine, World
 from selfmask_dist.parallel.pca import fit_pca
 from selfmask_dist.runs.checkpoint import loading_peers
 from selfmask_dist.runs.context import RunContext
+from selfmask_dist.training.additions.methods import METHOD, trained_names
 from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.hold import Hold
@@ -49,7 +50,11 @@ def prepare(
         masks, head_masks = _attach_masks(config, engine, objective, groups, num_steps=num_steps)
         summary = masks.summary()
     else:
-        names = choose_weights(engine.encoder, config.finetune.train, freeze=config.finetune.freeze)
+        section = config.finetune
+        if section.peft:
+            names = trained_names(engine.encoder, str(section.peft[METHOD]))
+        else:
+            names = choose_weights(engine.encoder, section.train, freeze=section.freeze)
         weights = engine.free(engine.encoder, names)
         groups.append(_weight_group(config, weights))
         count = sum(parameter.numel() for parameter in weights)
@@ -241,6 +246,16 @@ def load_first_state(engine: Engine, run: Path, *, fingerprint: str) -> None:
 # ---- the bank of objective.name=nbd
 
 
+def search_bank(world: World) -> Search:
+    """Return the search for neighbours in a bank whose rows are dealt to ranks in turn."""
+
+    def nearest(bank: Tensor, present: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(len(bank), device=bank.device) * world.size + world.rank
+        return search(bank[present], bank, k=k, bank_ids=ids[present], query_ids=ids, ranks=world)
+
+    return nearest
+
+
 def begin_bank(
     config: Config,
     context: RunContext,
@@ -282,10 +297,5 @@ def begin_bank(
     variance = pca.explained_variance
     scale = (variance + config.nbd.shrinkage * variance.mean()).rsqrt()
     whitening = Whitening(pca.mean.float(), (pca.components.T * scale).float())
-
-    def nearest(bank: Tensor, present: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        ids = torch.arange(len(bank), device=bank.device) * world.size + world.rank
-        return search(bank[present], bank, k=k, bank_ids=ids[present], query_ids=ids, ranks=world)
-
     views = WarmupViews(drawn.to(world.device), found.kept)
-    objective.begin(found.means, whitening, views, present, nearest)
+    objective.begin(found.means, whitening, views, present, search_bank(world))

@@ -130,7 +130,7 @@ def _save_weights(config: Config, trained: Trainable, engine: Engine, directory:
     """Write the encoder, or what fine-tuning changed of it where that is less; return sizes. Collective."""
     section, buffers = config.finetune, dict(engine.encoder.named_buffers())
     moved = [name for name, before in trained.statistics.items() if not torch.equal(buffers[name], before)]
-    is_part = trained.masks is None and (section.train != "all" or bool(section.freeze))
+    is_part = trained.masks is None and (section.train != "all" or bool(section.freeze or section.peft))
     path = directory / (names.FINETUNED if is_part else names.ENCODER)
     weights, num_trained = dict[str, Tensor](), 0
     for name, tensor in engine.each_whole_weight({*trained.weights, *moved} if is_part else None):
@@ -138,7 +138,9 @@ def _save_weights(config: Config, trained: Trainable, engine: Engine, directory:
         if engine.world.is_main:  # the others hold one at a time
             weights[name] = tensor.cpu()
     if engine.world.is_main and is_part:
-        save_changed(weights, path, lora=lora_options(config) if section.train == "lora" else None)
+        lora = lora_options(config) if section.train == "lora" else None
+        peft = {"settings": dict(section.peft), "seed": config.seed} if section.peft else None
+        save_changed(weights, path, lora=lora, peft=peft)
     elif engine.world.is_main:
         with replacing(path) as partial:
             save_file(_plain(weights), partial)

@@ -17,8 +17,12 @@ from torch.optim import Optimizer
 from selfmask_dist.config import Config
 
 HEAD_GROUPS = ("head", "head_scores")
-# optim.score_reach=auto, by whether convolutions hold most weights: docs/unlabelled.md has what was measured
-REACH = {False: 1.2, True: 0.4}
+# optim.score_reach=auto, by the kind of network; docs/unlabelled.md has what was measured
+REACH = {
+    "no convolutional network": 1.2,
+    "a convolutional network": 0.4,
+    "a convolutional network with depthwise convolutions": 0.15,
+}
 
 
 @dataclass(frozen=True)
@@ -75,25 +79,29 @@ def with_reached_rate(config: Config, schedule: Schedule, encoder: nn.Module) ->
     optim = config.optim
     if optim.score_reach is None or config.method != "mask":
         return config, ""
-    is_convolutional = _holds_mostly_convolutions(encoder)
-    reach = REACH[is_convolutional] if optim.score_reach == "auto" else optim.score_reach
+    kind = _kind(encoder)
+    reach = REACH[kind] if optim.score_reach == "auto" else optim.score_reach
     travel = schedule.travel(optim.momentum)
     if not travel:
         raise ValueError("optim.head_first_epochs leaves the scores no step of train.epochs; lower it")
     rate = reach * config.mask.way_to_threshold / travel
-    why = f" ({'a convolutional network' if is_convolutional else 'no convolutional network'})"
     line = (
         f"rate     {rate:.3g} for the scores: {schedule.num_steps:,} steps can carry one {reach:g} times the "
-        f"way to its threshold{why if optim.score_reach == 'auto' else ''}"
+        f"way to its threshold{f' ({kind})' if optim.score_reach == 'auto' else ''}"
     )
     return config.model_copy(update={"optim": optim.model_copy(update={"score_lr": rate})}), line
 
 
-def _holds_mostly_convolutions(encoder: nn.Module) -> bool:
+def _kind(encoder: nn.Module) -> str:
+    """Return the key of `REACH` by what holds most weights: convolutions, some of them depthwise, or not."""
     convolutions = linears = 0
+    is_depthwise = False
     for module in encoder.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             convolutions += module.weight.numel()
+            is_depthwise |= 1 < module.groups == module.in_channels
         elif isinstance(module, nn.Linear | nn.MultiheadAttention):
             linears += sum(parameter.numel() for parameter in module.parameters(recurse=False))
-    return convolutions > linears
+    if convolutions <= linears:
+        return "no convolutional network"
+    return "a convolutional network" + (" with depthwise convolutions" if is_depthwise else "")

@@ -22,6 +22,7 @@ from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.parallel import Engine
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted
+from selfmask_dist.runs.profile import StepProfiler, part
 from selfmask_dist.training.meter import Meter, NonFiniteError
 from selfmask_dist.training.schedule import Schedule
 from selfmask_dist.training.state import CheckpointSchedule, Position
@@ -54,6 +55,7 @@ class Trainer:
         before_step: (step), called before its forward. after_step: after its update. Collective.
         remarks: (numbers of a logged step) -> what the user should know about them.
         sample_key: sample id -> key, for messages.
+        profiler: traces some of the steps.
         quarantine: counts this rank's unreadable samples, and judges the sum over ranks.
     """
 
@@ -75,6 +77,7 @@ class Trainer:
     on_step: Callable[[], None] = lambda: None
     remarks: Callable[[dict[str, Any]], list[str]] = lambda values: []
     quarantine: Quarantine | None = None
+    profiler: StepProfiler | None = None
 
     def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
         """Train to the end and return the number of steps. Collective: every rank must call.
@@ -88,8 +91,12 @@ class Trainer:
             QuarantineError: more samples than the budget allows could not be read.
         """
         start, meter = start or Position(), meter or Meter(self.engine.world)
-        with meter.watching(self.engine.module):
-            return self._run(start, meter)
+        try:
+            with meter.watching(self.engine.module):
+                return self._run(start, meter)
+        finally:
+            if self.profiler is not None:  # stopped, or at its end, within the steps that are traced
+                self.profiler.close()
 
     def _run(self, start: Position, meter: Meter) -> int:
         step, epoch, done = start.step, start.epoch, start.batch
@@ -98,15 +105,8 @@ class Trainer:
             self._run_monitor(step, meter)
         while step < self.num_steps:
             for batch in meter.time_waiting(self.epoch_batches(epoch, done)):
-                self.schedule.apply(self.optimizer, step)
-                self.before_step(step)
                 is_logged = (step + 1) % self.log_every == 0 or step + 1 == self.num_steps
-                metrics = self.engine.forward_backward(batch)
-                stop, save = self._agree(metrics["loss"], step, epoch, batch)
-                if is_logged and self.telemetry is not None:
-                    self.telemetry.before_step()
-                self.engine.step()
-                self.after_step()
+                metrics, stop, save = self._step(step, epoch, batch, is_logged=is_logged)
                 step, done = step + 1, done + 1
                 meter.add(metrics, batch)
                 self.on_step()
@@ -120,6 +120,28 @@ class Trainer:
             epoch, done = epoch + 1, 0
         self.writer.end_progress()
         return step
+
+    def _step(
+        self, step: int, epoch: int, batch: Batch, *, is_logged: bool
+    ) -> tuple[dict[str, Tensor], bool, bool]:
+        """Make one step; return its metrics, and whether to stop and to save after it."""
+        if self.profiler is not None:
+            self.profiler.before_step(step)
+        self.schedule.apply(self.optimizer, step)
+        self.before_step(step)
+        with part("gradients"):
+            metrics = self.engine.forward_backward(batch)
+        with part("loss and votes"):
+            stop, save = self._agree(metrics["loss"], step, epoch, batch)
+        if is_logged and self.telemetry is not None:
+            self.telemetry.before_step()
+        with part("step"):
+            self.engine.step()
+        with part("objective"):
+            self.after_step()
+        if self.profiler is not None:
+            self.profiler.after_step(step)
+        return metrics, stop, save
 
     def _after_step(self, position: Position, meter: Meter, *, stop: bool, save: bool) -> None:
         """Monitor and save where it is time to; a stop in between leaves the monitor for later."""

@@ -24,7 +24,7 @@ from selfmask_dist.cli.service.server import make_server
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
 from selfmask_dist.data.views.decode import decode
-from selfmask_dist.maskfile import Mask
+from selfmask_dist.maskfile import Mask, Model
 from selfmask_dist.maskfile.bank import MaskBank
 from tests.support.models import make
 
@@ -70,12 +70,20 @@ def expected(data: bytes, mask: str | None) -> list[float]:
 class Server:
     """The service in a thread of this process."""
 
-    def __init__(self, bank: MaskBank, limits: Limits) -> None:
+    def __init__(
+        self,
+        bank: MaskBank,
+        limits: Limits,
+        *,
+        preprocessing: Preprocessing = PREPROCESSING,
+        models: dict[str, Model] | None = None,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.bank, self.url = bank, f"http://127.0.0.1:{self.port}"
-        self._server = make_server(create_app(bank, PREPROCESSING, limits), limits, port=self.port)
+        app = create_app(bank, preprocessing, limits, models)
+        self._server = make_server(app, limits, port=self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 
     def __enter__(self) -> "Server":

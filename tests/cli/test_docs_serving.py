@@ -158,7 +158,7 @@ def test_http(place: Path) -> None:
         assert len(answer.json()["embedding"]) == 32
         assert httpx.get(f"{url}/masks").json() == {"masks": ["pets", "birds"]}
         routes = re.findall(r"\| `(?:GET|POST) (/\w+)", TEXT)
-        assert routes == ["/embed", "/masks", "/health", "/metrics"]
+        assert routes == ["/embed", "/predict", "/masks", "/health", "/openapi", "/metrics"]
         assert "selfmask_pictures_total 1" in httpx.get(f"{url}/metrics").text
     finally:
         process.terminate()

@@ -103,7 +103,7 @@ def test_a_run_is_told_whole(plain: Path, tmp_path: Path) -> None:
         "Learning rate, scores",
         "Images per second",
     } <= set(titles)
-    assert "Peak memory of the main process, MiB" in titles
+    assert "Peak memory of the process that needs most, MiB" in titles
     for heading in ("Runs", "Results", "Curves", "Sparsity", "Telemetry", "Sizes", "Settings"):
         assert f"<h2>{heading}</h2>" in text
     assert "The paper has no number for this backbone, objective and data." in text

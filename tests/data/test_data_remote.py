@@ -22,7 +22,9 @@ import pytest
 from selfmask_dist.data import SampleError, open_source
 from selfmask_dist.data.build import build_index
 from selfmask_dist.data.remote import CachedStorage
+from tests.support.resuming import KEEP, check_resumed_equals_whole, losses_of, train
 from tests.support.tars import numbered_tars, picture
+from tests.support.tiny_run import write_config, write_tiny_data
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
@@ -178,6 +180,24 @@ def test_a_real_s3_server_in_ranges_and_through_the_cache(url: str, bucket: str,
     assert cached.read(0) == local.read(0), "it is here"
     with pytest.raises(ValueError, match=r"s3://bucket/none/samples\.index cannot be read"):
         open_source(f"s3://{bucket}/none")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_run_from_s3_through_the_nodes_cache_goes_on_bit_for_bit(bucket: str, tmp_path: Path) -> None:
+    data = write_tiny_data(tmp_path)
+    files = fsspec.filesystem("s3")
+    for name, folder in data.items():
+        build_index(folder)
+        files.put(str(folder), f"{bucket}/{name}", recursive=True)
+    path = write_config(tmp_path / "tiny.yaml", {name: f"s3://{bucket}/{name}" for name in data})
+    cache = tmp_path / "node"
+    keys = ["run.name=a", f"data.cache={cache}", "data.cache_gb=1", "engine.workers=2"]
+    check_resumed_equals_whole(path, keys, tmp_path / "a", step=3)
+    assert sorted(file.name.partition("-")[2] for file in cache.glob("*.tar"))
+    local = write_config(tmp_path / "local.yaml", {name: str(folder) for name, folder in data.items()})
+    train(local, [*KEEP, "run.name=b", "engine.workers=2"])
+    assert losses_of(tmp_path / "b") == losses_of(tmp_path / "a")
 
 
 def test_memory_file_system_in_ranges() -> None:

@@ -94,7 +94,7 @@ def mask_of_kind(model: nn.Module, kind: Any) -> Mask:
     bits: dict[str, Tensor] = {}
     parts: dict[str, Any] = {"signs": {}, "scales": {}, "values": {}}
     for name, weight in weights.items():
-        kept = torch.rand(weight.shape, generator=generator) < (2.0 if kind == "sign" else 0.5)
+        kept = torch.rand(weight.shape, generator=generator) < (2.0 if kind in forms.KEEPS_ALL else 0.5)
         bits[name] = kept
         if kind in forms.NUM_SCALES:
             parts["scales"][name] = torch.rand(2, forms.NUM_SCALES[kind], generator=generator).double()

@@ -48,6 +48,8 @@ def theta_of(kind: str, weight: Tensor, bits: Tensor, parts: int) -> Tensor:
             pieces.append(w * kept * (m.numel() / m.double().sum()).sqrt().to(w.dtype))
         elif kind == "frozen_sign":
             pieces.append(w.sign() * kept * (w.abs() * kept).mean())
+        elif kind == "delta":
+            pieces.append(w + torch.where(t >= 0, 1.0, -1.0).to(w.dtype) * w.abs().mean())
         elif kind == "sign":
             pieces.append(torch.where(t >= 0, 1.0, -1.0).to(w.dtype) * w.abs().mean())
         else:
@@ -55,15 +57,22 @@ def theta_of(kind: str, weight: Tensor, bits: Tensor, parts: int) -> Tensor:
     return torch.cat(pieces)
 
 
+def parts_of(kind: Any, theta: Tensor, bits: Tensor, weight: Tensor, parts: int) -> dict[str, Tensor]:
+    if kind != "delta":
+        return take_apart(kind, theta, bits, weight, num_parts=parts)
+    scales = torch.stack([piece.abs().mean() for piece in weight.chunk(parts)])[:, None].double()
+    return {"signs": theta < weight, "scales": scales}
+
+
 def mask_of(kind: Any, encoder: torch.nn.Module, *, dtype: torch.dtype = torch.float32) -> tuple[Mask, dict]:
     """(the mask, its thetas): q, k and v scaled apart, the MLP's bits in blocks."""
     generator = torch.Generator().manual_seed(3)
     weights = {name: encoder.get_parameter(name).detach().to(dtype) for name in NAMES}
-    blocks = {NAMES[1]: (32, 10)} if kind != "sign" else {}
+    blocks = {NAMES[1]: (32, 10)} if kind not in forms.KEEPS_ALL else {}
     bits, thetas = {}, {}
     parts: dict[str, Any] = {}
     for name, weight in weights.items():
-        bits[name] = torch.rand(weight.shape, generator=generator) < (2.0 if kind == "sign" else 0.6)
+        bits[name] = torch.rand(weight.shape, generator=generator) < (2.0 if kind in forms.KEEPS_ALL else 0.6)
         if name in blocks:
             grid = torch.rand(forms.grid_shape(list(weight.shape), blocks[name]), generator=generator) < 0.5
             bits[name] = grid.repeat_interleave(32, 0)[: len(weight)].repeat_interleave(10, 1)[
@@ -71,7 +80,7 @@ def mask_of(kind: Any, encoder: torch.nn.Module, *, dtype: torch.dtype = torch.f
             ]
         num_parts = 3 if name == QKV else 1
         thetas[name] = theta_of(kind, weight, bits[name], num_parts)
-        for part, value in take_apart(kind, thetas[name], bits[name], weight, num_parts=num_parts).items():
+        for part, value in parts_of(kind, thetas[name], bits[name], weight, num_parts).items():
             parts.setdefault(part, {})[name] = value
     weights_fingerprint = fingerprint(weights.items())
     return Mask(bits, weights_fingerprint, kind=kind, num_segments={QKV: 3}, blocks=blocks, **parts), thetas
@@ -99,7 +108,7 @@ def test_a_file_of_each_kind_gives_theta_back_bit_for_bit(
     assert verify_mask_file(path).startswith("whole; 1 masks")
     shown = describe_file(path)
     assert ("of kind" in shown) == (kind != "threshold")
-    assert ("blocks of 32 x 10" in shown) == (kind != "sign")
+    assert ("blocks of 32 x 10" in shown) == (kind not in forms.KEEPS_ALL)
     version = int.from_bytes(path.read_bytes()[8:12], "little")
     assert version == container.VERSION_WITH_FORMS
 

@@ -89,6 +89,24 @@ def test_the_start_is_whitened_and_the_targets_are_the_frozen_neighbours() -> No
         assert torch.allclose(objective.bank.shares[i], expected, atol=1e-12)
 
 
+def test_targets_are_found_anew_where_the_bank_has_moved_to() -> None:
+    objective = started(CONFIG.model_copy(update={"renew_every": 0.5}))
+    objective.context = replace(objective.context, steps_per_epoch=4)
+    objective.search = nearest_others
+    objective.bank.rows = torch.randn(
+        NUM, DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    )
+    before, rows = objective.bank.neighbours.clone(), unit(objective.bank.rows)
+    for step in (0, 1, 3):
+        objective.start_step(step)
+        assert torch.equal(objective.bank.neighbours, before), step
+    objective.start_step(2)
+    similar = (rows @ rows.T).fill_diagonal_(-2)
+    order = similar.argsort(dim=1, descending=True)[:, :K]
+    assert torch.equal(objective.bank.neighbours, order)
+    assert torch.allclose(objective.bank.shares, 0.4 * (similar.gather(1, order) / 0.05).softmax(1))
+
+
 @pytest.mark.parametrize("views", [1, 3])
 def test_steps_are_those_of_the_plain_formula(views: int) -> None:
     objective, encoder = started(), Encoder()

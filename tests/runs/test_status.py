@@ -190,7 +190,14 @@ def test_a_rank_that_makes_the_others_wait_is_named(
         "a: rank 2 is slow: its forward passes take 400 ms a step, 205 ms in the middle of all",
         "a: rank 3 is slow: it waits for data for 1.5 s a step, 0 ms in the middle of all",
     ]
-    damaged = make_run(tmp_path / "b", **running(7, ranks={"forward": ["x", 1.0], "data": 3}))
+    assert "most memory" not in capsys.readouterr().out
+    run = make_run(tmp_path / "c", **running(7, ranks={"memory_mib": [1024.0, 1536.0, 4096.0, 1024.0]}))
+    assert main(["status", str(run)]) == 0
+    held = "c: most memory held: 4.00 GiB on rank 2, 1.25 in the middle of all 4"
+    assert held in capsys.readouterr().out.splitlines()
+    damaged = make_run(
+        tmp_path / "b", **running(7, ranks={"memory_mib": [1.0, "x"], "forward": ["x", 1.0], "data": 3})
+    )
     assert main(["status", str(damaged)]) == 0
 
 

@@ -1,45 +1,10 @@
-"""A web server of this machine that serves ranges and stops answering, and fsspec's http without aiohttp.
-
-`install` lets every Python process with the folder on its path read http:// with urllib, from real sockets.
-"""
+"""A web server of this machine that serves ranges and stops answering."""
 
 import http.server
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-_FILES = """
-import io
-import urllib.error
-import urllib.request
-
-from fsspec.spec import AbstractFileSystem
-
-
-class WebFiles(AbstractFileSystem):
-    protocol = "http"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return path
-
-    def _get(self, url, headers):
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 404:
-                raise FileNotFoundError(url) from None
-            raise OSError(f"status {error.code}") from None
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        return self._get(path, {} if start is None else {"Range": f"bytes={start}-{end - 1}"})
-
-    def _open(self, path, mode="rb", **kwargs):
-        return io.BytesIO(self._get(path, {}))
-"""
 
 
 class Web(http.server.ThreadingHTTPServer):
@@ -58,6 +23,15 @@ class Web(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: Web
 
+    def do_HEAD(self) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(path.stat().st_size))
+        return self.end_headers()
+
     def do_GET(self) -> None:
         with self.server.lock:
             number, self.server.asked = self.server.asked, self.server.asked + self.path.endswith(".tar")
@@ -70,9 +44,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         data, asked = path.read_bytes(), self.headers.get("Range")
         if asked is not None:
+            whole = len(data)
             first, last = map(int, asked.removeprefix("bytes=").split("-"))
             data = data[first : last + 1]
         self.send_response(200 if asked is None else 206)
+        if asked is not None:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{whole}")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -90,13 +67,3 @@ def serving(folder: Path) -> Iterator[Web]:
             yield server
         finally:
             server.shutdown()
-
-
-def install(folder: Path) -> Path:
-    """Write a package that tells fsspec of it, and return the folder to put on the path."""
-    described = folder / "selfmask_web-0.dist-info"
-    described.mkdir(parents=True)
-    (folder / "selfmask_web.py").write_text(_FILES)
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: selfmask-web\nVersion: 0\n")
-    (described / "entry_points.txt").write_text("[fsspec.specs]\nhttp = selfmask_web:WebFiles\n")
-    return folder

@@ -71,3 +71,6 @@ def test_the_seconds_of_each_rank_ride_on_the_sum_of_the_metrics() -> None:
         assert 0.05 <= ranks["forward"][1] < 0.15
         assert 0.04 <= ranks["data"][0] < 0.14
         assert ranks["data"][1] < 0.02
+        assert len(ranks["memory_mib"]) == 2
+        assert min(ranks["memory_mib"]) > 10
+        assert values["memory_mib"] == max(ranks["memory_mib"])

@@ -120,7 +120,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, tiny_data: dict[str, str]) -> None:
     path = write_config(tmp_path / "tiny.yaml", tiny_data, optim={"score_lr": 0.3}, eval={"final": False})
-    check_resumed_equals_whole(path, ["run.name=a", *SMALL, "nbd.views=2"], tmp_path / "a", step=3)
+    renewed = ["nbd.views=2", "nbd.renew_every=0.5"]
+    check_resumed_equals_whole(path, ["run.name=a", *SMALL, *renewed], tmp_path / "a", step=3)
     state = last_state(tmp_path / "a")
     assert len(state["buffers/bank"]) == 48
     assert "buffers/first_weight" in state

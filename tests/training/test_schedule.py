@@ -125,13 +125,29 @@ def test_a_rate_that_is_given_wins_over_the_reach_that_an_objective_brings() -> 
     assert with_reached_rate(given, Schedule(10), torch.nn.Linear(1, 1)) == (given, "")
 
 
-def test_a_convolutional_network_gets_a_third_of_the_reach() -> None:
-    config, schedule = load_config(None, ["objective.name=nbd"]), Schedule(100)
-    vit = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 2), torch.nn.MultiheadAttention(8, 2))
-    resnet = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Linear(8, 8))
-    (small, words), (large, _) = (with_reached_rate(config, schedule, model) for model in (resnet, vit))
-    assert large.optim.score_lr == pytest.approx(3 * small.optim.score_lr)
-    assert "0.4 times the way to its threshold (a convolutional network)" in words
+@pytest.mark.parametrize(
+    ("layers", "reach", "kind"),
+    [
+        ([torch.nn.Conv2d(3, 8, 2), torch.nn.MultiheadAttention(8, 2)], 1.2, "no convolutional network"),
+        ([torch.nn.Conv2d(3, 64, 3), torch.nn.Linear(8, 8)], 0.4, "a convolutional network"),
+        (
+            [torch.nn.Conv2d(64, 64, 3, groups=64), torch.nn.Conv2d(64, 8, 1)],
+            0.15,
+            "a convolutional network with depthwise convolutions",
+        ),
+        # grouped, yet not one channel at a time
+        ([torch.nn.Conv2d(64, 64, 3, groups=32)], 0.4, "a convolutional network"),
+    ],
+)
+def test_the_reach_follows_from_the_kind_of_network(
+    layers: list[torch.nn.Module], reach: float, kind: str
+) -> None:
+    given = ["objective.name=nbd", f"optim.score_reach={reach}"]
+    configs = [load_config(None, settings) for settings in (["objective.name=nbd"], given)]
+    model, schedule = torch.nn.Sequential(*layers), Schedule(100)
+    (auto, words), (same, _) = (with_reached_rate(config, schedule, model) for config in configs)
+    assert auto.optim.score_lr == same.optim.score_lr
+    assert f"{reach:g} times the way to its threshold ({kind})" in words
 
 
 @pytest.mark.parametrize(

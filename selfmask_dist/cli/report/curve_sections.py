@@ -40,7 +40,7 @@ _LEARNING: tuple[_Curve, ...] = (
 TELEMETRY: tuple[_Curve, ...] = (
     ("images_per_second", "Images per second", _short),
     ("data_wait", "Time spent waiting for data", _percent_tick),
-    ("memory_mib", "Peak memory of the main process, MiB", _short),
+    ("memory_mib", "Peak memory of the process that needs most, MiB", _short),
 )
 _NOT_CURVES = ("step", "time", "epoch", "mask/active", "quarantined")
 

@@ -1,9 +1,11 @@
-"""A bank of masks over HTTP: a picture in, its embedding under a named mask out.
+"""A bank of masks over HTTP: a picture in, its embedding or its classes under a named mask out.
 
     POST /embed?mask=NAME   the body is one encoded picture; without `mask`, the frozen backbone
+    POST /predict?mask=NAME classes, where the mask came with a head
     GET  /masks             names
     GET  /health            200 while the encoder works
     GET  /metrics           Prometheus text
+    GET  /openapi.json      this, for programs; GET / is a page for people
 
 What each part bounds, from the wire to the encoder:
 

@@ -7,38 +7,56 @@ deadline, or when its client goes away. Whatever is refused costs nothing else. 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from selfmask_dist.cli.service import openapi, page
 from selfmask_dist.cli.service.bodies import Bodies
 from selfmask_dist.cli.service.encoder import Encoder
 from selfmask_dist.cli.service.limits import Limits
 from selfmask_dist.cli.service.pictures import Pictures
 from selfmask_dist.cli.service.refusal import RefusedError, is_out_of_memory
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.maskfile import Model
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.models.whole import ranked
 
 _LOG = logging.getLogger(__name__)
-_ROUTES = "POST /embed, GET /masks, GET /health and GET /metrics"
+_ROUTES = (
+    "POST /embed, GET /masks, GET /health, GET /metrics, POST /predict, GET /openapi.json and GET /, a page"
+)
+_TOP = 5  # classes of an answer, where a request does not say how many
 
 
-def create_app(bank: MaskBank, preprocessing: Preprocessing, limits: Limits | None = None) -> Starlette:
+def create_app(
+    bank: MaskBank,
+    preprocessing: Preprocessing,
+    limits: Limits | None = None,
+    models: Mapping[str, Model] | None = None,
+) -> Starlette:
     """Return the ASGI application over a bank, whose masks may be added and removed while it serves.
 
     Its `state.requests` counts answers by status. The limits on connections, heads and sending are those of
     `server.make_server`, which runs it.
+
+    Args:
+        models: heads and class names by the name of their mask, for `/predict`.
     """
-    service = _Service(bank, preprocessing, limits or Limits())
+    service = _Service(bank, preprocessing, limits or Limits(), models or {})
     app = Starlette(
         routes=[
+            Route("/", service.page),
+            Route("/openapi.json", service.openapi),
             Route("/embed", service.embed, methods=["POST"]),
+            Route("/predict", service.predict, methods=["POST"]),
             Route("/masks", service.masks),
             Route("/health", service.health),
             Route("/metrics", service.metrics),
@@ -51,11 +69,13 @@ def create_app(bank: MaskBank, preprocessing: Preprocessing, limits: Limits | No
 
 
 class _Service:
-    def __init__(self, bank: MaskBank, preprocessing: Preprocessing, limits: Limits) -> None:
-        self._bank, self._limits = bank, limits
+    def __init__(
+        self, bank: MaskBank, preprocessing: Preprocessing, limits: Limits, models: Mapping[str, Model]
+    ) -> None:
+        self._bank, self._limits, self._models = bank, limits, models
         self._bodies = Bodies(limits)
         self._pictures = Pictures(preprocessing, limits)
-        self._encoder = Encoder(bank, limits)
+        self._encoder = Encoder(bank, limits, models)
         self._waiting = 0
         self.requests: Counter[int] = Counter()  # by status
 
@@ -70,8 +90,17 @@ class _Service:
 
     async def embed(self, request: Request) -> Response:
         """Answer `POST /embed` with an embedding, or with a reason and the status that goes with it."""
+        return await self._guarded(self._embed, request)
+
+    async def predict(self, request: Request) -> Response:
+        """Answer `POST /predict` with classes, or with a reason and the status that goes with it."""
+        return await self._guarded(self._predict, request)
+
+    async def _guarded(
+        self, work: Callable[[Request], Awaitable[dict[str, object]]], request: Request
+    ) -> Response:
         try:
-            return self._answer(await self._embed(request), 200)
+            return self._answer(await work(request), 200)
         except RefusedError as refused:
             return self._answer({"error": refused.reason}, refused.status, refused.headers)
         except ClientDisconnect:
@@ -86,7 +115,26 @@ class _Service:
             return self._answer({"error": reason}, 503)
 
     async def _embed(self, request: Request) -> dict[str, object]:
-        mask = self._mask(request)
+        mask = self._mask(_parameters(request, ("mask",)).get("mask"))
+        return {"mask": mask, "embedding": await self._picture(request, mask, has_head=False)}
+
+    async def _predict(self, request: Request) -> dict[str, object]:
+        given = _parameters(request, ("mask", "top", "logits"))
+        mask = self._mask(given.get("mask", next(iter(self._models)) if len(self._models) == 1 else None))
+        if mask is None or mask not in self._models:
+            known = ", ".join(list(self._models)[:20]) or "none"
+            what = "name a mask" if mask is None else f"the mask {mask!r} has no head, only embeddings"
+            raise RefusedError(400, f"{what}; classes are known of {known}")
+        top, with_logits = _number(given.get("top", str(_TOP))), given.get("logits", "false")
+        if with_logits not in ("true", "false"):
+            raise RefusedError(400, f"`logits` is {with_logits[:50]!r}; it is true or false")
+        logits = await self._picture(request, mask, has_head=True)
+        found = ranked("", torch.tensor(logits), self._models[mask].classes, top).to_dict()["top"]
+        answer = {"mask": mask, "top": found}
+        return {**answer, "logits": logits} if with_logits == "true" else answer
+
+    async def _picture(self, request: Request, mask: str | None, *, has_head: bool) -> list[float]:
+        """Return what the encoder, or a mask's head, makes of the picture that a request brings."""
         data = await self._bodies.read(request)
         try:
             if self._waiting >= self._limits.max_waiting:
@@ -96,29 +144,26 @@ class _Service:
             self._waiting += 1
             try:
                 content_type = request.headers.get("content-type", "")
-                embedding = await self._in_time(self._compute(data, content_type, mask), request)
+                return await self._in_time(
+                    self._compute(data, content_type, mask, has_head=has_head), request
+                )
             finally:
                 self._waiting -= 1
         finally:
             self._bodies.release(data)
-        return {"mask": mask, "embedding": embedding}
 
-    def _mask(self, request: Request) -> str | None:
-        """Return the mask that a request names; None for the frozen backbone."""
-        params = request.query_params.multi_items()
-        for name, _ in params:
-            if name != "mask":
-                raise RefusedError(400, f"there is no parameter {name[:50]!r}; the only one is `mask`")
-        if len(params) > 1:
-            raise RefusedError(400, f"{len(params)} masks are named; ask for one with each picture")
-        mask = params[0][1] if params else None
+    def _mask(self, mask: str | None) -> str | None:
+        """Return the mask that a request names, once it is known to be there; None: the frozen backbone."""
         if mask is not None and mask not in self._bank:
             known = ", ".join(self._bank.names[:20]) or "none"
             raise RefusedError(404, f"there is no mask {mask[:100]!r}; there is {known} (all: GET /masks)")
         return mask
 
-    async def _compute(self, data: bytes, content_type: str, mask: str | None) -> list[float]:
-        return await self._encoder.embed(await self._pictures.view(data, content_type), mask)
+    async def _compute(
+        self, data: bytes, content_type: str, mask: str | None, *, has_head: bool
+    ) -> list[float]:
+        picture = await self._pictures.view(data, content_type)
+        return await self._encoder.embed(picture, mask, has_head=has_head)
 
     async def _in_time(self, work: Coroutine[Any, Any, list[float]], request: Request) -> list[float]:
         """Return what `work` gives; it is dropped at its deadline, and when its client goes away."""
@@ -141,8 +186,17 @@ class _Service:
             gone.cancel()
 
     async def masks(self, _request: Request) -> Response:
-        """Answer `GET /masks` with the names of the masks."""
-        return JSONResponse({"masks": self._bank.names})
+        """Answer `GET /masks` with the names of the masks, and the number of classes of those with a head."""
+        classes = {name: len(model.classes) for name, model in self._models.items() if name in self._bank}
+        return JSONResponse({"masks": self._bank.names, **({"classes": classes} if classes else {})})
+
+    async def page(self, _request: Request) -> Response:
+        """Answer `GET /` with a page for trying the service in a browser."""
+        return HTMLResponse(page.HTML, headers=page.HEADERS)
+
+    async def openapi(self, _request: Request) -> Response:
+        """Answer `GET /openapi.json` with a description of the service in OpenAPI's form."""
+        return JSONResponse(openapi.describe(self._limits))
 
     async def health(self, _request: Request) -> Response:
         """Answer `GET /health`: 200 while the encoder works, else 503."""
@@ -177,6 +231,29 @@ class _Service:
     def _answer(self, content: object, status: int, headers: dict[str, str] | None = None) -> Response:
         self.requests[status] += 1
         return JSONResponse(content, status, headers)
+
+
+def _parameters(request: Request, known: tuple[str, ...]) -> dict[str, str]:
+    """Return a request's parameters by name. Raises RefusedError for one that is unknown, or there twice."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            only = "the only one is" if len(known) == 1 else "there are"
+            raise RefusedError(
+                400, f"there is no parameter {name[:50]!r}; {only} {', '.join(f'`{one}`' for one in known)}"
+            )
+        if name in found:
+            number = len(request.query_params.getlist(name))
+            what = f"{number} masks are named" if name == "mask" else f"`{name}` is given {number} times"
+            raise RefusedError(400, f"{what}; ask for one with each picture")
+        found[name] = value
+    return found
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < len(text) < 10 or int(text) < 1:
+        raise RefusedError(400, f"`top` is {text[:50]!r}; it is a number of classes, 1 or more")
+    return int(text)
 
 
 async def _until_gone(request: Request) -> None:

@@ -7,7 +7,7 @@ them, is not every picture's. Knows nothing of HTTP but the status of a refusal.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from selfmask_dist.cli.service.limits import Limits
 from selfmask_dist.cli.service.refusal import RefusedError, is_out_of_memory
+from selfmask_dist.maskfile import Head, Model
 from selfmask_dist.maskfile.bank import MaskBank
 
 _LOG = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ _Outcome = list[float] | RefusedError
 class _Job:
     picture: Tensor  # (3, size, size), on the CPU
     mask: str | None
+    has_head: bool  # whether its mask's logits are wanted, not the embedding
     done: "asyncio.Future[list[float]]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -38,9 +40,10 @@ class Encoder:
     pictures, passes: how many were computed. seconds: that took. failure: why the last pass gave nothing.
     """
 
-    def __init__(self, bank: MaskBank, limits: Limits) -> None:
-        self._bank, self._limits = bank, limits
+    def __init__(self, bank: MaskBank, limits: Limits, models: Mapping[str, Model]) -> None:
+        self._bank, self._limits, self._models = bank, limits, models
         self._device = next(bank.encoder.parameters()).device
+        self._heads: dict[str, tuple[Head, Head]] = {}  # as they came, and on the device
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
         self._worker: asyncio.Task[None] | None = None
         self.pictures = self.passes = 0
@@ -63,13 +66,13 @@ class Encoder:
             with suppress(asyncio.CancelledError):
                 await self._worker
 
-    async def embed(self, picture: Tensor, mask: str | None) -> list[float]:
-        """Return the embedding of a view (3, size, size) under a mask.
+    async def embed(self, picture: Tensor, mask: str | None, *, has_head: bool = False) -> list[float]:
+        """Return the embedding of a view (3, size, size) under a mask, or the logits of the mask's head.
 
         Raises:
             RefusedError: the mask is gone, memory does not hold the pass, or the encoder fails.
         """
-        job = _Job(picture, mask)
+        job = _Job(picture, mask, has_head)
         await self._jobs.put(job)
         return await job.done
 
@@ -124,12 +127,31 @@ class Encoder:
         found = self._bank.embed(images, [job.mask for job in jobs]).float()
         self.passes += 1
         is_finite = found.isfinite().all(dim=1).tolist()
+        rows = found.tolist()
+        for mask in {job.mask for job in jobs if job.has_head and job.mask is not None}:
+            asked = [n for n, job in enumerate(jobs) if job.has_head and job.mask == mask]
+            logits = self._head(mask).logits(found[asked])
+            for number, row, finite in zip(
+                asked, logits.tolist(), logits.isfinite().all(dim=1).tolist(), strict=True
+            ):
+                rows[number], is_finite[number] = row, is_finite[number] and finite
         return [
             row if finite else _not_finite(job.mask)
-            for job, row, finite in zip(jobs, found.tolist(), is_finite, strict=True)
+            for job, row, finite in zip(jobs, rows, is_finite, strict=True)
         ]
 
+    def _head(self, mask: str) -> Head:
+        """Return a mask's head on the encoder's device, where it stays until another takes its place."""
+        model = self._models.get(mask)
+        if model is None or model.head is None:
+            raise RefusedError(404, f"the head of the mask {mask!r} was removed meanwhile")
+        if mask not in self._heads or self._heads[mask][0] is not model.head:
+            self._heads[mask] = (model.head, model.head.to(self._device))
+        return self._heads[mask][1]
+
     def _named(self, error: Exception, job: _Job) -> RefusedError:
+        if isinstance(error, RefusedError):
+            return error
         if is_out_of_memory(error):
             return RefusedError(507, "the encoder has no memory for one picture now; try again later")
         if self._is_gone(job.mask):

@@ -151,6 +151,8 @@ def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
             ("optim.kind", "engine.name"),
             "optim.kind=adamw is not wired for engine.name=deepspeed; use engine.name=fsdp or optim.kind=sgd",
         )
+    if config.method == "finetune" and config.finetune.peft:
+        yield from _peft_conflicts(config)
     if config.method == "finetune" and config.finetune.train == "lora":
         if engine == "deepspeed":
             yield Conflict(
@@ -163,6 +165,28 @@ def engine_conflicts(config: AllSections) -> Iterator[Conflict]:
                 "finetune.train=lora trains additions alone; choose them by finetune.lora_targets and leave "
                 "finetune.freeze empty",
             )
+
+
+def _peft_conflicts(config: AllSections) -> Iterator[Conflict]:
+    section = config.finetune
+    if section.train != "all":
+        yield Conflict(
+            ("finetune.peft", "finetune.train"),
+            f"finetune.peft and finetune.train={section.train} both say what is trained; leave one out",
+        )
+    if section.freeze:
+        yield Conflict(
+            ("finetune.peft", "finetune.freeze"),
+            "finetune.peft trains what its method adds; choose where by its target_modules and leave "
+            "finetune.freeze empty",
+        )
+    if not section.peft.get("method"):
+        yield Conflict(("finetune.peft",), "finetune.peft names no method; write {method: VERA, r: 16}")
+    if config.engine.name != "ddp":
+        yield Conflict(
+            ("finetune.peft", "engine.name"),
+            f"finetune.peft is not wired for engine.name={config.engine.name}; use engine.name=ddp",
+        )
 
 
 def number_conflicts(config: AllSections) -> Iterator[Conflict]:

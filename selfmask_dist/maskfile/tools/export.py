@@ -88,6 +88,7 @@ def export(
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=file.preprocessing,
             metrics=file.metrics,
+            models=dict(file.models) if len(file.masks) == 1 else {},
         ),
     )
     draw_mask(mask.bits, picture, title=f"{name}: what the mask prunes, by layer")
@@ -147,6 +148,7 @@ _RESTS = {
     "ternary": "the rest of one positive and one negative value in each tensor",
     "values": "the rest trained",
     "graft": "the rest replaced by fine-tuned ones",
+    "delta": "to every weight of a tensor one size added, or taken away",
 }
 
 

@@ -1,0 +1,138 @@
+"""What a run keeps so that its outcome answers with a class: head, class names, how the backbone is built.
+
+keep_model(...)              into final.mask; where a run leaves weights in place of a mask, into model.json,
+                             whose head is head.safetensors beside it (or text.safetensors)
+model = read_model(folder)   out of either
+
+Wiring alone: `maskfile.model` has the format, `objectives.supervised` the heads.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from selfmask_dist.backbones import Backbone
+from selfmask_dist.common import names
+from selfmask_dist.common.files import replacing, write_json
+from selfmask_dist.common.version import VERSION
+from selfmask_dist.config import Config
+from selfmask_dist.maskfile import Head, Model, add_models, read_mask_file
+from selfmask_dist.objectives import Objective
+from selfmask_dist.objectives.supervised import L2_LENGTH, Supervised
+
+MODEL_NAME = "default"  # of a run's one mask in its file
+_NOT_BUILT = ("batchnorm",)  # keys of the section `backbone` that only training reads
+
+
+def keep_model(config: Config, backbone: Backbone, objective: Objective, directory: Path) -> None:
+    """Add the whole model to what a supervised run has left in its folder. On the main rank, after `save`.
+
+    Nothing is done where the objective does not classify, or where `run.whole_model` is off.
+    """
+    if not isinstance(objective, Supervised) or not config.run.whole_model:
+        return
+    model = describe_model(config, backbone, objective)
+    if (directory / names.MASK).exists():
+        add_models(directory / names.MASK, {MODEL_NAME: model})
+        return
+    assert model.head is not None
+    if objective.head is None:
+        with replacing(directory / names.TEXT_HEAD) as partial:
+            save_file(model.head.tensors(), partial)
+    about = {"kind": model.head.kind, "norm": model.head.norm, "scale": model.head.scale}
+    rest = {field.name: getattr(model, field.name) for field in fields(Model) if field.name != "head"}
+    write_json(directory / names.MODEL, {**rest, "head": about})
+
+
+def describe_model(config: Config, backbone: Backbone, objective: Supervised) -> Model:
+    """Return the whole model as files hold it, its head on the CPU."""
+    provenance = {
+        "written_by": f"selfmask_dist {VERSION}",
+        "method": config.method,
+        "objective": f"{config.objective.name}, head {config.objective.head}",
+        "seed": str(config.seed),
+    }
+    if config.method == "mask":
+        provenance["mask"] = str(config.mask.family)
+    published = getattr(backbone.encoder, "pretrained_cfg", None) or {}
+    if config.backbone.pretrained and config.backbone.weights is None and published.get("license"):
+        provenance["backbone_licence"] = str(published["license"])
+    return Model(
+        head=head_of(objective),
+        classes=objective.classes,
+        backbone=backbone_settings(config),
+        pooling=pooling_of(backbone.encoder),
+        licence=config.run.licence or "",
+        provenance=provenance,
+    )
+
+
+def head_of(objective: Supervised) -> Head:
+    """Return the head of a supervised objective; a masked one as theta."""
+    if objective.head is None:
+        text = objective.text_embeddings.detach().cpu()
+        return Head("cosine", text, scale=objective.logit_scale)
+    return _linear(objective.kept_state(), objective.config.head_norm)
+
+
+def _linear(state: Mapping[str, Tensor], norm: str) -> Head:
+    """Return a head out of what a run keeps of its objective (head.safetensors)."""
+    parts = {
+        "weight": "head.weight",
+        "bias": "head.bias",
+        "mean": "norm.running_mean",
+        "var": "norm.running_var",
+    }
+    found = {part: state[key].detach().cpu().clone() for part, key in parts.items() if key in state}
+    return Head("linear", norm=norm, scale=L2_LENGTH if norm == "l2" else 1.0, **found)
+
+
+def backbone_settings(config: Config) -> dict[str, Any]:
+    """Return what a reader needs to build the backbone again; see `maskfile.Model`."""
+    section = config.backbone
+    found: dict[str, Any] = section.model_dump(mode="json", exclude_defaults=True, exclude=set(_NOT_BUILT))
+    found["name"] = section.name
+    if section.weights is not None:
+        found["weights"] = Path(section.weights).name  # where it lies is the owner's business
+    elif not section.pretrained:
+        found["seed"] = config.seed
+    return found
+
+
+def pooling_of(encoder: nn.Module) -> str:
+    """Return how an encoder pools its tokens or maps, in its library's word; empty where it does not say."""
+    for name in ("global_pool", "pool_type"):
+        found = getattr(encoder, name, None)
+        found = getattr(found, "pool_type", None) if isinstance(found, nn.Module) else found
+        if isinstance(found, str):
+            return found
+    return ""
+
+
+def read_model(folder: Path) -> Model | None:
+    """Return the whole model of a run's folder; None where the run kept none.
+
+    Raises:
+        ValueError: model.json and the head beside it do not fit.
+    """
+    if (folder / names.MASK).exists():
+        return read_mask_file(folder / names.MASK).models.get(MODEL_NAME)
+    path = folder / names.MODEL
+    if not path.exists():
+        return None
+    stated: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    about = stated.pop("head")
+    try:
+        if about["kind"] == "cosine":
+            arrays = load_file(folder / names.TEXT_HEAD)
+            head = Head("cosine", scale=about["scale"], **arrays)
+        else:
+            head = _linear(load_file(folder / names.HEAD), about["norm"])
+        return Model(**{**stated, "head": head, "classes": tuple(stated["classes"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} and the head beside it do not fit: {error}") from error
