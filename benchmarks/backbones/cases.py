@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from torch import nn
 
 from selfmask_dist.backbones import load_backbone
@@ -27,7 +27,6 @@ _TIMM = (
 _SHALLOW: dict[str, dict[str, Any]] = {
     **{start: {"depth": 3} for start in ("vit_small", "vit_base", "eva02", "deit3", "beit")},
     **{start: {"depths": [1, 1, 2, 1]} for start in ("swin_", "swinv2")},
-    **{start: {"num_blocks": 3} for start in ("mixer", "resmlp", "gmlp")},
 }
 _CLIP: dict[str, Any] = {"vision_cfg": {"layers": 3}, "text_cfg": {"layers": 1}}
 _SHORT_TEXT: dict[str, Any] = {"text_cfg": {"layers": 1}}

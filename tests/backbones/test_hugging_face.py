@@ -77,7 +77,7 @@ def test_embeddings_are_the_models_own_and_masks_come_back(name: str, tmp_path: 
     apply_masks(again, tmp_path / "it.mask")
     with torch.no_grad():
         assert torch.equal(again(IMAGES), masked)
-    own = model.vision_model if name == "siglip" else model  # else it could be the text tower's
+    own: Any = model.vision_model if name == "siglip" else model  # else it could be the text tower's
     apply_masks(own, tmp_path / "it.mask")  # transformers' own model has the names without `model.`
 
 
@@ -116,7 +116,7 @@ def test_a_pooler_without_weights_is_left_out_and_a_classifier_too(tmp_path: Pat
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     encoder = load_backbone(f"hf:{tmp_path}").encoder
     with torch.no_grad():
-        expected = model.vit(IMAGES).last_hidden_state[:, 0]  # type: ignore[operator,union-attr]
+        expected = model.vit(IMAGES).last_hidden_state[:, 0]  # type: ignore[operator]
         torch.testing.assert_close(encoder(IMAGES), expected)
 
 
@@ -127,7 +127,7 @@ def test_what_is_not_there_is_said_in_words(tmp_path: Path, monkeypatch: pytest.
     hugging_face.make("dinov2").save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"preprocessor_config.json.*\n.*backbone\.mean"):
         load_backbone(f"hf:{tmp_path}")
-    given = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 32}
+    given: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 32}
     assert load_backbone(f"hf:{tmp_path}", **given).spec.preprocessing.mean == (0.5, 0.5, 0.5)
 
 

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import timm
 import torch
-import torchvision
+import torchvision  # type: ignore[import-untyped]
 from torch import nn
 from torch.nn.utils import parametrizations
 
