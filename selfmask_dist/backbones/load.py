@@ -115,12 +115,7 @@ def _build(section: BackboneSettings, seed: int) -> BuiltEncoder:
 
             return from_open_clip.build(model_name, section)
         if family == "hf" and model_name:
-            require(
-                "transformers",
-                "transformers",
-                extra="transformers",
-                needed_by=f"backbone.name={section.name}",
-            )
+            require("transformers", "transformers", needed_by=f"backbone.name={section.name}")
             from selfmask_dist.backbones.hugging_face import build as from_transformers
 
             return from_transformers.build(model_name, section)
