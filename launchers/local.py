@@ -35,7 +35,8 @@ from .restarts import why_not_again
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
 _LOST_SECONDS = 10.0  # for the process whose loss broke the others to end, with its reason
-_STOP_SECONDS = 60.0  # from asking to stop to killing
+_STOP_SECONDS = 60.0  # from asking to stop to killing, at least
+_AFTER_FORCED_SECONDS = 5.0  # processes end themselves after checkpoint.stop_seconds; who has not is killed
 _ONE_STOP_SECONDS = 1.0  # two signals so close are one, which came to a group of processes and was passed on
 _DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
@@ -115,6 +116,7 @@ def run_processes(
     *,
     logs: Path,
     max_restarts: int = 0,
+    stop_seconds: float = 0.0,
 ) -> int:
     """Run all processes to their end, and return 0 or the exit status of the first that failed.
 
@@ -127,11 +129,12 @@ def run_processes(
         max_restarts: after a process was killed or hung. Preemptions are not counted; with 0 there is no
             restart after them either. An error is not restarted, nor is a run whose last starts all failed
             without getting anywhere.
+        stop_seconds: how long a process may take to save and end, where that is more than a minute.
     """
     with _Signals() as signals:
         restart, launch = 0, f"{socket.gethostname()} {os.getpid()} {time.time()}"
         while True:
-            group = _Group(plan(restart), logs, restart)
+            group = _Group(plan(restart), logs, restart, stop_seconds=stop_seconds)
             try:
                 status = group.wait(signals)
             finally:
@@ -181,9 +184,12 @@ class _Signals:
 class _Group:
     """Starts the processes of one start of the run, waits for them and ends them."""
 
-    def __init__(self, processes: Sequence[Process], logs: Path, restart: int) -> None:
+    def __init__(
+        self, processes: Sequence[Process], logs: Path, restart: int, *, stop_seconds: float = 0.0
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = logs
+        self._stop_seconds = max(_STOP_SECONDS, stop_seconds + _AFTER_FORCED_SECONDS if stop_seconds else 0.0)
         self._processes = processes
         self._children: list[subprocess.Popen[bytes]] = []
         self._reader: threading.Thread | None = None
@@ -202,14 +208,14 @@ class _Group:
         while None in (statuses := [child.poll() for child in self._children]):
             now = time.monotonic()
             if signals.num_stops > sent_stops:  # the first asks, a second one is meant
-                deadline = min(deadline, now if sent_stops else now + _STOP_SECONDS)
+                deadline = min(deadline, now if sent_stops else now + self._stop_seconds)
                 sent_stops = signals.num_stops
                 self._send(signal.SIGTERM)
             if signals.num_preemptions > sent_preemptions:
                 sent_preemptions = signals.num_preemptions
                 self._send(signal.SIGUSR2)
             if any(statuses) and not signals.stop:
-                deadline = min(deadline, now + _seconds_left(statuses))
+                deadline = min(deadline, now + self._seconds_left(statuses))
             if now >= deadline:
                 if HUNG in statuses:
                     self._dump_stacks()
@@ -264,6 +270,14 @@ class _Group:
         self._send(signal.SIGCONT)
         time.sleep(_DUMP_SECONDS)
 
+    def _seconds_left(self, statuses: Sequence[int | None]) -> float:
+        """Return how long the others may take once some process has failed."""
+        if REQUEUE in statuses:  # all had agreed to save: the others are about to
+            return self._stop_seconds
+        if all(is_echo(status) for status in statuses if status):
+            return _LOST_SECONDS
+        return _GRACE_SECONDS  # nobody can save any more: what was committed is what there is
+
     def _status(self, statuses: Sequence[int | None]) -> int:
         """Return the status that says why the run ended, not that of a peer whose connection it broke."""
         failed = [(s, p) for s, p in zip(statuses, self._processes, strict=True) if s]
@@ -311,15 +325,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _seconds_left(statuses: Sequence[int | None]) -> float:
-    """Return how long the others may take once some process has failed."""
-    if REQUEUE in statuses:  # all had agreed to save: the others are about to
-        return _STOP_SECONDS
-    if all(is_echo(status) for status in statuses if status):
-        return _LOST_SECONDS
-    return _GRACE_SECONDS  # nobody can save any more: what was committed is what there is
 
 
 def _rank_of(status: int) -> int:

@@ -301,7 +301,12 @@ def _run_here(run: PlannedRun, num_nodes: int) -> int:
     if run.config.launch.snapshot and "SELFMASK_RESTARTS" not in os.environ:
         environment |= take_snapshot(folder)
     try:
-        return local.run_processes(plan, logs=folder / "logs", max_restarts=run.config.launch.max_restarts)
+        return local.run_processes(
+            plan,
+            logs=folder / "logs",
+            max_restarts=run.config.launch.max_restarts,
+            stop_seconds=run.config.checkpoint.stop_seconds,
+        )
     finally:
         owner.release(folder)
 

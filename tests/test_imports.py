@@ -57,8 +57,15 @@ TABLE: dict[str, tuple[str, ...]] = {
     "data_prep": ("common", "data"),
 }
 
-TRAINING = ("torch", "torchvision", "timm", "open_clip", "deepspeed")  # what takes seconds to import
-MODELS = ("timm", "open_clip")
+TRAINING = (
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip",
+    "transformers",
+    "deepspeed",
+)  # what takes seconds to import
+MODELS = ("timm", "open_clip", "transformers")
 OPTIMIZERS = ("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW", "torch.optim.lr_scheduler")
 # what a part must not know of the world outside the project; by package, or by file
 NEVER: dict[str, tuple[str, ...]] = {

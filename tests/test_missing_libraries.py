@@ -16,7 +16,18 @@ from tests.support.tiny_run import child_environment, write_config, write_tiny_d
 # the import names of what neither a loop of one's own nor a run under ddp on a timm model needs
 HIDDEN = (
     *("deepspeed", "wandb", "submitit", "open_clip", "webdataset", "einops"),
-    *("matplotlib", "jinja2", "peft", "fsspec", "starlette", "uvicorn", "cv2", "simplejpeg", "isal"),
+    *(
+        "transformers",
+        "matplotlib",
+        "jinja2",
+        "peft",
+        "fsspec",
+        "starlette",
+        "uvicorn",
+        "cv2",
+        "simplejpeg",
+        "isal",
+    ),
 )
 HIDE = f"""
 import sys
@@ -87,6 +98,9 @@ def wandb():
 def open_clip():
     return told("backbone={name: open_clip:ViT-B-32, pretrained: false}", "backbone.kwargs={}")
 
+def transformers():
+    return told("backbone={name: hf:google/vit, pretrained: false}", "backbone.kwargs={}")
+
 def submitit():
     from selfmask_dist.config import load_config
     from launchers.slurm import batch_scripts
@@ -95,7 +109,7 @@ def submitit():
     except ValueError as error:
         return str(error)
 
-for fn in (attach_and_apply, run_under_ddp, embed, deepspeed, wandb, open_clip, submitit):
+for fn in (attach_and_apply, run_under_ddp, embed, deepspeed, wandb, open_clip, transformers, submitit):
     step(fn)
 Path("results.json").write_text(json.dumps(results))
 """
@@ -131,6 +145,7 @@ def test_it_works_without_them(what: str, results: dict[str, str]) -> None:
         ("deepspeed", "engine.name=deepspeed", "deepspeed"),
         ("wandb", "run.wandb=offline", "wandb"),
         ("open_clip", "backbone.name=open_clip:ViT-B-32", "open_clip_torch"),
+        ("transformers", "backbone.name=hf:google/vit", "transformers"),
         ("submitit", "--cluster slurm", "submitit"),
     ],
 )

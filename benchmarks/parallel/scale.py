@@ -1,4 +1,4 @@
-"""What a rank needs at its highest in every stage of a run, on 1, 2 and 4 processes of one machine.
+"""What a rank needs at its highest in every stage of a run, on 1, 2, 4 and 8 processes of one machine.
 
 A ViT of 12 blocks of width 384 (21 million masked weights, 4N = 81 MiB) under SwAV, with two crops of 16
 pixels and two of 8, so that weights and not activations take the memory. The global batch stays the same.
@@ -13,8 +13,12 @@ which it keeps whole. `falls` is (peak - C) x world over that of world 1: 1 is e
     accumulate      a step in 4 micro-steps
     save, resume    the state to a checkpoint and back, from what another process wrote; and the bytes read
     finish          the mask file
+    embed           pictures through the frozen encoder, by processes that train nothing
+    cascade         the same under a mask: the frozen weights come back, the mask is put on from its file
 
-A row is a function of a `Rig` in `ROWS`; stages that are not here yet are added there.
+`embed` and `cascade` are of processes of their own, whose weights lie in a file; its pages are counted, too.
+For bits, which shares no weights, they are left out. `accumulate` is left out on 8 processes, which would
+have half a picture in a micro-step. A row is a function of a rig in `ROWS`, `MICRO_ROWS` or `EMBED_ROWS`.
 
     python -m benchmarks.parallel.scale [--quick] --json
 """
@@ -32,20 +36,24 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.harness import Benchmark, _high_water
 from benchmarks.parallel.bytes import ENV
 from selfmask_dist.backbones import find_blocks
 from selfmask_dist.backbones.any_size import accept_sizes
+from selfmask_dist.backbones.mapping import leave_in_files, tensors_in_files
 from selfmask_dist.config.objectives import SwavConfig
 from selfmask_dist.config.sections import EngineConfig
 from selfmask_dist.data import Batch
 from selfmask_dist.maskfile.api import Masks, save_masks
+from selfmask_dist.maskfile.rows import put_file
 from selfmask_dist.masking import select
 from selfmask_dist.objectives.base import Context, TrainStep
 from selfmask_dist.objectives.swav import Swav
-from selfmask_dist.parallel import Engine, World, build_engine
+from selfmask_dist.parallel import Engine, World, build_engine, shards_weights
+from selfmask_dist.parallel.fsdp import ShardedEncoder
 from selfmask_dist.runs.checkpoint import Retention, Saver, loading_peers, open_newest, saving_peers
 from selfmask_dist.training.state import Position, RunState
 from tests.support.distributed import run_distributed
@@ -176,7 +184,51 @@ def finish(rig: Rig) -> None:
     dist.barrier()
 
 
-Row = Callable[[Rig], None]
+# ---- without training
+
+
+@dataclass
+class EmbedRig:
+    """An encoder that is only run, as a cascade and `selfmask eval` run it."""
+
+    sharded: ShardedEncoder
+    world: World
+    folder: Path
+
+
+def make_embed_rig(name: str, depth: int, folder: Path, *, width: int = WIDTH) -> EmbedRig:
+    world, path = world_here(), folder / f"weights-{width}.safetensors"
+    if world.is_main:
+        torch.manual_seed(0)
+        save_file(make_encoder(width, depth).state_dict(), path)
+    dist.barrier()
+    with leave_in_files():
+        encoder = make_encoder(width, depth)
+        encoder.load_state_dict(load_file(path))
+    accept_sizes(encoder, SIDES, name="vit")
+    config = EngineConfig.model_validate({"name": name, **ENGINES[name]})
+    sharded = ShardedEncoder(
+        encoder,
+        blocks=find_blocks(encoder),
+        world=world,
+        config=config,
+        in_file=tensors_in_files(encoder),
+    )
+    return EmbedRig(sharded, world, folder)
+
+
+def embed(rig: EmbedRig) -> None:
+    rig.sharded.encode(batch_of(0, SIDES[:1], rig.world).views[0])
+
+
+def embed_under_mask(rig: EmbedRig) -> None:
+    for _ in range(2):  # a second one has the first one's theta to take off
+        rig.sharded.restore()
+        put_file(rig.folder / "final.mask", rig.sharded, fingerprint="is looked at")
+        embed(rig)
+
+
+Row = Callable[[Any], None]
 # in their order: a stage finds what the ones before it left in the folder
 ROWS: dict[str, Row] = {
     "resolution": take_resolution,
@@ -187,21 +239,36 @@ ROWS: dict[str, Row] = {
     "finish": finish,
 }
 MICRO_ROWS: dict[str, Row] = {"accumulate": take_step}  # by a rig that makes 4 micro-steps
+EMBED_ROWS: dict[str, Row] = {"embed": embed, "cascade": embed_under_mask}  # after `finish`
+KINDS = {"whole": ROWS, "micro": MICRO_ROWS, "embed": EMBED_ROWS}
 CONTROLS = {"apart"}
+
+
+def kinds_of(name: str, size: int) -> list[str]:
+    """Return the rigs whose rows are measured for an engine on so many processes."""
+    embeds = shards_weights(EngineConfig.model_validate({"name": name, **ENGINES[name]}), World(0, 2))
+    return ["whole", *(["micro"] if BATCH // size >= 4 else []), *(["embed"] if embeds else [])]
 
 
 # ---- measuring
 
 
-def measure(name: str, depth: int, folder: str, is_micro: bool) -> dict[str, dict[str, float]]:
+def make(kind: str, name: str, depth: int, folder: Path, **options: Any) -> Any:
+    if kind == "embed":
+        return make_embed_rig(name, depth, folder, **options)
+    return make_rig(name, depth, folder, accumulate=4 if kind == "micro" else 1, **options)
+
+
+def measure(name: str, depth: int, folder: str, kind: str) -> dict[str, dict[str, float]]:
     """Each row's peak, bytes read and seconds on this rank."""
     ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
-    rows = MICRO_ROWS if is_micro else ROWS
-    options: dict[str, Any] = {"accumulate": 4 if is_micro else 1}
+    rows = KINDS[kind]
     with tempfile.TemporaryDirectory() as own:
         shared: list[Any] = [own]
         dist.broadcast_object_list(shared)
-        warm = make_rig(name, 2, Path(shared[0]), width=32, **options)
+        if kind == "embed":  # needs a mask file
+            finish(make_rig(name, 2, Path(shared[0]), width=32))
+        warm = make(kind, name, 2, Path(shared[0]), width=32)
         for row in rows.values():  # what libraries take once
             row(warm)
         del warm
@@ -209,7 +276,7 @@ def measure(name: str, depth: int, folder: str, is_micro: bool) -> dict[str, dic
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _high_water()
-    rig = make_rig(name, depth, Path(folder), **options)
+    rig = make(kind, name, depth, Path(folder))
     found = {}
     for label, row in rows.items():
         gc.collect()
@@ -231,7 +298,8 @@ def bytes_read() -> int:
 
 
 def constants(depth: int) -> dict[str, int]:
-    """Bytes that a rank needs at any world size, by engine, and `masked`, the number of masked weights.
+    """Bytes that a rank needs at any world size, by engine, `masked`, the number of masked weights, and
+    `embed`: two gathered blocks, and the largest weight with its bits, decoded and hashed.
 
     fsdp: two gathered blocks, one's gradient, and its copy that is sent. bits: weights, theta, and three
     buckets, each at least as large as the largest weight. deepspeed: scores, weights, theta and gradient of a
@@ -245,19 +313,27 @@ def constants(depth: int) -> dict[str, int]:
     slack = 12 * 2**20
     return {
         "masked": masked,
+        "embed": 2 * 4 * block + 6 * max(sizes.values()) + slack,
         "fsdp": 4 * 4 * block + slack,
         "bits": 4 * (masked + sum(sizes.values())) + 3 * bucket + slack,
         "deepspeed": 4 * 8 * block + bucket + slack,
     }
 
 
-def report(bench: Benchmark, name: str, constant: int, masked: int, ranks: dict[int, dict[str, Any]]) -> None:
-    """Record an engine's figures. `ranks`: by world size, each row's largest figures over ranks."""
+def report(bench: Benchmark, name: str, stated: dict[str, int], ranks: dict[int, dict[str, Any]]) -> None:
+    """Record an engine's figures.
+
+    Args:
+        stated: of `constants`.
+        ranks: by world size, each row's largest figures over ranks.
+    """
     for row in ranks[1]:
-        need = {size: ranks[size][row]["peak"] for size in ranks}
+        sizes = [size for size in ranks if row in ranks[size]]
+        need = {size: ranks[size][row]["peak"] for size in sizes}
         bench.figure(f"{name}_{row}_peak", need)
-        bench.figure(f"{name}_{row}_seconds", {size: ranks[size][row]["seconds"] for size in ranks})
-        for size in list(ranks)[1:]:
+        bench.figure(f"{name}_{row}_seconds", {size: ranks[size][row]["seconds"] for size in sizes})
+        constant = stated["embed" if row in EMBED_ROWS else name]
+        for size in sizes[1:]:
             bound = None if row in CONTROLS else FALLING
             falls = (need[size] - constant) * size / (need[1] - constant)
             bench.figure(f"{name}_{row}_world{size}_falls", falls, max=bound, quick=False)
@@ -265,7 +341,7 @@ def report(bench: Benchmark, name: str, constant: int, masked: int, ranks: dict[
         for row, bound in (("step", EXCESS), ("apart", None)):
             excess = rows[row]["peak"] / rows["resolution"]["peak"]
             bench.figure(f"{name}_{row}_world{size}_over_resolution", excess, max=bound, quick=False)
-        share = rows["resume"]["read"] / (8 * masked / size)
+        share = rows["resume"]["read"] / (8 * stated["masked"] / size)
         bench.figure(f"{name}_resume_world{size}_read_over_share", share, max=EXCESS, quick=False)
 
 
@@ -277,25 +353,25 @@ def main() -> int:
         nargs="+",
         type=int,
         default=None,
-        help="1 is among them; micro-steps want 4 pictures a rank",
+        help="1 is among them (1 2 4 8)",
     )
     args = bench.parse()
     depth = QUICK_DEPTH if args.quick else DEPTH
-    worlds = args.worlds or ((1, 2) if args.quick else (1, 2, 4))
+    worlds = args.worlds or ((1, 2) if args.quick else (1, 2, 4, 8))
     stated = constants(depth)
     bench.figure("masked", stated["masked"])
-    bench.figure("constant", {name: stated[name] for name in args.engines})
+    bench.figure("constant", {name: stated[name] for name in (*args.engines, "embed")})
     for name in args.engines:
         ranks: dict[int, dict[str, Any]] = {}
         for size in worlds:
             with tempfile.TemporaryDirectory() as folder:
-                both = [
-                    run_distributed(measure, size, name, depth, folder, is_micro, timeout=1800, env=ENV)
-                    for is_micro in (False, True)
+                kinds = [
+                    run_distributed(measure, size, name, depth, folder, kind, timeout=1800, env=ENV)
+                    for kind in kinds_of(name, size)
                 ]
             ranks[size] = {
                 row: {part: max(rank[row][part] for rank in of_ranks) for part in of_ranks[0][row]}
-                for of_ranks in both
+                for of_ranks in kinds
                 for row in of_ranks[0]
             }
             print(
@@ -305,7 +381,7 @@ def main() -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        report(bench, name, stated[name], stated["masked"], ranks)
+        report(bench, name, stated, ranks)
     return bench.finish()
 
 

@@ -1,8 +1,8 @@
 """Pretrained vision backbones: a name and perhaps a local file in, a frozen encoder and its spec out.
 
-`load` is the way in, `from_timm` and `from_open_clip` build models, `weights` reads files strictly and
-fingerprints tensors, `structure` finds repeated blocks and sets modes. Knows nothing of masks, data or
-process groups; importing it imports neither timm nor open_clip.
+`load` is the way in, `from_timm`, `from_open_clip` and `hugging_face` build models, `weights` reads files
+strictly and fingerprints tensors, `structure` finds repeated blocks and sets modes. Knows nothing of masks,
+data or process groups; importing it imports none of the libraries of models.
 """
 
 from selfmask_dist.backbones.load import load_backbone

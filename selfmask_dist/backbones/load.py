@@ -2,8 +2,8 @@
 
     encoder(images (n, 3, H, W)) -> embeddings (n, dim), float32
 
-The encoder is timm's own model without a classifier, or open_clip's own visual tower, so parameters keep
-their names. Knows nothing of masks, data or process groups.
+The encoder is timm's own model without a classifier, open_clip's own visual tower, or (below `model.`)
+transformers' own model, so parameters keep their names. Knows nothing of masks, data or process groups.
 """
 
 from collections.abc import Mapping
@@ -42,8 +42,8 @@ def load_backbone(
     they were.
 
     Args:
-        backbone: a name, `timm:<model>[.<tag>]` or `open_clip:<model>[/<tag>]`, or a config's section
-            `backbone`.
+        backbone: a name, `timm:<model>[.<tag>]`, `open_clip:<model>[/<tag>]` or `hf:<model or folder>`, or
+            a config's section `backbone`.
         keys: beside a name, other keys of that section: `pretrained`, `weights`, `image_size`, `kwargs`, ...
         seed: of random weights.
         in_file: leave parameters in the file that they are loaded from, in its dtype, for an engine that
@@ -55,7 +55,7 @@ def load_backbone(
     Raises:
         ValueError: unknown name, tag or module (naming the nearest), a hub that cannot be reached, a file
             that is missing, unreadable or does not fit (listing what differs), a model whose output is not
-            (n, dim), or open_clip is not installed.
+            (n, dim), or its library is not installed.
     """
     if isinstance(backbone, str):
         section: BackboneSettings = NamedBackbone(backbone, **keys)
@@ -90,7 +90,7 @@ def load_backbone(
 
 def _build_where(section: BackboneSettings, seed: int, *, in_file: bool) -> tuple[BuiltEncoder, bool]:
     """Return the encoder, and whether its weights were left in their file."""
-    if in_file:
+    if in_file and not section.name.startswith("hf:"):  # transformers reads its files by itself
         with leave_in_files():
             built = _build(section, seed)
         if not any(parameter.is_meta for parameter in built.encoder.parameters()):
@@ -114,7 +114,14 @@ def _build(section: BackboneSettings, seed: int) -> BuiltEncoder:
             from selfmask_dist.backbones import from_open_clip
 
             return from_open_clip.build(model_name, section)
-    raise ValueError(f"backbone {section.name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
+        if family == "hf" and model_name:
+            require("transformers", "transformers", needed_by=f"backbone.name={section.name}")
+            from selfmask_dist.backbones.hugging_face import build as from_transformers
+
+            return from_transformers.build(model_name, section)
+    raise ValueError(
+        f"backbone {section.name!r} is not timm:<model>, open_clip:<model>[/<tag>] or hf:<model or folder>"
+    )
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class NamedBackbone:
 class BackboneSpec:
     """What the rest of a run needs to know of an encoder.
 
-    name: as in the config, `timm:<model>` or `open_clip:<model>`.
+    name: as in the config, `timm:<model>`, `open_clip:<model>` or `hf:<model or folder>`.
     dim: length of an embedding.
     blocks: module names of the repeated blocks, for wrapping block by block; none lies inside another.
     preprocessing: how the encoder wants its images.
@@ -115,7 +115,7 @@ class Backbone:
 
 @dataclass
 class BuiltEncoder:
-    """What `from_timm.build` and `from_open_clip.build` hand to `load_backbone`; fields as in `Backbone`."""
+    """What each library's `build` hands to `load_backbone`; fields as in `Backbone`."""
 
     encoder: nn.Module
     preprocessing: Preprocessing

@@ -7,7 +7,7 @@ Its masks are put on by a `MaskBank`, which may hold others too. Knows nothing o
 process groups.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from selfmask_dist.cascade import MODES, Combination, Router
 from selfmask_dist.common.names import DISPATCHER, ROUTER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.bank import MaskBank
+from selfmask_dist.maskfile.rows import StoredMask
 
 
 class Cascade:
@@ -83,7 +84,7 @@ class Cascade:
 
 def save_cascade(
     path: str | Path,
-    masks: Mapping[str, Mask],
+    masks: Mapping[str, Mask] | Mapping[str, StoredMask],
     router: Router,
     combinations: Mapping[str, Combination],
     **about: Any,
@@ -94,10 +95,15 @@ def save_cascade(
     `Combination.rounded` has them.
 
     Args:
+        masks: those that lie in files are decoded, and coded again, one parameter at a time.
         about: of `MaskFile`: backbone, backbone_fingerprint, preprocessing, metrics.
     """
-    ordered = {DISPATCHER: masks[DISPATCHER]} | {
-        name: replace(mask, against=DISPATCHER) for name, mask in masks.items() if name != DISPATCHER
+    parts = {name: mask for name, mask in masks.items() if isinstance(mask, StoredMask)}
+    shells = {
+        name: mask.without_bits() if isinstance(mask, StoredMask) else mask for name, mask in masks.items()
+    }
+    ordered = {DISPATCHER: shells[DISPATCHER]} | {
+        name: replace(mask, against=DISPATCHER) for name, mask in shells.items() if name != DISPATCHER
     }
     tensors = {f"{ROUTER}.{name}": tensor for name, tensor in router.tensors().items()}
     for mode, combination in combinations.items():
@@ -106,7 +112,7 @@ def save_cascade(
             small = tensor.half() if name == "pca.components" else tensor.float()
             tensors[f"{mode}.{name}"] = small if tensor.dtype == torch.float64 else tensor
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    return maskfile.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about))
+    return maskfile.write_mask_file(path, MaskFile(masks=ordered, tensors=tensors, **about), parts=parts)
 
 
 def load_cascade(path: str | Path, backbone: nn.Module | MaskBank, *, name: str = "cascade") -> Cascade:
@@ -146,15 +152,29 @@ def read_cascade(path: str | Path) -> tuple[dict[str, Mask], Router, dict[str, C
         MaskFileError: the file is damaged, or holds no cascade.
     """
     file = maskfile.read_mask_file(path)
+    return file.masks, *read_router(file, file.masks, path)
+
+
+def read_router(
+    file: MaskFile, masks: Collection[str], path: str | Path
+) -> tuple[Router, dict[str, Combination]]:
+    """Return router and combinations by mode of a cascade's file.
+
+    Args:
+        file: without its masks, perhaps, whose names are `masks`.
+
+    Raises:
+        MaskFileError: the file holds no cascade.
+    """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in file.tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor.double() if tensor.is_floating_point() else tensor
-    if ROUTER not in parts or DISPATCHER not in file.masks:
-        raise MaskFileError(f"{path} holds {', '.join(file.masks)} and no router: it is no cascade")
+    if ROUTER not in parts or DISPATCHER not in masks:
+        raise MaskFileError(f"{path} holds {', '.join(masks)} and no router: it is no cascade")
     router = Router.from_tensors(parts.pop(ROUTER))
-    missing = [k for k in range(router.num_clusters) if expert(k) not in file.masks]
+    missing = [k for k in range(router.num_clusters) if expert(k) not in masks]
     if missing:
         raise MaskFileError(f"{path} lacks the masks of experts {missing}")
     combinations = {mode: Combination.from_tensors(tensors) for mode, tensors in parts.items()}
-    return file.masks, router, combinations
+    return router, combinations

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfmask_dist import data, maskfile
+from selfmask_dist import data
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
 from selfmask_dist.cascade.model import save_cascade
@@ -38,7 +38,7 @@ from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.measure import measure_knn, measure_probe
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.maskfile.rows import put_file
+from selfmask_dist.maskfile.rows import put_file, stored_masks
 from selfmask_dist.parallel import shards_weights
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.build import build_backbone, check_run, open_data, shard_backbone
@@ -318,17 +318,17 @@ class Stages:
         return self._open(view, split).read_slice(self._world.rank, self._world.size).to(self._world.device)
 
     def bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Write `cascade.mask` and return its sizes; the main rank alone reads the masks."""
+        """Write `cascade.mask` and return its sizes; the main rank alone reads the masks, by parameter."""
         return self._world.from_main(lambda: self._bundle(views))
 
     def _bundle(self, views: dict[str, dict[str, float]]) -> dict[str, Any]:
         folders = [names.DISPATCHER, *map(names.expert, range(len(read_sizes(self._directory))))]
         paths = {name: self._directory / name / names.MASK for name in folders}
-        files = {name: maskfile.read_mask_file(path) for name, path in paths.items()}
+        masks = {name: next(iter(stored_masks(path).values())) for name, path in paths.items()}
         spec = self._backbone.spec
         size = save_cascade(
             self._directory / names.CASCADE_MASK,
-            {name: next(iter(file.masks.values())) for name, file in files.items()},
+            masks,
             Router.from_tensors(load_file(self._directory / names.ROUTER / _ROUTER)),
             {mode: self._combination(mode) for mode in self._modes},
             backbone=spec.name,
@@ -352,7 +352,7 @@ class Stages:
             draw_cascade(
                 router.reduce(self._open(names.DISPATCHER, "test").read_slice().features).numpy(),
                 np.load(self._directory / names.ROUTER / "test.npy"),
-                maskfile.read_mask_file(self._directory / names.CASCADE_MASK).masks,
+                stored_masks(self._directory / names.CASCADE_MASK),
                 self._directory / names.CASCADE_PICTURE,
                 self._config.seed,
             )

@@ -99,9 +99,9 @@ def table(rows: Sequence[Sequence[str]], *, right: bool | Sequence[bool] = True)
     )
 
 
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], limit: int = 5) -> str:
     """Return the first few of many names, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def positive(text: str) -> int:

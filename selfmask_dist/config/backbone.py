@@ -12,8 +12,8 @@ class BackboneConfig(Section):
 
     name: NonEmpty = science(
         "timm:vit_tiny_patch16_224",
-        "timm:<model>[.<tag>] or open_clip:<model>[/<pretrained tag>], of which the image tower is the "
-        "encoder.",
+        "timm:<model>[.<tag>], open_clip:<model>[/<pretrained tag>], of which the image tower is the "
+        "encoder, or hf:<organisation>/<model> and hf:<folder> of transformers.",
     )
     pretrained: bool = science(
         True,
@@ -46,7 +46,7 @@ class BackboneConfig(Section):
     kwargs: dict[str, JsonValue] = science(
         {},
         "Further arguments of timm.create_model or open_clip.create_model, for example "
-        "{drop_path_rate: 0.1}.",
+        "{drop_path_rate: 0.1}; of hf: entries of the model's configuration.",
     )
     remove: Strings = science(
         (), "Modules replaced by the identity, by full name: [layer4] gives a ResNet's features of layer3."

@@ -35,8 +35,10 @@ class MaskConfig(Section):
     )
     include: NonEmpty | SomeStrings = science(
         "auto",
-        "Parameters to mask: presets (auto, vit, resnet, clip_visual) and glob patterns over parameter "
-        "names. auto is vit where that matches anything, else resnet.",
+        "Parameters to mask: presets and glob patterns over parameter names. structure: weights and biases "
+        "of all layers inside the repeated blocks; matrices: without biases; stem, pool: the layers before "
+        "and after the blocks. vit, resnet, clip_visual: the paper's rules. auto: vit or resnet where that "
+        "takes 95 % of the weights of matrices, else structure. docs/backbones.md has what each covers.",
     )
     exclude: Strings = science((), "Glob patterns over parameter names that are taken out again.")
     first_layers: int | None = science(

@@ -6,6 +6,7 @@ nothing that a limit does not allow.
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def write_mask_file(
         weights: the frozen weights. With them the file is smaller, as large weights are pruned more often,
             and cannot be read without them.
         parts: by a mask's name, its parameters in masks of their own, which are coded and let go one after
-            the other; the mask in `file` then has all but them.
+            the other; the mask in `file` then has all but them. Those of a mask that others are stored
+            against are gone through again for each, and all have their parameters in one order.
 
     Raises:
         MaskFileError: a statistic has a dtype the format does not hold, or a mask is to be coded against
@@ -55,7 +57,12 @@ def write_mask_file(
         **({"verdict": file.verdict} if file.verdict else {}),
         "masks": {
             name: _describe_mask(
-                mask, (parts or {}).get(name, [mask]), sections, file.masks, codec_name, weights
+                mask,
+                (parts or {}).get(name, [mask]),
+                sections,
+                {} if mask.against is None else _bits_of(mask.against, file.masks, parts or {}),
+                codec_name,
+                weights,
             )
             for name, mask in file.masks.items()
         },
@@ -112,22 +119,20 @@ def read_mask_file(
     """
     whole = container.read(Path(path))
     try:
-        header = whole.header
         reading = Reading(whole, weights)
-        container.check_size(_count_values(header), max_weights or _limit(whole.num_bytes))
-        return _about(
-            whole,
-            masks={name: reading.mask(name) for name in reading.order},
-            tensors={entry["name"]: container.parse_array(entry, whole) for entry in header["tensors"]},
-        )
+        container.check_size(_count_values(whole.header), max_weights or _limit(whole.num_bytes))
+        return _contents(whole, {name: reading.mask(name) for name in reading.order}, with_tensors=True)
     except _MISTAKES as error:
         raise _refusal(path, error) from error
 
 
-def read_about(path: str | Path) -> MaskFile:
+def read_about(path: str | Path, *, with_tensors: bool = False) -> MaskFile:
     """Return what a mask file says beside its masks, which are left out: backbone, metrics, models.
 
     The header and the models' arrays are read, each with its checksum.
+
+    Args:
+        with_tensors: read a cascade's router and combinations as well.
 
     Raises:
         MaskFileError: as in `read_mask_file`, for these.
@@ -135,16 +140,17 @@ def read_about(path: str | Path) -> MaskFile:
     try:
         whole = container.open_part(Path(path))
         container.check_size(_count_values(whole.header), _limit(whole.num_bytes))
-        return _about(whole, masks={}, tensors={})
+        return _contents(whole, {}, with_tensors=with_tensors)
     except _MISTAKES as error:
         raise _refusal(path, error) from error
 
 
-def _about(whole: Container, masks: dict[str, Mask], tensors: dict[str, Tensor]) -> MaskFile:
+def _contents(whole: Container, masks: dict[str, Mask], *, with_tensors: bool) -> MaskFile:
     header = whole.header
+    tensors = header["tensors"] if with_tensors else ()
     return MaskFile(
         masks=masks,
-        tensors=tensors,
+        tensors={entry["name"]: container.parse_array(entry, whole) for entry in tensors},
         backbone=header["backbone"]["name"],
         backbone_fingerprint=header["backbone"]["fingerprint"],
         preprocessing=header["preprocessing"],
@@ -235,14 +241,13 @@ def _describe_mask(
     mask: Mask,
     parts: Iterable[Mask],
     sections: Sections,
-    masks: Mapping[str, Mask],
+    base: "Mapping[str, Tensor] | _BitsInTurn",
     codec_name: str,
     weights: Weights | None,
 ) -> dict[str, Any]:
-    _check_contexts(mask, weights)
-    base = {} if mask.against is None else masks[mask.against].bits
     parameters = []
     for part in parts:
+        _check_contexts(replace(part, against=mask.against), weights)
         for name in part.bits:
             known = {"mask": base.get(name), "weights": weights(name) if weights else None}
             parameters.append(_describe_parameter(part, name, sections, codec_name, known))
@@ -258,6 +263,29 @@ def _describe_mask(
             container.describe_array(name, tensor, sections) for name, tensor in mask.statistics.items()
         ],
     }
+
+
+class _BitsInTurn:
+    """The bits of a mask that comes in parts, asked for in the order of the parts; one part is held."""
+
+    def __init__(self, parts: Iterable[Mask]) -> None:
+        self._parts = iter(parts)
+        self._bits: dict[str, Tensor] = {}
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a parameter's bits; None where it does not come any more."""
+        while name not in self._bits:
+            part = next(self._parts, None)
+            if part is None:
+                return None
+            self._bits = part.bits
+        return self._bits[name]
+
+
+def _bits_of(
+    name: str, masks: Mapping[str, Mask], parts: Mapping[str, Iterable[Mask]]
+) -> Mapping[str, Tensor] | _BitsInTurn:
+    return _BitsInTurn(parts[name]) if name in parts else masks[name].bits
 
 
 def _describe_parameter(

@@ -8,7 +8,8 @@ is no frozen copy beside theta: whoever holds the rows brings the frozen ones ba
 on. Values are those of `apply_mask`, to the bit.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -67,22 +68,96 @@ def put_file(path: str | Path, weights: WeightRows, *, fingerprint: str) -> None
     put(parts, weights)
 
 
-def read_by_parameter(path: str | Path, *, weights: Weights | None = None) -> Iterator[Mask]:
-    """Yield the mask of a file that holds one as masks of one parameter each; the first has the statistics.
+@dataclass(frozen=True)
+class StoredMask:
+    """A mask that stays in its file. To go through it yields masks of one parameter each, decoded anew.
+
+    parameters: their names, in order. blocks: rows and columns that share a bit, where there are blocks.
+    """
+
+    path: Path
+    name: str
+    weights_fingerprint: str
+    parameters: tuple[str, ...]
+    blocks: Mapping[str, tuple[int, int]]
+
+    def __iter__(self) -> Iterator[Mask]:
+        return read_by_parameter(self.path, name=self.name)
+
+    def put_on(self, weights: WeightRows, *, is_checked: bool) -> None:
+        """Put it on a sharded model that holds the frozen weights. Collective: every rank must call.
+
+        Args:
+            is_checked: the weights are known to be those it was made for.
+
+        Raises:
+            MaskFileError: as in `put_file`.
+        """
+        if not is_checked:
+            check_weights(self.parameters, self.weights_fingerprint, weights)
+        put(read_by_parameter(self.path, name=self.name, weights=weights.whole), weights)
+
+    def without_bits(self) -> Mask:
+        """Return all of the mask but its parameters, as `write_mask_file` takes it beside parts."""
+        first = next(iter(self))
+        return replace(
+            first,
+            against=None,
+            bits={},
+            num_segments={},
+            signs={},
+            scales={},
+            values={},
+            blocks=dict(self.blocks),
+        )
+
+
+def stored_masks(path: str | Path) -> dict[str, StoredMask]:
+    """Return the masks of a file by name, a base before those that are stored against it.
+
+    Only the header is read.
+
+    Raises:
+        MaskFileError: as in `read_mask_file`, for the header.
+    """
+    try:
+        whole = container.open_part(Path(path))
+        header, reading = whole.header, Reading(whole, None)
+        return {
+            name: StoredMask(
+                Path(path),
+                name,
+                str(header["masks"][name]["weights_fingerprint"]),
+                tuple(reading.parameters(name)),
+                {key: tuple(e["block"]) for key, e in reading.parameters(name).items() if "block" in e},
+            )
+            for name in reading.order
+        }
+    except _MISTAKES as error:
+        raise _refusal(path, error) from error
+
+
+def read_by_parameter(
+    path: str | Path, *, name: str | None = None, weights: Weights | None = None
+) -> Iterator[Mask]:
+    """Yield a mask of a file as masks of one parameter each; the first has the statistics.
 
     Sections are verified as they are read, each by its own checksum.
 
     Args:
+        name: of the mask; None: the only one that the file holds.
         weights: the frozen weights, for a file written with them.
 
     Raises:
-        MaskFileError: as in `read_mask_file`; or the file holds several masks.
+        MaskFileError: as in `read_mask_file`; or the file holds several masks, or none of that name.
     """
     try:
         reading = Reading(container.open_part(Path(path)), weights)
-        if len(reading.order) != 1:
+        if name is None and len(reading.order) != 1:
             raise MaskFileError(f"it holds the masks {sorted(reading.order)}, not one")
-        (name,) = reading.order
+        name = reading.order[0] if name is None else name
+        if name not in reading.order:
+            raise MaskFileError(f"it holds no mask {name!r}; it has {sorted(reading.order)}")
         for parameter in reading.parameters(name):
             yield reading.mask(name, parameter)
             reading.forget()

@@ -210,7 +210,7 @@ class Passes:
 
     def _pulls(self, entries: Sequence[MaskedParameter], *, take: bool = False) -> list[Pull]:
         """Return what is to be pulled back; with `take` into the memory of G, where it can be."""
-        take = take and _is_elementwise(self.family) and not self.family.trains_weight
+        take = take and takes_gradients(self.family)
         pulls: list[Pull] = []
         for entry, grad in self._gradients(entries):
             segments = entry.segments()
@@ -237,9 +237,15 @@ class Passes:
                 yield entry, torch.zeros_like(entry.piece(entry.scores))
 
 
-def _is_elementwise(family: Family) -> bool:
-    """Return whether dL/dS may be written over G. It may in all families here; others are not known."""
-    return type(family).pull_back.__module__.startswith("selfmask_dist.")
+def takes_gradients(family: Family) -> bool:
+    """Return whether scores' gradients may be written over G, so that both take the memory of one.
+
+    dL/dS is elementwise in all families here, of others it is not known; and G must not be needed again, for
+    weights or small numbers that are trained as well.
+    """
+    is_elementwise = type(family).pull_back.__module__.startswith("selfmask_dist.")
+    has_numbers = type(family).first_numbers is not Family.first_numbers
+    return is_elementwise and not family.trains_weight and not has_numbers
 
 
 def _is_alike(grad: Tensor, scores: Tensor) -> bool:

@@ -60,7 +60,7 @@ def settings_for(
     """
     folder = path if path.is_dir() else path.parent
     chosen = config or (folder / names.CONFIG if (folder / names.CONFIG).exists() else None)
-    given = {} if weights is None else {"weights": str(weights), "weights_key": None}
+    given: dict[str, Any] = {} if weights is None else {"weights": str(weights), "weights_key": None}
     if chosen is not None:
         whole: Config = load_config(chosen)
         section = whole.backbone.model_copy(update=given)

@@ -100,6 +100,7 @@ class _ScoredTheta(torch.autograd.Function):
 class SelfMaskLayer(nn.Module, BaseTunerLayer):
     """A layer whose weight is seen through the mask of the adapter that is on."""
 
+    base_layer: Any  # whatever has a weight
     adapter_layer_names = ("selfmask_scores",)
     other_param_names = ("selfmask_configs",)
 
@@ -188,13 +189,13 @@ class SelfMaskModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SelfMaskConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, SelfMaskLayer):
             target.update_layer(adapter_name, peft_config)
@@ -211,7 +212,7 @@ register_peft_method(name=METHOD.lower(), config_cls=SelfMaskConfig, model_cls=S
 # ---- mask files
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, SelfMaskLayer]]:
+def _layers(model: Any) -> Iterator[tuple[str, SelfMaskLayer]]:
     """Yield the masked layers by their names in the model that peft was given."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in base.named_modules():
@@ -220,7 +221,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, SelfMaskLayer]]:
 
 
 def save_mask_file(
-    model: nn.Module, path: str | Path, *, adapter: str = "default", backbone: str = "", **about: Any
+    model: Any, path: str | Path, *, adapter: str = "default", backbone: str = "", **about: Any
 ) -> int:
     """Write an adapter to a mask file, for `apply_masks` and banks; return its bytes.
 
@@ -250,7 +251,7 @@ def save_mask_file(
 
 
 @torch.no_grad()
-def add_mask_file(model: nn.Module, path: str | Path, *, adapter: str) -> None:
+def add_mask_file(model: Any, path: str | Path, *, adapter: str) -> None:
     """Put a mask file on a peft model as one more adapter: scores of 1 where a weight is kept, else -1.
 
     Args:

@@ -103,7 +103,7 @@ def adapt(
     finally:
         checkpoints.finish()  # ranks save together: none leaves while another one waits for it
     kept = {} if best is None else _keep_best(best, checkpoints, meter, evaluation, context, steps)
-    checkpoints.finish()
+    checkpoints.close()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": steps, **kept}
 

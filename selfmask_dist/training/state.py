@@ -284,6 +284,10 @@ class CheckpointSchedule:
         """Wait for what is being written."""
         self._saver.finish()
 
+    def close(self) -> None:
+        """Wait for what is being written, and give back the memory that states are copied to."""
+        self._saver.close()
+
     def _save(self, position: Position, telemetry: RunningMeans) -> None:
         start = time.perf_counter()
         self._saver.finish()  # parts are copied to where the one before is written from

@@ -272,6 +272,17 @@ def test_a_preempted_hung_or_killed_run_starts_again(tmp_path: Path, end: str) -
     assert "through" in local.log_path(tmp_path, 0).read_text()
 
 
+def test_a_process_may_save_for_as_long_as_its_run_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large state takes longer to save than the launcher's own minute."""
+    monkeypatch.setattr(local, "_STOP_SECONDS", 0.2)
+    code = f"import sys, time; time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w'); sys.exit({REQUEUE})"
+    plan = [fake(0, f"import sys; sys.exit({REQUEUE})"), fake(1, code)]
+    assert local.run_processes(lambda _: plan, logs=tmp_path, stop_seconds=20) == REQUEUE
+    assert (tmp_path / "saved").exists()
+
+
 def test_an_error_is_not_restarted(tmp_path: Path) -> None:
     restarts = []
 

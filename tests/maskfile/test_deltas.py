@@ -19,7 +19,7 @@ def test_theta_is_the_formulas_and_a_bank_swaps_it(tmp_path: Path) -> None:
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "blocks.0.mlp" not in name:  # some are left as they were
-                parameter += 0.01 * torch.randn(parameter.shape, generator=draw)
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=draw))
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     mask = delta_mask(before, tuned.state_dict())
     path = tmp_path / "x.mask"

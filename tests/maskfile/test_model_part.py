@@ -89,7 +89,7 @@ def test_adding_and_writing_give_the_same_file_and_dropping_the_one_before(tmp_p
 def test_logits_are_those_of_training(tmp_path: Path) -> None:
     features = torch.randn(6, 5, generator=torch.Generator().manual_seed(2)).to(torch.float32)
     for norm in ("none", "l2", "batchnorm"):
-        objective = Supervised(5, 3, ObjectiveConfig(head_norm=norm)).eval()  # type: ignore[arg-type]
+        objective = Supervised(5, 3, ObjectiveConfig(head_norm=norm)).eval()
         if objective.norm is not None:
             objective.norm.running_mean += 0.3
             objective.norm.running_var *= 2

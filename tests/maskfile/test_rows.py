@@ -1,5 +1,6 @@
 """Masks written on rows of a backbone that is cut over processes: values of `apply_masks`, and off again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from selfmask_dist import apply_masks, attach
 from selfmask_dist.backbones.mapping import tensors_in_files
 from selfmask_dist.backbones.spec import Backbone
 from selfmask_dist.config.sections import EngineConfig
-from selfmask_dist.maskfile import MaskFileError, read_mask_file, write_mask_file
-from selfmask_dist.maskfile.rows import put_file, read_by_parameter
+from selfmask_dist.maskfile import MaskFile, MaskFileError, read_mask_file, write_mask_file
+from selfmask_dist.maskfile.file import read_about
+from selfmask_dist.maskfile.rows import put_file, read_by_parameter, stored_masks
 from selfmask_dist.parallel.fsdp import ShardedEncoder
 from tests.backbones.test_weights_in_file import FAMILIES, load, write_files
 from tests.support.distributed import run_distributed
@@ -134,3 +136,32 @@ def test_a_file_is_read_parameter_by_parameter_as_it_is_read_whole(tmp_path: Pat
     path.write_bytes(data)
     with pytest.raises(MaskFileError, match="damaged"):
         list(read_by_parameter(path))
+
+
+def test_masks_go_from_file_to_file_by_parameter(tmp_path: Path) -> None:
+    """A bundle of masks that stay in their files is, to the byte, that of masks in memory."""
+    weights = write_files(tmp_path)["resnet"]
+    paths = {name: tmp_path / f"{name}.mask" for name in ("base", "other")}
+    for seed, path in enumerate(paths.values()):
+        write_mask("resnet", weights, path, seed=seed)
+    whole = {name: read_mask_file(path).masks["default"] for name, path in paths.items()}
+    stored = {name: stored_masks(path)["default"] for name, path in paths.items()}
+    about: dict[str, Any] = {"tensors": {"router.n": torch.arange(3)}, "backbone": "one"}
+    shells = {name: mask.without_bits() for name, mask in stored.items()}
+    for name, masks, parts in (("whole", whole, None), ("parts", shells, stored)):
+        masks = {"base": masks["base"], "other": replace(masks["other"], against="base")}
+        write_mask_file(tmp_path / name, MaskFile(masks, **about), parts=parts)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+
+    beside = read_about(tmp_path / "parts", with_tensors=True)
+    assert (beside.masks, beside.backbone) == ({}, "one")
+    assert torch.equal(beside.tensors["router.n"], torch.arange(3))
+    found = stored_masks(tmp_path / "parts")
+    assert list(found) == ["base", "other"]
+    for name, mask in whole.items():
+        assert found[name].parameters == tuple(mask.bits)
+        for part in found[name]:  # also of the one that is stored against the other
+            for key, bits in part.bits.items():
+                assert torch.equal(bits, mask.bits[key]), (name, key)
+    with pytest.raises(MaskFileError, match=r"holds no mask 'third'; it has \['base', 'other'\]"):
+        next(read_by_parameter(tmp_path / "parts", name="third"))

@@ -261,7 +261,7 @@ def test_layers_with_a_forward_of_their_own_and_their_own_weight_are_masked() ->
 @pytest.mark.parametrize(
     ("build", "include"),
     [
-        (lambda: torchvision.models.vit_b_16(), "auto"),
+        (lambda: torchvision.models.vit_b_16(), "resnet"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=0), "resnet"),
         (lambda: timm.create_model("resnet18", num_classes=0), "layer1.0.conv1.weight"),
     ],

@@ -1,7 +1,7 @@
 """Scores' gradients in the memory of theta's: the same bits, and no second tensor."""
 
 import copy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from selfmask_dist.masking.families.threshold import Threshold
 from selfmask_dist.masking.pieces import Segment
 from tests.support.models import make
 
-MATRICES = {"include": ["blocks.*.attn.*.weight", "blocks.*.mlp.*.weight"]}
-IN_PLACE = {
+MATRICES: dict[str, Any] = {"include": ["blocks.*.attn.*.weight", "blocks.*.mlp.*.weight"]}
+IN_PLACE: dict[str, tuple[dict[str, Any], float | str]] = {
     "threshold": ({}, "normal"),
     "threshold, some always kept": ({"maskable": 0.4, "maskable_by": "magnitude"}, "normal"),
     "piggyback": ({"threshold": 0.9, "scale": "none"}, "magnitude"),
@@ -23,7 +23,7 @@ IN_PLACE = {
     "binary_connect": ({}, 1.0),
     "twn": ({}, 1.0),
 }
-NOT_IN_PLACE = {
+NOT_IN_PLACE: dict[str, tuple[dict[str, Any], float | str]] = {
     "ttq": ({}, 1.0),
     "joint": ({}, 1.0),
     "movement": ({"keep": 0.4}, 0.0),
@@ -33,7 +33,7 @@ NOT_IN_PLACE = {
 
 def gradients(
     family: Family, init: float | str, *, take: bool
-) -> tuple[dict[str, Tensor], dict[str, int], int]:
+) -> tuple[dict[str, Tensor], dict[str, bool], int]:
     """Gradients of all that is trained, where those of scores lie, and how many thetas keep theirs."""
     model, _ = make("timm_vit")
     model = model.float()

@@ -124,13 +124,18 @@ def _piped(repo: Path) -> None:
     os.mkfifo(repo / "README.md")
 
 
+def _torch_file_below(repo: Path) -> None:
+    (repo / "sub").mkdir()
+    (repo / "sub" / "x.PT").write_text("x")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (_flip, "model.mask is not the file that manifest.json lists"),
     "a pickle as mask": (_pickled, "model.mask is not a mask file"),
     "a pickle beside it": (lambda repo: (repo / "weights.pkl").write_bytes(b""), "programs execute"),
     "code beside it": (lambda repo: (repo / "model.py").write_text("x"), "programs execute"),
     "a torch file in a folder": (
-        lambda repo: [(repo / "sub").mkdir(), (repo / "sub" / "x.PT").write_text("x")],
+        _torch_file_below,
         "programs execute",
     ),
     "a link": (_linked, "holds the link model.mask"),
@@ -162,7 +167,7 @@ def test_what_is_damaged_or_unsafe_is_refused(damage: str, hub: Path, tmp_path: 
     change(hub / REPO)
     with pytest.raises(HubError, match=reason):
         pull(REPO, hub=hub)
-    assert not (tmp_path / "cache").exists(), "nothing of it is kept"
+    assert not (tmp_path / "cache" / "selfmask_dist").exists(), "nothing of it is kept"
     assert not Path("/tmp/selfmask-was-here").exists()
 
 
@@ -207,8 +212,8 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
             data = json.dumps(about if path.count("/") > 1 else [about]).encode()
             headers["Content-Type"] = "application/json"
         else:
-            repo, _, rest = path.partition("/resolve/")
-            data = (self.server.folder / repo / rest.partition("/")[2]).read_bytes()
+            name_of_repo, _, rest = path.partition("/resolve/")
+            data = (self.server.folder / name_of_repo / rest.partition("/")[2]).read_bytes()
             headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
         self.send_response(200)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():

@@ -24,7 +24,7 @@ SIZE = 32
 
 
 def vit() -> nn.Module:
-    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": SIZE}
+    options: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": SIZE}
     return timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
 
 
@@ -105,7 +105,8 @@ def test_units_that_are_off_can_be_left_out(tmp_path: Path) -> None:
     assert large.size - small.size > 40_000, "88 units of 65 numbers in each of two blocks"
     images = torch.randn(4, 3, SIZE, SIZE)
     torch.testing.assert_close(outputs(small.path, images), loaded(images), rtol=1e-4, atol=1e-4)
-    assert loaded.model.encoder.blocks[0].mlp.fc1.out_features == 128, "the model itself stays"  # type: ignore[index]
+    blocks: Any = loaded.model.encoder.blocks
+    assert blocks[0].mlp.fc1.out_features == 128, "the model itself stays"
 
 
 def test_what_computes_something_else_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

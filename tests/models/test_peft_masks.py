@@ -1,6 +1,7 @@
 """Masks as a method of peft: the project's gradients and thetas, bit for bit, and peft's own life cycle."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def frozen() -> nn.Module:
     return make("timm_vit", dtype=torch.float32)[0].eval()
 
 
-def masked(seed: int) -> nn.Module:
+def masked(seed: int) -> Any:
     """A peft model whose scores are made up."""
     model = peft.get_peft_model(frozen(), SelfMaskConfig(target_modules=TARGETS))
     scatter(model, "default", seed)
@@ -30,7 +31,7 @@ def masked(seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def scatter(model: nn.Module, adapter: str, seed: int) -> None:
+def scatter(model: Any, adapter: str, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(f"selfmask_scores.{adapter}"):
@@ -79,7 +80,7 @@ def test_merged_it_is_the_mask_file_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(model(IMAGES), expected(IMAGES))
     with model.disable_adapter():
         assert torch.equal(model(IMAGES), frozen()(IMAGES))
-    merged = model.merge_and_unload()
+    merged: nn.Module = model.merge_and_unload()
     assert merged.state_dict().keys() == expected.state_dict().keys()
     for name, value in merged.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
@@ -88,7 +89,7 @@ def test_merged_it_is_the_mask_file_bit_for_bit(tmp_path: Path) -> None:
 def test_saved_and_loaded_by_peft(tmp_path: Path) -> None:
     model = masked(2)
     model.save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(frozen(), tmp_path)
+    loaded: Any = peft.PeftModel.from_pretrained(frozen(), tmp_path)
     assert torch.equal(loaded(IMAGES), model(IMAGES))
     assert loaded.peft_config["default"].peft_type == "SELFMASK"
 

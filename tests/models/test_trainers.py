@@ -30,7 +30,7 @@ TRAIN, TEST = pictures(96, 1), pictures(60, 2)
 
 def frozen() -> nn.Module:
     torch.manual_seed(3)
-    small = {"img_size": 16, "patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": 2}
+    small: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": DIM, "depth": 2, "num_heads": 2}
     return timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="avg", **small).eval()
 
 

@@ -1,8 +1,10 @@
 """Checkpoints: what is loaded is a whole step or nothing, damage is named, and a run goes on bit for bit."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +173,22 @@ def test_a_failed_save_is_reported_and_leaves_the_last_one(
     assert found is not None
     assert step_in(found[0]) == 1
     assert not list(tmp_path.glob(".step-*"))
+
+
+def test_the_memory_of_a_copied_state_is_given_back(tmp_path: Path) -> None:
+    """A measurement behind the last save does not lie beside it; and one may save again."""
+    saver = Saver(tmp_path, Retention(), on_failure=pytest.fail)
+    saver.save(whole_parts(make(1).tensors), make(1).values, step=1)
+    copied = weakref.ref(saver._staging._buffer)
+    assert copied() is not None
+    saver.close()
+    gc.collect()
+    assert copied() is None
+    saver.save(whole_parts(make(2).tensors), make(2).values, step=2)
+    saver.close()
+    found = load_newest(tmp_path)
+    assert found is not None
+    assert step_in(found[0]) == 2
 
 
 def test_a_full_disk_inside_the_writer_is_an_os_error(

@@ -40,7 +40,7 @@ def test_a_method_trains_and_comes_back(method: str, tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in trained.values():
             assert parameter.grad is not None
-            parameter += 0.01
+            parameter.add_(0.01)
     save_changed(trained, tmp_path / "finetuned.safetensors", peft={"settings": settings, "seed": 3})
     with safe_open(tmp_path / "finetuned.safetensors", "pt") as file:
         assert {*file.keys()} == set(names)

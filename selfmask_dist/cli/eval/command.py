@@ -53,7 +53,8 @@ def add_command(commands: Any) -> None:
 
 def _eval(options: argparse.Namespace) -> int:
     from selfmask_dist.cli.eval.kinds import KINDS, EvalOptions
-    from selfmask_dist.cli.eval.subject import open_subject, read_config
+    from selfmask_dist.cli.eval.settings import read_config
+    from selfmask_dist.cli.eval.subject import open_subject
     from selfmask_dist.parallel import join_world
 
     paths, kinds, overrides = sort_words(options.words, KINDS)

@@ -7,10 +7,13 @@ from selfmask_dist.maskfile.tools.pictures import draw_similarity, draw_sparsity
 
 
 def measure_masks(subject: EvalSubject, _options: object) -> Results:
-    """Measure the share of weights switched off, in all and by kind of layer, and how alike masks are."""
+    """Measure the share of weights switched off, in all and by kind of layer, and how alike masks are.
+
+    The main process alone decodes masks. Collective: every rank must call.
+    """
     if not subject.masks:
         raise UnavailableError("there is no mask")
-    found = masks(read_subjects(subject.mask_paths))
+    found = subject.world.from_main(lambda: masks(read_subjects(subject.mask_paths)))
     kinds = list(dict.fromkeys(kind.name for mask in found.masks for kind in mask.kinds))
     rows = []
     for mask in found.masks:

@@ -22,33 +22,34 @@ from torch import Tensor
 from selfmask_dist import data, evals, maskfile
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.cascade import Combination, Router, fit_pca
-from selfmask_dist.cascade.model import Cascade, load_cascade, read_cascade
+from selfmask_dist.cascade.model import Cascade, load_cascade, read_router
 from selfmask_dist.cascade.parts import Parts, combine_to_store
 from selfmask_dist.cli.eval.results import UnavailableError
 from selfmask_dist.cli.eval.views import (
+    SPLITS,
+    AnyMask,
     TunedWeights,
     View,
     cascade_views,
     find_weights,
     mask_path,
     mask_views,
+    open_files,
     part_views,
 )
 from selfmask_dist.common import names
-from selfmask_dist.config import Config, load_config
+from selfmask_dist.config import Config
 from selfmask_dist.evals import Embeddings
 from selfmask_dist.evals.embed import in_precision, made_in
 from selfmask_dist.evals.store import EmbeddingStore, chunk_size_for, embed_to_store
 from selfmask_dist.maskfile.bank import MaskBank
-from selfmask_dist.maskfile.rows import check_weights, put
+from selfmask_dist.maskfile.rows import StoredMask
 from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.training.build import build_backbone, open_data, shard_backbone
 from selfmask_dist.training.finetune import load_trained
 
 if TYPE_CHECKING:
     from selfmask_dist.parallel.fsdp import ShardedEncoder
-
-SPLITS = ("train", "test")
 
 
 @dataclass(eq=False)
@@ -57,7 +58,9 @@ class EvalSubject:
 
     Attributes:
         paths: as given. kind: run, cascade or mask. directory: where embeddings/ and eval/ go.
-        files: mask files by path; reading them builds no backbone. views: the frozen one first.
+        files: mask files by path, without their masks; reading them builds no backbone.
+        masks_of: the masks of each, by name; where weights are cut over ranks they stay in their file.
+        views: the frozen one first.
         report: gets a sentence on what is made, or made again.
         trusts_files: whether a mask file's word on the backbone's fingerprint is taken; else it is built.
     """
@@ -68,6 +71,7 @@ class EvalSubject:
     world: World
     directory: Path
     files: dict[str, maskfile.MaskFile]
+    masks_of: dict[str, dict[str, AnyMask]]
     views: list[View]
     report: Callable[[str], None]
     trusts_files: bool
@@ -75,7 +79,7 @@ class EvalSubject:
     _on: View | None = None  # whose theta the sharded encoder holds
 
     @property
-    def masks(self) -> dict[str, maskfile.Mask]:
+    def masks(self) -> dict[str, AnyMask]:
         """The masks of all files, by the names of their views."""
         return {view.name: view.mask for view in self.views if view.mask is not None}
 
@@ -196,8 +200,8 @@ class EvalSubject:
         if view.mode is not None and (self._is_sharded or self.config.eval.precision != "float32"):
             # ranks would choose experts for their images, and gather weights, each at its own time; and
             # router and combination are float32
-            (path,), (_, router, combinations) = self.files, self._in_bundle
-            parts = part_views(Path(path), self.files[path])
+            (path,), (router, combinations) = self.files, self._in_bundle
+            parts = part_views(Path(path), self.masks_of[path])
             for part in parts:
                 self.embed(part)
             stores = [EmbeddingStore.open(self._path(part, split)) for part in parts]
@@ -258,7 +262,7 @@ class EvalSubject:
 
     def _dim(self, view: View) -> int:
         if view.mode is not None:
-            return self._in_bundle[2][view.mode].output_dim
+            return self._in_bundle[1][view.mode].output_dim
         return self.backbone.spec.dim
 
     @cached_property
@@ -291,9 +295,9 @@ class EvalSubject:
         return shard_backbone(self.backbone, self.config, self.world)
 
     @cached_property
-    def _in_bundle(self) -> tuple[dict[str, maskfile.Mask], Router, dict[str, Combination]]:
-        (path,) = self.files
-        return read_cascade(path)
+    def _in_bundle(self) -> tuple[Router, dict[str, Combination]]:
+        ((path, file),) = self.files.items()
+        return read_router(file, self.masks_of[path], path)
 
     @cached_property
     def _cascade(self) -> Cascade:
@@ -318,6 +322,7 @@ class EvalSubject:
             return self._sharded_under(view)
         name = None if view.mask is None else view.name
         if view.mask is not None and view.name not in self._bank:
+            assert isinstance(view.mask, maskfile.Mask), "the bank holds decoded masks"
             self._bank.add(view.name, view.mask)
         return lambda images: self._bank.embed(images, name)
 
@@ -327,41 +332,14 @@ class EvalSubject:
             self._on = None  # were it cut off here, nothing must be taken for what is on
             self._sharded.restore()
             if view.mask is not None:
-                if not all(file.backbone_fingerprint for file in self.files.values()):  # else known to fit
-                    check_weights(view.mask.bits, view.mask.weights_fingerprint, self._sharded)
-                put([view.mask], self._sharded)
+                assert isinstance(view.mask, StoredMask), "no rank holds a whole mask"
+                is_known = all(file.backbone_fingerprint for file in self.files.values())
+                view.mask.put_on(self._sharded, is_checked=is_known)
             self._on = view
         return self._sharded.encode
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return self.world.sum(tensor.clone())
-
-
-def read_config(path: Path, given: str | None, overrides: Sequence[str], *, data: str | None) -> Config:
-    """Return the settings for a subject: --config, else the config.yaml of its run, else the defaults with
-    the backbone that the mask file names; then --data, then key=value.
-    """
-    changes = [] if data is None else ["data.subset=null", *_splits_in(Path(data))]
-    changes += overrides
-    beside = (path if path.is_dir() else path.parent) / names.CONFIG
-    if given is None and beside.exists():
-        given = str(beside)
-    elif given is None and path.is_file():
-        name = maskfile.read_mask_file(path).backbone
-        if name and not any(change.startswith("backbone.name=") for change in changes):
-            changes.insert(0, f"backbone.name={name}")
-    return load_config(given, changes)
-
-
-def _splits_in(folder: Path) -> list[str]:
-    """Settings for the train and test data in a folder."""
-    settings = []
-    for split in SPLITS:
-        found = [place for place in (folder / split, folder / f"{split}.tar") if place.exists()]
-        if not found:
-            raise ValueError(f"--data {folder} holds no {split} folder and no {split}.tar")
-        settings.append(f"data.{split}={found[0]}")
-    return settings
 
 
 def open_subject(
@@ -381,7 +359,7 @@ def open_subject(
     if len(paths) > 1 and out is None:
         raise ValueError("several subjects have no folder in common: give one with --out")
     directory = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
-    files = {str(found): maskfile.read_mask_file(found) for path in paths if (found := mask_path(path))}
+    files, masks_of = open_files(paths, decodes=not shards_weights(config.engine, world))
     weights = {p: there for p in paths if mask_path(p) is None and (there := find_weights(p))}
     fingerprints = {file.backbone_fingerprint for file in files.values()}
     if len(fingerprints | {each.backbone_fingerprint for each in weights.values()}) > 1:
@@ -391,9 +369,9 @@ def open_subject(
     first = next(iter(files.values()), None)
     if len(files) == 1 and first is not None and any(name.startswith("router.") for name in first.tensors):
         kind = "cascade"
-        views += cascade_views(Path(next(iter(files))), first)
+        views += cascade_views(Path(next(iter(files))), first, next(iter(masks_of.values())))
     else:
-        views += mask_views(paths, files, weights, config)
+        views += mask_views(paths, masks_of, weights, config)
     if not files and not weights:
         report(f"{paths[0]} holds no mask: only the frozen backbone is measured")
-    return EvalSubject(paths, kind, config, world, directory, files, views, report, trusts_files)
+    return EvalSubject(paths, kind, config, world, directory, files, masks_of, views, report, trusts_files)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,12 @@ from selfmask_dist import maskfile
 from selfmask_dist.cascade.model import modes_of
 from selfmask_dist.common import names
 from selfmask_dist.config import Config
+from selfmask_dist.maskfile.file import read_about
+from selfmask_dist.maskfile.rows import StoredMask, stored_masks
 from selfmask_dist.training.saving import read_outcome
+
+SPLITS = ("train", "test")
+AnyMask = maskfile.Mask | StoredMask
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,15 @@ class TunedWeights:
 class View:
     """One way to embed an image, by its name in tables.
 
-    folder: of its stores. mask, weights: both None for the frozen backbone. mode: of a cascade's combination.
+    folder: of its stores. mask, weights: both None for the frozen backbone; a mask is in memory, or stays in
+    its file. mode: of a cascade's combination.
     made_with: what its stores' provenance says of mask or weights. whiten: after a whitened PCA of the
     training embeddings. members: the mean of these views' embeddings.
     """
 
     name: str
     folder: str = ""
-    mask: maskfile.Mask | None = None
+    mask: AnyMask | None = None
     weights: TunedWeights | None = None
     mode: str | None = None
     made_with: str = ""
@@ -63,6 +69,28 @@ def mask_path(path: Path) -> Path | None:
     return mask
 
 
+def open_files(
+    paths: Sequence[Path], *, decodes: bool
+) -> tuple[dict[str, maskfile.MaskFile], dict[str, dict[str, AnyMask]]]:
+    """Return the mask files of runs or files, without their masks, and the masks of each, by their paths.
+
+    Args:
+        decodes: read whole masks, and verify every byte of the files; else they stay in their files.
+
+    Raises:
+        ValueError: as `mask_path`; or a file cannot be read (MaskFileError).
+    """
+    files: dict[str, maskfile.MaskFile] = {}
+    masks_of: dict[str, dict[str, AnyMask]] = {}
+    for place in (str(found) for path in paths if (found := mask_path(path))):
+        if decodes:
+            file = maskfile.read_mask_file(place)
+            files[place], masks_of[place] = replace(file, masks={}), {**file.masks}
+        else:
+            files[place], masks_of[place] = read_about(place, with_tensors=True), {**stored_masks(place)}
+    return files, masks_of
+
+
 def find_weights(run: Path) -> TunedWeights | None:
     """Return the weights of a finished run that left no mask file; None where it left none.
 
@@ -76,7 +104,7 @@ def find_weights(run: Path) -> TunedWeights | None:
     return TunedWeights(outcome.weights, result["method"], result["fingerprint"])
 
 
-def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
+def cascade_views(path: Path, file: maskfile.MaskFile, masks: Mapping[str, AnyMask]) -> list[View]:
     """Return the ways to embed of a cascade's bundle, after the frozen one.
 
     Beside a run the stores are the run's own, known by the files that they were made with.
@@ -90,7 +118,7 @@ def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
         name: _sha256(place) if place.exists() else f"{_sha256(path)} {name}"
         for name, place in of_run.items()
     }
-    masked = View("self-masked", dispatcher, mask=file.masks[dispatcher], made_with=made_with[dispatcher])
+    masked = View("self-masked", dispatcher, mask=masks[dispatcher], made_with=made_with[dispatcher])
     frozen = View("frozen, whitened", "frozen", whiten=True)
     return [
         masked,
@@ -100,26 +128,30 @@ def cascade_views(path: Path, file: maskfile.MaskFile) -> list[View]:
     ]
 
 
-def part_views(path: Path, file: maskfile.MaskFile) -> list[View]:
+def part_views(path: Path, masks: Mapping[str, AnyMask]) -> list[View]:
     """Return the views that a cascade's combinations are made of, the dispatcher's first; see
     `cascade_views`.
     """
-    num_experts = sum(name != names.DISPATCHER for name in file.masks)
+    num_experts = sum(name != names.DISPATCHER for name in masks)
     views = []
     for name in (names.DISPATCHER, *map(names.expert, range(num_experts))):
         of_run = path.parent / name / names.MASK
         made_with = _sha256(of_run) if of_run.exists() else f"{_sha256(path)} {name}"
-        views.append(View(name, name, mask=file.masks[name], made_with=made_with))
+        views.append(View(name, name, mask=masks[name], made_with=made_with))
     return views
 
 
 def mask_views(
     paths: Sequence[Path],
-    files: dict[str, maskfile.MaskFile],
+    masks_of: Mapping[str, Mapping[str, AnyMask]],
     weights: dict[Path, TunedWeights],
     config: Config,
 ) -> list[View]:
-    """Return the views of masks and weights in the order given, and of their mean where they are several."""
+    """Return the views of masks and weights in the order given, and of their mean where they are several.
+
+    Args:
+        masks_of: by a file's path, its masks by name.
+    """
     views: list[View] = []
     for path in paths:
         if path in weights:
@@ -129,7 +161,7 @@ def mask_views(
             views.append(View(title, folder, weights=trained, made_with=_sha256(trained.path)))
             continue
         place = mask_path(path)
-        masks = {} if place is None else files[str(place)].masks
+        masks = {} if place is None else masks_of[str(place)]
         for name, mask in masks.items():
             assert place is not None
             if len(paths) == len(masks) == 1:

@@ -30,6 +30,7 @@ _OPTIONS = (
     ("gpus_per_node", text.positive, "GPUs in each"),
     ("memory_gib", _above_zero, "memory of a GPU"),
     ("tflops", _above_zero, "TFLOP/s that training reaches on one"),
+    ("float32_tflops", _above_zero, "TFLOP/s that an evaluation in float32 reaches on one (eval.precision)"),
     ("within_node_gbs", _above_zero, "GB/s that one sends inside a node"),
     ("between_nodes_gbs", _above_zero, "GB/s that one sends to other nodes"),
     ("node_storage_gbs", _above_zero, "GB/s that a node reads and writes files with"),

@@ -9,7 +9,8 @@ GIB = 2**30
 class Hardware:
     """What is assumed of the machines, and of the data.
 
-    pictures: in data.train. memory_gib: of a GPU. tflops: what training reaches on one. The bandwidths
+    pictures: in data.train. memory_gib: of a GPU. tflops: what training reaches on one; float32_tflops: what
+    an evaluation in float32 reaches, which has no tensor cores (TF32 is never switched on). The bandwidths
     between GPUs are what one of them can send, in GB/s; those of storage what a node, and all nodes together,
     read and write.
     """
@@ -19,6 +20,7 @@ class Hardware:
     gpus_per_node: int = 1
     memory_gib: float = 80.0
     tflops: float = 300.0  # that training reaches, not the data sheet's peak
+    float32_tflops: float = 40.0
     within_node_gbs: float = 300.0
     between_nodes_gbs: float = 25.0
     node_storage_gbs: float = 2.0

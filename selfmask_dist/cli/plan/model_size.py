@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfmask_dist.backbones import find_blocks
+from selfmask_dist.backbones import find_blocks, load_backbone
 from selfmask_dist.common.optional import require
 from selfmask_dist.config import Config
 from selfmask_dist.masking import select
@@ -45,7 +45,7 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
     """Return the encoder without storage, and the side of its images in pixels.
 
     Raises:
-        ValueError: the backbone's name is not one of timm's or open_clip's.
+        ValueError: the backbone's name is not one of timm's, open_clip's or transformers'.
     """
     section = config.backbone
     family, _, name = section.name.partition(":")
@@ -66,7 +66,12 @@ def build_on_meta(config: Config) -> tuple[nn.Module, int]:
             from selfmask_dist.backbones import from_open_clip
 
             return from_open_clip.build_on_meta(name.partition("/")[0], kwargs, section.image_size)
-    raise ValueError(f"backbone {section.name!r} is not timm:<model> or open_clip:<model>[/<tag>]")
+        if family == "hf" and name:
+            backbone = load_backbone(section.model_copy(update={"pretrained": False, "weights": None}))
+            return backbone.encoder.to("meta"), backbone.spec.preprocessing.image_size
+    raise ValueError(
+        f"backbone {section.name!r} is not timm:<model>, open_clip:<model>[/<tag>] or hf:<model or folder>"
+    )
 
 
 def measure_size(

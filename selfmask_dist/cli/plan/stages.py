@@ -36,11 +36,18 @@ class Saving:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """What one measurement of all training pictures needs: seconds to embed them, bytes of embeddings."""
+    """What one measurement of all training pictures needs: seconds to embed them, bytes of embeddings.
+
+    precision: of the backbone; under fsdp a run measures in that of the engine where it is bf16.
+    memory: bytes of a rank that only embeds, in a cascade or under `selfmask eval`, with masks put on; a run
+        that measures while it trains has its state beside them.
+    """
 
     passes: int  # before training and after it
+    precision: str
     seconds: float
     embeddings: float
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,35 @@ def reckon_saving(size: ModelSize, config: Config, hardware: Hardware, step_seco
 def reckon_evaluating(size: ModelSize, config: Config, hardware: Hardware, engine: Estimate) -> Evaluating:
     """Return what it takes to embed data.train once, on the engine's shards where it has them."""
     w = hardware.world_size
-    compute = hardware.pictures * size.flops_per_image / (w * hardware.tflops * 1e12)
+    is_bf16 = config.eval.precision == "bf16" or (
+        engine.engine.startswith("fsdp") and config.engine.precision == "bf16"  # whose forward then is
+    )
+    tflops = hardware.tflops if is_bf16 else min(hardware.float32_tflops, hardware.tflops)
+    compute = hardware.pictures * size.flops_per_image / (w * tflops * 1e12)
     batches = math.ceil(hardware.pictures / (w * config.eval.batch_size))
     gathering = batches * engine.gather_seconds
-    passes = int(config.eval.frozen_baseline) + int(config.eval.final)
-    return Evaluating(passes, compute + gathering, FULL * hardware.pictures * size.dim)
+    return Evaluating(
+        passes=int(config.eval.frozen_baseline) + int(config.eval.final),
+        precision="bf16" if is_bf16 else "float32",
+        seconds=compute + gathering,
+        embeddings=FULL * hardware.pictures * size.dim,
+        memory=_embedding_bytes(size, engine, w),
+    )
+
+
+def _embedding_bytes(size: ModelSize, engine: Estimate, world_size: int) -> float:
+    """Return what a rank holds that embeds under a mask and trains nothing.
+
+    fsdp and ZeRO-3: theta in the place of its rows of the frozen weights, which lie in their file, and two
+    gathered blocks. The other engines: theta and the frozen weights, whole.
+    """
+    whole, both = FULL * (size.masked + size.frozen), FULL * (2 * size.masked + size.frozen)
+    num_shards = {"deepspeed-3": world_size}.get(engine.engine, 1)
+    if engine.engine.startswith("fsdp"):
+        num_shards = round(both / engine.weights)
+    if num_shards == 1:
+        return both
+    return whole / num_shards + size.padded(num_shards) * FULL * 2 * size.largest_block
 
 
 def reckon_experts(size: ModelSize, config: Config, hardware: Hardware, *, image_size: int) -> Experts:

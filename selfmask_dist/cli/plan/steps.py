@@ -22,6 +22,8 @@ from selfmask_dist.cli.plan.hardware import GIB, Hardware
 from selfmask_dist.cli.plan.model_size import ModelSize, build_on_meta, measure_size
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import WITH_TEACHER
+from selfmask_dist.masking.passes import takes_gradients
+from selfmask_dist.training.prepare import mask_family
 
 FULL = 4.0  # bytes of a float32
 _TEACHERS_VIEWS = {"moco_v2": 1, "moco_v3": 2, "dino": 2}
@@ -151,6 +153,10 @@ class _Reckoner:
         self.compute = flops / (hardware.tflops * 1e12)
         self.bucket = min(engine.bucket_mb * 2**18, self.n)  # in numbers
         self.momentum = FULL * self.n * (state_numbers(config) - 1)
+        self.takes_whole = takes_gradients(
+            mask_family(config, num_steps=1)
+        )  # scores' gradients lie where theta's lay
+        self.takes_pieces = self.takes_whole and config.optim.score_step != "rms"
 
     def one(
         self, name: str, keys: str = "", *, send_seconds: float | None = None, **needs: float
@@ -166,9 +172,11 @@ class _Reckoner:
         )
 
     @staticmethod
-    def second(scores_gradients: float, gone: float) -> float:
-        """Scores get their gradients when backward is over: they may lie where `gone` bytes were."""
-        return max(scores_gradients - gone, 0.0)
+    def second(scores_gradients: float, gone: float, *, is_taken: bool) -> float:
+        """Return what scores' gradients take beside theta's, when backward is over: nothing where they are
+        written over them; else they may lie where `gone` bytes were.
+        """
+        return 0.0 if is_taken else max(scores_gradients - gone, 0.0)
 
     def ddp(self) -> Estimate:
         n, f, x = self.n, self.f, (self.w - 1) / self.w
@@ -178,7 +186,7 @@ class _Reckoner:
             weights=FULL * (2 * n + f),
             scores=FULL * n,
             momentum=self.momentum,
-            gradients=FULL * n + buckets + self.second(FULL * n, self.activations),
+            gradients=FULL * n + buckets + self.second(FULL * n, self.activations, is_taken=self.takes_whole),
             sent=2 * x * FULL * n,
         )
 
@@ -204,7 +212,7 @@ class _Reckoner:
             weights=FULL * (2 * n + f) / s,
             scores=FULL * n / s,
             momentum=self.momentum / s,
-            gradients=FULL * n / s + self.second(FULL * n / s, gone),
+            gradients=FULL * n / s + self.second(FULL * n / s, gone, is_taken=self.takes_pieces),
             gathered=gathered,
             sent=in_group + between,
             gather_seconds=once / bandwidth,
@@ -214,12 +222,14 @@ class _Reckoner:
         n, f, w, x = self.n, self.f, self.w, (self.w - 1) / self.w
         sending = self.reduced * min(3 * self.bucket, n)  # one bucket being filled, two on their way
         summed = self.reduced if self.m == 1 else FULL
+        is_taken = self.takes_pieces and summed == FULL  # numbers of another dtype need memory of their own
+        second = self.second(FULL * n / w, sending + self.activations, is_taken=is_taken)
         return self.one(
             "bits",
             weights=FULL * (2 * n + f),
             scores=FULL * n / w,
             momentum=self.momentum / w,
-            gradients=summed * n / w + sending + self.second(FULL * n / w, sending + self.activations),
+            gradients=summed * n / w + sending + second,
             sent=x * (self.m * self.reduced * n + n / 8),
         )
 

@@ -92,7 +92,8 @@ def _title(config: Config, hardware: Hardware) -> str:
 
 def _assumed(hardware: Hardware) -> str:
     return (
-        f"assumed: {hardware.tflops:g} TFLOP/s, {hardware.within_node_gbs:g} GB/s within a node, "
+        f"assumed: {hardware.tflops:g} TFLOP/s, {hardware.float32_tflops:g} in a float32 evaluation,\n"
+        f"{hardware.within_node_gbs:g} GB/s within a node, "
         f"{hardware.between_nodes_gbs:g} GB/s between nodes,\n"
         f"files: {hardware.node_storage_gbs:g} GB/s of a node and {hardware.storage_gbs:g} GB/s in all, "
         f"{hardware.pictures:,} pictures"
@@ -112,8 +113,9 @@ def _stages(
         f"checkpoint  {text.size(saving.total)}, {text.size(saving.of_rank)} a rank, copied to host memory "
         f"({text.size(saving.of_node)} a node); {saving.seconds:.1f} s to save or to read: "
         f"checkpoint.stop_seconds={saving.stop_seconds} launch.signal_seconds={saving.signal_seconds}",
-        f"evaluation  {text.duration(evaluating.seconds)} to embed data.train, {evaluating.passes} times; "
-        f"embeddings of {text.size(evaluating.embeddings)} in all",
+        f"evaluation  {text.duration(evaluating.seconds)} to embed data.train in {evaluating.precision}, "
+        f"{evaluating.passes} times; embeddings of {text.size(evaluating.embeddings)} in all; "
+        f"{evaluating.memory / GIB:.2f} GiB/rank where nothing is trained (a cascade, selfmask eval)",
     ]
     if config.method == "cascade":
         experts = reckon_experts(size, config, hardware, image_size=image_size)

@@ -16,11 +16,11 @@ def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield names without weights, weights that are drawn and loaded, and half of a normalisation."""
     backbone = config.backbone
     library, _, model = backbone.name.partition(":")
-    if library not in ("timm", "open_clip") or not model:
+    if library not in ("timm", "open_clip", "hf") or not model:
         yield Conflict(
             ("backbone.name",),
             f"backbone.name {backbone.name!r} is neither timm:<model> nor open_clip:<model>[/<pretrained "
-            "tag>]",
+            "tag>] nor hf:<model or folder>",
         )
     names_weights = "/" in model or ":" in model  # a tag, or hf-hub:<organisation>/<model> and the like
     wants_weights = backbone.pretrained and backbone.weights is None

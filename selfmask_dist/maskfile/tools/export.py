@@ -94,11 +94,11 @@ def export(
     draw_mask(mask.bits, picture, title=f"{name}: what the mask prunes, by layer")
     parameters = dict(encoder.named_parameters())
     model = backbone.spec.name.partition(":")[2]
-    is_timm = backbone.spec.name.startswith("timm:")
+    library = backbone.spec.name.partition(":")[0]
     write_text(
         card,
         _CARD.format(
-            library="timm" if is_timm else "open_clip",
+            library={"hf": "transformers"}.get(library, library),
             name=name,
             backbone=backbone.spec.name,
             pruned=1 - mask.num_kept() / mask.num_weights(),
@@ -107,7 +107,7 @@ def export(
             bits=8 * mask_bytes / mask.num_weights(),
             dense_bytes=dense.stat().st_size,
             metrics=_metrics(file.metrics),
-            usage=_usage(model, kwargs or {}, is_timm=is_timm),
+            usage=_usage(model, kwargs or {}, library=library),
             fingerprint=mask.weights_fingerprint,
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
@@ -152,10 +152,16 @@ _RESTS = {
 }
 
 
-def _usage(model: str, kwargs: Mapping[str, Any], *, is_timm: bool) -> str:
+def _usage(model: str, kwargs: Mapping[str, Any], *, library: str) -> str:
     given = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     load = 'model.load_state_dict(load_file("model.safetensors"))'
-    if is_timm:
+    if library == "hf":
+        given = f", kwargs={dict(kwargs)!r}" if kwargs else ""
+        return (
+            "from selfmask_dist.backbones import load_backbone\n\n"
+            f'encoder = load_backbone("hf:{model}", weights="model.safetensors"{given}).encoder'
+        )
+    if library == "timm":
         return (
             "import timm\nfrom safetensors.torch import load_file\n\n"
             f'model = timm.create_model("{model}", num_classes=0{given})\n{load}'

@@ -3,6 +3,7 @@
 Knows nothing of files, process groups or optimizers.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Unpack
@@ -16,6 +17,8 @@ from selfmask_dist.masking.checks.scores import check_same_names, check_tensors,
 from selfmask_dist.masking.checks.warned import PartlyMaskedWarning
 from selfmask_dist.masking.families import Family
 from selfmask_dist.masking.families import build as build_family
+
+_LOG = logging.getLogger(__name__)
 
 
 def as_family(family: str | Family, *, threshold: float | None, scale: core.Scale | None) -> Family:
@@ -106,7 +109,9 @@ def choose_other(
 
 
 def warn_where_partly_masked(model: nn.Module, include: str | Sequence[str]) -> None:
-    """Warn where presets mask less than half of the model's matrices, naming what they leave out."""
+    """Say in the log which rule `auto` is here; warn where presets mask less than half of the matrices."""
+    if "auto" in selection.as_tuple(include):
+        _LOG.info("include=auto is the rule %s on this model", selection.rule_of(model))
     if found := selection.uncovered(model, include):
         warnings.warn(
             f"include={include!r} masks {found}. Name the layers by patterns of your own, for example "

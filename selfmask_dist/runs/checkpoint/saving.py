@@ -238,6 +238,11 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """Wait likewise, and give back the memory that states are copied to; another save takes it again."""
+        self.finish()
+        self._staging = Staging()
+
     def _work(self, staged: Staged | Exception, values: dict[str, Any], step: int) -> None:
         start = time.perf_counter()
         try:

@@ -130,7 +130,7 @@ def read_model(folder: Path) -> Model | None:
     try:
         if about["kind"] == "cosine":
             arrays = load_file(folder / names.TEXT_HEAD)
-            head = Head("cosine", scale=about["scale"], **arrays)
+            head = Head("cosine", norm="none", scale=about["scale"], **arrays)
         else:
             head = _linear(load_file(folder / names.HEAD), about["norm"])
         return Model(**{**stated, "head": head, "classes": tuple(stated["classes"])})

@@ -1,21 +1,23 @@
-"""Which parameters get a mask: glob patterns over parameter names, presets for common families, and guards.
+"""Which parameters get a mask: by the structure of the model, by the paper's rules, or by glob patterns.
 
-A mask belongs to a parameter, not to a module type, so a fused `qkv`, a bare `in_proj_weight` and a
-convolution are all selected the same way. Normalisation layers are refused unless asked for: masking them
-takes k-NN on CIFAR-10 from 0.921 to 0.560 (paper, appendix Table 1b).
+`structure` takes what `layers` finds inside the repeated blocks. `vit` and `resnet` are the paper's rules for
+its architectures, as patterns over names; `auto` takes one of them where it fits, and `structure` elsewhere.
+Normalisation layers are refused unless asked for: masking them takes k-NN on CIFAR-10 from 0.921 to 0.560
+(paper, appendix Table 1b).
 
 Knows nothing of scores, files or process groups.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypedDict
 
 from torch import nn
 
 from selfmask_dist.common.tensor_names import plain
+from selfmask_dist.common.text import some
+from selfmask_dist.masking.selection.layers import LayerParameters, Parts, find_parts, is_norm
 
 _VIT = (
     # timm
@@ -38,6 +40,15 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "clip_visual": tuple(f"visual.{pattern}" for pattern in _VIT),  # the image tower of a whole CLIP model
     "resnet": ("*conv*.weight", "*downsample*.weight"),  # convolutions and downsample layers
 }
+# read from the module tree; see `layers`
+STRUCTURAL: dict[str, Callable[[Parts], list[str]]] = {
+    "structure": lambda parts: _names(parts.body),  # weights and biases inside the repeated blocks
+    "matrices": lambda parts: _names(parts.body, biases=False),  # the same without biases
+    "stem": lambda parts: _names(parts.stem),  # patch embedding, first convolutions
+    "pool": lambda parts: _names(parts.pool),  # after the blocks: attention pooling, last convolutions
+}
+PRESET_NAMES = ("auto", *PRESETS, *STRUCTURAL)
+ENOUGH = 0.95  # of the matrices inside the blocks: where a paper's rule takes that much, it fits
 
 
 class Selection(TypedDict, total=False):
@@ -47,14 +58,6 @@ class Selection(TypedDict, total=False):
     exclude: str | Sequence[str]
     first_layers: int | None
     allow_norm: bool
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Return whether `module` normalises: batch, layer, group, RMS, ... and timm's norm-activation layers.
-
-    By the name of its type, or by the running statistics that it owns.
-    """
-    return "norm" in type(module).__name__.lower() or "running_mean" in module._buffers
 
 
 def norm_parameters(model: nn.Module) -> set[str]:
@@ -88,8 +91,11 @@ def select(
     """Return the names of the parameters to mask, in the model's own order.
 
     Args:
-        include: preset names (`auto`, `vit`, `resnet`, `clip_visual`) and glob patterns over full parameter
-            names. `auto` is `vit` where that matches anything, else `resnet`.
+        include: preset names and glob patterns over full parameter names. `structure` is every weight and
+            bias of the layers inside the repeated blocks, `matrices` the same without biases; `stem` and
+            `pool` are the layers before and after them, never the classifier. `vit`, `resnet` and
+            `clip_visual` are the paper's rules. `auto` is `vit` or `resnet` where that takes 95 % of the
+            weights of `matrices`, and all or nothing of `pool`; else `structure`.
         exclude: glob patterns taken out again.
         first_layers: of what is chosen, keep the parameters of so many layers, the first in the model's
             order; a layer is a module that owns chosen parameters. None: all.
@@ -99,19 +105,19 @@ def select(
         ValueError: a pattern matches nothing, a pattern matches a normalisation layer, or nothing is left.
     """
     names = [name for name, _ in model.named_parameters()]
-    if not _as_tuple(include):
+    if not as_tuple(include):
         raise ValueError("include is empty; give a preset (auto) or patterns of parameters' names")
     norms = set() if allow_norm else norm_parameters(model)
     adapters = adapter_parameters(model)
     chosen: set[str] = set()
-    for pattern in _as_tuple(include):
-        matched = _expand(pattern, names)
-        if pattern in PRESETS or pattern == "auto":
+    for pattern in as_tuple(include):
+        matched = _expand(pattern, names, model)
+        if pattern in PRESET_NAMES:
             matched -= norms | adapters  # a preset describes a family; these are left out silently
         elif matched & norms:
             raise ValueError(
                 f"include pattern {pattern!r} would mask normalisation layers: "
-                f"{_some(sorted(matched & norms))}. Masking them "
+                f"{some(sorted(matched & norms), 6)}. Masking them "
                 f"destroys the features; exclude them by name, or pass allow_norm=True if that is what you "
                 f"want"
             )
@@ -120,14 +126,14 @@ def select(
                 f"include {pattern!r} matches no parameter; {_hint(pattern, names)}{_quantized(model)}"
             )
         chosen |= matched
-    for pattern in _as_tuple(exclude):
+    for pattern in as_tuple(exclude):
         removed = {name for name in names if _matches(name, pattern)}
         if not removed:
             raise ValueError(f"exclude {pattern!r} matches no parameter; {_hint(pattern, names)}")
         chosen -= removed
     if not chosen:
         raise ValueError(
-            f"no parameter is left to mask: exclude {list(_as_tuple(exclude))} removes all that include "
+            f"no parameter is left to mask: exclude {list(as_tuple(exclude))} removes all that include "
             f"matched"
         )
     ordered = [name for name in names if name in chosen]
@@ -141,14 +147,37 @@ def select(
 
 def is_fused_qkv(name: str) -> bool:
     """Return whether the parameter holds q, k and v stacked along dimension 0."""
-    return fnmatchcase(name, "*attn.qkv.*") or fnmatchcase(name, "*attn.in_proj_*")
+    return any(fnmatchcase(name, pattern) for pattern in ("*attn.qkv.*", "*attn.in_proj_*", "*.in_proj_*"))
 
 
-def _expand(pattern: str, names: list[str]) -> set[str]:
+def rule_of(model: nn.Module) -> str:
+    """Return the preset that `auto` stands for on this model: `vit`, `resnet` or `structure`."""
+    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    parts = find_parts(model)
+    sizes = {name: parameters[name].numel() for name in _names(parts.body, biases=False)}
+    after = set(_names(parts.pool, biases=False))
+    for preset in ("vit", "resnet"):
+        matched = _expand(preset, names, model)
+        taken = sum(size for name, size in sizes.items() if name in matched)
+        # half of an attention pooling, by names that are like those in blocks, is nobody's rule
+        is_whole = len(after & matched) in (0, len(after))
+        if matched and is_whole and taken >= ENOUGH * sum(sizes.values()):
+            return preset
+    return "structure"
+
+
+def _expand(pattern: str, names: list[str], model: nn.Module) -> set[str]:
     if pattern == "auto":
-        return _expand("vit", names) or _expand("resnet", names)
+        pattern = rule_of(model)
+    if pattern in STRUCTURAL:
+        return set(STRUCTURAL[pattern](find_parts(model)))
     globs = PRESETS.get(pattern, (pattern,))
     return {name for name in names if any(_matches(name, glob) for glob in globs)}
+
+
+def _names(layers: Sequence[LayerParameters], *, biases: bool = True) -> list[str]:
+    return [name for layer in layers for name in (*layer.matrices, *(layer.biases if biases else ()))]
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -156,7 +185,12 @@ def _matches(name: str, glob: str) -> bool:
     return fnmatchcase(name, glob) or fnmatchcase(plain(name), glob)
 
 
-def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return patterns as a tuple, one alone too.
+
+    Raises:
+        TypeError: something is no text.
+    """
     if isinstance(patterns, str):
         return (patterns,)
     found = tuple(patterns) if isinstance(patterns, Iterable) else (None,)
@@ -170,7 +204,7 @@ def _quantized(model: nn.Module) -> str:
     found = [name for name, module in model.named_modules() if ".quantized." in type(module).__module__]
     if not found:
         return ""
-    return f". The weights of {_some(found, 3)} are quantized and packed: attach before quantizing"
+    return f". The weights of {some(found, 3)} are quantized and packed: attach before quantizing"
 
 
 def _hint(pattern: str, names: list[str]) -> str:
@@ -178,83 +212,8 @@ def _hint(pattern: str, names: list[str]) -> str:
         return "the model has no parameters"
     if any(name.startswith(f"{pattern}.") for name in names):
         return f"it is a module; {pattern}.* names its parameters"
-    near = difflib.get_close_matches(pattern, [*PRESETS, "auto"], n=1) or difflib.get_close_matches(
+    near = difflib.get_close_matches(pattern, PRESET_NAMES, n=1) or difflib.get_close_matches(
         pattern, names, n=3, cutoff=0.4
     )
-    listing = f"nearest: {_some(near)}; " if near else ""
-    return f"{listing}presets are auto, {', '.join(PRESETS)}; the model's parameters are {_some(names)}"
-
-
-def _some(names: Sequence[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-# ---- how much of a model it is
-
-_HEADS = ("head", "heads", "head_dist", "fc", "classifier", "classif", "last_linear", "logits")
-_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """How much of a model's matrices carries a mask; matrices are the weights of linear layers,
-    convolutions and attention projections, without the classifier.
-
-    num_tensors, num_weights: under a mask, biases too.
-    masked, total: weights of matrices, under a mask and in all.
-    left_out: names of the other matrices, the largest first.
-    """
-
-    num_tensors: int
-    num_weights: int
-    masked: int
-    total: int
-    left_out: tuple[str, ...]
-
-    @property
-    def share(self) -> float:
-        """Return the share of the matrices' weights that is masked, 0 to 1; 1 where there are none."""
-        return self.masked / self.total if self.total else 1.0
-
-    def __str__(self) -> str:
-        return f"{self.num_tensors} tensors, {self.num_weights:,} weights, {self.describe_matrices()}"
-
-    def describe_matrices(self) -> str:
-        """Return the share of the matrices, and what is left out, as a part of a line."""
-        text = f"{self.share:.1%} of the matrices' weights masked"
-        return f"{text}; left out {_some(self.left_out, 3)}" if self.left_out else text
-
-
-def measure_coverage(model: nn.Module, names: Sequence[str], *, below: str = "") -> Coverage:
-    """Return how much of the model's matrices the parameters `names` are.
-
-    Args:
-        below: count matrices whose plain names start with this, such as `visual.`.
-    """
-    chosen, sizes, masked, num_weights = set(names), dict[str, int](), 0, 0
-    for module_name, module in model.named_modules():
-        is_layer = isinstance(module, _LAYERS) or type(module).__name__.endswith(("Linear", "Conv1D"))
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{attribute}" if module_name else attribute
-            num_weights += parameter.numel() if name in chosen else 0
-            short = plain(name)
-            is_head = any(part in _HEADS for part in short.split(".")[:2])
-            if is_layer and parameter.ndim > 1 and short.startswith(below) and not is_head:
-                sizes[name] = parameter.numel()
-                masked += parameter.numel() if name in chosen else 0
-    left_out = sorted((name for name in sizes if name not in chosen), key=lambda name: -sizes[name])
-    return Coverage(len(chosen), num_weights, masked, sum(sizes.values()), tuple(left_out))
-
-
-def uncovered(model: nn.Module, include: str | Sequence[str]) -> Coverage | None:
-    """Return what presets cover of a model, where that is less than half of its matrices; else None.
-
-    Patterns of one's own are a choice and are never judged.
-    """
-    patterns = _as_tuple(include)
-    if not all(pattern in PRESETS or pattern == "auto" for pattern in patterns):
-        return None
-    below = "visual." if all(pattern == "clip_visual" for pattern in patterns) else ""
-    found = measure_coverage(model, select(model, include), below=below)
-    return found if found.share < 0.5 else None
+    listing = f"nearest: {some(near)}; " if near else ""
+    return f"{listing}presets are {', '.join(PRESET_NAMES)}; the model's parameters are {some(names, 6)}"

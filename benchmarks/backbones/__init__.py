@@ -1,0 +1,1 @@
+"""Which architectures masks can go on."""
