@@ -89,6 +89,8 @@ def build(case: Case, folder: Path) -> tuple[nn.Module, int]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = torchvision.models.get_model(case.model)
+        if hasattr(model, "heads"):  # a ViT's classifier starts as zeros, and lets no gradient through
+            model.heads = nn.Identity()
         size = case.sizes[0]
         assert size is not None
         return model.eval().requires_grad_(False), size
