@@ -21,7 +21,7 @@ from selfmask_dist.parallel import Engine, build_engine, synchronise_batchnorm
 from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, saving_peers
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
-from selfmask_dist.runs.profile import StepProfiler
+from selfmask_dist.runs.speed.profile import StepProfiler
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora, add_peft
@@ -75,8 +75,7 @@ def adapt(
     hold_weights(config, engine)
     checkpoints = build_checkpoint_schedule(config, state, context)
     context.update_status(num_steps=steps)
-    monitor = evaluation.monitor if best is None else best.after(evaluation.monitor)
-    monitor_every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
+    every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
     trainer = Trainer(
         engine=engine,
         optimizer=engine.optimizer,
@@ -86,8 +85,8 @@ def adapt(
         writer=context.writer,
         directory=context.directory,
         telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
-        monitor=monitor if monitor_every else None,
-        monitor_every=monitor_every,
+        monitor=evaluation.monitor if best is None else best.after(evaluation.monitor),
+        monitor_every=every,
         log_every=config.run.log_every,
         before_step=objective.start_step,
         after_step=objective.after_step,

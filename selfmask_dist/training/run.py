@@ -29,9 +29,9 @@ from selfmask_dist.runs.checkpoint import (
     open_newest,
 )
 from selfmask_dist.runs.context import RunContext, open_run
-from selfmask_dist.runs.fabric import report_fabric
 from selfmask_dist.runs.folder import create_run_directory, drop_metrics_after, remove_measured, run_path
 from selfmask_dist.runs.preempt import StopRequest
+from selfmask_dist.runs.speed.fabric import report_fabric
 from selfmask_dist.runs.verdict import closing, judge
 from selfmask_dist.training.adapt import adapt, format_numbers
 from selfmask_dist.training.build import (

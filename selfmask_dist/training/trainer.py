@@ -22,7 +22,7 @@ from selfmask_dist.data import Batch, Quarantine
 from selfmask_dist.parallel import Engine
 from selfmask_dist.runs.metrics import MetricsWriter
 from selfmask_dist.runs.preempt import Preempted
-from selfmask_dist.runs.profile import StepProfiler, part
+from selfmask_dist.runs.speed.profile import StepProfiler, part
 from selfmask_dist.training.meter import Meter, NonFiniteError
 from selfmask_dist.training.schedule import Schedule
 from selfmask_dist.training.state import CheckpointSchedule, Position

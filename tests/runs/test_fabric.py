@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from selfmask_dist.parallel import World
-from selfmask_dist.runs.fabric import check_fabric, slow_nodes
+from selfmask_dist.runs.speed.fabric import check_fabric, slow_nodes
 from tests.support.distributed import run_distributed
 from tests.support.tiny_run import events_of, submit, write_config, write_tiny_data
 

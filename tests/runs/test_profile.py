@@ -8,7 +8,7 @@ import pytest
 
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
-from selfmask_dist.runs.profile import StepProfiler, part
+from selfmask_dist.runs.speed.profile import StepProfiler, part
 from tests.support.tiny_run import write_config, write_tiny_data
 
 

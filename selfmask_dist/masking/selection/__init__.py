@@ -16,13 +16,13 @@ from selfmask_dist.masking.selection.choosing import (
     select,
 )
 from selfmask_dist.masking.selection.coverage import Coverage, measure_coverage, uncovered
-from selfmask_dist.masking.selection.layers import Parts, find_parts, is_norm
+from selfmask_dist.masking.selection.layers import LayerParts, find_parts, is_norm
 
 __all__ = [
     "PRESETS",
     "PRESET_NAMES",
     "Coverage",
-    "Parts",
+    "LayerParts",
     "Selection",
     "adapter_parameters",
     "as_tuple",

@@ -17,7 +17,7 @@ from torch import nn
 
 from selfmask_dist.common.tensor_names import plain
 from selfmask_dist.common.text import some
-from selfmask_dist.masking.selection.layers import LayerParameters, Parts, find_parts, is_norm
+from selfmask_dist.masking.selection.layers import LayerParameters, LayerParts, find_parts, is_norm
 
 _VIT = (
     # timm
@@ -41,7 +41,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "resnet": ("*conv*.weight", "*downsample*.weight"),  # convolutions and downsample layers
 }
 # read from the module tree; see `layers`
-STRUCTURAL: dict[str, Callable[[Parts], list[str]]] = {
+STRUCTURAL: dict[str, Callable[[LayerParts], list[str]]] = {
     "structure": lambda parts: _names(parts.body),  # weights and biases inside the repeated blocks
     "matrices": lambda parts: _names(parts.body, biases=False),  # the same without biases
     "stem": lambda parts: _names(parts.stem),  # patch embedding, first convolutions

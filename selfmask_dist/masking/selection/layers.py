@@ -40,7 +40,7 @@ class LayerParameters:
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerParts:
     """The layers of a model by where they lie, each in the model's own order.
 
     stem: before the first block, and whatever else reads the image. body: from the first block to the last.
@@ -92,7 +92,7 @@ def each_layer(model: nn.Module) -> Iterator[LayerParameters]:
             yield LayerParameters(name, module, tuple(matrices), tuple(biases))
 
 
-def find_parts(model: nn.Module) -> Parts:
+def find_parts(model: nn.Module) -> LayerParts:
     """Return the layers of a model by where they lie.
 
     Without repeated blocks (VGG, a plain MLP) everything but the classifier is the body.
@@ -102,7 +102,7 @@ def find_parts(model: nn.Module) -> Parts:
     blocks = _find_blocks(model, layers)
     if not blocks:
         heads = tuple(layer for layer in layers if is_head(model, layer.name))
-        return Parts((), tuple(layer for layer in layers if layer not in heads), (), heads)
+        return LayerParts((), tuple(layer for layer in layers if layer not in heads), (), heads)
     first, last = _span(model, blocks, layers)
     after_last = min(
         (place for name, place in order.items() if place > order[last] and not name.startswith(f"{last}.")),
@@ -117,7 +117,7 @@ def find_parts(model: nn.Module) -> Parts:
             body.append(layer)
         else:
             (head if is_head(model, layer.name) else pool).append(layer)
-    return Parts(tuple(stem), tuple(body), tuple(pool), tuple(head))
+    return LayerParts(tuple(stem), tuple(body), tuple(pool), tuple(head))
 
 
 def is_head(model: nn.Module, name: str) -> bool:
