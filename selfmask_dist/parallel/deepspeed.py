@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -181,6 +181,10 @@ class DeepSpeedEngine(Engine):
         """Do nothing: theta follows from the scores in every forward."""
 
     @torch.no_grad()
+    def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
+        cut = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_tensor")]
+        return self._deepspeed.zero.GatheredParameters(cut) if cut else nullcontext()
+
     def each_whole_weight(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`; parametrised ones appear as their parts."""
         named: Mapping[str, Tensor] = dict(self.encoder.named_parameters()) | dict(

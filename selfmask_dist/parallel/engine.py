@@ -9,11 +9,11 @@
         engine.step()
 
 The module maps a batch to (this rank's share of the global loss, metrics); gradients are summed over ranks.
-An engine knows neither objectives nor architectures. Each process's share of the state are its `parts`,
-which any engine at any world size can load.
+An engine knows neither objectives nor architectures. Any one at any world size loads another's state.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -93,9 +93,7 @@ class Engine:
 
     @property
     def loss_factor(self) -> float:
-        """What a rank's loss is multiplied by before backward; gradients of what the engine does not hold
-        have this factor.
-        """
+        """What a rank's loss is multiplied by before backward, and gradients of heads with it."""
         return 1.0
 
     # ---- setting up
@@ -271,6 +269,10 @@ class Engine:
             masks.rewrite()
 
     # ---- what engines override
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Return a context in which a head's parameters are whole on every rank. Collective."""
+        return nullcontext()
 
     def _spread(self, blocks: Sequence[str]) -> None:
         """Shard the encoder, before masks are attached."""

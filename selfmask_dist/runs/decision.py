@@ -3,7 +3,7 @@
     difference d = adapted - frozen, with its paired standard error se
 
     d >= 0.10 and d > 2 se      adapted   use it
-    0 < d                       neutral   not shown to help, nor to harm
+    0 < d                       neutral   not shown to help: some of these were worse, so measure it first
     d <= 0                      frozen    keep the frozen backbone
 
 The boundary of ten points is the one that accepted no encoder wrongly where both were tried; a difference of
@@ -28,7 +28,7 @@ RISE = 0.10
 STANDARD_ERRORS = 2.0
 _SAID = {
     "adapted": "use what was trained",
-    "neutral": "neutral",
+    "neutral": "neutral, so keep the frozen backbone unless a measure on your task prefers what was trained",
     "frozen": "keep the frozen backbone",
 }
 

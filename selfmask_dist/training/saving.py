@@ -113,7 +113,8 @@ def save(
     if trained.head_masks is not None:
         save_masks(trained.head_masks, directory / "head.mask", is_writer=is_main)
         written.append(directory / "head.mask")
-    head = _plain(objective.kept_state())  # projectors are thrown away
+    with engine.gathered(objective):
+        head = {name: tensor.clone() for name, tensor in _plain(objective.kept_state()).items()}
     if head and is_main:
         with replacing(directory / names.HEAD) as partial:
             save_file(head, partial)

@@ -348,7 +348,7 @@ def test_values_that_are_not_finite_are_refused(vit_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "arguments", "complaint"),
     [
-        ("vit_tiny_patch16_224", {}, "is not timm:<model> or open_clip:<model>"),
+        ("vit_tiny_patch16_224", {}, r"is not timm:<model>, open_clip:<model>\[/<tag>\] or hf:"),
         ("timm:", {}, "is not timm:<model>"),
         ("torchvision:resnet18", {}, "is not timm:<model>"),
         ("timm:resnet18x", {}, "no model 'resnet18x'; near: resnet18"),

@@ -98,7 +98,10 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
 
 @pytest.mark.parametrize(
     ("method", "stopped_in", "file"),
-    [("topk", "", "final.mask"), ("packnet", "task-2-train", "packed.safetensors")],
+    [
+        pytest.param("topk", "", "final.mask", marks=pytest.mark.slow),
+        ("packnet", "task-2-train", "packed.safetensors"),
+    ],
 )
 def test_a_ranking_family_and_a_chain_of_trainings_are_preempted_and_end_as_if_nothing_had_been(
     method: str, stopped_in: str, file: str, config_path: Path, tmp_path: Path

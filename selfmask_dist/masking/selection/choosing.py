@@ -111,6 +111,9 @@ def select(
     adapters = adapter_parameters(model)
     chosen: set[str] = set()
     for pattern in as_tuple(include):
+        packed = _quantized(model)
+        if packed and (pattern == "auto" or pattern in STRUCTURAL):  # else what is left would be all there is
+            raise ValueError(f"include {pattern!r} finds no parameter of some layers{packed}")
         matched = _expand(pattern, names, model)
         if pattern in PRESET_NAMES:
             matched -= norms | adapters  # a preset describes a family; these are left out silently
@@ -122,9 +125,7 @@ def select(
                 f"want"
             )
         if not matched:
-            raise ValueError(
-                f"include {pattern!r} matches no parameter; {_hint(pattern, names)}{_quantized(model)}"
-            )
+            raise ValueError(f"include {pattern!r} matches no parameter; {_hint(pattern, names)}{packed}")
         chosen |= matched
     for pattern in as_tuple(exclude):
         removed = {name for name in names if _matches(name, pattern)}

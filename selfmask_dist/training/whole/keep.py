@@ -36,7 +36,7 @@ def keep_model(config: Config, backbone: Backbone, objective: Objective, directo
     """
     if not isinstance(objective, Supervised) or not config.run.whole_model:
         return
-    model = describe_model(config, backbone, objective)
+    model = describe_model(config, backbone, objective, directory)
     if (directory / names.MASK).exists():
         add_models(directory / names.MASK, {MODEL_NAME: model})
         return
@@ -49,8 +49,8 @@ def keep_model(config: Config, backbone: Backbone, objective: Objective, directo
     write_json(directory / names.MODEL, {**rest, "head": about})
 
 
-def describe_model(config: Config, backbone: Backbone, objective: Supervised) -> Model:
-    """Return the whole model as files hold it, its head on the CPU."""
+def describe_model(config: Config, backbone: Backbone, objective: Supervised, directory: Path) -> Model:
+    """Return the whole model as files hold it, its head as the run has saved it in its folder."""
     provenance = {
         "written_by": f"selfmask_dist {VERSION}",
         "method": config.method,
@@ -63,7 +63,8 @@ def describe_model(config: Config, backbone: Backbone, objective: Supervised) ->
     if config.backbone.pretrained and config.backbone.weights is None and published.get("license"):
         provenance["backbone_licence"] = str(published["license"])
     return Model(
-        head=head_of(objective),
+        # not out of the objective where there is a file: an engine may have cut or emptied its tensors
+        head=head_of(objective, load_file(saved) if (saved := directory / names.HEAD).exists() else None),
         classes=objective.classes,
         backbone=backbone_settings(config),
         pooling=pooling_of(backbone.encoder),
@@ -72,12 +73,16 @@ def describe_model(config: Config, backbone: Backbone, objective: Supervised) ->
     )
 
 
-def head_of(objective: Supervised) -> Head:
-    """Return the head of a supervised objective; a masked one as theta."""
+def head_of(objective: Supervised, saved: Mapping[str, Tensor] | None = None) -> Head:
+    """Return the head of a supervised objective; a masked one as theta.
+
+    Args:
+        saved: what its run kept in head.safetensors; None: what the objective holds.
+    """
     if objective.head is None:
         text = objective.text_embeddings.detach().cpu()
         return Head("cosine", text, scale=objective.logit_scale)
-    return _linear(objective.kept_state(), objective.config.head_norm)
+    return _linear(objective.kept_state() if saved is None else saved, objective.config.head_norm)
 
 
 def _linear(state: Mapping[str, Tensor], norm: str) -> Head:
