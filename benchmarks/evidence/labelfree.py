@@ -254,9 +254,9 @@ def summarise(rows: dict[str, Row], bench: Benchmark) -> None:
     # what is neutral is not used: the frozen backbone stays
     used = by_decision.get("adapted", [0.0])
     bench.figure("worst accepted run, in standard errors", min(used), min=-1.0, quick=False)
-    for decision, found in by_decision.items():
-        bench.figure(f"runs: {decision}", len(found))
-        bench.figure(f"worst and best run, in standard errors: {decision}", [min(found), max(found)])
+    for decision, gained in by_decision.items():
+        bench.figure(f"runs: {decision}", len(gained))
+        bench.figure(f"worst and best run, in standard errors: {decision}", [min(gained), max(gained)])
     share = sum(gain >= 2 for gain in gains.values()) / len(gains)
     bench.figure("share of cells at least two errors above frozen", share, min=0.8, quick=False)
     if ratio:
