@@ -227,7 +227,8 @@ def summarise(rows: dict[str, Row], bench: Benchmark) -> None:
     cells: dict[str, list[Row]] = {}
     for key, row in rows.items():
         cell, _, _ = key.rpartition(", seed ")
-        cells.setdefault(cell, []).append(row)
+        if ", rate " not in cell:  # older rows, at another rate than the default's
+            cells.setdefault(cell, []).append(row)
     gains: dict[str, float] = {}
     by_decision: dict[str, list[float]] = {}
     ratio: list[float] = []
