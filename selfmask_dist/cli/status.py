@@ -66,8 +66,10 @@ def _status(options: argparse.Namespace) -> int:
             if row["path"] and row["state"] == "pending" and (job := waiting(Path(row["path"]))) is not None:
                 print(f"{row['run']}: {job}")
             if row["path"] and row["state"].startswith("running"):
-                for line in (*stragglers(Path(row["path"])), memory_of_ranks(Path(row["path"]))):
-                    print(f"{row['run']}: {line}" if line else "", end="\n" if line else "")
+                for line in filter(
+                    None, (*stragglers(Path(row["path"])), memory_of_ranks(Path(row["path"])))
+                ):
+                    print(f"{row['run']}: {line}")
             for entry in verdict_of(Path(row["path"])) if row["path"] else ():
                 print(f"{row['run']}: {entry['text']}")
     if complaints:
