@@ -95,7 +95,7 @@ def adapt(
         checkpoints=checkpoints,
         on_step=context.watchdog.beat,
         quarantine=quarantine,
-        profiler=_profiler(config, context),
+        profiler=_profiler(config, context, steps),
     )
     try:
         trainer.run(start, meter)
@@ -107,11 +107,16 @@ def adapt(
     return result | {"steps": steps, **kept}
 
 
-def _profiler(config: Config, context: RunContext) -> StepProfiler | None:
-    steps, world = config.run.profile, context.world
-    if steps is None:
+def _profiler(config: Config, context: RunContext, num_steps: int) -> StepProfiler | None:
+    span, world = config.run.profile, context.world
+    if span is None:
         return None
-    return StepProfiler(context.directory / names.PROFILE, world.rank, steps, report=context.writer.message)
+    if not span[0] < min(span[1], num_steps):
+        raise ValueError(
+            f"run.profile={list(span)} traces no step: it is [first, end] with first below end, and the run "
+            f"has {num_steps} steps, from 0"
+        )
+    return StepProfiler(context.directory / names.PROFILE, world.rank, span, report=context.writer.message)
 
 
 def _make_ready(

@@ -28,6 +28,9 @@ def test_a_run_traces_the_steps_that_are_asked_for(
     assert "aten::linear" in found
     assert "selfmask: gradients" in (folder / "rank-0.txt").read_text()
     assert "profile of the steps 1 to 2" in capsys.readouterr().err
+    for span in ("[3, 3]", "[1000, 1001]"):
+        with pytest.raises(ValueError, match="traces no step"):
+            run(load_config(path, ["run.name=b", f"run.profile={span}", "run.overwrite=true"]))
 
 
 def test_what_a_stop_leaves_is_written_and_nothing_where_no_step_came(tmp_path: Path) -> None:
