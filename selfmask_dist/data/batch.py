@@ -31,6 +31,8 @@ class Batch:
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
     captions: one text per row where they were asked for, else empty; the text of a row of weight 0 means
         nothing.
+    targets: what rows are trained towards where that is no label: (rows, outputs) float32, or label maps
+        (rows, height, width) int64; None where it is `labels`. Those of a row of weight 0 mean nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it. The last of the
         views is then no view: it says what to do, and stays on the CPU, where it is read.
     """
@@ -43,6 +45,7 @@ class Batch:
     failures: tuple[Failure, ...] = ()
     finish: Finish | None = None
     captions: tuple[str, ...] = ()
+    targets: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`, with its views finished there.
@@ -66,4 +69,5 @@ class Batch:
             labels=fn(self.labels),
             weights=fn(self.weights),
             ids=fn(self.ids),
+            targets=None if self.targets is None else fn(self.targets),
         )

@@ -34,6 +34,7 @@ from selfmask_dist.data.order import (
 )
 from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
+from selfmask_dist.data.targets import Targets
 from selfmask_dist.data.views.decode import decode
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
@@ -146,6 +147,14 @@ class BatchLoader:
             )
         assert self._dataloader is None, "workers have their copy of the data set already"
         self._dataset.captions = True
+        return self
+
+    def with_targets(self, targets: Targets) -> BatchLoader:
+        """Make the batches hold each sample's targets, and return this loader. To be called before the first
+        iteration.
+        """
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        self._dataset.targets = targets
         return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
@@ -302,6 +311,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         self.source, self.transform, self.seed = source, transform, seed
         self.is_tolerant = is_tolerant
         self.captions = False
+        self.targets: Targets | None = None
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []
@@ -332,7 +342,11 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             failures=tuple(failure for i, failure in failures.items() if i in reported),
             finish=getattr(self.transform, "finish", None),
             captions=texts,
+            targets=self._targets_of(plan.ids),
         )
+
+    def _targets_of(self, ids: Ids) -> Tensor | None:
+        return None if self.targets is None else self.targets.of(self.source, ids)
 
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
         """Return views of the right shapes, for a batch of which no sample can be read."""
