@@ -21,6 +21,7 @@ from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samp
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
 from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, open_targets
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
 from selfmask_dist.data.workers import WorkerLostError, Workers
@@ -29,6 +30,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "Crops",
+    "DenseTransform",
     "Distortion",
     "Failure",
     "Joined",
@@ -40,10 +42,10 @@ __all__ = [
     "SampleError",
     "Source",
     "Subset",
+    "TarSource",
     "TargetKind",
     "TargetSummary",
     "Targets",
-    "TarSource",
     "Transform",
     "WorkerLostError",
     "Workers",

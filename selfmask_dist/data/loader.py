@@ -36,6 +36,7 @@ from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.targets import Targets
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.dense import DenseTransform, read_label_map
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
@@ -151,9 +152,10 @@ class BatchLoader:
 
     def with_targets(self, targets: Targets) -> BatchLoader:
         """Make the batches hold each sample's targets, and return this loader. To be called before the first
-        iteration.
+        iteration. Label maps go with a `DenseTransform`, which changes picture and map alike.
         """
         assert self._dataloader is None, "workers have their copy of the data set already"
+        assert (targets.kind == "dense") == isinstance(self._dataset.transform, DenseTransform), targets.kind
         self._dataset.targets = targets
         return self
 
@@ -318,11 +320,12 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         failures: dict[int, Failure] = {}
         captions = self.source.read_captions(plan.ids) if self.captions else []
         texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
+        maps = self.targets.maps(self.source, plan.ids) if self._has_maps else []
         for row, (sample, data) in enumerate(self._read(plan.ids)):
             caption = captions[row] if captions else ""
             try:
                 usable = caption if isinstance(caption, SampleError) else data
-                rows.append(self._load(sample, usable, plan.epoch))
+                rows.append(self._load(sample, usable, plan.epoch, maps[row] if maps else None))
             except SampleError as error:
                 if not self.is_tolerant:
                     return error
@@ -332,9 +335,10 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         stand_in = next((row for row in rows if row is not None), None) or self._blank(plan.epoch)
         # a padding row repeats a sample that is another row's, or another rank's, to report
         reported = {i for i, w in zip(plan.ids.tolist(), plan.weights, strict=True) if w}
-        views = zip(*(row or stand_in for row in rows), strict=True)
+        stacked = [torch.stack(view) for view in zip(*(row or stand_in for row in rows), strict=True)]
+        targets = stacked.pop() if self._has_maps else self._targets_of(plan.ids)
         return Batch(
-            views=tuple(torch.stack(view) for view in views),
+            views=tuple(stacked),
             labels=torch.from_numpy(self.source.labels_of(plan.ids)),
             weights=torch.from_numpy(weights),
             ids=torch.from_numpy(plan.ids),
@@ -342,8 +346,12 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             failures=tuple(failure for i, failure in failures.items() if i in reported),
             finish=getattr(self.transform, "finish", None),
             captions=texts,
-            targets=self._targets_of(plan.ids),
+            targets=targets,
         )
+
+    @property
+    def _has_maps(self) -> bool:
+        return self.targets is not None and self.targets.kind == "dense"
 
     def _targets_of(self, ids: Ids) -> Tensor | None:
         return None if self.targets is None else self.targets.of(self.source, ids)
@@ -359,18 +367,34 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             part = ids[start : start + READ_TOGETHER]
             yield from zip(part.tolist(), self.source.read_many(part), strict=True)
 
-    def _load(self, index: int, data: bytes | SampleError, epoch: int) -> tuple[Tensor, ...]:
-        if isinstance(data, SampleError):
-            raise data
+    def _load(
+        self, index: int, data: bytes | SampleError, epoch: int, labels: bytes | SampleError | None
+    ) -> tuple[Tensor, ...]:
+        """Return a sample's views, and its label map behind them where there are `labels`."""
+        for part in (data, labels):
+            if isinstance(part, SampleError):
+                raise part
+        assert isinstance(data, bytes)
         try:
             image = decode(data)
+            label_map = self._label_map(labels, image.size)
         except ValueError as error:
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
         try:
+            if label_map is not None:
+                assert isinstance(self.transform, DenseTransform)
+                return self.transform.pair(image, label_map, rng)
             return self.transform(image, rng)
         except ShapeError as error:
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         except Exception as error:
             error.add_note(f"in the transform of {self.source.where(index)}")
             raise
+
+    def _label_map(self, labels: bytes | SampleError | None, size: tuple[int, int]) -> Image.Image | None:
+        if labels is None:
+            return None
+        assert self.targets is not None
+        assert isinstance(labels, bytes)
+        return read_label_map(labels, size, len(self.targets.outputs))

@@ -21,6 +21,9 @@ from torch import Tensor
 from selfmask_dist.data.indexing.targets import IndexTargets
 from selfmask_dist.data.source import SampleError, Source, TarSource
 from selfmask_dist.data.subset import Subset
+from selfmask_dist.data.views.dense import IGNORED
+
+__all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "open_targets"]
 
 TargetKind = Literal["multilabel", "regression", "dense"]
 Rows = npt.NDArray[np.int64]
@@ -142,9 +145,7 @@ def open_targets(source: Source, kind: TargetKind) -> Targets:
             )
         found = Targets(kind, named)
     elif kind == "multilabel":
-        largest = int(
-            max((_largest(tars, rows).max(initial=-1) for _, _, rows in _parts(source)), default=-1)
-        )
+        largest = max(int(_largest(tars, rows).max(initial=-1)) for _, tars, rows in _parts(source))
         found = Targets(kind, named or tuple(map(str, range(largest + 1))))
     else:
         width = 0 if targets.values is None else int(targets.values.counts().max(initial=0))
@@ -181,10 +182,9 @@ def _counts(tars: TarSource, rows: Rows, kind: TargetKind) -> Rows:
     """Return how many numbers each row has, (n,); -1 for none at all."""
     targets = tars.index.targets
     if kind == "dense":
-        has_map = targets.map_length is not None
-        lengths = (
-            targets.map_length[rows].astype(np.int64) if has_map else np.zeros(len(rows), dtype=np.int64)
-        )
+        if targets.map_length is None:
+            return np.full(len(rows), -1)
+        lengths = targets.map_length[rows].astype(np.int64)
         return np.where(lengths > 0, lengths, -1)
     column = targets.labels if kind == "multilabel" else targets.values
     if column is None:

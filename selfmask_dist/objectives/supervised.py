@@ -95,6 +95,7 @@ class Supervised(Objective):
 
     text_embeddings: Tensor
     classes: tuple[str, ...] = ()  # their names, where `build` knew them
+    fewest = 2  # classes that make a task
 
     def __init__(
         self,
@@ -108,8 +109,10 @@ class Supervised(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
+        if num_classes < self.fewest:
+            raise ValueError(
+                f"supervised training needs {self.fewest} classes or more; the data has {num_classes}"
+            )
         self.config = config
         self.num_classes = num_classes
         self.logit_scale = logit_scale

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +78,7 @@ class Index:
     path: Path | None = None  # the file that this one is mapped from
     caption_offset: npt.NDArray[np.int64] | None = None
     caption_length: npt.NDArray[np.uint32] | None = None
-    targets: IndexTargets = IndexTargets()
+    targets: IndexTargets = field(default_factory=IndexTargets)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -87,7 +87,7 @@ class Index:
         # to a worker goes the file's name: it maps the same pages, which are in memory once for all
         if self.path is not None:
             return load_index, (self.path,)
-        return Index, tuple(getattr(self, field.name) for field in fields(self))
+        return Index, tuple(getattr(self, each.name) for each in fields(self))
 
     def key(self, row: int) -> str:
         """Return the WebDataset key of the sample at `row`."""
