@@ -106,6 +106,8 @@ class Evaluation:
             ranks equally often: the place to stop at.
     """
 
+    targets: data.Targets | None = None  # of a run that is not trained towards one class
+
     def __init__(
         self,
         config: Config,

@@ -146,6 +146,11 @@ class Loaded:
                 f"{self.name} has no head, so that it has embeddings and no classes; train with "
                 "objective.name=supervised, or use model.embed(images)"
             )
+        if self.model.head.target == "dense":
+            raise ValueError(
+                f"the head of {self.name} is of patches (objective.target=dense), so that a picture has a "
+                "map and no one answer; ask model(images), which gives logits (n, rows, columns, classes)"
+            )
         if isinstance(pictures, str | Path | bytes | Image.Image):
             raise TypeError("predict takes a list of pictures; write predict([picture])")
         if top < 1 or batch_size < 1:

@@ -96,6 +96,7 @@ class Supervised(Objective):
     text_embeddings: Tensor
     classes: tuple[str, ...] = ()  # their names, where `build` knew them
     fewest = 2  # classes that make a task
+    length = L2_LENGTH  # of features under the norm l2
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class Supervised(Objective):
                 text_embeddings = self.text_embeddings.to(features.dtype)
                 return self.logit_scale * F.normalize(features, dim=1) @ text_embeddings.T
             if self.config.head_norm == "l2":
-                features = F.normalize(features, dim=1) * L2_LENGTH
+                features = F.normalize(features, dim=1) * self.length
             elif self.norm is not None:
                 features = self.norm(features, weights)
             return self.head(features)

@@ -87,16 +87,12 @@ class Head:
         return Head(self.kind, norm=self.norm, scale=self.scale, target=self.target, **moved)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits (n, classes), float32, of features (n, dim); of a regression the numbers themselves.
+        """Return logits (n, classes), float32, of features (n, dim); of a regression the numbers themselves,
+        and with the target `dense` (n, rows, columns, classes) of patches (n, rows, columns, dim).
 
         Raises:
-            ValueError: features are of another length, or the head is of patches.
+            ValueError: features are of another length.
         """
-        if self.target == "dense":
-            raise ValueError(
-                "the head is of objective.target=dense: it classifies patches, and there are embeddings of "
-                "whole images; use the run's objective (objectives.targets) on a backbone with dense features"
-            )
         if features.shape[-1] != self.weight.shape[1]:
             raise ValueError(
                 f"the head takes features of length {self.weight.shape[1]}, the encoder gives "
@@ -107,7 +103,7 @@ class Head:
             if self.kind == "cosine":
                 return self.scale * F.normalize(features, dim=1) @ self.weight.T
             if self.norm == "l2":
-                features = F.normalize(features, dim=1) * self.scale
+                features = F.normalize(features, dim=-1) * self.scale
             elif self.mean is not None and self.var is not None:
                 features = (features - self.mean) * (self.var + BATCHNORM_EPS).rsqrt()
             logits = F.linear(features, self.weight, self.bias)

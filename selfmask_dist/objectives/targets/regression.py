@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfmask_dist.config.objectives import ObjectiveConfig
 from selfmask_dist.data import TargetSummary
+from selfmask_dist.objectives.supervised import L2_LENGTH
 from selfmask_dist.objectives.targets.targeted import Targeted
 
 
@@ -26,6 +27,9 @@ class Regression(Targeted):
     """
 
     measure = "absolute_error"
+    # a squared error's curvature along the head is 2 s^2, cross-entropy's at most s^2 / 2: at half the length
+    # the same optim.head_lr is stable
+    length = L2_LENGTH / 2
     target_mean: Tensor
     target_deviation: Tensor
 
