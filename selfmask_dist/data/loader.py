@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from selfmask_dist.common.pictures import ShapeError
+from selfmask_dist.common.pictures import ShapeError, read_label_map
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import (
@@ -36,7 +36,7 @@ from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.targets import Targets
 from selfmask_dist.data.views.decode import decode
-from selfmask_dist.data.views.dense import DenseTransform, read_label_map
+from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from selfmask_dist.common.pictures import IGNORED
 from selfmask_dist.data.indexing.targets import IndexTargets
 from selfmask_dist.data.source import SampleError, Source, TarSource
 from selfmask_dist.data.subset import Subset
-from selfmask_dist.data.views.dense import IGNORED
 
 __all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "open_targets"]
 
