@@ -67,8 +67,7 @@ def describe(done: Sequence[Conversion]) -> None:
         print(f"{conversion.folder}: {counts}{rejected}")
         for note in conversion.notes:
             print(f"  note: {note}")
-        is_whole = conversion.has_targets or all(
-            class_name is not None for _, class_name, _ in conversion.contents
-        )
+        is_whole = conversion.has_targets
+        is_whole |= all(class_name is not None for _, class_name, _ in conversion.contents)
         if not (conversion.folder / INDEX_NAME).exists():
             print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")

@@ -2,8 +2,8 @@
 
     python data_prep/targets/coco.py ANNOTATIONS.json IMAGES OUT
 
-A picture is of every category that it has an annotation of, and of none where it has no annotation. Classes are
-the file's categories by their ids, so that the files of two splits number them alike.
+A picture is of every category that it has an annotation of, and of none where it has no annotation. Classes
+are the file's categories by their ids, so that the files of two splits number them alike.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
     if twice := [name for name, count in Counter(categories.values()).items() if count > 1]:
         raise ValueError(f"{path}: categories have the same name ({some(twice)}); rename one of each")
     if unknown := sorted({category for _, category in pairs} - categories.keys()):
-        raise ValueError(
-            f"{path}: annotations are of categories that it does not list: {some(map(str, unknown))}"
-        )
+        told = some([str(one) for one in unknown])
+        raise ValueError(f"{path}: annotations are of categories that it does not list: {told}")
     if lost := sorted({image for image, _ in pairs} - images.keys()):
-        raise ValueError(f"{path}: annotations are of images that it does not list: {some(map(str, lost))}")
+        told = some([str(one) for one in lost])
+        raise ValueError(f"{path}: annotations are of images that it does not list: {told}")
     number = {category: n for n, category in enumerate(sorted(categories))}
     labels: dict[int, set[int]] = {image: set() for image in images}
     for image, category in pairs:

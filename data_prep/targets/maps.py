@@ -72,8 +72,7 @@ def convert_maps(
         )
         for name in names
     ]
-    done = write_rows(root, {split: rows}, Path(out), classes, ConversionOptions(**options))
-    return done
+    return write_rows(root, {split: rows}, Path(out), classes, ConversionOptions(**options))
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "maps.py") -> int:

@@ -1,4 +1,4 @@
-"""From rows of (picture, target) to a split of tars: what the converters of targets share. Knows no layout."""
+"""From rows of (picture, target) to a split of tars: what converters of targets share. Knows no layout."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _plan(
     if rejects and not options.skip_broken:
         told = some([f"{reject.path}: {reject.reason}" for reject in rejects])
         raise ValueError(
-            f"{split}: {len(rejects)} of {len(rows)} rows cannot be used ({told}); mend them, or list and leave "
-            "them out with --skip-broken"
+            f"{split}: {len(rejects)} of {len(rows)} rows cannot be used ({told}); mend them, or list and "
+            "leave them out with --skip-broken"
         )
     notes = [f"{len(again)} rows list a picture again, and are left out ({some(again)})"] if again else []
     return pictures, rejects, notes

@@ -2,8 +2,8 @@
 
     python data_prep/targets/values.py LIST.csv IMAGES OUT --value price --value weight
 
-with a head line that names the column `path`, the columns of numbers, and, if there are several, `split`. Usual
-other names of these columns are known; see `csv_manifest`.
+with a head line that names the column `path`, the columns of numbers, and, if there are several, `split`.
+Usual other names of these columns are known; see `csv_manifest`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def convert_values(
     """Convert every split that the list names ("train" where it names none).
 
     values: the columns of numbers, in the order in which they are kept.
-    Raises ValueError naming the line: a column that is absent, an empty path; and see `write_rows` for a field
-    that is no number.
+    Raises ValueError naming the line: a column that is absent, an empty path; see `write_rows` for a
+    field that is no number.
     """
     path = Path(manifest)
     splits = _read(path, list(values))
