@@ -12,7 +12,7 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 `manifest`).
 """
 
-from selfmask_dist.data.batch import Batch
+from selfmask_dist.data.batch import Batch, Mixed
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.remote import NetworkLostError
@@ -20,8 +20,10 @@ from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, ch
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
+from selfmask_dist.data.views.stronger import Stronger
 from selfmask_dist.data.workers import WorkerLostError, Workers
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "Distortion",
     "Failure",
     "Joined",
+    "Mixed",
+    "Mixing",
     "MultiCrop",
     "NetworkLostError",
     "Quarantine",
@@ -38,6 +42,7 @@ __all__ = [
     "Sample",
     "SampleError",
     "Source",
+    "Stronger",
     "Subset",
     "TarSource",
     "Transform",

@@ -18,6 +18,18 @@ from selfmask_dist.data.quarantine import Failure
 Finish = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What the rows of a batch were mixed with.
+
+    labels: (rows,) int64 of the other pictures. shares: (rows,) float32 of the row's own picture, 1 where it
+    was not mixed; the other one has the rest.
+    """
+
+    labels: Tensor
+    shares: Tensor
+
+
 @dataclass
 class Batch:
     """One rank's part of a global batch.
@@ -33,6 +45,7 @@ class Batch:
         nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it. The last of the
         views is then no view: it says what to do, and stays on the CPU, where it is read.
+    mixed: of pictures that were mixed with others; None where none are.
     """
 
     views: tuple[Tensor, ...]
@@ -43,6 +56,24 @@ class Batch:
     failures: tuple[Failure, ...] = ()
     finish: Finish | None = None
     captions: tuple[str, ...] = ()
+    mixed: Mixed | None = None
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return micro-batches by rows; `global_count` stays the whole batch's, so losses add up."""
+        if parts == 1:
+            return [self]
+        views = zip(*(view.chunk(parts) for view in self.views), strict=True)
+        rows = zip(
+            views, self.labels.chunk(parts), self.weights.chunk(parts), self.ids.chunk(parts), strict=True
+        )
+        found = [
+            replace(self, views=views, labels=labels, weights=weights, ids=ids)
+            for views, labels, weights, ids in rows
+        ]
+        if self.mixed is None:
+            return found
+        mixed = map(Mixed, self.mixed.labels.chunk(parts), self.mixed.shares.chunk(parts))
+        return [replace(batch, mixed=one) for batch, one in zip(found, mixed, strict=True)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`, with its views finished there.
@@ -66,4 +97,5 @@ class Batch:
             labels=fn(self.labels),
             weights=fn(self.weights),
             ids=fn(self.ids),
+            mixed=None if self.mixed is None else Mixed(fn(self.mixed.labels), fn(self.mixed.shares)),
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from selfmask_dist.common.pictures import ShapeError
-from selfmask_dist.data.batch import Batch
+from selfmask_dist.data.batch import Batch, Mixed
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import (
     EpochOrder,
@@ -28,6 +28,7 @@ from selfmask_dist.data.order import (
     Order,
     RankBatch,
     SourceOrder,
+    mixing_generator,
     num_steps,
     rank_batch,
     sample_generator,
@@ -35,6 +36,7 @@ from selfmask_dist.data.order import (
 from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
@@ -146,6 +148,14 @@ class BatchLoader:
             )
         assert self._dataloader is None, "workers have their copy of the data set already"
         self._dataset.captions = True
+        return self
+
+    def with_mixing(self, mixing: Mixing) -> BatchLoader:
+        """Make the batches hold pictures mixed with others of their global batch, and return this loader. To
+        be called before the first iteration.
+        """
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        self._dataset.mixing = mixing
         return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
@@ -302,6 +312,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         self.source, self.transform, self.seed = source, transform, seed
         self.is_tolerant = is_tolerant
         self.captions = False
+        self.mixing: Mixing | None = None
 
     def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
         rows: list[tuple[Tensor, ...] | None] = []
@@ -318,6 +329,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
                     return error
                 failures[sample] = Failure(sample, self.source.key(sample), str(error))
                 rows.append(None)
+        mixed = None if self.mixing is None else self._mix(self.mixing, plan, rows)
         weights = plan.weights * np.array([row is not None for row in rows], dtype=np.float32)
         stand_in = next((row for row in rows if row is not None), None) or self._blank(plan.epoch)
         # a padding row repeats a sample that is another row's, or another rank's, to report
@@ -332,7 +344,30 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
             failures=tuple(failure for i, failure in failures.items() if i in reported),
             finish=getattr(self.transform, "finish", None),
             captions=texts,
+            mixed=mixed,
         )
+
+    def _mix(self, mixing: Mixing, plan: RankBatch, rows: list[tuple[Tensor, ...] | None]) -> Mixed:
+        """Mix the one view of each row with its partner's, in place, whichever rank has that one as a row.
+
+        A partner that is no row of this rank is read and augmented here too, by its own generator: the same
+        pixels. A row stays as it is where it or its partner cannot be read.
+        """
+        views = dict(zip(plan.ids.tolist(), rows, strict=True))
+        for sample, data in self._read(np.setdiff1d(plan.partners, plan.ids)):
+            try:
+                views[sample] = self._load(sample, data, plan.epoch)
+            except SampleError:  # of which the rank says so that has it as a row
+                views[sample] = None
+        labels, shares = self.source.labels_of(plan.ids).copy(), np.ones(len(rows), dtype=np.float32)
+        for row, (sample, partner) in enumerate(zip(plan.ids.tolist(), plan.partners.tolist(), strict=True)):
+            own, other = views[sample], views[partner]
+            if own is not None and other is not None:
+                rng = mixing_generator(seed=self.seed, epoch=plan.epoch, sample=sample)
+                view, shares[row] = mixing(own[0], other[0], rng)
+                rows[row] = (view,)
+                labels[row] = self.source.labels_of(np.array([partner]))[0]
+        return Mixed(torch.from_numpy(labels), torch.from_numpy(shares))
 
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
         """Return views of the right shapes, for a batch of which no sample can be read."""

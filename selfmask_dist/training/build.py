@@ -304,7 +304,14 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
         return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
-    one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
+    changes = config.augment
+    stronger = data.Stronger(changes.randaugment, changes.randaugment_magnitude, changes.erase)
+    one = data.train_transform(
+        preprocessing,
+        crop_scale=section.crop_scale,
+        flip=section.flip,
+        stronger=stronger if changes.changes_pictures else None,
+    )
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one
