@@ -155,7 +155,7 @@ class BatchLoader:
         be called before the first iteration.
         """
         assert self._dataloader is None, "workers have their copy of the data set already"
-        self._dataset.mixing = mixing
+        self._dataset.mixing, self._plans.with_partners = mixing, True
         return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
@@ -278,6 +278,7 @@ class _Plans(Sampler[RankBatch]):
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.first_step = 0, 0
+        self.with_partners = False
 
     def __len__(self) -> int:
         return num_steps(self.num_samples, global_batch_size=self.global_batch_size)
@@ -297,6 +298,7 @@ class _Plans(Sampler[RankBatch]):
                 global_batch_size=self.global_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,
+                with_partners=self.with_partners,
             )
 
 
@@ -353,6 +355,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         A partner that is no row of this rank is read and augmented here too, by its own generator: the same
         pixels. A row stays as it is where it or its partner cannot be read.
         """
+        assert plan.partners is not None, "the plans were made without"
         views = dict(zip(plan.ids.tolist(), rows, strict=True))
         for sample, data in self._read(np.setdiff1d(plan.partners, plan.ids)):
             try:

@@ -49,7 +49,7 @@ class RankBatch:
     weights: npt.NDArray[np.float32]
     global_count: int
     epoch: int  # addresses the augmentations
-    partners: Ids  # (rows,) the sample that each row may be mixed with
+    partners: Ids | None = None  # (rows,) the samples that rows are mixed with, where they were asked for
 
 
 class EpochOrder:
@@ -188,7 +188,14 @@ def num_steps(num_samples: int, *, global_batch_size: int) -> int:
 
 
 def rank_batch(
-    order: Order, step: int, *, epoch: int, global_batch_size: int, rank: int, world_size: int
+    order: Order,
+    step: int,
+    *,
+    epoch: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    with_partners: bool = False,
 ) -> RankBatch:
     """Return the rows of `rank` in the global batch of `step`.
 
@@ -200,9 +207,10 @@ def rank_batch(
     count = min(global_batch_size, len(order) - first)
     assert count > 0, (step, global_batch_size, len(order))
     rows = np.arange(rank, world_size * -(-count // world_size), world_size)
+    partners = order[first + (rows + partner_distance(count)) % count] if with_partners else None
     return RankBatch(
         ids=order[first + rows % count],
-        partners=order[first + (rows + partner_distance(count)) % count],
+        partners=partners,
         weights=(rows < count).astype(np.float32),
         global_count=count,
         epoch=epoch,

@@ -64,6 +64,7 @@ def cut_box(height: int, width: int, share: float, place: tuple[float, float]) -
 
 def _beta(a: float, quantile: float) -> float:
     """Return the value of Beta(a, a) at a quantile: one uniform number gives it, and no rejection."""
-    from scipy.special import betaincinv  # imports scipy, in the workers too
+    # here, as most runs need no scipy in their workers
+    from scipy.special import betaincinv  # type: ignore[import-untyped]
 
     return float(betaincinv(a, a, quantile))

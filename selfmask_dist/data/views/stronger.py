@@ -65,7 +65,8 @@ class Stronger:
 
 def operate(image: Image.Image, name: str, level: int, *, is_negative: bool) -> Image.Image:
     """Return a picture after one operation at a level, 0 to 30; `is_negative` turns those with a sign."""
-    from torchvision.transforms.v2 import functional as F  # most runs need no torchvision in their workers
+    # here, as most runs need no torchvision in their workers
+    from torchvision.transforms.v2 import functional as F  # type: ignore[import-untyped]
 
     strength, sign = level / (LEVELS - 1), -1.0 if is_negative and name in _SIGNED else 1.0
     width, height = image.size
