@@ -59,7 +59,7 @@ def cut_box(height: int, width: int, share: float, place: tuple[float, float]) -
     tall, wide = int(height * side), int(width * side)
     middle, centre = int(place[0] * height), int(place[1] * width)
     top, left = max(middle - tall // 2, 0), max(centre - wide // 2, 0)
-    return top, left, min(middle + tall // 2, height), min(centre + wide // 2, width)
+    return top, left, min(middle + (tall + 1) // 2, height), min(centre + (wide + 1) // 2, width)
 
 
 def _beta(a: float, quantile: float) -> float:
