@@ -15,7 +15,7 @@ from selfmask_dist.runs.verdict import closing
 from selfmask_dist.training.habits.layer_rates import layer_depths
 from tests.support.distributed import run_distributed
 from tests.support.resuming import KEEP, check_resumed_equals_whole, cut_back, last_state, losses_of
-from tests.support.tiny_run import result_of, write_config, write_tiny_data
+from tests.support.tiny_run import ROOT, result_of, write_config, write_tiny_data
 
 MIXED = ["augment.mixup=0.4", "augment.cutmix=1.0", "augment.randaugment=1", "augment.erase=0.25"]
 RMS = ["optim.score_step=rms", "optim.score_lr=0.05"]
@@ -206,7 +206,15 @@ def test_a_step_of_a_lower_block_is_shorter(tmp_path: Path, path: Path, more: li
         torch.testing.assert_close(difference, wanted, rtol=1e-2, atol=1e-6)
 
 
-# ---- what does not go together
+# ---- what does not go together, and what the docs say does
+
+
+def test_the_commands_of_the_docs_are_configurations() -> None:
+    page = (ROOT / "docs" / "habits.md").read_text()
+    commands = [line.split() for line in page.splitlines() if line.startswith("    selfmask launch --config")]
+    assert len(commands) == 3
+    for _, _, _, name, *overrides in commands:
+        load_config(name, overrides)
 
 
 @pytest.mark.parametrize(
