@@ -28,8 +28,8 @@ class TrainConfig(Section):
     keep_by: Literal["instance_retrieval", "accuracy", "loss"] | None = science(
         None,
         "What train.keep=best and train.patience go by. instance_retrieval: see eval.retrieval; needs no "
-        "labels. accuracy, loss: of the head on train.validation. null: accuracy with train.validation, "
-        "else instance_retrieval.",
+        "labels. accuracy, loss: of the head on train.validation. null: with train.validation accuracy, or "
+        "loss where objective.target is another than class; else instance_retrieval.",
     )
     validation: float | None = science(
         None,

@@ -19,7 +19,9 @@ from selfmask_dist.data.remote import NetworkLostError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
+from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, open_targets
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
@@ -30,6 +32,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "Crops",
+    "DenseTransform",
     "Distortion",
     "Failure",
     "Joined",
@@ -45,6 +48,9 @@ __all__ = [
     "Stronger",
     "Subset",
     "TarSource",
+    "TargetKind",
+    "TargetSummary",
+    "Targets",
     "Transform",
     "WorkerLostError",
     "Workers",
@@ -58,6 +64,7 @@ __all__ = [
     "multicrop_transform",
     "notes_on_splits",
     "open_source",
+    "open_targets",
     "shared_samples",
     "train_loader",
     "train_transform",

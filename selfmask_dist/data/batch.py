@@ -43,6 +43,8 @@ class Batch:
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
     captions: one text per row where they were asked for, else empty; the text of a row of weight 0 means
         nothing.
+    targets: what rows are trained towards where that is no label: (rows, outputs) float32, or label maps
+        (rows, height, width) int64; None where it is `labels`. Those of a row of weight 0 mean nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it. The last of the
         views is then no view: it says what to do, and stays on the CPU, where it is read.
     mixed: of pictures that were mixed with others; None where none are.
@@ -56,6 +58,7 @@ class Batch:
     failures: tuple[Failure, ...] = ()
     finish: Finish | None = None
     captions: tuple[str, ...] = ()
+    targets: Tensor | None = None
     mixed: Mixed | None = None
 
     def split(self, parts: int) -> list[Batch]:
@@ -70,10 +73,13 @@ class Batch:
             replace(self, views=views, labels=labels, weights=weights, ids=ids)
             for views, labels, weights, ids in rows
         ]
-        if self.mixed is None:
-            return found
-        mixed = map(Mixed, self.mixed.labels.chunk(parts), self.mixed.shares.chunk(parts))
-        return [replace(batch, mixed=one) for batch, one in zip(found, mixed, strict=True)]
+        if self.targets is not None:
+            targets = self.targets.chunk(parts)
+            found = [replace(batch, targets=one) for batch, one in zip(found, targets, strict=True)]
+        if self.mixed is not None:
+            mixed = map(Mixed, self.mixed.labels.chunk(parts), self.mixed.shares.chunk(parts))
+            found = [replace(batch, mixed=one) for batch, one in zip(found, mixed, strict=True)]
+        return found
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`, with its views finished there.
@@ -97,5 +103,6 @@ class Batch:
             labels=fn(self.labels),
             weights=fn(self.weights),
             ids=fn(self.ids),
+            targets=None if self.targets is None else fn(self.targets),
             mixed=None if self.mixed is None else Mixed(fn(self.mixed.labels), fn(self.mixed.shares)),
         )

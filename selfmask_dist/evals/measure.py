@@ -107,6 +107,8 @@ class Evaluation:
             ranks equally often: the place to stop at.
     """
 
+    targets: data.Targets | None = None  # of a run that is not trained towards one class
+
     def __init__(
         self,
         config: Config,
@@ -261,7 +263,7 @@ class Evaluation:
         encoder, device = self._backbone.encoder, self._world.device
         totals: dict[str, Tensor] = {}
         with eval_mode(encoder), eval_mode(objective):
-            for batch in self._loader(self._validation):
+            for batch in self._with_targets(self._validation):
                 # sums over rows, so that counts of right answers are whole numbers on any number of ranks
                 batch = replace(batch.to(device), global_count=1)
                 with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
@@ -274,6 +276,10 @@ class Evaluation:
             f"validation/{name}": total / count
             for name, total in zip(sorted(totals), sums.tolist(), strict=True)
         }
+
+    def _with_targets(self, source: data.Source) -> Iterator[data.Batch]:
+        """Yield this rank's batches with what an objective is trained towards."""
+        return self._loader(source)
 
     def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
         temperature = self._config.eval.knn_temperature

@@ -95,6 +95,8 @@ class Supervised(Objective):
 
     text_embeddings: Tensor
     classes: tuple[str, ...] = ()  # their names, where `build` knew them
+    fewest = 2  # classes that make a task
+    length = L2_LENGTH  # of features under the norm l2
 
     def __init__(
         self,
@@ -108,8 +110,10 @@ class Supervised(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
+        if num_classes < self.fewest:
+            raise ValueError(
+                f"supervised training needs {self.fewest} classes or more; the data has {num_classes}"
+            )
         self.config = config
         self.num_classes = num_classes
         self.logit_scale = logit_scale
@@ -178,7 +182,7 @@ class Supervised(Objective):
                 text_embeddings = self.text_embeddings.to(features.dtype)
                 return self.logit_scale * F.normalize(features, dim=1) @ text_embeddings.T
             if self.config.head_norm == "l2":
-                features = F.normalize(features, dim=1) * L2_LENGTH
+                features = F.normalize(features, dim=1) * self.length
             elif self.norm is not None:
                 features = self.norm(features, weights)
             return self.head(features)

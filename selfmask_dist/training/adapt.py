@@ -28,6 +28,7 @@ from selfmask_dist.training.build import build_objective, lora_options, train_tr
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora, add_peft
 from selfmask_dist.training.habits.average import Average
+from selfmask_dist.training.habits.pictures import with_mixing
 from selfmask_dist.training.habits.watching import finish, keeps_by, monitor_of
 from selfmask_dist.training.meter import MaskTelemetry, Meter
 from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
@@ -60,8 +61,11 @@ def adapt(
         measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
     quarantine = _open_quarantine(config, context, train)
+    targets = evaluation.targets
     loader = _open_loader(config, context, backbone, train, quarantine)
-    objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
+    if targets is not None:
+        loader = loader.with_targets(targets)
+    objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader), targets=targets)
     measure_frozen()
     config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
     trained = _make_ready(config, context, backbone, objective, engine, num_steps=schedule.num_steps)
@@ -215,16 +219,18 @@ def _open_loader(
         workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
     )
-    augment = config.augment
-    if augment.mixes:
-        loader.with_mixing(
-            data.Mixing(augment.mixup, augment.cutmix, augment.mix_probability, augment.mix_switch)
-        )
+    loader = with_mixing(config, loader)
     return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
 
 def _build(
-    config: Config, context: RunContext, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
+    config: Config,
+    context: RunContext,
+    backbone: Backbone,
+    train: data.Source,
+    *,
+    steps_per_epoch: int,
+    targets: data.Targets | None,
 ) -> tuple[Objective, Engine]:
     world = context.world
     ranks = Context(
@@ -235,12 +241,14 @@ def _build(
         world.sum_with_gradient,
         num_samples=len(train),
         all_to_all=world.all_to_all,
+        targets=None if targets is None else targets.summary(train),
     )
+    classes = train.classes if targets is None else targets.outputs
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:
         teacher = DistillTeacher(Path(config.objective.distill_from), train.classes)
     objective = build_objective(
-        config, backbone, train.classes, ranks, steps_per_epoch=steps_per_epoch, teacher=teacher
+        config, backbone, classes, ranks, steps_per_epoch=steps_per_epoch, teacher=teacher
     )
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":

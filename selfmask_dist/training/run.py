@@ -21,6 +21,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
+from selfmask_dist.evals.targets.measure import begin_evaluation
 from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.runs.checkpoint import (
     DamagedCheckpointError,
@@ -133,7 +134,7 @@ def _run(
     elif not trains:
         shard_backbone(backbone, config, context.world, keeps_frozen=False)
     paced = context.paced_check
-    evaluation = Evaluation(
+    evaluation = begin_evaluation(
         config, backbone, train, test, context.world, validation=validation, begin_loop=paced
     )
     writer = context.writer

@@ -230,6 +230,18 @@ def test_the_commands_of_the_docs_are_configurations() -> None:
         (["train.ema=0.9", "method=lottery"], "goes on from what was trained itself"),
         (["train.validation=0.1", "method=packnet", "eval.knn_every=1"], "trains several times"),
         (["augment.mixup=0.2", "objective.name=nbd"], "augment.mixup mixes targets"),
+        (["augment.cutmix=1.0", "objective.target=regression"], "augment.cutmix mixes classes"),
+        (["augment.mixup=0.2", "objective.target=dense"], "augment.mixup mixes classes"),
+        (["augment.erase=0.2", "objective.target=dense"], "would move or cover pixels"),
+        (
+            [
+                "train.keep=best",
+                "train.keep_by=accuracy",
+                "train.validation=0.1",
+                "objective.target=regression",
+            ],
+            "set train.keep_by=loss",
+        ),
         (["augment.randaugment=2", "objective.name=swav"], "makes its own views"),
         (["augment.erase=0.2", "data.augment=false"], "asks for images as they are evaluated"),
         (

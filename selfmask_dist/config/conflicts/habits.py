@@ -51,6 +51,12 @@ def _validation_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"train.keep_by={train.keep_by} is measured on images that are not trained on, never on "
             "data.test; set train.validation=0.1, or train.keep_by=null",
         )
+    if train.keep_by == "accuracy" and config.objective.target != "class":
+        yield Conflict(
+            ("train.keep_by", "objective.target"),
+            f"train.keep_by=accuracy counts right classes, and objective.target="
+            f"{config.objective.target} has none of an image; set train.keep_by=loss",
+        )
     for key, value in (("train.keep_by", train.keep_by), ("train.patience", train.patience)):
         if value is not None and train.keep == "last":
             yield Conflict(
@@ -100,6 +106,19 @@ def _image_conflicts(config: AllSections) -> Iterator[Conflict]:
         yield Conflict(
             (key, "objective.name"),
             f"{key} mixes targets of images, and objective.name={name} has none; set it to 0",
+        )
+    if augment.mixes and config.objective.target != "class":
+        key = "augment.mixup" if augment.mixup else "augment.cutmix"
+        yield Conflict(
+            (key, "objective.target"),
+            f"{key} mixes classes, and objective.target={config.objective.target} is trained towards "
+            "something else; set it to 0",
+        )
+    if augment.changes_pictures and config.objective.target == "dense":
+        key = "augment.randaugment" if augment.randaugment else "augment.erase"
+        yield Conflict(
+            (key, "objective.target"),
+            f"{key} would move or cover pixels whose classes objective.target=dense has; set it to 0",
         )
     if augment.changes_pictures:
         key = "augment.randaugment" if augment.randaugment else "augment.erase"

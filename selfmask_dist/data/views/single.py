@@ -93,9 +93,9 @@ class EvalTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         size = self.pre.image_size
         width, height = resized_size(self.pre, image.size)
-        image = image.resize((width, height), _resample(self.pre))
-        left, top = _centre(width, size), _centre(height, size)
-        return (_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
+        image = image.resize((width, height), resample_filter(self.pre))
+        left, top = centre_start(width, size), centre_start(height, size)
+        return (picture_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class TrainTransform:
         size = self.pre.image_size
         box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
-        image = image.crop(box).resize((size, size), _resample(self.pre))
+        image = image.crop(box).resize((size, size), resample_filter(self.pre))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.stronger is None:
-            return (_to_tensor(image, self.pre),)
-        return (self.stronger.view(_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
+            return (picture_to_tensor(image, self.pre),)
+        return (self.stronger.view(picture_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
 
 
 def random_crop_box(
@@ -172,16 +172,18 @@ def _crop_box(
     return left, top, left + w, top + h
 
 
-def _resample(pre: Preprocessing) -> Image.Resampling:
+def resample_filter(pre: Preprocessing) -> Image.Resampling:
+    """Return PIL's name of the backbone's filter."""
     return Image.Resampling[pre.interpolation.upper()]
 
 
-def _centre(length: int, size: int) -> int:
+def centre_start(length: int, size: int) -> int:
     """Return where a centred window of `size` pixels starts; below 0 (black padding) in a smaller picture."""
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
-def _to_tensor(image: Image.Image, pre: Preprocessing) -> Tensor:
+def picture_to_tensor(image: Image.Image, pre: Preprocessing) -> Tensor:
+    """Return a picture as a normalised view (3, height, width)."""
     # torchvision's ToTensor and Normalize: the same float32 operations in the same order, in half their time
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= np.float32(255)

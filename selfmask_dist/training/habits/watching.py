@@ -32,8 +32,11 @@ def hold_validation(config: Config, train: data.Source) -> tuple[data.Source, da
 
 def keeps_by(config: Config) -> str:
     """Return the measure that `train.keep=best` goes by, a key of `MONITORED`."""
-    without_key = "instance_retrieval" if config.train.validation is None else "accuracy"
-    return config.train.keep_by or without_key
+    if config.train.keep_by is not None:
+        return config.train.keep_by
+    if config.train.validation is None:
+        return "instance_retrieval"
+    return "accuracy" if config.objective.target == "class" else "loss"
 
 
 def monitor_of(
