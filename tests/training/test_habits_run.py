@@ -18,6 +18,7 @@ from tests.support.resuming import KEEP, check_resumed_equals_whole, cut_back, l
 from tests.support.tiny_run import ROOT, result_of, write_config, write_tiny_data
 
 MIXED = ["augment.mixup=0.4", "augment.cutmix=1.0", "augment.randaugment=1", "augment.erase=0.25"]
+REGRESSION = ["objective.target=regression"]
 RMS = ["optim.score_step=rms", "optim.score_lr=0.05"]
 
 
@@ -230,7 +231,7 @@ def test_the_commands_of_the_docs_are_configurations() -> None:
         (["train.ema=0.9", "method=lottery"], "goes on from what was trained itself"),
         (["train.validation=0.1", "method=packnet", "eval.knn_every=1"], "trains several times"),
         (["augment.mixup=0.2", "objective.name=nbd"], "augment.mixup mixes targets"),
-        (["augment.cutmix=1.0", "objective.target=regression"], "augment.cutmix mixes classes"),
+        (["augment.cutmix=1.0", *REGRESSION], "augment.cutmix mixes classes"),
         (["augment.mixup=0.2", "objective.target=dense"], "augment.mixup mixes classes"),
         (["augment.erase=0.2", "objective.target=dense"], "would move or cover pixels"),
         (
