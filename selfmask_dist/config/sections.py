@@ -60,6 +60,12 @@ class DataConfig(Section):
     crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )
+    sampling: Literal["shuffled", "balanced"] = science(
+        "shuffled",
+        "Which training images an epoch has. shuffled: each once. balanced: each class equally often, so "
+        "that images of rare classes come several times and some of common ones not at all; an epoch is as "
+        "long. For objective.name=supervised with objective.target=class.",
+    )
     flip: bool = science(True, "Mirror training images left to right with probability 1/2.")
     augment: bool = science(
         True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."

@@ -23,7 +23,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 # the third counter word: streams of different purposes never meet
-_ORDER, _AUGMENTATION = 0, 1
+_ORDER, _AUGMENTATION, _MIXING, _BALANCE = 0, 1, 2, 3
 _BLOCK, _MIN_BLOCKS = 256, 1024  # samples in a block of a large data set; blocks in a small one
 _WINDOW = 4096  # samples of a stream that are shuffled together; a power of two
 
@@ -49,6 +49,7 @@ class RankBatch:
     weights: npt.NDArray[np.float32]
     global_count: int
     epoch: int  # addresses the augmentations
+    partners: Ids | None = None  # (rows,) the samples that rows are mixed with, where they were asked for
 
 
 class EpochOrder:
@@ -113,6 +114,38 @@ class EpochOrder:
         return raw[first % 4 :]
 
 
+def balanced_order(labels: npt.NDArray[np.int64], *, seed: int, epoch: int) -> Ids:
+    """Return the samples of an epoch in which each class comes as often as any other, (samples,) int64.
+
+    An epoch has as many places as there are samples, dealt to classes evenly and in random order. A class's
+    places take its samples in turn, in an order that each round through them draws anew: a rare class's come
+    several times, and of a common one some wait for another epoch. It takes 8 bytes a sample.
+
+    Args:
+        labels: (samples,), each 0 or above; classes without a sample are passed over.
+
+    Raises:
+        ValueError: a sample has no label.
+    """
+    if len(labels) and labels.min() < 0:
+        raise ValueError("data.sampling=balanced needs a label of every training image")
+    classes, of_class, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rng = np.random.Generator(_philox(seed, epoch, _BALANCE, 0))
+    # each class's number of places differs by at most one from any other's; which ones have one more is drawn
+    ranks = np.argsort(rng.random(len(classes)), kind="stable")
+    places = ranks[np.argsort(rng.random(len(labels)), kind="stable") % max(len(classes), 1)]
+    members = np.argsort(of_class, kind="stable")
+    ends = np.cumsum(counts)
+    found = np.empty(len(labels), dtype=np.int64)
+    for number, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
+        own = np.flatnonzero(places == number)
+        rounds = -(-len(own) // count)
+        drawn = rng.random((rounds, count))
+        turns = np.argsort(drawn, axis=1, kind="stable").ravel()[: len(own)]
+        found[own] = members[end - count : end][turns]
+    return found
+
+
 class SourceOrder:
     """The order of an evaluation: 0..num_samples-1, without an array of them."""
 
@@ -166,13 +199,35 @@ def sample_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generat
     return np.random.Generator(_philox(seed, epoch, _AUGMENTATION, sample))
 
 
+def mixing_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """Return the generator of how one sample is mixed with its partner in one epoch."""
+    return np.random.Generator(_philox(seed, epoch, _MIXING, sample))
+
+
+def partner_distance(count: int) -> int:
+    """Return how many rows lie between partners in a global batch of `count`: the partner of row i is row
+    i + it, counted around.
+
+    The largest power of two that divides the batch, up to half of it: where that is a multiple of the number
+    of ranks, as it mostly is, a rank has its rows' partners itself and reads nothing twice.
+    """
+    return min(count & -count, max(count // 2, 1))
+
+
 def num_steps(num_samples: int, *, global_batch_size: int) -> int:
     """Return the number of global batches in an epoch; the last one may be smaller."""
     return -(-num_samples // global_batch_size)
 
 
 def rank_batch(
-    order: Order, step: int, *, epoch: int, global_batch_size: int, rank: int, world_size: int
+    order: Order,
+    step: int,
+    *,
+    epoch: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    with_partners: bool = False,
 ) -> RankBatch:
     """Return the rows of `rank` in the global batch of `step`.
 
@@ -184,8 +239,10 @@ def rank_batch(
     count = min(global_batch_size, len(order) - first)
     assert count > 0, (step, global_batch_size, len(order))
     rows = np.arange(rank, world_size * -(-count // world_size), world_size)
+    partners = order[first + (rows + partner_distance(count)) % count] if with_partners else None
     return RankBatch(
         ids=order[first + rows % count],
+        partners=partners,
         weights=(rows < count).astype(np.float32),
         global_count=count,
         epoch=epoch,

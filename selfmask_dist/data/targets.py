@@ -23,7 +23,7 @@ from selfmask_dist.data.indexing.targets import IndexTargets
 from selfmask_dist.data.source import SampleError, Source, TarSource
 from selfmask_dist.data.subset import Subset
 
-__all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "open_targets"]
+__all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "class_summary", "open_targets"]
 
 TargetKind = Literal["multilabel", "regression", "dense"]
 Rows = npt.NDArray[np.int64]
@@ -157,6 +157,14 @@ def open_targets(source: Source, kind: TargetKind) -> Targets:
     if not found.outputs:
         raise ValueError("data.train: no image has any label, so that there is nothing to learn")
     return found
+
+
+def class_summary(source: Source) -> TargetSummary:
+    """Return the share of each class among a source's labels, as targets are summed up."""
+    counts = torch.zeros(len(source.classes), dtype=torch.float64)
+    labels = torch.from_numpy(source.labels)
+    counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
+    return TargetSummary(source.classes, len(source), counts / counts.sum())
 
 
 def _in_tars(source: Source, indices: Rows) -> tuple[TarSource, Rows]:

@@ -23,6 +23,7 @@ from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 from selfmask_dist.parallel import World, take_from_main
+from selfmask_dist.training.habits.pictures import stronger_of
 
 if TYPE_CHECKING:
     from selfmask_dist.parallel.fsdp import ShardedEncoder
@@ -310,11 +311,13 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
         return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
-    one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
     if config.objective.target == "dense":
         return data.DenseTransform(
             preprocessing, section.crop_scale if section.augment else None, section.flip
         )
+    one = data.train_transform(
+        preprocessing, crop_scale=section.crop_scale, flip=section.flip, stronger=stronger_of(config)
+    )
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one

@@ -17,6 +17,12 @@ def target_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.class_weights={objective.class_weights} is of objective.name=supervised with "
             f"objective.target=class or multilabel; set it to none",
         )
+    if config.data.sampling == "balanced" and (target != "class" or _is_other(config)):
+        yield Conflict(
+            ("data.sampling", "objective.target"),
+            "data.sampling=balanced goes by one class an image: it is of objective.name=supervised with "
+            "objective.target=class; set data.sampling=shuffled",
+        )
     if target == "class":
         return
     way = "set objective.target=class"

@@ -11,7 +11,7 @@ from selfmask_dist.config.procedures import PROCEDURES, trained_by
 
 # what every method reads, and what each one reads beyond
 ALWAYS = ("backbone", "data", "eval", "engine", "checkpoint", "run", "launch")
-_TRAINING = ("objective", "optim", "train")
+_TRAINING = ("objective", "optim", "train", "augment")
 _OBJECTIVES = ("crops", "swav", "simclr", "moco_v2", "moco_v3", "dino", "nbd", "clip", "slip")
 READS = {
     "mask": ("mask", *_TRAINING, *_OBJECTIVES),

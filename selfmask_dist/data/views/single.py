@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.data.views.stronger import Stronger
 
 MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
@@ -43,11 +44,13 @@ def train_transform(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    stronger: Stronger | None = None,
 ) -> Transform:
     """Return the transform to one random resized crop, flipped with probability 1/2, drawn as torchvision's.
 
     crop_scale: range of the crop's area as a fraction of the picture's. crop_ratio: range of width / height.
     flip: False where mirrored pictures mean something else (digits, text).
+    stronger: changes beyond crop and flip, whose draws come after theirs.
     Raises ValueError for an empty range. Source: Szegedy et al., arXiv 1409.4842, section 6.
     """
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
@@ -56,7 +59,7 @@ def train_transform(
         )
     if not 0 < crop_ratio[0] <= crop_ratio[1]:
         raise ValueError(f"crop_ratio is {crop_ratio}; it must be a range (low, high) above 0")
-    return TrainTransform(pre, crop_scale, crop_ratio, flip)
+    return TrainTransform(pre, crop_scale, crop_ratio, flip, stronger)
 
 
 def resized_size(pre: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
@@ -103,6 +106,7 @@ class TrainTransform:
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: bool
+    stronger: Stronger | None = None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         check_shape(image.size)
@@ -112,7 +116,9 @@ class TrainTransform:
         image = image.crop(box).resize((size, size), resample_filter(self.pre))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return (picture_to_tensor(image, self.pre),)
+        if self.stronger is None:
+            return (picture_to_tensor(image, self.pre),)
+        return (self.stronger.view(picture_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
 
 
 def random_crop_box(

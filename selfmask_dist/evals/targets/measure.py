@@ -45,14 +45,17 @@ def begin_evaluation(
     test: data.Source | None,
     world: World,
     *,
+    validation: data.Source | None = None,
     begin_loop: Callable[[], Callable[[], None]] = lambda: lambda: None,
 ) -> Evaluation:
     """Return what evaluates a run's encoder, by `objective.target`; raises as `open_run_targets`."""
     targets = open_run_targets(config, train, test)
     if targets is None:
-        return Evaluation(config, backbone, train, test, world, begin_loop=begin_loop)
+        return Evaluation(config, backbone, train, test, world, validation=validation, begin_loop=begin_loop)
+    if validation is not None:
+        targets.check(validation, "train.validation")
     kind = DenseEvaluation if targets.kind == "dense" else TargetEvaluation
-    evaluation = kind(config, backbone, train, test, world, begin_loop=begin_loop)
+    evaluation = kind(config, backbone, train, test, world, validation=validation, begin_loop=begin_loop)
     evaluation.use(targets, test)
     return evaluation
 
@@ -118,6 +121,23 @@ class TargetEvaluation(Evaluation):
 
         return kept.once("head", measure_head)
 
+    def _with_targets(self, source: data.Source) -> Iterator[data.Batch]:
+        """Yield this rank's batches with their targets; label maps go through the pictures' crop."""
+        preprocessing = self._backbone.spec.preprocessing
+        is_dense = self._targets.kind == "dense"
+        loader = data.eval_loader(
+            source,
+            data.DenseTransform(preprocessing) if is_dense else data.eval_transform(preprocessing),
+            batch_size=self._config.eval.batch_size,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
+        ).with_targets(self._targets)
+        on_batch = self._begin_loop()
+        for batch in loader:
+            yield batch
+            on_batch()
+
     def _of(self, source: data.Source, rows: Embeddings) -> Tensor:
         """Return the targets of embedded samples, on their device."""
         return self._targets.of(source, rows.ids.cpu().numpy()).to(rows.features.device)
@@ -135,8 +155,8 @@ class DenseEvaluation(TargetEvaluation):
         train = data.evenly_spaced(self._train, num_images_for(grid.numel()))
         value = probe_patches(
             encoder,
-            self._pairs(train),
-            self._pairs(self._test),
+            self._with_targets(train),
+            self._with_targets(self._test),
             len(self._targets.outputs),
             self._world,
             self._world.device,
@@ -154,7 +174,7 @@ class DenseEvaluation(TargetEvaluation):
             with eval_mode(objective), eval_mode(encoder):
                 value = measure_maps(
                     lambda images: objective.predict(encoder, images),
-                    self._pairs(test),
+                    self._with_targets(test),
                     len(self._targets.outputs),
                     self._world,
                     self._world.device,
@@ -162,18 +182,3 @@ class DenseEvaluation(TargetEvaluation):
             return {"head_miou": value}
 
         return progress.once("head", measure_head)
-
-    def _pairs(self, source: data.Source) -> Iterator[data.Batch]:
-        """Yield this rank's batches with their label maps."""
-        loader = data.eval_loader(
-            source,
-            data.DenseTransform(self._backbone.spec.preprocessing),
-            batch_size=self._config.eval.batch_size,
-            rank=self._world.rank,
-            world_size=self._world.size,
-            workers=data.Workers(self._config.engine.workers, self._config.engine.worker_kind),
-        ).with_targets(self._targets)
-        on_batch = self._begin_loop()
-        for batch in loader:
-            yield batch
-            on_batch()
