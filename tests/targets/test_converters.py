@@ -109,7 +109,7 @@ def test_numbers_of_a_list(images: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_maps(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     maps, classes = tmp_path / "maps" / "all", ("--classes", "wall,cat")
     values = np.zeros((20, 30), dtype=np.uint8)
-    values[5:9, 4:8], values[0] = 1, 255
+    values[5:15, 10:20], values[:4] = 1, 255
     for number in range(3):
         save(maps / f"{number}.png", values)
     assert convert("maps", images, maps.parent, tmp_path / "out", *classes) == 0
@@ -128,7 +128,7 @@ def test_maps(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert batch.targets is not None
     assert set(batch.targets.unique().tolist()) == {0, 1, 255}
     save(maps / "1.png", values[:-1])
-    save(maps / "2.png", values * 7)
+    save(maps / "2.png", np.where(values == 1, np.uint8(7), np.uint8(0)))
     assert convert("maps", images, maps.parent, tmp_path / "bad", *classes) == 2
     assert ".jpg: its label map has" in capsys.readouterr().err
     assert convert("maps", images, maps.parent, tmp_path / "bad", *classes, "--skip-broken") == 0

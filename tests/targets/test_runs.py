@@ -57,7 +57,7 @@ def test_a_mask_is_trained_measured_and_answers(
         shards,
         run,
         f"objective.target={kind}",
-        "optim.score_lr=1",
+        "optim.score_lr=3000",
         "eval.frozen_baseline=false",
         f"eval.probe={str(kind != 'dense').lower()}",
     )
