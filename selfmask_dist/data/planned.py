@@ -47,7 +47,7 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
         failures: dict[int, Failure] = {}
         captions = self.source.read_captions(plan.ids) if self.captions else []
         texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
-        maps = self.targets.maps(self.source, plan.ids) if self._has_maps else []
+        maps = self._maps_of(plan.ids)
         for row, (sample, data) in enumerate(self._read(plan.ids)):
             caption = captions[row] if captions else ""
             try:
@@ -81,6 +81,9 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
     @property
     def _has_maps(self) -> bool:
         return self.targets is not None and self.targets.kind == "dense"
+
+    def _maps_of(self, ids: Ids) -> list[bytes | SampleError]:
+        return self.targets.maps(self.source, ids) if self.targets is not None and self._has_maps else []
 
     def _targets_of(self, ids: Ids) -> Tensor | None:
         return None if self.targets is None else self.targets.of(self.source, ids)

@@ -170,7 +170,8 @@ def class_summary(source: Source) -> TargetSummary:
 def _in_tars(source: Source, indices: Rows) -> tuple[TarSource, Rows]:
     """Return the tars below a source, and the rows of their index that some of its samples are."""
     while isinstance(source, Subset):
-        source, indices = source.source, np.asarray(source.indices[indices], dtype=np.int64)
+        indices = np.asarray(source.indices[indices], dtype=np.int64)
+        source = source.source
     assert isinstance(source, TarSource), type(source)
     return source, indices
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge  # type: ignore[import-untyped]
-from sklearn.metrics import average_precision_score, r2_score  # type: ignore[import-untyped]
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import average_precision_score, r2_score
 from torch.nn import functional as F
 from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.regression import MeanAbsoluteError, R2Score

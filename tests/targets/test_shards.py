@@ -41,7 +41,8 @@ def test_the_index_has_them_and_a_walk_finds_the_same(folder: str, tmp_path: Pat
     assert mapped.index.path is not None
     assert walked.index.path is None
     assert mapped.identity["targets"] == walked.identity["targets"]
-    for kind, width in (("multilabel", 3), ("regression", 1)):
+    kinds: dict[data.TargetKind, int] = {"multilabel": 3, "regression": 1}
+    for kind, width in kinds.items():
         targets = data.open_targets(mapped, kind)
         assert len(targets.outputs) == width
         ids = np.array([5, 0, 7])
@@ -101,7 +102,7 @@ def test_batches_hold_targets_on_any_number_of_ranks(folder: str) -> None:
     source = data.open_source(folder, require_labels=False)
     targets = data.open_targets(source, "multilabel")
     for ranks in (1, 2):
-        found = {}
+        found: dict[int, list[float]] = {}
         for rank in range(ranks):
             loader = data.train_loader(
                 source, data.train_transform(PRE), global_batch_size=6, seed=0, rank=rank, world_size=ranks
