@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from scipy import stats  # type: ignore[import-untyped]
 from timm.data import mixup as timm_mixup
-from torchvision.transforms import v2
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import (

@@ -228,6 +228,7 @@ def test_the_commands_of_the_docs_are_configurations() -> None:
         (["train.validation=0.1", "objective.name=simclr", "eval.knn_every=1"], "trains none"),
         (["train.ema=0.9", "engine.name=deepspeed"], "use engine.name=fsdp"),
         (["train.ema=0.9", "objective.name=nbd"], "set train.ema=null"),
+        (["train.ema=0.9", "method=finetune", "procedure.hold=codes.safetensors"], "puts held weights back"),
         (["train.ema=0.9", "method=lottery"], "goes on from what was trained itself"),
         (["train.validation=0.1", "method=packnet", "eval.knn_every=1"], "trains several times"),
         (["augment.mixup=0.2", "objective.name=nbd"], "augment.mixup mixes targets"),

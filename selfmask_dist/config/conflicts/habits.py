@@ -75,6 +75,12 @@ def _average_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"train.ema is of objective.name=supervised, and {config.objective.name} has its own ways to "
             "average or none; set train.ema=null",
         )
+    if config.procedure.hold is not None:
+        yield Conflict(
+            ("train.ema", "procedure.hold"),
+            "train.ema averages what a step has moved, before procedure.hold puts held weights back; set "
+            "train.ema=null",
+        )
     if config.engine.name == "deepspeed":
         yield Conflict(
             ("train.ema", "engine.name"),
