@@ -6,7 +6,7 @@ height, width), and its foreground, which is what differs from the colour of the
 Every method trains a linear head beside what it trains; frozen is the linear probe. Rates are chosen by the
 head's score on a held-out quarter of the training pictures, seed 0, and the test part is measured once.
 
-    python benchmarks/evidence/targets.py --json        8 minutes of one core
+    python benchmarks/evidence/targets.py --json        18 minutes of a shared core
     python benchmarks/evidence/targets.py --quick
 """
 
