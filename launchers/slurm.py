@@ -315,26 +315,29 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
     submitit = require("submitit", "submitit", needed_by="--cluster slurm")
 
     launch = config.launch
+    is_range = "-" in nodes
+    per_node, cpus = launch.processes_per_node or launch.gpus_per_node or 1, launch.cpus_per_process
     srun = ["--kill-on-bad-exit=1"]
-    if launch.cpus_per_process:  # since Slurm 22.05 srun no longer takes it from the job
-        srun.append(f"--cpus-per-task={launch.cpus_per_process}")
+    if cpus or is_range:  # since Slurm 22.05 srun no longer takes it from the job
+        srun.append(f"--cpus-per-task={cpus or 1}")
     srun += srun_options(launch.srun)
     recorder = local.recorder_environment(folder.parent) if launch.gpus_per_node else {}
     variables = {**recorder, **launch.environment}
     if launch.snapshot:
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    per_node = launch.processes_per_node or launch.gpus_per_node or 1
-    if "-" in nodes:  # sbatch counts tasks for the least number of nodes, and srun would start no more
+    if is_range:  # what srun starts: the job asks for one task of all these processes' CPUs on each node
         exports.append(f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {per_node}))")
         exports.append("export SLURM_NPROCS=$SLURM_NTASKS")
         exports.append("export SLURM_NNODES=$SLURM_JOB_NUM_NODES")
+        exports.append(f"export SLURM_NTASKS_PER_NODE={per_node}")
     more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
-    more |= {"nodes": nodes} if "-" in nodes else {}  # over submitit's own, which it counts tasks by
+    more |= {"nodes": nodes} if is_range else {}  # over submitit's own, which it counts tasks by
     options: dict[str, Any] = {
         "job_name": config.run.name,
         "nodes": int(nodes.rpartition("-")[2]),
-        "ntasks_per_node": per_node,
+        # with a number of tasks, sbatch counts them on the least number of nodes, and SLURM gives no more
+        "ntasks_per_node": None if is_range else per_node,
         "time": max(round(launch.hours * 60), 1),
         "signal_delay_s": launch.signal_seconds,
         "partition": launch.partition,
@@ -342,7 +345,7 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
         "qos": launch.qos,
         "constraint": launch.constraint,
         "gpus_per_node": launch.gpus_per_node,
-        "cpus_per_task": launch.cpus_per_process,
+        "cpus_per_task": per_node * (cpus or 1) if is_range else cpus,
         "mem": f"{launch.memory_gb}GB" if launch.memory_gb else None,
         "exclusive": launch.exclusive or None,
         "mail_user": launch.mail,

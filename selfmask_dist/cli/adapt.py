@@ -63,9 +63,12 @@ def _adapt(options: argparse.Namespace) -> int:
         raise ValueError(f"{photos} is no folder; give one with pictures in it")
     out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
     shards, number = prepare(photos, out / "shards")
-    backbone = options.backbone or (site.given.values.get("backbone") or {}).get("name") or BACKBONE
-    places = (("data.train", shards), ("run.dir", out), ("backbone.name", backbone))
-    shared = [f"{key}={flow(str(value))}" for key, value in places]
+    # the configuration that ships names another backbone and its size, and would win over the site's
+    backbone = {"name": options.backbone} if options.backbone else site.given.values.get("backbone") or {}
+    backbone = {"name": BACKBONE, **backbone}
+    places = {"data.train": str(shards), "run.dir": str(out)}
+    places |= {f"backbone.{key}": value for key, value in backbone.items()}
+    shared = [f"{key}={flow(value)}" for key, value in places.items()]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
     rates = ("optim.score_lr", "optim.score_reach", "optim.score_lr_choices")
