@@ -32,6 +32,8 @@ from selfmask_dist.runs.folder import run_path
 
 from .restarts import why_not_again
 
+RECORDER_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # what torch calls the place of its flight recorder's dumps
+
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
 _LOST_SECONDS = 10.0  # for the process whose loss broke the others to end, with its reason
@@ -293,6 +295,11 @@ class _Group:
                 child.send_signal(signum)
 
 
+def recorder_file(stacks: Path) -> str:
+    """Return what `RECORDER_FILE` is to be for a folder of stacks: torch adds the rank to it."""
+    return str(stacks.resolve() / "nccl-rank-")
+
+
 def recorder_environment(run: Path) -> dict[str, str]:
     """Return the variables by which torch keeps its last collectives, and NCCL dumps them where one fails,
     beside the stacks; what this process's environment says already stays.
@@ -300,7 +307,7 @@ def recorder_environment(run: Path) -> dict[str, str]:
     wanted = {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(run.resolve() / names.STACKS / "nccl-rank-"),
+        RECORDER_FILE: recorder_file(run / names.STACKS),
     }
     return {name: value for name, value in wanted.items() if name not in os.environ}
 

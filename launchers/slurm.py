@@ -58,6 +58,7 @@ class TrainTask:
     submitted: Path | None = None  # where submitit writes
     # what train.accumulate is on the most nodes, and these; None where it stays as it is on any number
     accumulate_on_most: tuple[int, int] | None = None
+    stacks: Path | None = None  # where NCCL writes, for a task of an array, whose script says it for all
 
     def __call__(self) -> None:
         place = rank_environment(os.environ, master_port=self.master_port)
@@ -74,6 +75,8 @@ class TrainTask:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             log.flush()
             variables = {**place, "OMP_NUM_THREADS": threads, FOLDER_VARIABLE: str(notes.folder)}
+            if self.stacks is not None:
+                variables[local.RECORDER_FILE] = local.recorder_file(self.stacks)
             if "SLURM_ARRAY_TASK_ID" not in os.environ:
                 variables[CHAIN_VARIABLE] = chain_of(os.environ)
             process = subprocess.Popen(
@@ -204,12 +207,13 @@ def submit(
                 # a job that others wait for (afterok) must not end without being requeued
                 "requeue" if experts_array else config.launch.requeue,
                 run / "slurm",
-                _accumulate_on_most(config, num_nodes, least_nodes),
+                accumulate_on_most(config, num_nodes, least_nodes),
+                own_stacks(config, folder) if len(job.folders) > 1 else None,
             )
             for index, folder in enumerate(job.folders)
         ]
         nodes = node_range(num_nodes, least_nodes)
-        executor = _executor(config, run / "slurm", nodes, after=after)
+        executor = make_executor(config, run / "slurm", nodes, after=after)
         submitted = executor.map_array(TrainTask.__call__, tasks)
         after = str(submitted[0].job_id).partition("_")[0]
         ids.append(after)
@@ -230,7 +234,7 @@ def batch_scripts(
     scripts, after, folder = [], "", run_path(config).resolve() / "slurm"
     for job in jobs_of(config, experts_array=experts_array):
         nodes = node_range(num_nodes, least_nodes)
-        executor = _executor(config, folder, nodes, after=after, is_dry=True)
+        executor = make_executor(config, folder, nodes, after=after, is_dry=True)
         if len(job.folders) > 1:
             executor.parameters["map_count"] = len(job.folders)
         scripts.append(str(executor._make_submission_file_text("<task>", "dry-run")))
@@ -238,7 +242,20 @@ def batch_scripts(
     return "\n".join(scripts)
 
 
-def _accumulate_on_most(config: Config, most: int, least: int | None) -> tuple[int, int] | None:
+def own_stacks(config: Config, folder: Path) -> Path | None:
+    """Return the folder, which is made, where NCCL writes for one task of an array.
+
+    None where there are no GPUs, or the configuration says itself where it writes.
+    """
+    if not config.launch.gpus_per_node or local.RECORDER_FILE in config.launch.environment:
+        return None
+    stacks = folder / names.STACKS
+    stacks.mkdir(parents=True, exist_ok=True)
+    return stacks
+
+
+def accumulate_on_most(config: Config, most: int, least: int | None) -> tuple[int, int] | None:
+    """Return `train.accumulate` and the most nodes, where fewer nodes are to take more micro-steps."""
     if least is None:
         return None
     if config.objective.name not in ACCUMULATING:
@@ -301,7 +318,7 @@ def wait_for(job_id: str, run: Path) -> int:
         job_id = following
 
 
-def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_dry: bool = False) -> Any:
+def make_executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_dry: bool = False) -> Any:
     """Return submitit's executor of a job.
 
     Args:

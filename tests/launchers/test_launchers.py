@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launchers import local, slurm
+from launchers.array import check_array
 from launchers.preflight import preflight
 from launchers.snapshot import snapshot_environment, take_snapshot
 from selfmask_dist.cli import main
@@ -337,6 +338,44 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
     assert " --container-image=image.sqsh --cpu-bind=cores " in started
     assert f"PYTHONPATH={tmp_path / 'run' / 'code'}" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_runs_as_the_tasks_of_one_array(config_path: Path, tmp_path: Path) -> None:
+    options = ("--dry-run", "--plan-seconds=0", "--array")
+    done = submit(config_path, *options, "--seeds=3,4,5", cluster="slurm")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^#SBATCH --(array=.*|nodes=.*)$", done.stdout, re.MULTILINE) == [
+        "array=0-2%3",
+        "nodes=2",
+    ]
+    assert f"PYTHONPATH={tmp_path / 'run-seed3' / 'code'}" in done.stdout
+    assert re.findall(r"^seed: (\d)", done.stdout, re.MULTILINE) == ["3", "4", "5"]
+
+    def check(*launches: str) -> None:
+        words = [[f"run.name=r{k}", *launch.split()] for k, launch in enumerate(launches)]
+        check_array([load_config(config_path, own) for own in words])
+
+    check("launch.gpus_per_node=2", "launch.gpus_per_node=2")
+    for launches, said in {
+        ("",): "give --seeds",
+        ("", "launch.hours=9"): "launch.hours of r1 is not that of r0",
+        ("launch.requeue=chain", "launch.requeue=chain"): "no next job",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            check(*launches)
+
+
+def test_each_task_of_an_array_has_nccl_write_into_its_own_run(config_path: Path, tmp_path: Path) -> None:
+    config = load_config(config_path, ["launch.gpus_per_node=2"])
+    stacks = slurm.own_stacks(config, tmp_path / "run-seed1")
+    assert stacks is not None
+    assert stacks.is_dir()
+    assert local.recorder_file(stacks) == f"{tmp_path}/run-seed1/stacks/nccl-rank-"
+    assert slurm.own_stacks(load_config(config_path), tmp_path / "run-seed1") is None
+    said = load_config(
+        config_path, ["launch.gpus_per_node=2", "launch.environment={TORCH_FR_DUMP_TEMP_FILE: /x}"]
+    )
+    assert slurm.own_stacks(said, tmp_path / "run-seed1") is None
 
 
 def test_a_job_takes_as_many_nodes_as_it_gets(config_path: Path) -> None:
