@@ -65,6 +65,8 @@ def submit_array(
             "requeue",  # a task of an array has no next job
             written,
             accumulate_on_most(config, num_nodes, least_nodes),
+            config.launch.container_python,
+            config.launch.bind and bool(config.launch.gpus_per_node),
             own_stacks(config, folder),
         )
         for (config, arguments), folder in zip(runs, folders, strict=True)

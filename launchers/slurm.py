@@ -35,6 +35,7 @@ from selfmask_dist.runs.owner import CHAIN_VARIABLE
 from selfmask_dist.runs.submitted import note_jobs
 
 from . import local
+from .binding import bind_near_gpu
 from .chain import chain_of, next_job, restarts_of
 from .requeue import FAILED_NOTE, HUNG_NOTE, Aftermath, job_state, own_job_id, start_notes
 from .snapshot import snapshot_environment, take_snapshot
@@ -58,21 +59,21 @@ class TrainTask:
     submitted: Path | None = None  # where submitit writes
     # what train.accumulate is on the most nodes, and these; None where it stays as it is on any number
     accumulate_on_most: tuple[int, int] | None = None
+    python: str | None = None  # in the container; None where it is this one
+    bind: bool = False  # to the CPUs near its GPU
     stacks: Path | None = None  # where NCCL writes, for a task of an array, whose script says it for all
 
     def __call__(self) -> None:
         place = rank_environment(os.environ, master_port=self.master_port)
         threads = str(self.threads or os.environ.get("OMP_NUM_THREADS", 1))
-        command = [
-            *(*self.container, sys.executable, "-m", "selfmask_dist.cli", "train"),
-            *self.train_arguments,
-            *self._micro_steps(place),
-        ]
+        command = self.command(place)
         self.logs.mkdir(parents=True, exist_ok=True)
         rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
         log_file = local.log_path(self.logs, rank)
         with open(log_file, "ab") as log:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
+            if self.bind and (bound := bind_near_gpu(int(place["LOCAL_RANK"]), os.environ)):
+                log.write(f"{bound}\n".encode())
             log.flush()
             variables = {**place, "OMP_NUM_THREADS": threads, FOLDER_VARIABLE: str(notes.folder)}
             if self.stacks is not None:
@@ -107,6 +108,12 @@ class TrainTask:
         print(f"rank {rank} ended with status {status}", file=sys.stderr, flush=True)
         end.settle(status, rank=rank, num_ranks=int(place["WORLD_SIZE"]))
         sys.exit(status if status > 0 else 128 - status)
+
+    def command(self, place: Mapping[str, str]) -> list[str]:
+        """Return what starts the training process, in its container where there is one."""
+        python = self.python or sys.executable
+        train = [*self.container, python, "-m", "selfmask_dist.cli", "train"]
+        return [*train, *self.train_arguments, *self._micro_steps(place)]
 
     def _micro_steps(self, place: Mapping[str, str]) -> list[str]:
         """Return the override that lets a process on fewer nodes hold no more images at once than on most."""
@@ -208,6 +215,8 @@ def submit(
                 "requeue" if experts_array else config.launch.requeue,
                 run / "slurm",
                 accumulate_on_most(config, num_nodes, least_nodes),
+                config.launch.container_python,
+                config.launch.bind and bool(config.launch.gpus_per_node),
                 own_stacks(config, folder) if len(job.folders) > 1 else None,
             )
             for index, folder in enumerate(job.folders)

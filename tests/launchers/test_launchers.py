@@ -424,6 +424,15 @@ def test_a_task_says_how_many_micro_steps_its_nodes_take() -> None:
     assert slurm.TrainTask((), Path("logs"))._micro_steps({}) == []
 
 
+def test_a_container_has_a_python_of_its_own(config_path: Path) -> None:
+    container = ("apptainer", "exec", "image.sif")
+    task = slurm.TrainTask(("seed=1",), Path("logs"), container, python="python")
+    assert task.command({}) == [*container, "python", "-m", "selfmask_dist.cli", "train", "seed=1"]
+    assert slurm.TrainTask((), Path("logs")).command({})[0] == sys.executable
+    with pytest.raises(ValueError, match=r"inside of launch\.container, and that is not set"):
+        preflight(load_config(config_path, ["launch.container_python=python"]), cluster="slurm", num_nodes=1)
+
+
 def test_a_cascade_as_three_jobs_with_its_experts_as_an_array(config_path: Path, tmp_path: Path) -> None:
     cascade = ["method=cascade", "objective.name=swav", "cascade.clusters=[2, 4]", "cascade.components=4"]
     options = ["--dry-run", "--plan-seconds=0", "--experts-array"]

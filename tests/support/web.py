@@ -60,7 +60,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data, asked = path.read_bytes(), self.headers.get("Range")
         if asked is not None:
             whole = len(data)
-            first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            first, last = (int(word or whole) for word in asked.removeprefix("bytes=").split("-"))
             data = data[first : last + 1]
         self.send_response(200 if asked is None else 206)
         if asked is not None:
