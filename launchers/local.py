@@ -42,6 +42,7 @@ _AFTER_FORCED_SECONDS = 5.0  # processes end themselves after checkpoint.stop_se
 _ONE_STOP_SECONDS = 1.0  # two signals so close are one, which came to a group of processes and was passed on
 _DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
+_MOST_OWN_LOGS = 64
 
 
 @dataclass(frozen=True)
@@ -312,9 +313,16 @@ def recorder_environment(run: Path) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def log_path(logs: Path, rank: int) -> Path:
-    """Return the file that holds what a rank prints."""
-    return logs / f"rank-{rank}.log"
+def log_path(logs: Path, rank: int, *, num_ranks: int = 1, per_node: int = 1) -> Path:
+    """Return the file that holds what a rank prints.
+
+    Above 64 ranks all of a node share one, `ranks-8-15.log`, but for rank 0: a shared file system bears a
+    thousand open files badly.
+    """
+    if num_ranks <= _MOST_OWN_LOGS or per_node == 1 or rank == 0:
+        return logs / f"rank-{rank}.log"
+    first = rank // per_node * per_node
+    return logs / f"ranks-{first}-{first + per_node - 1}.log"
 
 
 def visible_gpus() -> list[str]:

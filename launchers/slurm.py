@@ -69,7 +69,8 @@ class TrainTask:
         command = self.command(place)
         self.logs.mkdir(parents=True, exist_ok=True)
         rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
-        log_file = local.log_path(self.logs, rank)
+        num_ranks, per_node = int(place["WORLD_SIZE"]), int(place["LOCAL_WORLD_SIZE"])
+        log_file = local.log_path(self.logs, rank, num_ranks=num_ranks, per_node=per_node)
         with open(log_file, "ab") as log:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
             if self.bind and (bound := bind_near_gpu(int(place["LOCAL_RANK"]), os.environ)):
@@ -106,7 +107,7 @@ class TrainTask:
         if status == 0:
             return
         print(f"rank {rank} ended with status {status}", file=sys.stderr, flush=True)
-        end.settle(status, rank=rank, num_ranks=int(place["WORLD_SIZE"]))
+        end.settle(status, rank=rank, num_ranks=num_ranks)
         sys.exit(status if status > 0 else 128 - status)
 
     def command(self, place: Mapping[str, str]) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from launchers import local, slurm
-from launchers.array import check_array
 from launchers.preflight import preflight
 from launchers.snapshot import snapshot_environment, take_snapshot
 from selfmask_dist.cli import main
@@ -340,44 +339,6 @@ def test_the_batch_script_holds_what_was_asked_for(config_path: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
-def test_runs_as_the_tasks_of_one_array(config_path: Path, tmp_path: Path) -> None:
-    options = ("--dry-run", "--plan-seconds=0", "--array")
-    done = submit(config_path, *options, "--seeds=3,4,5", cluster="slurm")
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^#SBATCH --(array=.*|nodes=.*)$", done.stdout, re.MULTILINE) == [
-        "array=0-2%3",
-        "nodes=2",
-    ]
-    assert f"PYTHONPATH={tmp_path / 'run-seed3' / 'code'}" in done.stdout
-    assert re.findall(r"^seed: (\d)", done.stdout, re.MULTILINE) == ["3", "4", "5"]
-
-    def check(*launches: str) -> None:
-        words = [[f"run.name=r{k}", *launch.split()] for k, launch in enumerate(launches)]
-        check_array([load_config(config_path, own) for own in words])
-
-    check("launch.gpus_per_node=2", "launch.gpus_per_node=2")
-    for launches, said in {
-        ("",): "give --seeds",
-        ("", "launch.hours=9"): "launch.hours of r1 is not that of r0",
-        ("launch.requeue=chain", "launch.requeue=chain"): "no next job",
-    }.items():
-        with pytest.raises(ValueError, match=said):
-            check(*launches)
-
-
-def test_each_task_of_an_array_has_nccl_write_into_its_own_run(config_path: Path, tmp_path: Path) -> None:
-    config = load_config(config_path, ["launch.gpus_per_node=2"])
-    stacks = slurm.own_stacks(config, tmp_path / "run-seed1")
-    assert stacks is not None
-    assert stacks.is_dir()
-    assert local.recorder_file(stacks) == f"{tmp_path}/run-seed1/stacks/nccl-rank-"
-    assert slurm.own_stacks(load_config(config_path), tmp_path / "run-seed1") is None
-    said = load_config(
-        config_path, ["launch.gpus_per_node=2", "launch.environment={TORCH_FR_DUMP_TEMP_FILE: /x}"]
-    )
-    assert slurm.own_stacks(said, tmp_path / "run-seed1") is None
-
-
 def test_a_job_takes_as_many_nodes_as_it_gets(config_path: Path) -> None:
     options = ("--dry-run", "--plan-seconds=0", "--nodes", "2:3", "launch.processes_per_node=2")
     done = submit(config_path, *options, cluster="slurm")  # batches of 12 on 4 and 6 processes
@@ -422,15 +383,6 @@ def test_a_task_says_how_many_micro_steps_its_nodes_take() -> None:
     task = slurm.TrainTask((), Path("logs"), accumulate_on_most=(2, 4))
     assert task._micro_steps({"WORLD_SIZE": "24", "LOCAL_WORLD_SIZE": "8"}) == ["train.accumulate=3"]
     assert slurm.TrainTask((), Path("logs"))._micro_steps({}) == []
-
-
-def test_a_container_has_a_python_of_its_own(config_path: Path) -> None:
-    container = ("apptainer", "exec", "image.sif")
-    task = slurm.TrainTask(("seed=1",), Path("logs"), container, python="python")
-    assert task.command({}) == [*container, "python", "-m", "selfmask_dist.cli", "train", "seed=1"]
-    assert slurm.TrainTask((), Path("logs")).command({})[0] == sys.executable
-    with pytest.raises(ValueError, match=r"inside of launch\.container, and that is not set"):
-        preflight(load_config(config_path, ["launch.container_python=python"]), cluster="slurm", num_nodes=1)
 
 
 def test_a_cascade_as_three_jobs_with_its_experts_as_an_array(config_path: Path, tmp_path: Path) -> None:
