@@ -24,6 +24,7 @@ from selfmask_dist.common.text import count, positive, some
 BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
 # runs by name, and their optim.score_reach; the next one is made where this one is no better than frozen
 RUNS = {"adapt": "auto", "adapt-lower": 0.3, "adapt-lowest": 0.1}
+_ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _BATCH, _EPOCHS = 128, 8  # the defaults of objective.name=nbd
 _FEWEST_STEPS = 100
 
@@ -84,6 +85,8 @@ def _adapt(options: argparse.Namespace) -> int:
         place.append(f"--site={site.path or 'none'}")
         launch = ["launch", *place, "--config", "nbd", *shared, *settings, *options.words]
         if status := _selfmask(*launch):
+            if status in _ASKED_TO_STOP:
+                print("the same command again goes on where it was stopped", flush=True)
             return status
         if not (folder / names.RESULT).exists():
             print(f"submitted; `selfmask status {folder}` follows it, and the same command again goes on")

@@ -49,7 +49,7 @@ SlurmdLogFile={folder}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_min_interval=100000,sched_interval=2
+SchedulerParameters=bf_interval=1,sched_min_interval=100000,sched_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SwitchType=switch/none
