@@ -26,18 +26,25 @@ from benchmarks.harness import Benchmark
 from selfmask_dist.maskfile import read_mask_file
 from tests.support.tiny_run import ROOT, child_environment, events_of, steps_of, wait_until
 
-PICTURES, QUICK_PICTURES = 2000, 150
+PICTURES, QUICK_PICTURES = 2000, 30
 BROKEN = ("cut.jpg", "empty.jpg", "letter.jpg")
 _DEFAULT_DATA = ROOT.parent / "shared" / "data"
 _STEPS_BEFORE_THE_KILL = 20
 _SITE = """\
-backbone: {{name: "timm:vit_tiny_patch16_224", image_size: {size}}}
+backbone: {backbone}
+nbd: {{dim: {dim}}}
 engine: {{device: cpu, threads: 1, workers: 1}}
 checkpoint: {{every_steps: 5}}
 run: {{log_every: 1}}
 site:
   weights: {{"timm:vit_tiny_patch16_224": {weights}}}
 """
+_NAME = '"timm:vit_tiny_patch16_224"'
+_BACKBONE = f"{{name: {_NAME}, image_size: 32}}"
+_QUICK_BACKBONE = (
+    f"{{name: {_NAME}, pretrained: false, image_size: 16, crop_pct: 1.0, "
+    "kwargs: {patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}}"
+)
 _PICTURES_OF = "grocery/train.tar"
 _WEIGHTS = "weights/vit_tiny_patch16_224.in1k.fp16.safetensors"
 
@@ -125,7 +132,9 @@ def main() -> int:
     number = QUICK_PICTURES if options.quick else PICTURES
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        (base / "site.yaml").write_text(_SITE.format(size=32, weights=data / _WEIGHTS))
+        backbone, dim = (_QUICK_BACKBONE, 8) if options.quick else (_BACKBONE, 128)
+        site = _SITE.format(backbone=backbone, dim=dim, weights=data / _WEIGHTS)
+        (base / "site.yaml").write_text(site)
         _measure(bench, base / "stormy", data, number)
         if options.calm:
             _compare(bench, base, data, number)
