@@ -339,8 +339,14 @@ class LaunchConfig(Section):
     environment: dict[str, NonEmpty] = orchestration(
         {}, "Environment variables of every process, for example {NCCL_DEBUG: INFO}."
     )
+    bind: bool = orchestration(
+        True, "SLURM: keep each process, with its data workers, on the CPUs that are near its GPU."
+    )
     container: Strings = orchestration(
         (), "Command that each process is started with, for example [apptainer, exec, --nv, image.sif]."
+    )
+    container_python: NonEmpty | None = orchestration(
+        None, "The Python inside of launch.container, for example python; null: the one that submits."
     )
     setup: Strings = orchestration(
         (), "SLURM: lines of shell in the batch script, before the processes start."
