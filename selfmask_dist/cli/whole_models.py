@@ -88,6 +88,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from selfmask_dist.models.load import load
     from selfmask_dist.models.pictures import find_pictures
+    from selfmask_dist.models.whole import CascadeEncoder
 
     pictures = list(find_pictures(_named(options.pictures)))
     loaded = load(
@@ -105,11 +106,15 @@ def _predict(options: argparse.Namespace) -> None:
             stream.write("\n")
             return
         rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(("picture", "rank", "class", "probability", "logit"))
+        has_routes = isinstance(loaded.model.encoder, CascadeEncoder)
+        routes = ("expert", "share") if has_routes else ()
+        rows.writerow(("picture", "rank", "class", "probability", "logit", *routes))
         for one in found:
             parts = zip(one.classes, one.probabilities, one.logits, strict=True)
+            route = one.route
+            way = () if route is None else (route.expert, f"{route.shares[route.expert]:.6f}")
             for rank, (name, probability, logit) in enumerate(parts, start=1):
-                rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}"))
+                rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}", *way))
 
 
 def _onnx(options: argparse.Namespace) -> None:
