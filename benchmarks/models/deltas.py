@@ -45,8 +45,8 @@ SETS = ("grocery", "clothing", "deepweeds")
 RATES = (0.01, 0.03)
 FORMS: dict[str, Calibration | None] = {
     "plain": None,
-    "fitted sizes": Calibration(vectors=False),
-    "fitted sizes, biases and gains": Calibration(),
+    "fitted sizes, biases and gains": Calibration(sign_lr=0),
+    "fitted signs too": Calibration(),
 }
 FEW = 1024
 Row = dict[str, Any]
