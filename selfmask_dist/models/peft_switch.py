@@ -2,8 +2,8 @@
 
     model = get_peft_model(frozen, SelfMaskConfig(...), adapter_name="pets")
     model.add_adapter("birds", SelfMaskConfig(...))
-    model = put_around(model, LoraConfig(...), adapter_name="lora")
-    switch_to(model, "birds"); switch_to(model, "lora"); switch_to(model, None)
+    model = put_around(model, LoraConfig(...), adapter_name="low")
+    switch_to(model, "birds"); switch_to(model, "low"); switch_to(model, None)
 
 peft itself puts methods side by side in a `PeftMixedModel`, which knows its own methods alone. Here one peft
 model is put around another, and a switch goes through the layers of both: those that have the adapter are put

@@ -58,8 +58,8 @@ def build(kind: str) -> tuple[Any, Any]:
     make_model, targets, _ = CASES[kind]
     masks = peft.get_peft_model(make_model(), SelfMaskConfig(target_modules=targets), adapter_name="pets")
     masks.add_adapter("birds", SelfMaskConfig(target_modules=targets))
-    model: Any = put_around(masks, peft.LoraConfig(target_modules=targets, r=2), adapter_name="lora")
-    for seed, name in enumerate(("pets", "birds", "lora")):
+    model: Any = put_around(masks, peft.LoraConfig(target_modules=targets, r=2), adapter_name="low")
+    for seed, name in enumerate(("pets", "birds", "low")):
         scatter(model, name, seed)
     return model.eval(), masks
 
@@ -74,10 +74,10 @@ def alone(kind: str, images: Tensor, folder: Path, masks: Any) -> dict[str | Non
         apply_masks(own, folder / f"{name}.mask")
         expected[name] = own(images)
     lora = peft.get_peft_model(
-        make_model(), peft.LoraConfig(target_modules=targets, r=2), adapter_name="lora"
+        make_model(), peft.LoraConfig(target_modules=targets, r=2), adapter_name="low"
     ).eval()
-    scatter(lora, "lora", 2)
-    expected["lora"] = lora(images)
+    scatter(lora, "low", 2)
+    expected["low"] = lora(images)
     return expected
 
 
@@ -88,12 +88,12 @@ def test_two_masks_and_a_lora_are_swapped_on_one_model(kind: str, tmp_path: Path
     size = CASES[kind][2]
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     model, masks = build(kind)
-    assert sorted(adapters_of(model)) == ["birds", "lora", "pets"]
+    assert sorted(adapters_of(model)) == ["birds", "low", "pets"]
     with torch.no_grad():
         expected = alone(kind, images, tmp_path, masks)
         assert not torch.allclose(expected["pets"], expected["birds"])
-        assert not torch.allclose(expected["lora"], expected[None])
-        for name in ("lora", "birds", None, "pets", "lora", "pets", "birds"):
+        assert not torch.allclose(expected["low"], expected[None])
+        for name in ("low", "birds", None, "pets", "low", "pets", "birds"):
             switch_to(model, name)
             assert torch.equal(model(images), expected[name]), name
 
@@ -119,7 +119,7 @@ def test_merged_a_mask_equals_the_export_bit_for_bit(kind: str, tmp_path: Path) 
 def test_gradients_reach_the_one_that_is_on() -> None:
     model, _ = build("timm")
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    for name in ("birds", "lora", "pets"):
+    for name in ("birds", "low", "pets"):
         switch_to(model, name)
         model.zero_grad()
         model(images).square().sum().backward()
@@ -130,9 +130,9 @@ def test_gradients_reach_the_one_that_is_on() -> None:
 
 def test_what_cannot_be_switched_is_said() -> None:
     model, masks = build("timm")
-    with pytest.raises(ValueError, match=r"no adapter 'cats'; there are \['pets', 'birds', 'lora'\]"):
+    with pytest.raises(ValueError, match=r"no adapter 'cats'; there are \['pets', 'birds', 'low'\]"):
         switch_to(model, "cats")
     switch_to(model, "pets")
     masks.merge_adapter()
     with pytest.raises(ValueError, match=r"are merged into the weights; call unmerge_adapter"):
-        switch_to(model, "lora")
+        switch_to(model, "low")
