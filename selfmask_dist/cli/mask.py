@@ -304,7 +304,15 @@ def _export(options: argparse.Namespace) -> None:
     size = {} if config.backbone.image_size is None else {"img_size": config.backbone.image_size}
     takes_size = config.backbone.name.startswith("timm:vit")
     kwargs = {**(size if takes_size else {}), **config.backbone.kwargs}
-    for path in export(options.out, name, mask, file, build_backbone(config), kwargs=kwargs):
+    for path in export(
+        options.out,
+        name,
+        mask,
+        file,
+        build_backbone(config),
+        kwargs=kwargs,
+        is_whole=not config.backbone.remove and config.backbone.activations == "library",
+    ):
         print(path)
 
 
