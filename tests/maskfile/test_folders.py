@@ -8,12 +8,13 @@ import timm
 import torch
 from torch import nn
 
-from selfmask_dist import apply_masks, attach
+from selfmask_dist import apply_masks
 from selfmask_dist.backbones import load_backbone
 from selfmask_dist.backbones.hugging_face.images import read_preprocessing
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.maskfile.tools.export import export
+from tests.support.half_masks import mask_half
 
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 
@@ -21,7 +22,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
 def masked(section: BackboneConfig, folder: Path) -> tuple[Any, nn.Module]:
     """A backbone, and the same under a mask that is saved as x.mask."""
     frozen, adapted = load_backbone(section), load_backbone(section)
-    masks = attach(adapted.encoder, init="normal")
+    masks = mask_half(adapted.encoder)
     masks.save(folder / "x.mask")
     masks.detach(restore=True)
     apply_masks(adapted.encoder, folder / "x.mask")

@@ -29,10 +29,10 @@ class Calibration:
     mean size. 0: not fitted.
     """
 
-    epochs: int = 2
+    epochs: int = 6
     scale_lr: float = 0.02
     vector_lr: float = 0.1
-    sign_lr: float = 0.03
+    sign_lr: float = 0.15
 
 
 class _StraightThrough(torch.autograd.Function):
