@@ -3,8 +3,7 @@
 import torch
 from torch import nn
 
-from selfmask_dist import attach
-from selfmask_dist.masking.attach import Masks
+from selfmask_dist import Masks, attach
 
 
 @torch.no_grad()
