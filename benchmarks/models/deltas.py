@@ -32,7 +32,7 @@ from selfmask_dist import MaskBank
 from selfmask_dist.cli.train import run
 from selfmask_dist.config import load_config
 from selfmask_dist.data import eval_loader, eval_transform
-from selfmask_dist.maskfile import MaskFile, read_mask_file, write_mask_file
+from selfmask_dist.maskfile import read_mask_file
 from selfmask_dist.models.deltas import import_delta
 from selfmask_dist.models.load import load
 from selfmask_dist.models.whole import Loaded
@@ -148,16 +148,14 @@ def swaps(options: Any, files: dict[str, Path], config: Any) -> Row:
     """Count the graphs that torch.compile makes while deltas are swapped on a compiled backbone."""
     backbone = build_backbone(config)
     bank = MaskBank(backbone.encoder)
-    for name, path in files.items():
+    for delta, path in files.items():
         file = read_mask_file(path)
-        alone = path.with_name("bank.mask")
-        write_mask_file(alone, MaskFile(file.masks))
-        bank.add(name, alone)
+        bank.add(delta, next(iter(file.masks.values())))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled: Callable[[Tensor], Tensor] = torch.compile(backbone.encoder)
     images = torch.randn(8, 3, options.pixels, options.pixels, generator=torch.Generator().manual_seed(0))
-    order = [*files, None] * 8
+    order: list[str | None] = [*files, None] * 8
     worst, after_first = 0.0, -1
     with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
         for number, name in enumerate(order):

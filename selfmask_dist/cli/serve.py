@@ -119,7 +119,7 @@ def _models(options: argparse.Namespace) -> dict[str, Any]:
     from selfmask_dist.cli.service.routes import heads_of
     from selfmask_dist.maskfile.file import read_about
 
-    found = {}
+    found: dict[str, Any] = {}
     for path in options.masks:
         models = read_about(path).models
         if _is_cascade(path):

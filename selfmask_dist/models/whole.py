@@ -163,7 +163,8 @@ class Loaded:
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
             logits, routes = self._routed(torch.stack([self.transform(picture) for picture in batch]))
-            for picture, row, route in zip(batch, logits.cpu(), routes or [None] * len(batch), strict=True):
+            ways: Sequence[Route | None] = routes or [None] * len(batch)
+            for picture, row, route in zip(batch, logits.cpu(), ways, strict=True):
                 yield replace(ranked(_text(picture), row, self.classes, top), route=route)
 
     @torch.inference_mode()

@@ -7,7 +7,7 @@ them, is not every picture's. Knows nothing of HTTP but the status of a refusal.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -120,7 +120,7 @@ class Encoder:
                 job.done.set_result(outcome)
 
     def _is_gone(self, mask: str | None) -> bool:
-        if mask in self._cascades:
+        if mask is not None and mask in self._cascades:
             return self._cascades[mask].is_gone(self._bank)
         return mask is not None and mask not in self._bank
 
@@ -171,11 +171,10 @@ class Encoder:
                 asked, logits.tolist(), logits.isfinite().all(dim=1).tolist(), strict=True
             ):
                 rows[number], is_finite[number] = row, is_finite[number] and finite
+        ways: Sequence[Route | None] = routes or [None] * len(jobs)
         return [
             Answer(row, route) if finite else _not_finite(job.mask)
-            for job, row, route, finite in zip(
-                jobs, rows, routes or [None] * len(jobs), is_finite, strict=True
-            )
+            for job, row, route, finite in zip(jobs, rows, ways, is_finite, strict=True)
         ]
 
     def _head(self, mask: str) -> Head:
