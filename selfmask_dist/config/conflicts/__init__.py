@@ -4,7 +4,7 @@ A new rule is a `yield` in one of these files: the keys that it is about, what i
 """
 
 from selfmask_dist.config.all_sections import AllSections
-from selfmask_dist.config.conflicts import general, masks, procedures, retrieval
+from selfmask_dist.config.conflicts import general, lean, masks, procedures, retrieval
 from selfmask_dist.config.loading import Conflict
 
 
@@ -21,6 +21,7 @@ def conflicts(config: AllSections) -> list[Conflict]:
         procedures.procedure_conflicts,
         retrieval.retrieval_conflicts,
         general.engine_conflicts,
+        lean.lean_conflicts,
         general.number_conflicts,
     )
     return [conflict for check in checks for conflict in check(config)]
