@@ -76,14 +76,14 @@ def _score_conflicts(config: AllSections) -> Iterator[Conflict]:
     if config.optim.kind != "sgd":
         yield Conflict(
             ("engine.scores", "optim.kind"),
-            f"engine.scores=bf16 rounds SGD's steps at random, and optim.kind={config.optim.kind} has others; "
+            f"engine.scores=bf16 rounds SGD's steps at random, and optim.kind={config.optim.kind} is none; "
             "set engine.scores=float32, or optim.kind=sgd",
         )
     if config.optim.clip_norm is not None and config.optim.score_step == "plain":
         yield Conflict(
             ("engine.scores", "optim.clip_norm"),
             "optim.clip_norm looks at the gradients of all scores together, and engine.scores=bf16 has them "
-            "one tensor at a time; set optim.clip_norm=null, or optim.score_step=rms, which needs no clipping",
+            "one tensor at a time; set optim.clip_norm=null, or optim.score_step=rms, which needs none",
         )
     if config.objective.name in WITH_TEACHER:
         yield Conflict(

@@ -9,7 +9,7 @@
 Theta is rewritten after the last of them, by the hook of `Masks.bind`, as backward still reads it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -44,6 +44,7 @@ class ByTensor:
         self._is_rms = is_rms
         self._optimizer = optimizer
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._in_backward = in_backward
         self._is_open = False
         self._one = None if isinstance(optimizer, LeanSGD) else _OneTensor(optimizer)
         if in_backward:
@@ -52,11 +53,12 @@ class ByTensor:
                     entry.theta.register_post_accumulate_grad_hook(partial(self._come, passes, entry))
 
     @contextmanager
-    def during(self, loss: Tensor) -> Any:
-        """Let tensors step within the backward of this loss, unless it is not finite: then gradients stay, and
-        whoever looks at the loss finds every score as it was. One look at the loss.
+    def during(self, loss: Tensor) -> Iterator[None]:
+        """Let tensors step within the backward of this loss, unless it is not finite.
+
+        Gradients stay then, and whoever looks at the loss finds every score as it was. One look at it.
         """
-        self._is_open = bool(loss.detach().isfinite())
+        self._is_open = self._in_backward and bool(loss.detach().isfinite())
         try:
             yield
         finally:
