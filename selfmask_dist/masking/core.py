@@ -132,16 +132,15 @@ def pullback(
         out: float32 (float64 for float64 weights), the shape of `grad`.
     """
     grad = grad.to(out.dtype)
-    shift = out.new_zeros(())
-    if grad_dot_theta is not None:
-        shift = shift_of(grad_dot_theta, num_kept).to(out.dtype)
+    shift = None if grad_dot_theta is None else shift_of(grad_dot_theta, num_kept).to(out.dtype)
     if out.device.type == "cpu":  # one pass instead of three; reading a scalar stops nothing there
         factor = 1.0 if scale is None else scale.item()
+        shift = out.new_zeros(()) if shift is None else shift
         return torch.addcmul(shift, grad, weight.to(out.dtype), value=factor, out=out)
     torch.mul(grad, weight, out=out)
     if scale is not None:
         out.mul_(scale)
-    return out.add_(shift) if grad_dot_theta is not None else out
+    return out if shift is None else out.add_(shift)
 
 
 def sum_of_squares(grad: Tensor) -> Tensor:
