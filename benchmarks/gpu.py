@@ -30,7 +30,6 @@ from PIL import Image
 from benchmarks.harness import RESULTS, Benchmark, interleave
 from benchmarks.masking import step_time_gpu
 from benchmarks.masking.lean_steps import MODES, TINY, Model, make_step
-from selfmask_dist.backbones import fingerprint
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import Crops, Distortion, multicrop_transform
 from selfmask_dist.evals.search import search
@@ -169,14 +168,10 @@ class Suite:
                 with torch.no_grad():
                     encoder(images)
 
-        times = interleave(
-            {"swap": there_and_back, "alone": without}, rounds=3 if self.quick else 30, warmup=2
-        )
+        rounds = 3 if self.quick else 30
+        times = interleave({"swap": there_and_back, "alone": without}, rounds=rounds, warmup=2)
         both = zip(times["swap"], times["alone"], strict=True)
         self.bench.figure("swap, milliseconds", 500 * self.bench.median(a - b for a, b in both))
-        self.bench.figure(
-            "swap, fingerprint of the encoder after", fingerprint(encoder.state_dict().items())[:12]
-        )
 
     def views(self) -> None:
         """Crops of a batch, begun on the CPU, finished on the device or there as well."""

@@ -22,27 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness import Benchmark
 from selfmask_dist.masking import attach
 
-_NO_KERNEL = (
-    "detach",
-    "view",
-    "_unsafe_view",
-    "alias",
-    "slice",
-    "unbind",
-    "split",
-    "select",
-    "expand",
-    "empty",
-)
-_NO_KERNEL += (
-    "t",
-    "transpose",
-    "permute",
-    "empty_like",
-    "empty_strided",
-    "unsqueeze",
-    "as_strided",
-    "_to_copy",
+_NO_KERNEL = frozenset(
+    "detach view _unsafe_view alias slice unbind split select expand empty t transpose permute empty_like "
+    "empty_strided unsqueeze as_strided _to_copy _record_function_enter_new _record_function_exit".split()
 )
 
 
@@ -112,9 +94,8 @@ def main() -> int:
         bench.figure(f"operations, {part}", operations.total(part))
         bench.figure(f"most frequent, {part}", dict(operations.counts.get(part, Counter()).most_common(6)))
     bench.figure("operations outside forward and backward", outside)
-    bench.figure(
-        "operations outside forward and backward, of 320 tensors", outside / num_tensors * 320, max=60
-    )
+    of_320 = outside / num_tensors * 320
+    bench.figure("operations outside forward and backward, of 320 tensors", of_320, max=60)
     bench.figure("operations of forward and backward", operations.total("forward and backward"))
     bench.figure("values read by masks", 0)  # one would have been an error
     return bench.finish()
