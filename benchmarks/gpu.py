@@ -175,7 +175,8 @@ class Suite:
 
     def views(self) -> None:
         """Crops of a batch, begun on the CPU, finished on the device or there as well."""
-        pre = Preprocessing(image_size=32 if self.quick else 224, crop_pct=1.0)
+        half = (0.5, 0.5, 0.5)
+        pre = Preprocessing(32 if self.quick else 224, half, half)
         transform = multicrop_transform(
             pre, crops=(Crops(2, pre.image_size, (0.2, 1.0)),), distortion=Distortion(), on_device=True
         )

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.harness import Benchmark
 from selfmask_dist.masking import attach
 
-_NO_KERNEL = frozenset(
-    "detach view _unsafe_view alias slice unbind split select expand empty t transpose permute empty_like "
-    "empty_strided unsqueeze as_strided _to_copy _record_function_enter_new _record_function_exit".split()
-)
+# views, allocations and marks of the profiler
+_NO_KERNEL = {"detach", "view", "_unsafe_view", "alias", "slice", "unbind", "split", "select", "expand"}
+_NO_KERNEL |= {"t", "transpose", "permute", "unsqueeze", "as_strided", "empty", "empty_like", "empty_strided"}
+_NO_KERNEL |= {"_to_copy", "_record_function_enter_new", "_record_function_exit"}
 
 
 class Operations(TorchDispatchMode):
