@@ -115,7 +115,8 @@ class _OneTensor:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._copy = type(optimizer)([nn.Parameter(torch.zeros(1))])  # its groups are never its own
+        kind: Any = type(optimizer)
+        self._copy = kind([nn.Parameter(torch.zeros(1))])  # its groups are never its own
 
     def step(self, group: dict[str, Any], parameter: nn.Parameter, grad: Tensor) -> None:
         self._copy.param_groups = [{**group, "params": [parameter]}]

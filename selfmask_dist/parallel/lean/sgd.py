@@ -70,7 +70,7 @@ class LeanSGD(torch.optim.SGD):
             state["momentum_buffer"] = grad.detach().to(dtype, copy=True)
             return grad
         if kept.dtype == grad.dtype:
-            return kept.mul_(group["momentum"]).add_(grad)  # type: ignore[no-any-return]
+            return kept.mul_(group["momentum"]).add_(grad)
         moved = kept.to(grad.dtype).mul_(group["momentum"]).add_(grad)
         kept.copy_(moved)
         return moved
