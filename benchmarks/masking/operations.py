@@ -84,7 +84,7 @@ def count(model: nn.Module, *, side: int, dtype: torch.dtype = torch.float32) ->
 def main() -> int:
     bench = Benchmark("operations", __doc__)
     options = bench.parse()
-    kwargs = {"depth": 2} if options.quick else {}
+    kwargs: dict[str, Any] = {"depth": 2} if options.quick else {}
     model = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=64, **kwargs)
     operations, num_tensors = count(model, side=64)
     bench.figure("tensors under masks", num_tensors)

@@ -6,7 +6,7 @@ from benchmarks.masking.operations import count
 
 
 def test_operations_outside_forward_and_backward_do_not_grow() -> None:
-    kwargs = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    kwargs: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
     operations, tensors = count(model, side=32)  # a look at a value would be an error on the meta device
     assert tensors == 16
