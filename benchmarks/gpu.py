@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class Suite:
         for compiled in (False, True):
             for key, model in models:
                 name = f"{key}, compiled" if compiled else key
-                parts[name] = lambda name=name, model=model, c=compiled: self.steps(name, model, compiled=c)
+                parts[name] = partial(self.steps, name, model, compiled=compiled)
             if not compiled:
                 parts |= {"syncs": self.syncs, "swap": self.swap, "views": self.views, "knn": self.knn}
         for name, part in parts.items():
@@ -187,10 +188,11 @@ class Suite:
         finish = transform.finish
         assert finish is not None
         ways = dict.fromkeys(("cpu", self.device))
-        times = interleave(
-            {way: lambda way=way: finish((*(p.to(way) for p in parts[:-1]), parts[-1])) for way in ways},
-            rounds=2 if self.quick else 5,
-        )
+
+        def on(way: str) -> None:
+            finish((*(part.to(way) for part in parts[:-1]), parts[-1]))
+
+        times = interleave({way: partial(on, way) for way in ways}, rounds=2 if self.quick else 5)
         self.bench.figure("views, seconds a batch", {way: self.bench.median(t) for way, t in times.items()})
 
     def knn(self) -> None:
@@ -201,7 +203,7 @@ class Suite:
             torch.randn(n, 128 if self.quick else 768, device=self.device, generator=generator)
             for n in (rows, queries)
         )
-        ways = {p: lambda p=p: search(bank, asked, k=20, precision=p) for p in ("float32", "bf16")}
+        ways = {p: partial(search, bank, asked, k=20, precision=p) for p in ("float32", "bf16")}
         times = interleave(ways, rounds=1 if self.quick else 2)
         self.bench.figure("knn, seconds", {way: self.bench.median(found) for way, found in times.items()})
         self.bench.figure("knn, rows and queries", [rows, queries])

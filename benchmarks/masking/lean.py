@@ -165,9 +165,9 @@ def measure_masks(bench: Benchmark, options: Any) -> None:
     )
     rows: dict[str, Row] = json.loads(rows_path.read_text()) if rows_path.exists() else {}
     modes = {name: keys for name, keys in MODES.items() if name.startswith("masked")}
-    seeds, epochs, pictures = SEEDS, options.epochs, options.pictures
+    seeds, epochs, pictures = list(SEEDS), options.epochs, options.pictures
     if options.quick:
-        modes, seeds, epochs, pictures = dict(list(modes.items())[-2:]), (0, 1), 0.25, 64
+        modes, seeds, epochs, pictures = dict(list(modes.items())[-2:]), [0, 1], 0.25, 64
         modes = {"masked float32": MODES["masked float32"], **modes}
     with tempfile.TemporaryDirectory() as folder:
         base = [*COMMON, *_data(options.data, pictures, Path(folder)), f"train.epochs={epochs:g}"]

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -54,13 +54,13 @@ class Model:
     """A timm model, what is masked of it, and its images' side in pixels."""
 
     name: str
-    kwargs: dict[str, int] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     include: str = "vit"
     side: int = 64
 
     def build(self) -> nn.Module:
         """Return the model with random weights and without a head."""
-        size = {"img_size": self.side} if self.include == "vit" else {}
+        size: dict[str, Any] = {"img_size": self.side} if self.include == "vit" else {}
         model: nn.Module = timm.create_model(self.name, num_classes=0, **size, **self.kwargs)
         return model
 
@@ -112,7 +112,7 @@ def make_step(
         masks = engine.attach(encoder, attach, include=model.include)
         group |= {"params": list(masks.parameters()), "in_bf16": config.engine.momentum == "bf16"}
     else:
-        kind = "lora" if mode == "lora" else "all"
+        kind: Literal["all", "lora"] = "lora" if mode == "lora" else "all"
         group["params"] = engine.free(encoder, choose_weights(encoder, kind))
     optimizer: torch.optim.Optimizer
     if config.optim.kind == "adamw":

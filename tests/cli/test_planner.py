@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,7 +291,7 @@ LEAN = ("engine.precision=bf16", "engine.weights=bf16", "eval.precision=bf16")
 
 
 def test_what_numbers_are_held_in() -> None:
-    def parts(*keys: str, world: int = 1) -> tuple[float, ...]:
+    def parts(*keys: str, world: int = 1) -> Any:
         config, shape = shape_of("train.global_batch_size=64", *keys)
         one = estimate(shape, config, Hardware(gpus_per_node=world))[0]
         n, held = shape.masked, one.weights - 4 * shape.frozen

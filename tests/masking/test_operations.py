@@ -1,5 +1,7 @@
 """What masks start on a device outside of forward and backward, counted on the path of a GPU."""
 
+from typing import Any
+
 import timm
 
 from benchmarks.masking.operations import count

@@ -121,7 +121,8 @@ def test_lean_sgd_is_torchs() -> None:
             {"params": parameters[:1], "lr": 0.3},
             {"params": parameters[1:], "lr": 0.1, "weight_decay": 0.01},
         ]
-        optimizer = kind(groups, momentum=0.9, **({"seed": 0} if kind is LeanSGD else {}))
+        more: dict[str, Any] = {"seed": 0} if kind is LeanSGD else {}
+        optimizer = kind(groups, momentum=0.9, **more)
         for _ in range(5):
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
