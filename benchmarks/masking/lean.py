@@ -51,7 +51,6 @@ from selfmask_dist.training.saving import read_outcome
 
 DEFAULT_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SET = "grocery"
-SEEDS = (0, 1, 2)
 COMMON = (
     "backbone.name=timm:vit_tiny_patch16_224",
     "backbone.image_size=64",
@@ -81,6 +80,9 @@ def main() -> int:
     )
     bench.parser.add_argument("--rows", type=Path, help="where finished trainings are kept")
     bench.parser.add_argument("--pictures", type=int, default=512, help="to train on (default: 512)")
+    bench.parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="two or more (default: 0 1 2)"
+    )
     bench.parser.add_argument("--epochs", type=float, default=3.0, help="(default: 3)")
     options = bench.parse()
     if options.part in ("bytes", "all"):
@@ -165,7 +167,7 @@ def measure_masks(bench: Benchmark, options: Any) -> None:
     )
     rows: dict[str, Row] = json.loads(rows_path.read_text()) if rows_path.exists() else {}
     modes = {name: keys for name, keys in MODES.items() if name.startswith("masked")}
-    seeds, epochs, pictures = list(SEEDS), options.epochs, options.pictures
+    seeds, epochs, pictures = options.seeds, options.epochs, options.pictures
     if options.quick:
         modes, seeds, epochs, pictures = dict(list(modes.items())[-2:]), [0, 1], 0.25, 64
         modes = {"masked float32": MODES["masked float32"], **modes}
@@ -223,6 +225,7 @@ def _summarise(bench: Benchmark, found: dict[str, list[Row]]) -> None:
     exact = found["masked float32"]
     bits = {name: [_bits(row) for row in rows] for name, rows in found.items()}
     orders = [_differ(a, b) for a, b in itertools.combinations(bits["masked float32"], 2)]
+    bench.figure("seeds", len(exact))
     bench.figure("bits that differ, another batch order", statistics.mean(orders))
     bench.figure("kept, float32", statistics.mean(row["kept"] for row in exact))
     for name, rows in found.items():
