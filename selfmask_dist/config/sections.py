@@ -173,6 +173,20 @@ class EngineConfig(Section):
         "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs; "
         "some of the mask's bits come out different, the more the higher optim.score_lr is.",
     )
+    weights: Literal["float32", "bf16"] = science(
+        "float32",
+        "What matrices and kernels under masks are held in, the frozen weight and theta. bf16: half their "
+        "bytes, and scores step tensor by tensor, so that their gradients never exist together; needs "
+        "engine.name=ddp, engine.precision=bf16, eval.precision=bf16.",
+    )
+    scores: Literal["float32", "bf16"] = science(
+        "float32",
+        "What scores are held in. bf16: each step is rounded at random, so that small ones are not lost; "
+        "needs engine.weights=bf16.",
+    )
+    momentum: Literal["float32", "bf16"] = science(
+        "float32", "What the momentum of scores is held in (optim.kind=sgd); it is reckoned in float32."
+    )
     reduce_dtype: Literal["float32", "bf16"] = science(
         "float32", "Of gradients while they are summed over processes (fsdp, bits). bf16: half the bytes."
     )
