@@ -15,7 +15,7 @@ from selfmask_dist.backbones.pooling import change_class
 from selfmask_dist.backbones.structure import run_on_meta
 
 
-def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None:
+def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str, channels: int = 3) -> None:
     """Make `encoder` take square images of all these sizes, in place, before it is sharded.
 
     Raises:
@@ -24,7 +24,7 @@ def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None
     _open_up(encoder)
     for size in sorted(set(sizes)):
         try:
-            run_on_meta(encoder, (2, 3, size, size))
+            run_on_meta(encoder, (2, channels, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{name} cannot take crops of {size} pixels: {error}. Choose crops.local_size and "

@@ -337,6 +337,8 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
         """Return views of the right shapes, for a batch of which no sample can be read."""
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
+        if (channels := getattr(self.transform, "channels", 3)) != 3:
+            return self.transform(np.full((256, 256, channels), 128, dtype=np.uint8), rng)
         return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
 
     def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:

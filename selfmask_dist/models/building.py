@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from selfmask_dist.backbones import Backbone, load_backbone
 from selfmask_dist.backbones.pooling import POOLS
 from selfmask_dist.common import names
+from selfmask_dist.common.preprocessing import MAX_CHANNELS
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.maskfile import MaskFile, Model
@@ -40,11 +41,15 @@ _MAX_NUMBER = 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How a backbone is built. seed: of random weights. source: says where the settings are from."""
+    """How a backbone is built. seed: of random weights. source: says where the settings are from.
+
+    channels: of the images.
+    """
 
     section: BackboneConfig
     seed: int
     source: str
+    channels: int = 3
 
 
 def settings_for(
@@ -68,7 +73,7 @@ def settings_for(
     if chosen is not None:
         whole: Config = load_config(chosen)
         section = whole.backbone.model_copy(update=given)
-        return Settings(section, whole.seed, str(chosen))
+        return Settings(section, whole.seed, str(chosen), whole.data.channels)
     if model is not None and model.backbone:
         return _of_file(path, model.backbone, given)
     if file is not None and file.backbone:
@@ -79,7 +84,9 @@ def settings_for(
 
 def _of_file(path: Path, stated: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     values = dict(stated)
-    seed = values.pop("seed", 0)
+    seed, channels = values.pop("seed", 0), values.pop("channels", 3)
+    if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"{path}: its images have {str(channels)[:50]!r} channels, not 1 to {MAX_CHANNELS}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"{path}: the seed {str(seed)[:50]!r} of its backbone is no number")
     check_settings(values, path)
@@ -89,7 +96,7 @@ def _of_file(path: Path, stated: Mapping[str, Any], given: Mapping[str, Any]) ->
             "which is not part of it; give its path (weights=, --weights)"
         )
     try:
-        return Settings(BackboneConfig(**{**values, **given}), seed, str(path))
+        return Settings(BackboneConfig(**{**values, **given}), seed, str(path), channels)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -142,7 +149,7 @@ def build(
     Raises:
         ValueError: it is another one, or cannot be built.
     """
-    backbone = load_backbone(settings.section, seed=settings.seed)
+    backbone = load_backbone(settings.section, seed=settings.seed, channels=settings.channels)
     is_other = bool(masked) and is_of_another_library(masked, backbone.encoder)
     if is_other:
         _LOG.info(

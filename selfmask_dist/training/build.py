@@ -137,7 +137,10 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
             others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
     reads_all = world is None or world.is_main
-    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all)
+    channels = config.data.channels
+    backbone = load_backbone(
+        config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all, channels=channels
+    )
     if world is not None:
         found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
         found = take_from_main(world, found, sample=sample, what="the backbone's weights")
@@ -149,7 +152,9 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
         crops = crop_sizes(config, backbone.spec.preprocessing)
         keys = ("crops.global_size", "crops.local_size")
         check_patches(backbone, {key: one.size for key, one in zip(keys, crops, strict=False)})
-        accept_sizes(backbone.encoder, {one.size for one in crops}, name=backbone.spec.name)
+        accept_sizes(
+            backbone.encoder, {one.size for one in crops}, name=backbone.spec.name, channels=channels
+        )
     if config.engine.channels_last:
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
@@ -196,11 +201,17 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             first_layers=section.first_layers,
             allow_norm=section.allow_norm,
         )
+    said = []
+    if config.data.channels != 3 and config.objective.name in (*VIEWS, *ON_BANK):
+        said = [
+            f"views of {config.data.channels} channels are cropped, resized and mirrored; jitter, grey and "
+            "blur, which are made for RGB, are left out"
+        ]
     if test is None or not are_labelled(train, test):
-        return _notes_without_labels(config, test)
+        return said + _notes_without_labels(config, test)
     # of all samples of both: by the one process that says them
     notes = data.notes_on_splits(train, test) if _is_first() else []
-    return check_neighbours(config, len(train)) + notes
+    return said + check_neighbours(config, len(train)) + notes
 
 
 def _notes_without_labels(config: Config, test: data.Source | None) -> list[str]:
