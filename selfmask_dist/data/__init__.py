@@ -19,7 +19,7 @@ from selfmask_dist.data.remote import NetworkLostError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.decode import decode, decode_any
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
 from selfmask_dist.data.workers import WorkerLostError, Workers
@@ -46,6 +46,7 @@ __all__ = [
     "check_same_classes",
     "count_labels",
     "decode",
+    "decode_any",
     "eval_loader",
     "eval_transform",
     "evenly_spaced",

@@ -40,7 +40,7 @@ from selfmask_dist.data.source import (
 )
 from selfmask_dist.data.splits import count_labels
 from selfmask_dist.data.views.bands import NPY_START, read_npy
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.decode import decode_any
 from selfmask_dist.data.views.single import size_of
 
 REJECTS_NAME = "index_rejects.jsonl"
@@ -307,7 +307,7 @@ def _starts_well(extension: str, data: bytes) -> str | None:
 
 def _decodes(extension: str, data: bytes) -> str | None:
     remark = _starts_well(extension, data)
-    decode(data)
+    decode_any(data)
     return remark
 
 

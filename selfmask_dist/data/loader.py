@@ -34,7 +34,7 @@ from selfmask_dist.data.order import (
 )
 from selfmask_dist.data.quarantine import Failure, Quarantine
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.decode import decode_any
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
@@ -351,7 +351,7 @@ class _PlannedBatches(Dataset["Batch | SampleError"]):
         if isinstance(data, SampleError):
             raise data
         try:
-            image = decode(data)
+            image = decode_any(data)
         except ValueError as error:
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)

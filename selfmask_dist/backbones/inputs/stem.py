@@ -35,4 +35,4 @@ def inflate_stem(encoder: nn.Module, channels: int, *, name: str) -> None:
         stem.in_channels = channels
     for module in encoder.modules():  # transformers checks images against its configuration
         if getattr(module, "num_channels", None) == _RGB:
-            module.num_channels = channels
+            module.num_channels = channels  # type: ignore[assignment]

@@ -47,7 +47,7 @@ def read_tiff(data: bytes) -> Bands:
         ValueError: it cannot be read, or as `read_npy`.
         MissingLibraryError: tifffile is not installed.
     """
-    require("tifffile", "tifffile", needed_by="reading TIFF files of several bands")
+    require("tifffile", "tifffile", extra="bands", needed_by="reading TIFF files of several bands")
     import tifffile
 
     try:

@@ -24,10 +24,23 @@ counts: Counter[str] = Counter()
 _JPEG_START = b"\xff\xd8\xff"
 
 
-def decode(data: bytes) -> Image.Image | Bands:
+def decode_any(data: bytes) -> Image.Image | Bands:
     """Return an encoded picture as RGB; a .npy file as an array (height, width, channels), as deep as it is.
 
     An array of three channels of eight bits is RGB.
+
+    Raises:
+        ValueError: as `decode`, or the file is no array that is a picture.
+    """
+    if not data.startswith(NPY_START):
+        return decode(data)
+    counts["npy"] += 1
+    found = read_npy(data)
+    return Image.fromarray(found) if found.dtype == np.uint8 and found.shape[2] == 3 else found
+
+
+def decode(data: bytes) -> Image.Image:
+    """Return an encoded picture as RGB.
 
     Grey, palette, CMYK and transparent pictures are converted (transparency is dropped), deep ones are scaled
     to 8 bits as `common.pictures` says. EXIF orientation is not applied, as in torchvision's and timm's own
@@ -36,10 +49,6 @@ def decode(data: bytes) -> Image.Image | Bands:
     Raises:
         ValueError: the bytes are not a whole, readable picture, or its pixels have no known scale.
     """
-    if data.startswith(NPY_START):
-        counts["npy"] += 1
-        found = read_npy(data)
-        return Image.fromarray(found) if found.dtype == np.uint8 and found.shape[2] == 3 else found
     if simplejpeg is not None and data.startswith(_JPEG_START):
         pixels = _decode_jpeg(data)
         if pixels is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.views.bands import Bands, view_of
 
 MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
-Transform = Callable[[Image.Image | Bands, np.random.Generator], tuple[Tensor, ...]]
+# of PIL's pictures, or arrays of `bands`
+Transform = Callable[[Any, np.random.Generator], tuple[Tensor, ...]]
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
