@@ -73,10 +73,11 @@ def test_numbers_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 def test_the_stem_is_inflated_as_timm_does_it() -> None:
     weights = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     for channels in (1, 2, 4, 12):
-        network = nn.Sequential(nn.Conv2d(3, 8, 3))
-        network[0].weight.data.copy_(weights)
+        stem = nn.Conv2d(3, 8, 3)
+        stem.weight.data.copy_(weights)
+        network = nn.Sequential(stem)
         inflate_stem(network, channels, name="it")
-        found = network[0].weight
+        found = stem.weight
         assert found.shape == (8, channels, 3, 3)
         expected = weights.sum(dim=1, keepdim=True) if channels == 1 else None
         if expected is None:
