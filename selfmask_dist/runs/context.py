@@ -6,6 +6,7 @@
 Knows nothing of what the run does.
 """
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -123,6 +124,7 @@ def open_run(
         parent: the folder of the run that this one is a stage of.
         ends_as: the state after a block that ended well.
     """
+    gc.collect()  # models and optimizers of the stage before are cycles: they would stay beside this one's
     writer = MetricsWriter(
         directory if world.is_main else None,
         progress=config.run.progress,
