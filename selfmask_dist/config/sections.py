@@ -62,6 +62,7 @@ class DataConfig(Section):
         "Channels of the pictures. 3: RGB. Others are members .npy of tars (python -m data_prep.bands makes "
         "them of TIFF files), or grey pictures for 1; backbone.mean and backbone.std must be given, the stem "
         "is inflated, and views are cropped, resized and mirrored, without distortions of colour and blur.",
+        unit="channels",
         ge=1,
         le=16,
     )
