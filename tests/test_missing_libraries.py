@@ -27,6 +27,7 @@ HIDDEN = (
         "cv2",
         "simplejpeg",
         "isal",
+        "tifffile",
     ),
 )
 HIDE = f"""

@@ -8,6 +8,7 @@ own (`dynamic_img_size`), and images of the first size are computed as before. N
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.layers import Format
 from torch import nn
 
@@ -15,7 +16,7 @@ from selfmask_dist.backbones.pooling import change_class
 from selfmask_dist.backbones.structure import run_on_meta
 
 
-def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None:
+def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str, channels: int = 3) -> None:
     """Make `encoder` take square images of all these sizes, in place, before it is sharded.
 
     Raises:
@@ -24,12 +25,34 @@ def accept_sizes(encoder: nn.Module, sizes: Iterable[int], *, name: str) -> None
     _open_up(encoder)
     for size in sorted(set(sizes)):
         try:
-            run_on_meta(encoder, (2, 3, size, size))
+            _try(encoder, (2, channels, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{name} cannot take crops of {size} pixels: {error}. Choose crops.local_size and "
-                "crops.global_size that it can (for ViTs, multiples of the patch), or crops.local_count=0"
+                "crops.global_size that it can (for ViTs, multiples of the patch; with windows, multiples of "
+                f"those too), or crops.local_count=0{_hint(encoder)}"
             ) from error
+
+
+@torch.no_grad()
+def _try(encoder: nn.Module, shape: tuple[int, ...]) -> None:
+    """Run the encoder on images of that shape, without storage where it looks at no value on its way."""
+    try:
+        run_on_meta(encoder, shape)
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        encoder(torch.zeros(shape, device="cpu"))  # SigLIP 2 asks which patches are seen
+
+
+def _hint(encoder: nn.Module) -> str:
+    rope = getattr(encoder, "rope", None)
+    if isinstance(rope, nn.Module) and getattr(rope, "feat_shape", None) is not None:
+        return (
+            ". Its rotary positions were made for one size: backbone.kwargs={dynamic_img_size: true} makes "
+            "them for any"
+        )
+    return ""
 
 
 def _open_up(module: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.inputs.stem import inflate_stem
 from selfmask_dist.backbones.mapping import leave_in_files
 from selfmask_dist.backbones.pooling import use_pool
 from selfmask_dist.backbones.random_weights import randomise
@@ -31,6 +32,7 @@ def load_backbone(
     in_file: bool = False,
     reads_all: bool = True,
     dense: bool = False,
+    channels: int = 3,
     **keys: Any,
 ) -> Backbone:
     """Build the frozen encoder that `backbone` describes, in eval mode, on the CPU.
@@ -53,6 +55,7 @@ def load_backbone(
             mapped, are loaded as without it.
         reads_all: look at every weight, for the fingerprint and for values that are not finite. Without it
             the fingerprint is empty: for a process of several, of which one reads them for all.
+        channels: of the images; other than 3, the stem's weights are inflated (`stem`).
         dense: return one vector a patch, (n, rows, columns, dim), in place of one an image.
 
     Raises:
@@ -71,6 +74,10 @@ def load_backbone(
         built, in_file = _build_where(section, seed, in_file=in_file and has_weights)
     if section.random != "library" and not has_weights:
         randomise(built.encoder, section.random, seed=seed)
+    if channels != 3:
+        inflate_stem(built.encoder, channels, name=section.name)
+        if section.mean is None or section.std is None:
+            raise ValueError(f"{channels} channels have no statistics of pretraining; give mean and std")
     if section.activations == "sign":
         use_sign_activations(built.encoder)
     if dense and section.pool != "model":
@@ -94,6 +101,7 @@ def load_backbone(
             preprocessing.image_size,
             kwargs=section.kwargs,
             on_meta=in_file,
+            channels=channels,
             ndim=4 if dense else 2,
         ),
         blocks=find_blocks(encoder),
@@ -148,9 +156,10 @@ def _measure_dim(
     *,
     kwargs: Mapping[str, Any] | None = None,
     on_meta: bool = False,
+    channels: int = 3,
     ndim: int = 2,
 ) -> int:
-    shape = (2, 3, image_size, image_size)
+    shape = (2, channels, image_size, image_size)
     try:
         output = run_on_meta(encoder, shape) if on_meta else encoder(torch.zeros(shape, device="cpu"))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:

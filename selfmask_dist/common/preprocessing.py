@@ -14,6 +14,7 @@ from typing import Any
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 CROP_MODES = ("center", "squash")
+MAX_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Preprocessing:
     """The evaluation preprocessing that a backbone was trained with, in timm's terms.
 
     image_size: pixels on a side of the encoder's square input.
-    mean, std: per RGB channel, for pixels scaled to 0..1.
+    mean, std: per channel, for pixels scaled to 0..1; as many as the picture has channels, three of RGB.
     interpolation: one of `INTERPOLATIONS`.
     crop_pct: fraction of the resized short side that the centre crop keeps; above 1 it pads with black, as
         timm does.
@@ -30,8 +31,8 @@ class Preprocessing:
     """
 
     image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
@@ -41,6 +42,8 @@ class Preprocessing:
             raise ValueError(f"image_size is {self.image_size}; it must be at least 1 pixel")
         object.__setattr__(self, "mean", _channels("mean", self.mean))
         object.__setattr__(self, "std", _channels("std", self.std))
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}")
         if min(self.std) <= 0:
             raise ValueError(f"std is {self.std}; each channel's must be above 0")
         if self.interpolation not in INTERPOLATIONS:
@@ -78,8 +81,10 @@ class Preprocessing:
         return cls(**values)
 
 
-def _channels(name: str, values: Any) -> tuple[float, float, float]:
+def _channels(name: str, values: Any) -> tuple[float, ...]:
     channels = tuple(float(value) for value in values)
-    if len(channels) != 3 or not all(math.isfinite(value) for value in channels):
-        raise ValueError(f"{name} is {channels}; it needs three finite numbers, one per RGB channel")
+    if not 1 <= len(channels) <= MAX_CHANNELS or not all(math.isfinite(value) for value in channels):
+        raise ValueError(
+            f"{name} is {channels}; it needs finite numbers, one per channel, of 1 to {MAX_CHANNELS} channels"
+        )
     return channels

@@ -58,12 +58,14 @@ class BackboneConfig(Section):
         "other. attention: the network's own attention pooling (SigLIP, CLIP's ResNets). All but model and "
         "attention leave out CLIP's projection.",
     )
-    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = science(
-        None, "Mean of each colour channel; null: as in pretraining.", unit="pixel value in 0..1"
-    )
-    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] | None = science(
+    mean: Annotated[tuple[float, ...], Field(strict=False)] | None = science(
         None,
-        "Standard deviation of each colour channel; null: as in pretraining.",
+        "Mean of each channel, as many as data.channels; null: as in pretraining.",
+        unit="pixel value in 0..1",
+    )
+    std: Annotated[tuple[Positive, ...], Field(strict=False)] | None = science(
+        None,
+        "Standard deviation of each channel, as many as data.channels; null: as in pretraining.",
         unit="pixel value in 0..1",
     )
     crop_pct: float | None = science(

@@ -57,6 +57,15 @@ class DataConfig(Section):
     cache_gb: float = efficiency(
         100.0, "Size of data.cache; the tars used longest ago make room.", unit="GB", gt=0
     )
+    channels: int = science(
+        3,
+        "Channels of the pictures. 3: RGB. Others are members .npy of tars (python -m data_prep.bands makes "
+        "them of TIFF files), or grey pictures for 1; backbone.mean and backbone.std must be given, the stem "
+        "is inflated, and views are cropped, resized and mirrored, without distortions of colour and blur.",
+        unit="channels",
+        ge=1,
+        le=16,
+    )
     crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )

@@ -20,7 +20,7 @@ from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, ch
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
 from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, class_summary, open_targets
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.decode import decode, decode_any
 from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
@@ -58,6 +58,7 @@ __all__ = [
     "class_summary",
     "count_labels",
     "decode",
+    "decode_any",
     "eval_loader",
     "eval_transform",
     "evenly_spaced",

@@ -39,7 +39,9 @@ from selfmask_dist.data.source import (
     open_source,
 )
 from selfmask_dist.data.splits import count_labels
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.bands import NPY_START, read_npy
+from selfmask_dist.data.views.decode import decode_any
+from selfmask_dist.data.views.single import size_of
 
 REJECTS_NAME = "index_rejects.jsonl"
 
@@ -285,6 +287,13 @@ def _scan_shard(job: tuple[int, Path, bool, bool]) -> tuple[SampleTable, list[Pr
 
 def _starts_well(extension: str, data: bytes) -> str | None:
     """Return a remark where the name promises another kind. Raises ValueError where it is no picture."""
+    if data.startswith(NPY_START):
+        check_shape(size_of(read_npy(data)))
+        return (
+            None
+            if extension == "npy"
+            else f"is named .{extension} and is npy inside; it is read by its content"
+        )
     try:
         image = open_picture(data)
     except NoPictureError:
@@ -299,7 +308,7 @@ def _starts_well(extension: str, data: bytes) -> str | None:
 
 def _decodes(extension: str, data: bytes) -> str | None:
     remark = _starts_well(extension, data)
-    decode(data)
+    decode_any(data)
     return remark
 
 

@@ -19,10 +19,10 @@ from selfmask_dist.data.order import Ids, RankBatch, mixing_generator, sample_ge
 from selfmask_dist.data.quarantine import Failure
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.targets import Targets
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.decode import decode_any
 from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.mix import Mixing
-from selfmask_dist.data.views.single import Transform
+from selfmask_dist.data.views.single import Transform, size_of
 
 Views = tuple[Tensor, ...]
 
@@ -114,6 +114,8 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
     def _blank(self, epoch: int) -> tuple[Tensor, ...]:
         """Return views of the right shapes, for a batch of which no sample can be read."""
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
+        if (channels := getattr(self.transform, "channels", 3)) != 3:
+            return self.transform(np.full((256, 256, channels), 128, dtype=np.uint8), rng)
         return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
 
     def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:
@@ -131,14 +133,15 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
                 raise part
         assert isinstance(data, bytes)
         try:
-            image = decode(data)
-            label_map = self._label_map(labels, image.size)
+            image = decode_any(data)
+            label_map = self._label_map(labels, size_of(image))
         except ValueError as error:
             raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
         rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
         try:
             if label_map is not None:
                 assert isinstance(self.transform, DenseTransform)
+                assert isinstance(image, Image.Image), "dense targets go with pictures of three channels"
                 return self.transform.pair(image, label_map, rng)
             return self.transform(image, rng)
         except ShapeError as error:

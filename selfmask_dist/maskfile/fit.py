@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import fingerprint
+from selfmask_dist.backbones.libraries.views import translations
 from selfmask_dist.common.tensor_names import placements, plain_names
 from selfmask_dist.maskfile.file import read_mask_file
 from selfmask_dist.maskfile.forms import as_kind, materialize, take_apart
 from selfmask_dist.maskfile.mask import MarkedMaskWarning, Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.model.part import Model
+from selfmask_dist.maskfile.naming import translated
 from selfmask_dist.maskfile.reading import Weights, fingerprints, other_precision, wrong_backbone
 from selfmask_dist.masking import AttachedMasks, marks
 from selfmask_dist.masking.marks import describe_left_over
@@ -144,12 +146,19 @@ def apply_mask(model: nn.Module, mask: Mask, *, what: str = "a mask that was app
 
     The model holds the frozen weights W, in the precision that the mask was trained in or another one. It may
     be the encoder itself or hold it under a prefix (`visual.` of a whole open_clip model, `module.`); other
-    parameters, such as a head, are left alone.
+    parameters, such as a head, are left alone. It may be another library's model of the same weights, where
+    `backbones.libraries` knows both libraries' names.
 
     Raises:
         MaskFileError: a masked parameter is missing or has another shape, the weights are not those of the
             mask, or the model carries masks already.
     """
+    _check_is_free(model)
+    held = _held(model)
+    other = None if placements(list(mask.bits), held) else translated.find(mask, held)
+    if other is not None:
+        translated.put(model, held, mask, other, what=what)
+        return
     fitting = fit(model, mask)
     for name in mask.bits:
         weight = fitting.tensors[name]
@@ -174,6 +183,8 @@ def weights_of(model: nn.Module) -> Weights:
     def find(name: str) -> Tensor:
         found = placements([name], tensors)
         place = found[0].find(name) if len(found) == 1 else None
+        if not found and (other := next(translations([name], tensors), None)) is not None:
+            return other.read(tensors)[name]
         if place is None:
             raise MaskFileError(
                 f"the model holds {len(found)} parameters called {name}; it is another architecture"
@@ -208,15 +219,8 @@ def fit(model: nn.Module, mask: Mask, *, known: str | None = None) -> Fit:
     Args:
         known: the fingerprint of the weights under the mask, where it was taken before.
     """
-    if attached := marks.attached(model):
-        raise MaskFileError(
-            f"the model carries masks in training ({next(iter(attached))} and {len(attached) - 1} more); "
-            f"call detach() on them, or selfmask_dist.detach(model), and then apply the mask"
-        )
-    held = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    _check_is_free(model)
+    held = _held(model)
     names = _find_names(mask, held)
     weights = {name: held[names[name]] for name in mask.bits}
     found = known or fingerprint(weights.items())
@@ -231,6 +235,22 @@ def fit(model: nn.Module, mask: Mask, *, known: str | None = None) -> Fit:
             )
         raise MaskFileError(wrong_backbone(weights, found, mask.weights_fingerprint))
     return Fit(names, {name: held[place] for name, place in names.items()}, found)
+
+
+def _check_is_free(model: nn.Module) -> None:
+    if attached := marks.attached(model):
+        raise MaskFileError(
+            f"the model carries masks in training ({next(iter(attached))} and {len(attached) - 1} more); "
+            f"call detach() on them, or selfmask_dist.detach(model), and then apply the mask"
+        )
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, under all of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _find_names(mask: Mask, held: Mapping[str, Tensor]) -> dict[str, str]:
@@ -248,7 +268,8 @@ def _find_names(mask: Mask, held: Mapping[str, Tensor]) -> dict[str, str]:
     if not same:
         lacking = [name for name in mask.bits if name not in held]
         raise MaskFileError(
-            f"the model lacks {len(lacking)} masked parameters: {lacking[:5]}; it is another architecture"
+            f"the model lacks {len(lacking)} masked parameters: {lacking[:5]}; it is another architecture, "
+            f"or a library's whose names are not known as those of the mask's (see backbones/libraries)"
         )
     fitting = [names for names in same.values() if not _other_shapes(names, mask, held)]
     if len(fitting) > 1:

@@ -4,8 +4,9 @@ A mask file may be a stranger's. Of its settings only plain ones are followed: n
 how a network is built. Paths, addresses and names that a library would look up elsewhere are refused.
 """
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from selfmask_dist.backbones import Backbone, load_backbone
+from selfmask_dist.backbones.pooling import POOLS
 from selfmask_dist.common import names
+from selfmask_dist.common.preprocessing import MAX_CHANNELS
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.maskfile import MaskFile, Model
+from selfmask_dist.maskfile.naming.translated import is_of_another_library
 from selfmask_dist.training.whole.keep import pooling_of
 
+_LOG = logging.getLogger(__name__)
 _NAME = re.compile(r"(timm|open_clip):[\w.\-]+(/[\w.\-]+)?", re.ASCII)
 _WORD = re.compile(r"[\w.\-]{1,40}", re.ASCII)
 # arguments that are words for how a network is built
@@ -36,11 +41,15 @@ _MAX_NUMBER = 100_000
 
 @dataclass(frozen=True)
 class Settings:
-    """How a backbone is built. seed: of random weights. source: says where the settings are from."""
+    """How a backbone is built. seed: of random weights. source: says where the settings are from.
+
+    channels: of the images.
+    """
 
     section: BackboneConfig
     seed: int
     source: str
+    channels: int = 3
 
 
 def settings_for(
@@ -64,7 +73,7 @@ def settings_for(
     if chosen is not None:
         whole: Config = load_config(chosen)
         section = whole.backbone.model_copy(update=given)
-        return Settings(section, whole.seed, str(chosen))
+        return Settings(section, whole.seed, str(chosen), whole.data.channels)
     if model is not None and model.backbone:
         return _of_file(path, model.backbone, given)
     if file is not None and file.backbone:
@@ -75,7 +84,9 @@ def settings_for(
 
 def _of_file(path: Path, stated: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
     values = dict(stated)
-    seed = values.pop("seed", 0)
+    seed, channels = values.pop("seed", 0), values.pop("channels", 3)
+    if type(channels) is not int or not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"{path}: its images have {str(channels)[:50]!r} channels, not 1 to {MAX_CHANNELS}")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"{path}: the seed {str(seed)[:50]!r} of its backbone is no number")
     check_settings(values, path)
@@ -85,7 +96,7 @@ def _of_file(path: Path, stated: Mapping[str, Any], given: Mapping[str, Any]) ->
             "which is not part of it; give its path (weights=, --weights)"
         )
     try:
-        return Settings(BackboneConfig(**{**values, **given}), seed, str(path))
+        return Settings(BackboneConfig(**{**values, **given}), seed, str(path), channels)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(
@@ -125,23 +136,36 @@ def _check_argument(key: str, value: Any, path: Path) -> None:
         )
 
 
-def build(settings: Settings, *, fingerprint: str, pooling: str = "") -> Backbone:
+def build(
+    settings: Settings, *, fingerprint: str, pooling: str = "", masked: Collection[str] = ()
+) -> Backbone:
     """Return the frozen backbone, after a look at whether it is the one that was trained on.
 
     Args:
         fingerprint, pooling: as the file states them; empty: not stated.
+        masked: names of the mask's parameters. Where they are another library's than the backbone's, only
+            the weights under the mask are compared, when it is put on; the log says so.
 
     Raises:
         ValueError: it is another one, or cannot be built.
     """
-    backbone = load_backbone(settings.section, seed=settings.seed, dense=pooling == "map")
-    if fingerprint and backbone.spec.fingerprint != fingerprint:
+    backbone = load_backbone(
+        settings.section, seed=settings.seed, channels=settings.channels, dense=pooling == "map"
+    )
+    is_other = bool(masked) and is_of_another_library(masked, backbone.encoder)
+    if is_other:
+        _LOG.info(
+            "%s is another library's model: the weights under the mask alone are compared",
+            settings.section.name,
+        )
+    elif fingerprint and backbone.spec.fingerprint != fingerprint:
         raise ValueError(
             f"wrong backbone: {settings.section.name}, built as {settings.source} says, has fingerprint "
             f"{backbone.spec.fingerprint[:12]}, and the mask was trained on {fingerprint[:12]}; give the "
             "same pretrained weights (weights=, --weights)"
         )
-    if pooling and pooling_of(backbone.encoder) != pooling:
+    # between libraries the words for the networks' own ways differ
+    if pooling and pooling_of(backbone.encoder) != pooling and not (is_other and pooling not in POOLS):
         raise ValueError(
             f"wrong backbone: {settings.section.name} pools by {pooling_of(backbone.encoder)!r} here, and "
             f"the model was trained with {pooling!r}; set it in backbone.kwargs"

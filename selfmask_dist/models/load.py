@@ -113,7 +113,10 @@ def _load_file(
     model = file.models.get(key)
     settings = settings_for(path, file, model, **about)
     backbone = build(
-        settings, fingerprint=file.backbone_fingerprint, pooling="" if model is None else model.pooling
+        settings,
+        fingerprint=file.backbone_fingerprint,
+        pooling="" if model is None else model.pooling,
+        masked=() if is_cascade else file.masks[key].bits,
     )
     encoder: nn.Module = backbone.encoder.to(device)
     if is_cascade:

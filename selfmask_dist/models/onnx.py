@@ -79,7 +79,8 @@ def export_onnx(
         shrink(model.encoder)
     size = loaded.transform.preprocessing.image_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(_CHECKED), 3, size, size, generator=generator)
+    channels = len(loaded.transform.preprocessing.mean)
+    images = torch.randn(max(_CHECKED), channels, size, size, generator=generator)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         made = Path(folder) / path.name

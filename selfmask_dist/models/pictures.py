@@ -9,11 +9,11 @@ from torch import Tensor
 
 from selfmask_dist.common.pictures import EXTENSIONS, is_system_file, to_rgb
 from selfmask_dist.common.preprocessing import Preprocessing
-from selfmask_dist.data import decode, eval_transform
+from selfmask_dist.data import decode_any, eval_transform
 
 
 class PictureTransform:
-    """A picture to a tensor (3, size, size), exactly as evaluation sees it.
+    """A picture to a tensor (channels, size, size), exactly as evaluation sees it.
 
     Args:
         preprocessing: of the backbone.
@@ -32,10 +32,9 @@ class PictureTransform:
         name = f"{picture}" if isinstance(picture, str | Path) else "the picture"
         try:
             if isinstance(picture, Image.Image):
-                rgb = to_rgb(picture)
-            else:
-                rgb = decode(picture if isinstance(picture, bytes) else Path(picture).read_bytes())
-            return self._transform(rgb, np.random.default_rng(0))[0]
+                return self._transform(to_rgb(picture), np.random.default_rng(0))[0]
+            data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+            return self._transform(decode_any(data), np.random.default_rng(0))[0]
         except ValueError as error:
             raise ValueError(f"{name} {error}") from error
 

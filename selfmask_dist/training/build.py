@@ -139,9 +139,13 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
             others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
     reads_all = world is None or world.is_main
-    dense = config.objective.target == "dense"  # one vector a patch
     backbone = load_backbone(
-        config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all, dense=dense
+        config.backbone,
+        seed=config.seed,
+        in_file=in_file,
+        reads_all=reads_all,
+        dense=config.objective.target == "dense",  # one vector a patch
+        channels=config.data.channels,
     )
     if world is not None:
         found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
@@ -154,7 +158,12 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
         crops = crop_sizes(config, backbone.spec.preprocessing)
         keys = ("crops.global_size", "crops.local_size")
         check_patches(backbone, {key: one.size for key, one in zip(keys, crops, strict=False)})
-        accept_sizes(backbone.encoder, {one.size for one in crops}, name=backbone.spec.name)
+        accept_sizes(
+            backbone.encoder,
+            {one.size for one in crops},
+            name=backbone.spec.name,
+            channels=config.data.channels,
+        )
     if config.engine.channels_last:
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
         backbone.encoder.register_forward_pre_hook(_channels_last)
@@ -203,11 +212,17 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
         )
     if config.objective.target != "class":
         return ["k-NN is left out: it is a vote on one class, and objective.target is another"]
+    said = []
+    if config.data.channels != 3 and config.objective.name in (*VIEWS, *ON_BANK):
+        said = [
+            f"views of {config.data.channels} channels are cropped, resized and mirrored; jitter, grey and "
+            "blur, which are made for RGB, are left out"
+        ]
     if test is None or not are_labelled(train, test):
-        return _notes_without_labels(config, test)
+        return said + _notes_without_labels(config, test)
     # of all samples of both: by the one process that says them
     notes = data.notes_on_splits(train, test) if _is_first() else []
-    return check_neighbours(config, len(train)) + notes
+    return said + check_neighbours(config, len(train)) + notes
 
 
 def _notes_without_labels(config: Config, test: data.Source | None) -> list[str]:

@@ -105,6 +105,25 @@ def test_images_that_are_no_squares() -> None:
             dense_features(encoder, images(64, 64))
 
 
+def test_sizes_that_are_taken_or_refused_with_the_way_out(tmp_path: Path) -> None:
+    eva = "timm:eva02_tiny_patch14_224"
+    with pytest.raises(ValueError, match=r"crops of 28 pixels.*backbone\.kwargs=\{dynamic_img_size: true\}"):
+        accept_sizes(load(eva).encoder, [28], name=eva)
+    accept_sizes(load(eva, kwargs={**SMALL, "dynamic_img_size": True}).encoder, [28, 56, 98], name=eva)
+    with pytest.raises(
+        ValueError, match=r"crops of 60 pixels: Input height .60. should be divisible by patch"
+    ):
+        accept_sizes(load(VIT).encoder, [56, 60], name=VIT)
+    hugging_face.save("siglip2_vision", tmp_path)
+    siglip = load_backbone(f"hf:{tmp_path}").encoder
+    accept_sizes(siglip, [32, 48], name="it")
+    with pytest.raises(ValueError, match="36 x 36 are not whole patches of 8"):
+        accept_sizes(siglip, [36], name="it")
+    swin = load("timm:swin_tiny_patch4_window7_224", kwargs={"depths": [1, 1, 1, 1]}).encoder
+    accept_sizes(swin, [56, 64, 100], name="swin")  # windows are filled up
+    assert run(swin, images(64, 64)).shape == run(swin, images(100, 100)).shape == (2, 768)
+
+
 def test_clips_tower_before_and_after_its_projection() -> None:
     keys: dict[str, Any] = {"kwargs": CLIP, "image_size": 64}
     own = load("open_clip:ViT-B-32", **keys)

@@ -161,7 +161,7 @@ def test_preprocessing_survives_json() -> None:
     ("change", "message"),
     [
         ({"interpolation": "cubic"}, "interpolation is 'cubic'; choose from"),
-        ({"mean": (0.5, 0.5)}, "mean is .* needs three"),
+        ({"mean": (0.5, 0.5)}, "mean has 2 channels and std 3"),
         ({"std": (1.0, 0.0, 1.0)}, "std is"),
         ({"image_size": 0}, "image_size is 0"),
         ({"crop_pct": 0.0}, "crop_pct is 0"),

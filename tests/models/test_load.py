@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 
 import selfmask_dist
+from selfmask_dist.backbones import load_backbone
 from selfmask_dist.cli import main
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.config import load_config
 from selfmask_dist.data import open_source
 from selfmask_dist.maskfile import Head, Model, add_models, drop_models, read_mask_file, write_mask_file
 from selfmask_dist.models.building import check_settings
 from selfmask_dist.models.whole import ranked
 from tests.models.cases import CLASSES, head_accuracy, pictures_of, train
+from tests.support.tiny_run import write_config
 
 HEADS = {
     "masked": ("objective.head=masked",),
@@ -86,6 +89,30 @@ def test_pooling_comes_with_the_file(objective: str, hard_data: dict[str, str], 
     file = read_mask_file(tmp_path / "alone.mask")
     assert file.models["default"].pooling == "both"
     assert (file.models["default"].head is None) == (objective == "nbd")
+
+
+def test_a_file_answers_on_another_librarys_backbone(
+    linear_run: Path, hard_data: dict[str, str], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from selfmask_dist.backbones.libraries.views import translations
+
+    own = load_backbone(load_config(linear_run / "config.yaml").backbone).encoder.state_dict()
+    entries = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.ViTConfig(**entries, image_size=16, patch_size=8, layer_norm_eps=1e-6)
+    model = transformers.ViTModel(config, add_pooling_layer=False)
+    model.load_state_dict(next(translations(list(model.state_dict()), own)).read(own))
+    model.save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    shutil.copy(linear_run / "final.mask", tmp_path / "alone.mask")
+    other = write_config(
+        tmp_path / "other.yaml",
+        hard_data,
+        backbone={"name": f"hf:{tmp_path / 'vit'}", "pretrained": True, "kwargs": {}},
+    )
+    there, here = selfmask_dist.load(tmp_path / "alone.mask", config=other), selfmask_dist.load(linear_run)
+    views = torch.stack([here.transform(picture) for picture in pictures_of(hard_data)[:4]])
+    torch.testing.assert_close(there(views), here(views), rtol=1e-5, atol=1e-5)
 
 
 def test_ties_go_to_the_first_class_and_top_is_cut() -> None:

@@ -70,8 +70,8 @@ def from_entries(
     factor = 1.0 if abs(scale - _BYTE) < 1e-9 else _BYTE / scale  # (v * scale - m) / s, for v / 255
     return Preprocessing(
         image_size=image_size or side,
-        mean=tuple(m * factor for m in mean),  # type: ignore[arg-type]
-        std=tuple(s * factor for s in std),  # type: ignore[arg-type]
+        mean=tuple(m * factor for m in mean),
+        std=tuple(s * factor for s in std),
         interpolation=_RESAMPLING[resample],
         crop_pct=crop_pct,
         crop_mode=mode,

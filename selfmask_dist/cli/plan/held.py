@@ -6,8 +6,8 @@
     engine.momentum=bf16                              2
     engine.scores=bf16                       2
 
-AdamW's momentum is two numbers; a teacher or `train.ema` adds an average. A tensor that is stepped needs 14 bytes for each
-of its weights while it is: its gradients in both dtypes, and G, W and momentum in float32.
+AdamW's momentum is two numbers; a teacher or `train.ema` adds an average. A tensor that is stepped needs 14
+bytes for each of its weights while it is: its gradients in both dtypes, and G, W and momentum in float32.
 """
 
 from dataclasses import dataclass

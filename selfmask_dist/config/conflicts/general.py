@@ -41,6 +41,20 @@ def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
             ("backbone.mean", "backbone.std"),
             "backbone.mean and backbone.std go together: set both or neither",
         )
+    channels = config.data.channels
+    numbers = {len(given) for given in (backbone.mean, backbone.std) if given is not None}
+    if numbers and numbers != {channels}:
+        yield Conflict(
+            ("data.channels", "backbone.mean", "backbone.std"),
+            f"backbone.mean and backbone.std hold {' and '.join(map(str, sorted(numbers)))} numbers, and "
+            f"data.channels is {channels}",
+        )
+    elif channels != 3 and not numbers:
+        yield Conflict(
+            ("data.channels", "backbone.mean"),
+            f"data.channels={channels} has no statistics of pretraining: set backbone.mean and backbone.std, "
+            "as `python -m data_prep.bands` prints them of the training data",
+        )
 
 
 def run_conflicts(config: AllSections) -> Iterator[Conflict]:

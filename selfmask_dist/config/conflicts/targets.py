@@ -63,6 +63,12 @@ def _is_other(config: AllSections) -> bool:
 
 
 def _dense_conflicts(config: AllSections) -> Iterator[Conflict]:
+    if config.data.channels != 3:
+        yield Conflict(
+            ("data.channels", "objective.target"),
+            f"objective.target=dense reads pictures of three channels, and data.channels="
+            f"{config.data.channels}",
+        )
     if config.backbone.pool != "model":
         yield Conflict(
             ("backbone.pool", "objective.target"),

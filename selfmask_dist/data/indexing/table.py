@@ -31,6 +31,7 @@ except ImportError:  # an optional dependency: selfmask_dist[fast]
     from zlib import crc32 as crc32_of
 
 _READ_BESIDE = ("cls", "json", "txt", MAP_MEMBER)  # what is read of a sample beside its picture
+_ARRAY = "npy"  # a picture of any number of channels; see `views.bands`
 _HEAD = 1 << 20  # bytes that tell whether a file is a picture
 _JSON_LABELS = ("label", "cls", "class_id", "category_id")
 
@@ -203,6 +204,8 @@ def _image_member(path: Path, sample: TarSample, seen: set[str], descriptor: int
     if not found and not dotted:
         found = [name for name in sample.members if _holds_picture(sample, name, descriptor)]
         dotted = [name for name in found if "." in name]
+    if not found and not dotted and _ARRAY in sample.members:  # beside a picture it is something else
+        found = [_ARRAY]
     if dotted and not set(found) - set(dotted):
         raise UnusableSampleError(
             path,

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from selfmask_dist.common.pictures import check_size, read_picture, to_rgb
+from selfmask_dist.data.views.bands import NPY_START, Bands, read_npy
 
 try:
     import simplejpeg
@@ -21,6 +22,21 @@ except ImportError:  # an optional dependency: selfmask_dist[fast]
 
 counts: Counter[str] = Counter()
 _JPEG_START = b"\xff\xd8\xff"
+
+
+def decode_any(data: bytes) -> Image.Image | Bands:
+    """Return an encoded picture as RGB; a .npy file as an array (height, width, channels), as deep as it is.
+
+    An array of three channels of eight bits is RGB.
+
+    Raises:
+        ValueError: as `decode`, or the file is no array that is a picture.
+    """
+    if not data.startswith(NPY_START):
+        return decode(data)
+    counts["npy"] += 1
+    found = read_npy(data)
+    return Image.fromarray(found) if found.dtype == np.uint8 and found.shape[2] == 3 else found
 
 
 def decode(data: bytes) -> Image.Image:

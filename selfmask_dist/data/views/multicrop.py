@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from selfmask_dist.common.pictures import check_shape
+from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.data.views.bands import Bands, view_of
 from selfmask_dist.data.views.distortion import (
     COLOR,
     FACTORS,
@@ -37,7 +38,7 @@ from selfmask_dist.data.views.distortion import (
     distort_batch,
     distort_view,
 )
-from selfmask_dist.data.views.single import Transform, crop_box
+from selfmask_dist.data.views.single import Transform, crop_box, size_of
 
 _DRAWS = 40  # uniforms for each view; a later parameter takes a column that is still free
 
@@ -86,12 +87,21 @@ class MultiCrop:
     @property
     def finish(self) -> Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None:
         """What the loader leaves to `Batch.to`; None where nothing is left to do."""
-        return self.finisher if self.on_device else None
+        return self.finisher if self.on_device and len(self.finisher.mean) == 3 else None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        check_shape(image.size)
+    @property
+    def channels(self) -> int:
+        """Return how many channels a picture has here."""
+        return len(self.finisher.mean)
+
+    def __call__(self, image: Image.Image | Bands, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(size_of(image))
         sizes = [group for group in self.crops for _ in range(group.count)]
         draws = rng.random((len(sizes), _DRAWS))
+        if len(self.finisher.mean) != 3:
+            return tuple(self._of_bands(image, group, u) for group, u in zip(sizes, draws, strict=True))
+        if not isinstance(image, Image.Image):
+            raise ShapeError("is no RGB picture of eight bits, which crops of three channels are made of")
         # channels last, as pictures are decoded: resizing that way takes half the time
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         views = []
@@ -105,6 +115,13 @@ class MultiCrop:
         if self.on_device:
             return *(view[0].contiguous() for view in views), parameters
         return tuple(view[0] for view in self.finisher((*views, parameters[None])))
+
+    def _of_bands(self, image: Image.Image | Bands, group: Crops, u: npt.NDArray[np.float64]) -> Tensor:
+        """Return a crop of other than three channels: mirrored, its colours and sharpness as they are."""
+        box = crop_box(size_of(image), scale=group.scale, ratio=(3 / 4, 4 / 3), u=u)
+        pre = Preprocessing(group.size, self.finisher.mean, self.finisher.std, self.interpolation)
+        flip = bool(draw_parameters(self.distortion, u[None])[0, FLIP])
+        return view_of(image, pre, box=box, resized=(group.size, group.size), flip=flip)
 
 
 def multicrop_transform(
@@ -154,8 +171,8 @@ class FinishViews:
     The last of the tensors that it is called with holds the parameters, (rows, views, 12), on the CPU.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         *crops, parameters = views
@@ -202,7 +219,12 @@ class Joined:
     first: Transform
     second: Any  # a transform that may leave views to be finished, such as `MultiCrop`
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    @property
+    def channels(self) -> int:
+        """Return how many channels a picture has here."""
+        return getattr(self.first, "channels", 3)
+
+    def __call__(self, image: Image.Image | Bands, rng: np.random.Generator) -> tuple[Tensor, ...]:
         return *self.first(image, rng), *self.second(image, rng)
 
     @property

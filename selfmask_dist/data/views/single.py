@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.data.views.bands import Bands, view_of
 from selfmask_dist.data.views.stronger import Stronger
 
 MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
-Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
+# of PIL's pictures, or arrays of `bands`
+Transform = Callable[[Any, np.random.Generator], tuple[Tensor, ...]]
 
 
 def eval_transform(pre: Preprocessing) -> Transform:
@@ -90,11 +93,18 @@ class EvalTransform:
 
     pre: Preprocessing
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    @property
+    def channels(self) -> int:
+        """Return how many channels a picture has here."""
+        return len(self.pre.mean)
+
+    def __call__(self, image: Image.Image | Bands, rng: np.random.Generator) -> tuple[Tensor, ...]:
         size = self.pre.image_size
-        width, height = resized_size(self.pre, image.size)
-        image = image.resize((width, height), resample_filter(self.pre))
+        width, height = resized_size(self.pre, size_of(image))
         left, top = centre_start(width, size), centre_start(height, size)
+        if not is_rgb(image, self.pre):
+            return (view_of(image, self.pre, box=None, resized=(width, height), start=(left, top)),)
+        image = image.resize((width, height), resample_filter(self.pre))
         return (picture_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
 
 
@@ -108,10 +118,18 @@ class TrainTransform:
     flip: bool
     stronger: Stronger | None = None
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        check_shape(image.size)
+    @property
+    def channels(self) -> int:
+        """Return how many channels a picture has here."""
+        return len(self.pre.mean)
+
+    def __call__(self, image: Image.Image | Bands, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        check_shape(size_of(image))
         size = self.pre.image_size
-        box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
+        box = random_crop_box(size_of(image), scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
+        if not is_rgb(image, self.pre):
+            flip = self.flip and rng.random() < 0.5
+            return (view_of(image, self.pre, box=box, resized=(size, size), flip=flip),)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
         image = image.crop(box).resize((size, size), resample_filter(self.pre))
         if self.flip and rng.random() < 0.5:
@@ -119,6 +137,16 @@ class TrainTransform:
         if self.stronger is None:
             return (picture_to_tensor(image, self.pre),)
         return (self.stronger.view(picture_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
+
+
+def size_of(image: Image.Image | Bands) -> tuple[int, int]:
+    """Return width and height in pixels."""
+    return image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+
+
+def is_rgb(image: Image.Image | Bands, pre: Preprocessing) -> TypeGuard[Image.Image]:
+    """Return whether a picture is RGB of eight bits, and is wanted so."""
+    return isinstance(image, Image.Image) and len(pre.mean) == 3
 
 
 def random_crop_box(

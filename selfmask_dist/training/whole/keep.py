@@ -39,7 +39,8 @@ def keep_model(config: Config, backbone: Backbone, objective: Objective, directo
     if not config.run.whole_model:
         return
     if not isinstance(objective, Supervised):
-        if config.backbone.pool != "model" and (directory / names.MASK).exists():
+        is_plain = config.backbone.pool == "model" and config.data.channels == 3
+        if not is_plain and (directory / names.MASK).exists():
             add_models(directory / names.MASK, {MODEL_NAME: _without_head(config, backbone)})
         return
     model = describe_model(config, backbone, objective, directory)
@@ -129,6 +130,8 @@ def backbone_settings(config: Config) -> dict[str, Any]:
         found["weights"] = Path(section.weights).name  # where it lies is the owner's business
     elif not section.pretrained:
         found["seed"] = config.seed
+    if config.data.channels != 3:
+        found["channels"] = config.data.channels
     return found
 
 

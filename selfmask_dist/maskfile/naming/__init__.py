@@ -1,0 +1,1 @@
+"""Masks on models of another library than they were trained with."""
