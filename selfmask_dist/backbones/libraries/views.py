@@ -18,7 +18,7 @@ from selfmask_dist.common.tensor_names import plain
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Part `number` of `count` equal ones, along the first dimension, of the model's tensor `name`."""
 
     name: str
@@ -41,7 +41,7 @@ class Translation:
 
     source: str
     target: str
-    pieces: dict[str, tuple[Piece, ...]]
+    pieces: dict[str, tuple[TensorPiece, ...]]
 
     def read(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the model's tensors under the other names; where they are cut otherwise, copies."""
@@ -87,9 +87,9 @@ def _atoms_of(names: Collection[str], dialect: Dialect) -> dict[str, tuple[str, 
     return {name: atoms for name, (_, atoms) in found.items()}
 
 
-def _atoms_in(held: Mapping[str, Tensor], dialect: Dialect) -> list[dict[str, Piece]]:
+def _atoms_in(held: Mapping[str, Tensor], dialect: Dialect) -> list[dict[str, TensorPiece]]:
     """Return where each atom lies, for every model of the dialect among the tensors."""
-    models: dict[str, dict[str, Piece]] = {}
+    models: dict[str, dict[str, TensorPiece]] = {}
     for name, tensor in held.items():
         parsed = dialect.parse(plain(name))
         if parsed is None:
@@ -97,13 +97,13 @@ def _atoms_in(held: Mapping[str, Tensor], dialect: Dialect) -> list[dict[str, Pi
         prefix, atoms = parsed
         if len(atoms) == 1 or (tensor.ndim and len(tensor) % len(atoms) == 0):
             places = models.setdefault(prefix, {})
-            places |= {atom: Piece(name, number, len(atoms)) for number, atom in enumerate(atoms)}
+            places |= {atom: TensorPiece(name, number, len(atoms)) for number, atom in enumerate(atoms)}
     return list(models.values())
 
 
-def _joined(atoms: tuple[str, ...], places: Mapping[str, Piece]) -> tuple[Piece, ...]:
+def _joined(atoms: tuple[str, ...], places: Mapping[str, TensorPiece]) -> tuple[TensorPiece, ...]:
     """Return the pieces of these atoms; the whole tensor where they are all of one, in its order."""
     pieces = tuple(places[atom] for atom in atoms)
-    if pieces == tuple(Piece(pieces[0].name, number, len(pieces)) for number in range(len(pieces))):
-        return (Piece(pieces[0].name, 0, 1),)
+    if pieces == tuple(TensorPiece(pieces[0].name, number, len(pieces)) for number in range(len(pieces))):
+        return (TensorPiece(pieces[0].name, 0, 1),)
     return pieces

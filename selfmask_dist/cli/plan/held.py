@@ -21,7 +21,7 @@ _OF_ONE_TENSOR = 14.0
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldIn:
     """Bytes for each number: of the frozen weight and of theta, of a score, of all moments of one score."""
 
     weight: float
@@ -34,7 +34,7 @@ class Held:
         return self.score + self.moments
 
 
-def held_by(config: Config) -> Held:
+def held_by(config: Config) -> HeldIn:
     """Return what a configuration holds numbers in."""
     engine, is_adamw = config.engine, config.optim.kind == "adamw"
     score = HALF if engine.scores == "bf16" else FULL
@@ -42,7 +42,7 @@ def held_by(config: Config) -> Held:
     has_average = config.objective.name in WITH_TEACHER or config.train.ema is not None
     average = score if has_average else 0.0
     weight = HALF if engine.weights == "bf16" else FULL
-    return Held(weight, score, (2 if is_adamw else 1) * moment + average)
+    return HeldIn(weight, score, (2 if is_adamw else 1) * moment + average)
 
 
 def gradient_bytes(size: ModelSize, config: Config, *, world_size: int) -> float | None:
