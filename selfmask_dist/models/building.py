@@ -149,7 +149,9 @@ def build(
     Raises:
         ValueError: it is another one, or cannot be built.
     """
-    backbone = load_backbone(settings.section, seed=settings.seed, channels=settings.channels)
+    backbone = load_backbone(
+        settings.section, seed=settings.seed, channels=settings.channels, dense=pooling == "map"
+    )
     is_other = bool(masked) and is_of_another_library(masked, backbone.encoder)
     if is_other:
         _LOG.info(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from selfmask_dist import data, objectives
 from selfmask_dist.backbones import Backbone, load_backbone, sample_of
+from selfmask_dist.backbones.inputs.patches import check_patches
 from selfmask_dist.backbones.mapping import tensors_in_files
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.common.text import some
@@ -23,6 +24,7 @@ from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 from selfmask_dist.parallel import World, take_from_main
+from selfmask_dist.training.habits.pictures import stronger_of
 
 if TYPE_CHECKING:
     from selfmask_dist.parallel.fsdp import ShardedEncoder
@@ -36,6 +38,7 @@ def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Sour
         given = {"data.train": config.data.train is not None, "data.test": _has_test(config)}
         missing = " and ".join(key for key, is_given in given.items() if not is_given)
         raise ValueError(f"{missing} is not set; give a folder of shards (see docs/data.md)")
+    require_labels = require_labels and config.objective.target == "class"
     train, held_out = _open_train(config, require_labels=require_labels)
     if held_out is None:
         assert config.data.test is not None
@@ -137,9 +140,14 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
             others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
     reads_all = world is None or world.is_main
-    channels = config.data.channels
+    dense, channels = config.objective.target == "dense", config.data.channels  # dense: one vector a patch
     backbone = load_backbone(
-        config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all, channels=channels
+        config.backbone,
+        seed=config.seed,
+        in_file=in_file,
+        reads_all=reads_all,
+        dense=dense,
+        channels=channels,
     )
     if world is not None:
         found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
@@ -207,6 +215,8 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             f"views of {config.data.channels} channels are cropped, resized and mirrored; jitter, grey and "
             "blur, which are made for RGB, are left out"
         ]
+    if config.objective.target != "class":
+        return [*said, "k-NN is left out: it is a vote on one class, and objective.target is another"]
     if test is None or not are_labelled(train, test):
         return said + _notes_without_labels(config, test)
     # of all samples of both: by the one process that says them
@@ -254,43 +264,6 @@ def check_neighbours(config: Config, num_train: int) -> list[str]:
     ]
 
 
-def check_patches(backbone: Backbone, sizes: dict[str, int]) -> None:
-    """Do nothing where patches cover images of all these sizes.
-
-    Libraries cut off what is left at the right and the lower edge, without a word.
-
-    Args:
-        sizes: pixels, by the key that sets them.
-
-    Raises:
-        ValueError: a size is no multiple of the patch's.
-    """
-    patch = _patch_size(backbone.encoder)
-    for key, size in sizes.items():
-        if patch > 1 and size % patch:
-            near = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
-            raise ValueError(
-                f"{key}={size} is not a multiple of {patch}, the patch size of {backbone.spec.name}: the "
-                f"last {size % patch} pixels of each side would never be seen. Set {key} to "
-                f"{' or '.join(map(str, near))}"
-            )
-
-
-def _patch_size(encoder: nn.Module) -> int:
-    """Return the side of the patches that a transformer cuts images into; 1 where it cuts into none."""
-    for module in encoder.modules():
-        size = getattr(module, "patch_size", None)
-        size = size[0] if isinstance(size, tuple | list) and size else size
-        is_covering = getattr(module, "dynamic_img_pad", False)  # images are filled up to whole patches
-        if (
-            isinstance(size, int)
-            and not is_covering
-            and any(isinstance(m, nn.Conv2d) for m in module.children())
-        ):
-            return size
-    return 1
-
-
 def _channels_last(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(image.contiguous(memory_format=torch.channels_last) for image in images)
 
@@ -315,7 +288,13 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
         return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
-    one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
+    if config.objective.target == "dense":
+        return data.DenseTransform(
+            preprocessing, section.crop_scale if section.augment else None, section.flip
+        )
+    one = data.train_transform(
+        preprocessing, crop_scale=section.crop_scale, flip=section.flip, stronger=stronger_of(config)
+    )
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one

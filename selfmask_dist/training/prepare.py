@@ -3,6 +3,7 @@
 attach masks (or free weights) -> one named group for each kind of parameter -> optimizer -> engine starts
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,18 +31,25 @@ from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.additions.methods import METHOD, trained_names
 from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
+from selfmask_dist.training.habits.layer_rates import describe_rates, with_layer_rates
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
 
 
 def prepare(
-    config: Config, engine: Engine, objective: objectives.Objective, *, num_steps: int = 1
+    config: Config,
+    engine: Engine,
+    objective: objectives.Objective,
+    *,
+    num_steps: int = 1,
+    blocks: Sequence[str] = (),
 ) -> Trainable:
     """Attach masks or free the weights, build the optimizer with one named group for each kind of parameter,
     and start the engine.
 
     Args:
         num_steps: of the whole training.
+        blocks: names of the encoder's repeated blocks, for `optim.layer_decay`.
     """
     groups: list[dict[str, Any]] = []
     masks = head_masks = None
@@ -68,6 +76,9 @@ def prepare(
         }
         groups.append(group)
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
+    if (decay := config.optim.layer_decay) is not None:
+        groups = with_layer_rates(groups, engine.encoder, masks, blocks=blocks, decay=decay)
+        summary += f"\n{describe_rates(groups, decay)}"
     for group in groups:
         group["lr"] = group["base_lr"]
     optimizer = _build_optimizer(config, groups)

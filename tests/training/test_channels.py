@@ -66,6 +66,12 @@ def test_numbers_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", {"train": "x", "test": "y"})
     with pytest.raises(ConfigError, match=r"data\.channels=4 has no statistics of pretraining"):
         load_config(config, ["data.channels=4"])
+    four = ["data.channels=4", "backbone.mean=[0,0,0,0]", "backbone.std=[1,1,1,1]"]
+    assert load_config(config, [*four, "augment.erase=0.5"]).data.channels == 4
+    with pytest.raises(ConfigError, match=r"augment\.randaugment is made for RGB, and data\.channels is 4"):
+        load_config(config, [*four, "augment.randaugment=2"])
+    with pytest.raises(ConfigError, match=r"target=dense takes RGB pictures, and data\.channels is 4"):
+        load_config(config, [*four, "objective.target=dense"])
     with pytest.raises(ConfigError, match=r"hold 3 numbers, and data\.channels is 4"):
         load_config(config, ["data.channels=4", "backbone.mean=[0,0,0]", "backbone.std=[1,1,1]"])
 

@@ -117,9 +117,9 @@ def views_of(config: Config, image_size: int) -> Views:
 
 
 def state_numbers(config: Config) -> int:
-    """Return how many numbers of state a masked weight has: its score, moments, a teacher's average."""
+    """Return how many numbers of state a masked weight has: its score, moments, an average."""
     moments = 2 if config.optim.kind == "adamw" else 1
-    return 1 + moments + (config.objective.name in WITH_TEACHER)
+    return 1 + moments + (config.objective.name in WITH_TEACHER or config.train.ema is not None)
 
 
 def estimate(size: ModelSize, config: Config, hardware: Hardware, *, image_size: int = 224) -> list[Estimate]:

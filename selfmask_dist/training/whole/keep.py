@@ -24,7 +24,7 @@ from selfmask_dist.common.version import VERSION
 from selfmask_dist.config import Config
 from selfmask_dist.maskfile import Head, Model, add_models, read_mask_file
 from selfmask_dist.objectives import Objective
-from selfmask_dist.objectives.supervised import L2_LENGTH, Supervised
+from selfmask_dist.objectives.supervised import Supervised
 
 MODEL_NAME = "default"  # of a run's one mask in its file
 _NOT_BUILT = ("batchnorm",)  # keys of the section `backbone` that only training reads
@@ -52,6 +52,7 @@ def keep_model(config: Config, backbone: Backbone, objective: Objective, directo
         with replacing(directory / names.TEXT_HEAD) as partial:
             save_file(model.head.tensors(), partial)
     about = {"kind": model.head.kind, "norm": model.head.norm, "scale": model.head.scale}
+    about |= {} if model.head.target == "class" else {"target": model.head.target}
     rest = {field.name: getattr(model, field.name) for field in fields(Model) if field.name != "head"}
     write_json(directory / names.MODEL, {**rest, "head": about})
 
@@ -100,19 +101,24 @@ def head_of(objective: Supervised, saved: Mapping[str, Tensor] | None = None) ->
     if objective.head is None:
         text = objective.text_embeddings.detach().cpu()
         return Head("cosine", text, scale=objective.logit_scale)
-    return _linear(objective.kept_state() if saved is None else saved, objective.config.head_norm)
+    state = objective.kept_state() if saved is None else saved
+    section = objective.config
+    return _linear(state, section.head_norm, objective.length, section.target)
 
 
-def _linear(state: Mapping[str, Tensor], norm: str) -> Head:
+def _linear(state: Mapping[str, Tensor], norm: str, length: float, target: str) -> Head:
     """Return a head out of what a run keeps of its objective (head.safetensors)."""
     parts = {
         "weight": "head.weight",
         "bias": "head.bias",
         "mean": "norm.running_mean",
         "var": "norm.running_var",
+        "out_mean": "target_mean",
+        "out_std": "target_deviation",
     }
     found = {part: state[key].detach().cpu().clone() for part, key in parts.items() if key in state}
-    return Head("linear", norm=norm, scale=L2_LENGTH if norm == "l2" else 1.0, **found)
+    scale = length if norm == "l2" else 1.0
+    return Head("linear", norm=norm, scale=scale, target=target, **found)
 
 
 def backbone_settings(config: Config) -> dict[str, Any]:
@@ -161,7 +167,8 @@ def read_model(folder: Path) -> Model | None:
             arrays = load_file(folder / names.TEXT_HEAD)
             head = Head("cosine", norm="none", scale=about["scale"], **arrays)
         else:
-            head = _linear(load_file(folder / names.HEAD), about["norm"])
+            state = load_file(folder / names.HEAD)
+            head = _linear(state, about["norm"], about["scale"], about.get("target", "class"))
         return Model(**{**stated, "head": head, "classes": tuple(stated["classes"])})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} and the head beside it do not fit: {error}") from error
