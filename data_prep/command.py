@@ -62,10 +62,12 @@ def describe(done: Sequence[Conversion]) -> None:
     """Print what was written, and what is to be done next."""
     for conversion in done:
         rejected = f", {conversion.num_rejected} left out (rejects.jsonl)" if conversion.num_rejected else ""
-        counts = f"{conversion.num_samples} samples, {len(conversion.classes)} classes"
+        kind = "targets" if conversion.has_targets else "classes"
+        counts = f"{conversion.num_samples} samples, {len(conversion.classes)} {kind}"
         print(f"{conversion.folder}: {counts}{rejected}")
         for note in conversion.notes:
             print(f"  note: {note}")
-        is_whole = all(class_name is not None for _, class_name, _ in conversion.contents)
+        is_whole = conversion.has_targets
+        is_whole |= all(class_name is not None for _, class_name, _ in conversion.contents)
         if not (conversion.folder / INDEX_NAME).exists():
             print(f"  next: selfmask data index {'' if is_whole else '--unlabelled '}{conversion.folder}")

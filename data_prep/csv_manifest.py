@@ -69,11 +69,9 @@ def _read(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Listed], di
     splits: dict[str, Listed] = {}
     written: dict[str, str] = {}
     try:
-        # -sig: spreadsheets write a byte order mark, which would be part of the first column's name
-        content = path.read_bytes()
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
-        names = _columns(rows.fieldnames or [], columns)
+        text = text_of(path)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
+        names = columns_of(rows.fieldnames or [], columns)
         for row in rows:
             if None in row:
                 raise ValueError(f"line {rows.line_num}: more fields than columns; quote commas")
@@ -111,17 +109,31 @@ def _read(path: Path, columns: Mapping[str, str]) -> tuple[dict[str, Listed], di
     return splits, notes
 
 
-def _delimiter(text: str) -> str:
+def text_of(path: Path) -> str:
+    """Return what a list says, whatever a spreadsheet wrote it in."""
+    # -sig: spreadsheets write a byte order mark, which would be part of the first column's name
+    content = path.read_bytes()
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
+def delimiter_of(text: str) -> str:
     """Return the sign among comma, semicolon, tab and bar that stands most often in the head line."""
     head = text.lstrip("\r\n").partition("\n")[0]
     return max(",;\t|", key=head.count)
 
 
-def _columns(written: Sequence[str], chosen: Mapping[str, str]) -> dict[str, str]:
-    """Return the name of each role's column: the chosen one, else its own, else a usual other one."""
+def columns_of(
+    written: Sequence[str], chosen: Mapping[str, str], *, roles: Sequence[str] = tuple(_COLUMNS)
+) -> dict[str, str]:
+    """Return the name of each role's column: the chosen one, else its own, else a usual other one.
+
+    Raises:
+        ValueError: a column is absent, or two may be it.
+    """
     plain = {name: name.strip().casefold().replace(" ", "_") for name in written if name is not None}
     found = {}
-    for role, others in _COLUMNS.items():
+    for role in roles:
+        others = _COLUMNS[role]
         if role in chosen:
             fitting = [name for name in plain if name.strip() == chosen[role]]
         else:

@@ -43,7 +43,10 @@ _PLAN = ".plan.report"
 
 @dataclass(frozen=True)
 class Conversion:
-    """One folder of tars that was written. notes: what a person should know of it. contents: its pictures."""
+    """One folder of tars that was written. notes: what a person should know of it. contents: its pictures.
+
+    has_targets: whether they have targets beside one class, of which `classes` are the names.
+    """
 
     folder: Path
     classes: tuple[str, ...]
@@ -51,6 +54,7 @@ class Conversion:
     num_rejected: int
     notes: tuple[str, ...] = ()
     contents: Contents = field(default=(), repr=False, compare=False)
+    has_targets: bool = False
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -177,12 +181,13 @@ def _describe(
     if rejects:
         lines = [json.dumps(asdict(reject)) + "\n" for reject in sorted(rejects, key=lambda r: r.path)]
         partial_path(target, "rejects.jsonl").write_text("".join(lines))
-    unlabelled = len(contents) - sum(counts.values())
+    num_targets = sum(report.get("targets", 0) for report in reports)
+    unlabelled = len(contents) - sum(counts.values()) - num_targets
     notes = (f"{unlabelled} of {len(contents)} pictures have no label",) if unlabelled else ()
     if turned := [name for report in reports for name in report.get("turned", ())]:
         text = f"{len(turned)} pictures have an EXIF orientation, which is not applied in training either"
         notes = (*notes, f"{text}; turn their pixels first where that matters ({some(turned)})")
-    return Conversion(target, classes, len(contents), len(rejects), notes, contents)
+    return Conversion(target, classes, len(contents), len(rejects), notes, contents, num_targets > 0)
 
 
 def _write_shards(
@@ -254,6 +259,8 @@ def _digest_of_plan(
     for picture in pictures:
         values = (picture.name, picture.key, picture.class_name, _stamp(picture.path))
         digest.update(repr(values).encode())
+        if picture.target is not None:
+            digest.update(repr((picture.target, _stamp(picture.label_map))).encode())
     return digest.hexdigest()
 
 

@@ -86,7 +86,7 @@ def _plan(
     repeated: list[str] = []
     relabelled: list[str] = []
     for written, class_name in listed:
-        name, file = _resolve(split, written, root)
+        name, file = resolve(split, written, root)
         label = None if class_name is None else class_of[class_name]
         if (place := member_name(name)) in label_of:
             if label_of[place] == label:
@@ -101,7 +101,7 @@ def _plan(
             key += "-2"
         keys.add(key)
         if file is not None and not os.path.isfile(file):
-            plan.absent.append(RejectedFile(name, _why_absent(file)))
+            plan.absent.append(RejectedFile(name, why_absent(file)))
             continue
         plan.pictures.append(Picture(file, name, key, label))
     if relabelled:
@@ -120,8 +120,12 @@ def _plan(
     return plan
 
 
-def _resolve(split: str, written: str, root: Path | None) -> tuple[str, Path | None]:
-    """Return a picture's path inside the image root, and its file; None for a member of an archive."""
+def resolve(split: str, written: str, root: Path | None) -> tuple[str, Path | None]:
+    """Return a picture's path inside the image root, and its file; None for a member of an archive.
+
+    Raises:
+        ValueError: it leads out of the root.
+    """
     name = posixpath.normpath(written)
     if root is not None and posixpath.isabs(name):
         for start in (os.path.abspath(root), os.path.realpath(root)):
@@ -137,11 +141,12 @@ def _resolve(split: str, written: str, root: Path | None) -> tuple[str, Path | N
         if os.path.lexists(root / form):
             return form, root / form
     if "\\" in name:
-        return _resolve(split, name.replace("\\", "/"), root)
+        return resolve(split, name.replace("\\", "/"), root)
     return name, root / name
 
 
-def _why_absent(file: Path) -> str:
+def why_absent(file: Path) -> str:
+    """Return why a listed picture cannot be read."""
     if os.path.islink(file):
         return f"listed, and a link to {os.readlink(file)}, which cannot be reached"
     return "listed, and no regular file" if os.path.exists(file) else "listed, and there is no such file"

@@ -20,7 +20,15 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from selfmask_dist.common.pictures import check_shape, extension_of, is_deep, is_turned, read_picture, to_rgb
+from selfmask_dist.common.pictures import (
+    check_shape,
+    extension_of,
+    is_deep,
+    is_turned,
+    read_label_map,
+    read_picture,
+    to_rgb,
+)
 
 from .options import ConversionOptions
 
@@ -28,13 +36,16 @@ from .options import ConversionOptions
 @dataclass(frozen=True)
 class Picture:
     """A file to convert. name: its path inside the source, as recorded in key.json. path: None where it is a
-    member of an archive. class_name: None where it has no label.
+    member of an archive. class_name: None where it has no label. target: what it is trained towards beside
+    one class, for key.json; None where it is nothing else. label_map: its key.seg.png.
     """
 
     path: Path | None
     name: str
     key: str
     class_name: str | None
+    target: dict[str, Any] | None = None
+    label_map: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,23 +89,29 @@ def write_shard(job: Job) -> dict[str, Any]:
         return done
     rejects: list[RejectedFile] = []
     contents: list[tuple[str, str | None, str]] = []
+    num_targets = 0  # pictures with a target beside one class
     turned: list[str] = []  # by EXIF, which no reader here heeds
     writing = target / f".{name}.writing"
     with open(writing, "wb") as file:
         hashing = _HashingFile(file)
+        found = _encode_all(pictures, options, rejects, num_classes=len(label))
         with TarWriter(hashing, encoder=False, mtime=0, user="", group="", format="PAX_FORMAT") as writer:
-            for picture, extension, data, is_turned in _encode_all(pictures, options, rejects):
+            for picture, extension, data, is_turned, label_map in found:
                 turned += [picture.name] if is_turned else []
                 about = {
                     "class": picture.class_name,
                     "path": picture.name,
                     "crc32": zlib.crc32(data),
+                    **(picture.target or {}),
                 }
                 sample: dict[str, Any] = {"__key__": picture.key, extension: data}
                 if picture.class_name is not None:
                     sample["cls"] = str(label[picture.class_name]).encode()
+                if label_map is not None:
+                    sample["seg.png"] = label_map
                 writer.write(sample | {"json": json.dumps(about).encode()})
                 digest = hashlib.blake2b(data, digest_size=12).hexdigest()
+                num_targets += picture.target is not None
                 contents.append((digest, picture.class_name, picture.name))
         file.flush()
         os.fsync(file.fileno())
@@ -105,6 +122,7 @@ def write_shard(job: Job) -> dict[str, Any]:
         "shard": asdict(shard) if shard.samples else None,
         "counts": counts,
         "contents": contents,
+        "targets": num_targets,
         "turned": turned,
         "rejects": [asdict(reject) for reject in rejects],
     }
@@ -119,14 +137,19 @@ def write_shard(job: Job) -> dict[str, Any]:
 
 
 def _encode_all(
-    pictures: Iterable[tuple[Picture, Read]], options: ConversionOptions, rejects: list[RejectedFile]
-) -> Iterator[tuple[Picture, str, bytes, bool]]:
-    """Yield picture, extension, bytes and whether EXIF would turn it, of the readable ones; the others go to
-    `rejects`, or raise.
+    pictures: Iterable[tuple[Picture, Read]],
+    options: ConversionOptions,
+    rejects: list[RejectedFile],
+    *,
+    num_classes: int,
+) -> Iterator[tuple[Picture, str, bytes, bool, bytes | None]]:
+    """Yield picture, extension, bytes, whether EXIF would turn it, and its label map, of the readable ones;
+    the others go to `rejects`, or raise.
     """
     for picture, data in pictures:
         try:
             extension, encoded, is_turned = _encode(picture.path, data, options)
+            label_map = None if picture.label_map is None else _encode_map(picture, encoded, num_classes)
         except ValueError as error:
             if not options.skip_broken:
                 raise ValueError(
@@ -135,7 +158,7 @@ def _encode_all(
                 ) from error
             rejects.append(RejectedFile(picture.name, str(error)))
             continue
-        yield picture, extension, encoded, is_turned
+        yield picture, extension, encoded, is_turned, label_map
 
 
 def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[str, bytes, bool]:
@@ -165,6 +188,24 @@ def _encode(path: Path | None, data: Read, options: ConversionOptions) -> tuple[
     buffer = io.BytesIO()
     plain.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=options.quality)
     return "jpg", buffer.getvalue(), would_turn
+
+
+def _encode_map(picture: Picture, encoded: bytes, num_classes: int) -> bytes:
+    """Return a picture's label map as PNG, shrunk to the nearest pixels where the picture was shrunk.
+
+    Raises:
+        ValueError: it is not a map of this picture; see `read_label_map`.
+    """
+    assert picture.label_map is not None
+    assert picture.path is not None
+    data = picture.label_map.read_bytes()
+    with Image.open(picture.path) as whole, Image.open(io.BytesIO(encoded)) as kept:
+        labels = read_label_map(data, whole.size, num_classes)
+        if kept.size == whole.size:
+            return data
+        buffer = io.BytesIO()
+        labels.resize(kept.size, Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class _HashingFile:

@@ -32,6 +32,8 @@ from selfmask_dist.runs.folder import run_path
 
 from .restarts import why_not_again
 
+RECORDER_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # what torch calls the place of its flight recorder's dumps
+
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 3.0  # for the other processes to end by themselves after one has
 _LOST_SECONDS = 10.0  # for the process whose loss broke the others to end, with its reason
@@ -40,6 +42,7 @@ _AFTER_FORCED_SECONDS = 5.0  # processes end themselves after checkpoint.stop_se
 _ONE_STOP_SECONDS = 1.0  # two signals so close are one, which came to a group of processes and was passed on
 _DUMP_SECONDS = 1.0
 _NUM_TAIL_LINES = 20
+_MOST_OWN_LOGS = 64
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,11 @@ class _Group:
                 child.send_signal(signum)
 
 
+def recorder_file(stacks: Path) -> str:
+    """Return what `RECORDER_FILE` is to be for a folder of stacks: torch adds the rank to it."""
+    return str(stacks.resolve() / "nccl-rank-")
+
+
 def recorder_environment(run: Path) -> dict[str, str]:
     """Return the variables by which torch keeps its last collectives, and NCCL dumps them where one fails,
     beside the stacks; what this process's environment says already stays.
@@ -300,14 +308,21 @@ def recorder_environment(run: Path) -> dict[str, str]:
     wanted = {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(run.resolve() / names.STACKS / "nccl-rank-"),
+        RECORDER_FILE: recorder_file(run / names.STACKS),
     }
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def log_path(logs: Path, rank: int) -> Path:
-    """Return the file that holds what a rank prints."""
-    return logs / f"rank-{rank}.log"
+def log_path(logs: Path, rank: int, *, num_ranks: int = 1, per_node: int = 1) -> Path:
+    """Return the file that holds what a rank prints.
+
+    Above 64 ranks all of a node share one, `ranks-8-15.log`, but for rank 0: a shared file system bears a
+    thousand open files badly.
+    """
+    if num_ranks <= _MOST_OWN_LOGS or per_node == 1 or rank == 0:
+        return logs / f"rank-{rank}.log"
+    first = rank // per_node * per_node
+    return logs / f"ranks-{first}-{first + per_node - 1}.log"
 
 
 def visible_gpus() -> list[str]:

@@ -67,6 +67,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="SLURM: a cascade as three jobs, its experts as a job array with a task of N nodes for each",
     )
+    parser.add_argument(
+        "--array",
+        action="store_true",
+        help="SLURM: the runs of --seeds and of several --config as the tasks of one array of jobs",
+    )
     parser.add_argument("--wait", action="store_true", help="SLURM: return when the job has ended")
     parser.add_argument(
         "overrides",

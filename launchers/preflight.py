@@ -123,6 +123,8 @@ def _absent(config: Config) -> Iterator[str]:
         yield f"mask.init_from: {first} has no checkpoints; name the folder of a finished run"
     if container and shutil.which(container[0]) is None:
         yield f"launch.container: there is no program {container[0]} on this machine"
+    if config.launch.container_python is not None and not container:
+        yield "launch.container_python is the Python inside of launch.container, and that is not set"
 
 
 def _files(config: Config) -> Iterator[str]:

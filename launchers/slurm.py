@@ -35,6 +35,7 @@ from selfmask_dist.runs.owner import CHAIN_VARIABLE
 from selfmask_dist.runs.submitted import note_jobs
 
 from . import local
+from .binding import bind_near_gpu
 from .chain import chain_of, next_job, restarts_of
 from .requeue import FAILED_NOTE, HUNG_NOTE, Aftermath, job_state, own_job_id, start_notes
 from .snapshot import snapshot_environment, take_snapshot
@@ -58,22 +59,26 @@ class TrainTask:
     submitted: Path | None = None  # where submitit writes
     # what train.accumulate is on the most nodes, and these; None where it stays as it is on any number
     accumulate_on_most: tuple[int, int] | None = None
+    python: str | None = None  # in the container; None where it is this one
+    bind: bool = False  # to the CPUs near its GPU
+    stacks: Path | None = None  # where NCCL writes, for a task of an array, whose script says it for all
 
     def __call__(self) -> None:
         place = rank_environment(os.environ, master_port=self.master_port)
         threads = str(self.threads or os.environ.get("OMP_NUM_THREADS", 1))
-        command = [
-            *(*self.container, sys.executable, "-m", "selfmask_dist.cli", "train"),
-            *self.train_arguments,
-            *self._micro_steps(place),
-        ]
+        command = self.command(place)
         self.logs.mkdir(parents=True, exist_ok=True)
         rank, notes = int(place["RANK"]), start_notes(self.logs, os.environ)
-        log_file = local.log_path(self.logs, rank)
+        num_ranks, per_node = int(place["WORLD_SIZE"]), int(place["LOCAL_WORLD_SIZE"])
+        log_file = local.log_path(self.logs, rank, num_ranks=num_ranks, per_node=per_node)
         with open(log_file, "ab") as log:
             log.write(f"---- start {place['SELFMASK_RESTARTS']} of job {own_job_id(os.environ)}\n".encode())
+            if self.bind and (bound := bind_near_gpu(int(place["LOCAL_RANK"]), os.environ)):
+                log.write(f"{bound}\n".encode())
             log.flush()
             variables = {**place, "OMP_NUM_THREADS": threads, FOLDER_VARIABLE: str(notes.folder)}
+            if self.stacks is not None:
+                variables[local.RECORDER_FILE] = local.recorder_file(self.stacks)
             if "SLURM_ARRAY_TASK_ID" not in os.environ:
                 variables[CHAIN_VARIABLE] = chain_of(os.environ)
             process = subprocess.Popen(
@@ -102,8 +107,14 @@ class TrainTask:
         if status == 0:
             return
         print(f"rank {rank} ended with status {status}", file=sys.stderr, flush=True)
-        end.settle(status, rank=rank, num_ranks=int(place["WORLD_SIZE"]))
+        end.settle(status, rank=rank, num_ranks=num_ranks)
         sys.exit(status if status > 0 else 128 - status)
+
+    def command(self, place: Mapping[str, str]) -> list[str]:
+        """Return what starts the training process, in its container where there is one."""
+        python = self.python or sys.executable
+        train = [*self.container, python, "-m", "selfmask_dist.cli", "train"]
+        return [*train, *self.train_arguments, *self._micro_steps(place)]
 
     def _micro_steps(self, place: Mapping[str, str]) -> list[str]:
         """Return the override that lets a process on fewer nodes hold no more images at once than on most."""
@@ -204,12 +215,15 @@ def submit(
                 # a job that others wait for (afterok) must not end without being requeued
                 "requeue" if experts_array else config.launch.requeue,
                 run / "slurm",
-                _accumulate_on_most(config, num_nodes, least_nodes),
+                accumulate_on_most(config, num_nodes, least_nodes),
+                config.launch.container_python,
+                config.launch.bind and bool(config.launch.gpus_per_node),
+                own_stacks(config, folder) if len(job.folders) > 1 else None,
             )
             for index, folder in enumerate(job.folders)
         ]
         nodes = node_range(num_nodes, least_nodes)
-        executor = _executor(config, run / "slurm", nodes, after=after)
+        executor = make_executor(config, run / "slurm", nodes, after=after)
         submitted = executor.map_array(TrainTask.__call__, tasks)
         after = str(submitted[0].job_id).partition("_")[0]
         ids.append(after)
@@ -230,7 +244,7 @@ def batch_scripts(
     scripts, after, folder = [], "", run_path(config).resolve() / "slurm"
     for job in jobs_of(config, experts_array=experts_array):
         nodes = node_range(num_nodes, least_nodes)
-        executor = _executor(config, folder, nodes, after=after, is_dry=True)
+        executor = make_executor(config, folder, nodes, after=after, is_dry=True)
         if len(job.folders) > 1:
             executor.parameters["map_count"] = len(job.folders)
         scripts.append(str(executor._make_submission_file_text("<task>", "dry-run")))
@@ -238,7 +252,20 @@ def batch_scripts(
     return "\n".join(scripts)
 
 
-def _accumulate_on_most(config: Config, most: int, least: int | None) -> tuple[int, int] | None:
+def own_stacks(config: Config, folder: Path) -> Path | None:
+    """Return the folder, which is made, where NCCL writes for one task of an array.
+
+    None where there are no GPUs, or the configuration says itself where it writes.
+    """
+    if not config.launch.gpus_per_node or local.RECORDER_FILE in config.launch.environment:
+        return None
+    stacks = folder / names.STACKS
+    stacks.mkdir(parents=True, exist_ok=True)
+    return stacks
+
+
+def accumulate_on_most(config: Config, most: int, least: int | None) -> tuple[int, int] | None:
+    """Return `train.accumulate` and the most nodes, where fewer nodes are to take more micro-steps."""
     if least is None:
         return None
     if config.objective.name not in ACCUMULATING:
@@ -301,7 +328,7 @@ def wait_for(job_id: str, run: Path) -> int:
         job_id = following
 
 
-def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_dry: bool = False) -> Any:
+def make_executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_dry: bool = False) -> Any:
     """Return submitit's executor of a job.
 
     Args:
@@ -315,26 +342,29 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
     submitit = require("submitit", "submitit", needed_by="--cluster slurm")
 
     launch = config.launch
+    is_range = "-" in nodes
+    per_node, cpus = launch.processes_per_node or launch.gpus_per_node or 1, launch.cpus_per_process
     srun = ["--kill-on-bad-exit=1"]
-    if launch.cpus_per_process:  # since Slurm 22.05 srun no longer takes it from the job
-        srun.append(f"--cpus-per-task={launch.cpus_per_process}")
+    if cpus or is_range:  # since Slurm 22.05 srun no longer takes it from the job
+        srun.append(f"--cpus-per-task={cpus or 1}")
     srun += srun_options(launch.srun)
     recorder = local.recorder_environment(folder.parent) if launch.gpus_per_node else {}
     variables = {**recorder, **launch.environment}
     if launch.snapshot:
         variables |= snapshot_environment(folder.parent)
     exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
-    per_node = launch.processes_per_node or launch.gpus_per_node or 1
-    if "-" in nodes:  # sbatch counts tasks for the least number of nodes, and srun would start no more
+    if is_range:  # what srun starts: the job asks for one task of all these processes' CPUs on each node
         exports.append(f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {per_node}))")
         exports.append("export SLURM_NPROCS=$SLURM_NTASKS")
         exports.append("export SLURM_NNODES=$SLURM_JOB_NUM_NODES")
+        exports.append(f"export SLURM_NTASKS_PER_NODE={per_node}")
     more = {"dependency": f"afterok:{after}", "kill_on_invalid_dep": "yes"} if after else {}
-    more |= {"nodes": nodes} if "-" in nodes else {}  # over submitit's own, which it counts tasks by
+    more |= {"nodes": nodes} if is_range else {}  # over submitit's own, which it counts tasks by
     options: dict[str, Any] = {
         "job_name": config.run.name,
         "nodes": int(nodes.rpartition("-")[2]),
-        "ntasks_per_node": per_node,
+        # with a number of tasks, sbatch counts them on the least number of nodes, and SLURM gives no more
+        "ntasks_per_node": None if is_range else per_node,
         "time": max(round(launch.hours * 60), 1),
         "signal_delay_s": launch.signal_seconds,
         "partition": launch.partition,
@@ -342,7 +372,7 @@ def _executor(config: Config, folder: Path, nodes: str, *, after: str = "", is_d
         "qos": launch.qos,
         "constraint": launch.constraint,
         "gpus_per_node": launch.gpus_per_node,
-        "cpus_per_task": launch.cpus_per_process,
+        "cpus_per_task": per_node * (cpus or 1) if is_range else cpus,
         "mem": f"{launch.memory_gb}GB" if launch.memory_gb else None,
         "exclusive": launch.exclusive or None,
         "mail_user": launch.mail,

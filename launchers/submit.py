@@ -3,9 +3,9 @@
     python launchers/submit.py --nodes 2 --config configs/supervised_rn18.yaml data.train=shards/train \\
         data.test=shards/test
 
-With `--seeds 0,1,2`, or several `--config`, it starts a run for each: a job each on a cluster, one after
-the other here. The configuration and what can be seen to fail later are checked before anything starts.
-Knows nothing of training.
+With `--seeds 0,1,2`, or several `--config`, it starts a run for each: a job each on a cluster (with `--array`
+a task each of one job), one after the other here. The configuration and what can be seen to fail later are
+checked before anything starts. Knows nothing of training.
 """
 
 import argparse
@@ -131,7 +131,9 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
     """
     cluster = options.cluster
     if options.experts_array:
-        _check_array(runs, cluster)
+        _check_experts_array(runs, cluster)
+    if options.array:
+        _check_array(runs, options)
     _preflight(runs, cluster, options)
     if options.dry_run:
         _show(runs, cluster, options)
@@ -147,32 +149,36 @@ def submit(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
     for pictures in dict.fromkeys(one for run in runs for one in run.pictures):
         convert(pictures)
     if cluster == "slurm" and runs:
-        from . import slurm
-
-        for run in runs:
-            least = options.least_nodes
-            at_least = "" if least is None else f" (or fewer nodes, at least {least})"
-            print(in_short(run.config, options.nodes) + at_least, file=sys.stderr)
-            if options.plan_seconds and run.config.launch.gpus_per_node:
-                print(_plan(run, cluster, options, "--line"), file=sys.stderr)
-        jobs = [
-            slurm.submit(
-                run.config,
-                num_nodes=options.nodes,
-                least_nodes=options.least_nodes,
-                train_arguments=run.arguments,
-                experts_array=options.experts_array,
-            )
-            for run in runs
-        ]
-        folders = [run_path(run.config) for run in runs]
-        return max(map(slurm.wait_for, jobs, folders)) if options.wait else 0
+        return _submit_to_slurm(runs, options)
     statuses = []
     for run in runs:
         statuses.append(_run_here(run, options.nodes))
         if statuses[-1] in _ASKED_TO_STOP:
             return statuses[-1]
     return next((status for status in statuses if status), 0)
+
+
+def _submit_to_slurm(runs: Sequence[PlannedRun], options: argparse.Namespace) -> int:
+    from . import array, slurm
+
+    nodes = {"num_nodes": options.nodes, "least_nodes": options.least_nodes}
+    for run in runs:
+        least = options.least_nodes
+        at_least = "" if least is None else f" (or fewer nodes, at least {least})"
+        print(in_short(run.config, options.nodes) + at_least, file=sys.stderr)
+        if options.plan_seconds and run.config.launch.gpus_per_node:
+            print(_plan(run, "slurm", options, "--line"), file=sys.stderr)
+    if options.array:
+        jobs = array.submit_array([(run.config, run.arguments) for run in runs], **nodes)
+    else:
+        jobs = [
+            slurm.submit(
+                run.config, train_arguments=run.arguments, experts_array=options.experts_array, **nodes
+            )
+            for run in runs
+        ]
+    folders = [run_path(run.config) for run in runs]
+    return max(map(slurm.wait_for, jobs, folders)) if options.wait else 0
 
 
 def in_short(config: Config, num_nodes: int) -> str:
@@ -189,7 +195,17 @@ def in_short(config: Config, num_nodes: int) -> str:
     )
 
 
-def _check_array(runs: Sequence[PlannedRun], cluster: str) -> None:
+def _check_array(runs: Sequence[PlannedRun], options: argparse.Namespace) -> None:
+    if options.cluster != "slurm":
+        raise ValueError("--array makes a SLURM job; on this machine runs are made one after the other")
+    if options.experts_array:
+        raise ValueError("--array and --experts-array: an array of arrays there is not; leave one out")
+    from .array import check_array
+
+    check_array([run.config for run in runs])
+
+
+def _check_experts_array(runs: Sequence[PlannedRun], cluster: str) -> None:
     if cluster != "slurm":
         raise ValueError("--experts-array makes SLURM jobs; on this machine groups of processes do the same")
     for run in runs:
@@ -225,8 +241,15 @@ def _show(runs: Sequence[PlannedRun], cluster: str, options: argparse.Namespace)
     planned: set[str] = set()
     for folder in dict.fromkeys(folder for run in runs for folder in run.pictures):
         print(f"# {folder}")
+    if options.array:
+        from .array import array_script
+
+        configs = [run.config for run in runs]
+        print(array_script(configs, num_nodes=options.nodes, least_nodes=options.least_nodes))
     for run in runs:
-        if cluster == "slurm":
+        if options.array:
+            pass  # the script above is that of all
+        elif cluster == "slurm":
             from . import slurm
 
             scripts = slurm.batch_scripts(

@@ -14,7 +14,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,8 +67,20 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def payloads() -> dict[str, dict[str, Payload]]:
+def _on(route: str, sent: bytes) -> bytes:
+    """Return a request of `/embed` as one of another route."""
+    return sent.replace(b"POST /embed?", b"POST /%s?" % route.encode(), 1)
+
+
+def payloads(route: str = "embed") -> dict[str, dict[str, Payload]]:
     """Return, by kind, what is sent by those who ask for too much or in no right way."""
+    return {
+        kind: {name: replace(one, sent=_on(route, one.sent)) for name, one in choice.items()}
+        for kind, choice in _payloads().items()
+    }
+
+
+def _payloads() -> dict[str, dict[str, Payload]]:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     png, jpeg = _encoded(noise), _encoded(noise, "JPEG", progressive=True)
@@ -115,8 +127,8 @@ def payloads() -> dict[str, dict[str, Payload]]:
 
 
 class _Crowd:
-    def __init__(self, port: int) -> None:
-        self._port, self.report = port, Report()
+    def __init__(self, port: int, route: str) -> None:
+        self._port, self._route, self.report = port, route, Report()
         self._rng = random.Random(0)
 
     async def stalled(self, turn: int) -> None:
@@ -124,7 +136,7 @@ class _Crowd:
         reads = turn % 16 != 15
         starts = (b"", _HEAD, _post(b"a" * 1000, length=10**6))
         reader, writer = await self._connect(is_narrow=not reads)
-        writer.write(starts[turn % 3] if reads else _QUESTION * 1000)
+        writer.write(_on(self._route, starts[turn % 3]) if reads else _QUESTION * 1000)
         await writer.drain()
         if reads:
             await self._until_closed("stalled", reader)
@@ -136,8 +148,8 @@ class _Crowd:
         """Send a byte now and then, of a head or of a body."""
         reader, writer = await self._connect()
         if turn % 2:
-            writer.write(_post(b"", length=10**6))
-        writer.write(b"" if turn % 2 else _HEAD + b"A: ")
+            writer.write(_on(self._route, _post(b"", length=10**6)))
+        writer.write(b"" if turn % 2 else _on(self._route, _HEAD) + b"A: ")
 
         async def dribble() -> None:
             while True:
@@ -217,8 +229,8 @@ class _Crowd:
         self.report.add("not reading", "cut off", time.monotonic() - start)
 
 
-async def _all(port: int, pipe: Connection) -> Report:
-    crowd, asking = _Crowd(port), payloads()
+async def _all(port: int, pipe: Connection, route: str) -> Report:
+    crowd, asking = _Crowd(port, route), payloads(route)
     pipe.send("ready")
     tasks = [crowd.keep_going(crowd.stalled, turn) for turn in range(NUM_STALLED)]
     tasks += [crowd.keep_going(crowd.slow, turn) for turn in range(NUM_SLOW)]
@@ -233,6 +245,6 @@ async def _all(port: int, pipe: Connection) -> Report:
     return crowd.report
 
 
-def run_crowd(port: int, pipe: Connection) -> None:
+def run_crowd(port: int, pipe: Connection, route: str = "embed") -> None:
     """Say "ready", keep all bad clients going until something comes through the pipe, and send a `Report`."""
-    pipe.send(asyncio.run(_all(port, pipe)))
+    pipe.send(asyncio.run(_all(port, pipe, route)))

@@ -18,15 +18,18 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.faults.service_crowd import NUM_SLOW, NUM_STALLED, Report, run_crowd
 from benchmarks.harness import Benchmark
+from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
 from selfmask_dist.data.views.decode import decode
 from tests.cli.served import MASKS, Served, write_service
@@ -39,11 +42,22 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Question:
-    """A picture, the mask that is asked for, and the right answer."""
+    """A picture, what is asked, and the right answer: `numbers` under `key`."""
 
     data: bytes
-    mask: str | None
-    embedding: np.ndarray
+    path: str
+    key: str
+    numbers: np.ndarray
+
+    def problem(self, text: bytes) -> str:
+        """Return what is wrong with an answer of status 200; nothing where it is right."""
+        answer = json.loads(text)
+        difference = np.abs(np.array(answer[self.key]) - self.numbers).max()
+        if not difference <= TOLERANCE:
+            return f"{self.key} of {self.path} differ by {difference:.3g}"
+        if "top" in answer and answer["top"][0]["index"] != int(self.numbers.argmax()):
+            return f"the first class of {self.path} is {answer['top'][0]}"
+        return ""
 
 
 @dataclass
@@ -66,19 +80,25 @@ class Tally:
 def write_questions(folder: Path) -> list[Question]:
     """Write what the service is started with; returns pictures of several kinds with right answers."""
     bank, preprocessing = write_service(folder)
-    transform, rng = eval_transform(preprocessing), np.random.default_rng(0)
     questions = []
+    for data, image in pictures(preprocessing):
+        for mask in (*MASKS, None):
+            path = "/embed" if mask is None else f"/embed?mask={mask}"
+            embedding = bank.embed(image[None], mask)[0].numpy()
+            questions.append(Question(data, path, "embedding", embedding))
+    return questions
+
+
+def pictures(preprocessing: Preprocessing) -> Iterator[tuple[bytes, Tensor]]:
+    """Yield pictures of several kinds and sizes, and the images that the encoder sees."""
+    transform, rng = eval_transform(preprocessing), np.random.default_rng(0)
     for number in range(NUM_PICTURES):
         height, width = rng.integers(100, 700, size=2)
         small = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
         out = BytesIO()
         picture = Image.fromarray(small).resize((int(width), int(height)))
         picture.save(out, ("JPEG", "PNG", "WEBP")[number % 3])
-        image = transform(decode(out.getvalue()), np.random.default_rng(0))[0]
-        for mask in (*MASKS, None):
-            embedding = bank.embed(image[None], mask)[0].numpy()
-            questions.append(Question(out.getvalue(), mask, embedding))
-    return questions
+        yield out.getvalue(), transform(decode(out.getvalue()), np.random.default_rng(0))[0]
 
 
 class WellBehaved:
@@ -123,16 +143,14 @@ class WellBehaved:
     def _ask(self, connection: http.client.HTTPConnection, question: Question) -> str:
         """Return what is wrong with the answer to a question; nothing for a right one."""
         try:
-            path = "/embed" if question.mask is None else f"/embed?mask={question.mask}"
-            connection.request("POST", path, question.data)
+            connection.request("POST", question.path, question.data)
             answer = connection.getresponse()
             text = answer.read()
         except (OSError, http.client.HTTPException) as error:
             return f"{type(error).__name__}: {error}"
         if answer.status != 200:
             return f"{answer.status} {text[:200]!r}"
-        difference = np.abs(np.array(json.loads(text)["embedding"]) - question.embedding).max()
-        return "" if difference <= TOLERANCE else f"the embedding differs by {difference:.3g}"
+        return question.problem(text)
 
 
 class Memory:
@@ -174,9 +192,22 @@ class Outcome:
     errors: str
 
 
-def soak(folder: Path, seconds: float) -> Outcome:
-    """Start the service; calm, storm, calm; stop it."""
-    questions = write_questions(folder)
+def soak(
+    folder: Path,
+    seconds: float,
+    *,
+    write: Callable[[Path], list[Question]] = write_questions,
+    route: str = "embed",
+    then: Callable[[Served, list[Question]], None] | None = None,
+) -> Outcome:
+    """Start the service; calm, storm, calm; stop it.
+
+    Args:
+        write: writes what the service is started with; what well-behaved clients ask.
+        route: that bad clients ask.
+        then: done before the service is stopped.
+    """
+    questions = write(folder)
     minute = min(60.0, seconds / 2)
     with Served(folder) as served:
         clients = WellBehaved(served.port, questions)
@@ -186,7 +217,9 @@ def soak(folder: Path, seconds: float) -> Outcome:
             calm = clients.run(seconds / 5)
             before = memory.now()
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
-            crowd = multiprocessing.get_context("spawn").Process(target=run_crowd, args=(served.port, theirs))
+            crowd = multiprocessing.get_context("spawn").Process(
+                target=run_crowd, args=(served.port, theirs, route)
+            )
             crowd.start()
             assert ours.recv() == "ready"
             time.sleep(10)  # until all of them are there
@@ -198,6 +231,8 @@ def soak(folder: Path, seconds: float) -> Outcome:
             report: Report = ours.recv()
             crowd.join()
             after = clients.run(seconds / 5)
+            if then is not None:
+                then(served, questions)
         left = served.num_files() - files
         return Outcome(
             calm=Tally(calm.seconds + after.seconds, calm.wrong + after.wrong),
@@ -211,13 +246,8 @@ def soak(folder: Path, seconds: float) -> Outcome:
         )
 
 
-def main() -> int:
-    bench = Benchmark("service_soak", __doc__)
-    bench.parser.add_argument("--seconds", type=float, help="of the storm: 300, or 20 with --quick")
-    options = bench.parse()
-    seconds = options.seconds or (20 if options.quick else 300)
-    with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), seconds)
+def report_figures(bench: Benchmark, found: Outcome, seconds: float) -> None:
+    """Record what a soak found, and what is promised of it."""
     calm, storm, report = found.calm, found.storm, found.report
     for problem in [*calm.wrong, *storm.wrong][:20]:
         print(problem, file=sys.stderr)
@@ -251,6 +281,16 @@ def main() -> int:
     bench.figure("files_left_open", found.files_left, max=NUM_SLOW)
     bench.figure("lines_of_errors", len(found.errors.splitlines()), max=0)
     bench.figure("seconds_to_stop", found.stop_seconds, max=5)
+
+
+def main() -> int:
+    bench = Benchmark("service_soak", __doc__)
+    bench.parser.add_argument("--seconds", type=float, help="of the storm: 300, or 20 with --quick")
+    options = bench.parse()
+    seconds = options.seconds or (20 if options.quick else 300)
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), seconds)
+    report_figures(bench, found, seconds)
     return bench.finish()
 
 

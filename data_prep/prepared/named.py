@@ -2,8 +2,8 @@
 
     ROOT/originals/NAME/   what is downloaded, or put there by hand     ROOT/NAME/SPLIT/   the tars
 
-torchvision downloads and checks what it knows. What has to be asked for, or is too large to fetch by the way,
-is put there by hand; a message says which file goes where. Splits are the publishers'.
+torchvision downloads and checks what it knows, `archives` what its publishers have; what cannot be downloaded
+is put there by hand, and a message says which file goes where. Splits are the publishers'.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..options import OptionValues
 from ..shards import Conversion
 from ..sun397 import convert_sun397
 from ..torchvision_dataset import convert_torchvision
+from .archives import Archive, bring_archives
 from .once import is_described, make_index
 
 ORIGINALS = "originals"
@@ -46,7 +47,26 @@ def _torchvision(name: str, *splits: str) -> Callable[[Path, Path, OptionValues]
     return convert
 
 
+_SUN397 = (
+    Archive("https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip", "Partitions"),
+    # checksums are those of torchvision
+    Archive(
+        "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz",
+        "SUN397",
+        "8ca2778205c41d23104230ba66911c7a",
+    ),
+)
+_INAT_PLACE = "https://ml-inat-competition-datasets.s3.amazonaws.com/2021/"
+_INATURALIST = (
+    Archive(f"{_INAT_PLACE}train.json.tar.gz", "train.json"),
+    Archive(f"{_INAT_PLACE}val.json.tar.gz", "val.json"),
+    Archive(f"{_INAT_PLACE}val.tar.gz", "val", "f6f6e0e242e3d4c9569ba56400938afc"),
+    Archive(f"{_INAT_PLACE}train.tar.gz", "train", "e0526d53c7f7b2e3167b2b43bb2690ed"),
+)
+
+
 def _sun397(originals: Path, out: Path, options: OptionValues) -> list[Conversion]:
+    bring_archives(_SUN397, originals)
     return convert_sun397(originals / "SUN397", out, lists=originals / "Partitions", **options)
 
 
@@ -56,6 +76,7 @@ def _frames(originals: Path, out: Path, options: OptionValues) -> list[Conversio
 
 def _inaturalist(max_classes: int | None) -> Callable[[Path, Path, OptionValues], list[Conversion]]:
     def convert(originals: Path, out: Path, options: OptionValues) -> list[Conversion]:
+        bring_archives(_INATURALIST, originals)
         train, val = originals / "train.json", originals / "val.json"
         # the published test split has no labels: everybody measures on the validation split
         return convert_inaturalist(originals, out, train=train, test=val, max_classes=max_classes, **options)
@@ -64,8 +85,8 @@ def _inaturalist(max_classes: int | None) -> Callable[[Path, Path, OptionValues]
 
 
 _INAT_FILES = (
-    "train.json and val.json, of train.json.tar.gz and val.json.tar.gz",
-    "train/ and val/, of train.tar.gz (224 GB) and val.tar.gz (8 GB)",
+    "train.json.tar.gz and val.json.tar.gz, or train.json and val.json of them",
+    "train.tar.gz (224 GB) and val.tar.gz (8 GB), or train/ and val/ of them",
     "all from https://github.com/visipedia/inat_comp/tree/master/2021",
 )
 _BOTH = ("train", "test")
@@ -118,8 +139,8 @@ SETS = {
         "397 scenes, the first of ten partitions",
         _BOTH,
         (
-            "SUN397/, of SUN397.tar.gz",
-            "Partitions/, of Partitions.zip, with Training_01.txt and Testing_01.txt",
+            "SUN397.tar.gz (39 GB), or SUN397/ of it",
+            "Partitions.zip, or Partitions/ of it, with Training_01.txt and Testing_01.txt",
             "both from https://vision.princeton.edu/projects/2010/SUN/",
         ),
         _sun397,

@@ -8,7 +8,7 @@ process groups.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,18 @@ from selfmask_dist.common.names import DISPATCHER, ROUTER, expert
 from selfmask_dist.maskfile import Mask, MaskFile, MaskFileError
 from selfmask_dist.maskfile.bank import MaskBank
 from selfmask_dist.maskfile.rows import StoredMask
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the router sent an image. expert: its number. shares: of each expert's cluster, summing to 1."""
+
+    expert: int
+    shares: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return {"expert": self.expert, "shares": list(self.shares)}
 
 
 class Cascade:
@@ -56,14 +68,42 @@ class Cascade:
         Raises:
             ValueError: another mode.
         """
-        if mode not in (*self.combinations, DISPATCHER):
-            known = ", ".join((*self.combinations, DISPATCHER))
-            raise ValueError(f"this cascade has no mode {mode!r}; it has {known}")
+        self._check(mode)
         features = self._encode(DISPATCHER, images)
         if mode == DISPATCHER:
             return features
+        return self._combined(images, features, self.router.to(images.device).assign(features), mode)
+
+    @torch.no_grad()
+    def routed(self, images: Tensor, *, mode: str = "conditional") -> tuple[Tensor, list[Route]]:
+        """Return the embeddings (n, dim) of `embed`, and where the router sent each image.
+
+        The shares are the router's probabilities: zeros and ones where it is k-means. In modes that use all
+        experts the route says which cluster an image is nearest to.
+
+        Raises:
+            ValueError: another mode.
+        """
+        self._check(mode)
+        features = self._encode(DISPATCHER, images)
+        router = self.router.to(images.device)
+        clusters = router.assign(features)
+        routes = [
+            Route(expert, tuple(shares))
+            for expert, shares in zip(clusters.tolist(), router.probabilities(features).tolist(), strict=True)
+        ]
+        if mode == DISPATCHER:
+            return features, routes
+        return self._combined(images, features, clusters, mode), routes
+
+    def _check(self, mode: str) -> None:
+        if mode not in (*self.combinations, DISPATCHER):
+            known = ", ".join((*self.combinations, DISPATCHER))
+            raise ValueError(f"this cascade has no mode {mode!r}; it has {known}")
+
+    def _combined(self, images: Tensor, features: Tensor, clusters: Tensor, mode: str) -> Tensor:
+        """Return the embeddings of a mode, of the dispatcher's and the clusters (n,)."""
         combination = self.combinations[mode].to(images.device)
-        clusters = self.router.to(images.device).assign(features)
         if combination.needs_all_experts:
             experts = [self._encode(expert(k), images) for k in range(self.router.num_clusters)]
             return combination.transform(features, experts, clusters)

@@ -24,6 +24,7 @@ from selfmask_dist.common.text import count, positive, some
 BACKBONE = "timm:vit_small_patch14_dinov2.lvd142m"
 # runs by name, and their optim.score_reach; the next one is made where this one is no better than frozen
 RUNS = {"adapt": "auto", "adapt-lower": 0.3, "adapt-lowest": 0.1}
+_ASKED_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _BATCH, _EPOCHS = 128, 8  # the defaults of objective.name=nbd
 _FEWEST_STEPS = 100
 
@@ -63,9 +64,12 @@ def _adapt(options: argparse.Namespace) -> int:
         raise ValueError(f"{photos} is no folder; give one with pictures in it")
     out = Path(options.out or Path("runs") / f"{photos.resolve().name}-adapted")
     shards, number = prepare(photos, out / "shards")
-    backbone = options.backbone or (site.given.values.get("backbone") or {}).get("name") or BACKBONE
-    places = (("data.train", shards), ("run.dir", out), ("backbone.name", backbone))
-    shared = [f"{key}={flow(str(value))}" for key, value in places]
+    # the configuration that ships names another backbone and its size, and would win over the site's
+    backbone = {"name": options.backbone} if options.backbone else site.given.values.get("backbone") or {}
+    backbone = {"name": BACKBONE, **backbone}
+    places = {"data.train": str(shards), "run.dir": str(out)}
+    places |= {f"backbone.{key}": value for key, value in backbone.items()}
+    shared = [f"{key}={flow(value)}" for key, value in places.items()]
     # a batch of 128 pictures of 224 pixels at once would not fit into a laptop; the result is the same
     micro_steps = f"train.accumulate={max(4 // options.nodes, 1)}"
     rates = ("optim.score_lr", "optim.score_reach", "optim.score_lr_choices")
@@ -81,6 +85,8 @@ def _adapt(options: argparse.Namespace) -> int:
         place.append(f"--site={site.path or 'none'}")
         launch = ["launch", *place, "--config", "nbd", *shared, *settings, *options.words]
         if status := _selfmask(*launch):
+            if status in _ASKED_TO_STOP:
+                print("the same command again goes on where it was stopped", flush=True)
             return status
         if not (folder / names.RESULT).exists():
             print(f"submitted; `selfmask status {folder}` follows it, and the same command again goes on")

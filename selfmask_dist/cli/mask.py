@@ -113,6 +113,14 @@ def _add_with_backbone(actions: Any) -> None:
     delta.add_argument("source", type=Path, metavar="RUN", help="a fine-tuning run's folder, or weights")
     delta.add_argument("--out", "-o", type=Path, required=True, metavar="FILE")
     _add_config(delta, "of a run on the frozen network; else the one in RUN")
+    delta.add_argument("--half", action="store_true", help="keep biases and gains in float16")
+    delta.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="PICTURES",
+        help="fit sizes, biases and gains on so many of the run's training pictures (default: none)",
+    )
     delta.set_defaults(command=_delta)
 
     shrink = actions.add_parser(
@@ -296,7 +304,15 @@ def _export(options: argparse.Namespace) -> None:
     size = {} if config.backbone.image_size is None else {"img_size": config.backbone.image_size}
     takes_size = config.backbone.name.startswith("timm:vit")
     kwargs = {**(size if takes_size else {}), **config.backbone.kwargs}
-    for path in export(options.out, name, mask, file, build_backbone(config), kwargs=kwargs):
+    for path in export(
+        options.out,
+        name,
+        mask,
+        file,
+        build_backbone(config),
+        kwargs=kwargs,
+        is_whole=not config.backbone.remove and config.backbone.activations == "library",
+    ):
         print(path)
 
 
@@ -333,7 +349,10 @@ def _import(options: argparse.Namespace) -> None:
 def _delta(options: argparse.Namespace) -> None:
     from selfmask_dist.models.deltas import import_delta
 
-    print(import_delta(options.source, options.out, config=options.config).describe())
+    found = import_delta(
+        options.source, options.out, config=options.config, half=options.half, pictures=options.calibrate
+    )
+    print(found.describe())
 
 
 def _shrink(options: argparse.Namespace) -> None:

@@ -89,21 +89,43 @@ def _bank(options: argparse.Namespace) -> tuple[Any, Any]:
     backbone = build_backbone(_config(options))
     bank = MaskBank(backbone.encoder.to(device))
     for path in options.masks:
-        bank.add(_name_of(path), path)
+        if not _is_cascade(path):
+            bank.add(_name_of(path), path)
     return bank, backbone.spec.preprocessing
 
 
 def _name_of(path: Path) -> str:
-    return path.parent.name if path.name == names.MASK else path.stem
+    return path.parent.name if path.name in (names.MASK, names.CASCADE_MASK) else path.stem
+
+
+def _is_cascade(path: Path) -> bool:
+    from selfmask_dist.maskfile.file import read_about
+
+    return any(name.startswith(f"{names.ROUTER}.") for name in read_about(path, with_tensors=True).tensors)
+
+
+def _cascades(options: argparse.Namespace, bank: Any) -> dict[str, Any]:
+    """Load the cascades among the files into the bank; return them by the names they are served under."""
+    from selfmask_dist.cli.service.routes import add_cascade
+
+    found: dict[str, Any] = {}
+    for path in filter(_is_cascade, options.masks):
+        found |= add_cascade(bank, path, _name_of(path))
+    return found
 
 
 def _models(options: argparse.Namespace) -> dict[str, Any]:
-    """Return heads and class names of the masks that came with them, by the masks' names in the bank."""
+    """Return heads and class names that came with masks and cascades, by the names these are served under."""
+    from selfmask_dist.cli.service.routes import heads_of
     from selfmask_dist.maskfile.file import read_about
 
-    found = {}
+    found: dict[str, Any] = {}
     for path in options.masks:
-        for model in read_about(path).models.values():
+        models = read_about(path).models
+        if _is_cascade(path):
+            found |= heads_of(_name_of(path), models)
+            continue
+        for model in models.values():
             if model.head is not None:  # a file in a bank holds one mask
                 found[_name_of(path)] = model
     return found
@@ -170,12 +192,12 @@ def _serve(options: argparse.Namespace) -> None:
             f"the service needs starlette and uvicorn ({error}): pip install -e '.[serve]'"
         ) from error
     bank, preprocessing = _bank(options)
-    models = _models(options)
-    server = make_server(
-        create_app(bank, preprocessing, limits, models), limits, host=options.host, port=options.port
-    )
+    cascades, models = _cascades(options, bank), _models(options)
+    app = create_app(bank, preprocessing, limits, models, cascades)
+    server = make_server(app, limits, host=options.host, port=options.port)
     # what PIL finds odd in a client's picture is the client's to know
     warnings.filterwarnings("ignore", module=r"PIL\.")
     heads = f", {len(models)} of them with classes," if models else ""
-    print(f"serving {len(bank)} masks{heads} on {options.host}:{options.port}", flush=True)
+    routed = f" and {len(cascades)} modes of cascades" if cascades else ""
+    print(f"serving {len(bank)} masks{routed}{heads} on {options.host}:{options.port}", flush=True)
     server.run()

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from selfmask_dist.runs.ending.notes import failed_ranks
 from selfmask_dist.runs.status import COLUMNS, memory_of_ranks, read_status, stages_of, stragglers
 from selfmask_dist.runs.submitted import waiting
 
+_RANKS = re.compile(r"\d+")
 _NUMBERS = ("step", "loss", "images/s", "restarts", "size")  # columns that are aligned to the right
 
 
@@ -81,14 +83,16 @@ def _logs(options: argparse.Namespace) -> int:
     folder = Path(options.run) / names.LOGS
     failed = failed_ranks(folder) if options.rank is None else {}
     rank = options.rank if options.rank is not None else next(iter(failed), 0)
-    path = folder / f"rank-{rank}.log"
+    path = _log_of(folder, rank)
     job = waiting(Path(options.run))
     if not path.exists() and job is not None:
         raise ValueError(f"there is no {path} yet: the run {job}")
     if not path.exists():
-        known = sorted(int(found.stem.partition("-")[2]) for found in folder.glob("rank-*.log"))
-        there = f"there are ranks {', '.join(map(str, known))}" if known else "there are no logs"
-        raise ValueError(f"there is no {path}; {there}")
+        known = sorted((int(_RANKS.findall(found.stem)[0]), found) for found in folder.glob("rank*-*.log"))
+        ranks = ", ".join("-".join(_RANKS.findall(found.stem)) for _, found in known)
+        raise ValueError(
+            f"there is no {path}; {f'there are ranks {ranks}' if known else 'there are no logs'}"
+        )
     with open(path, errors="replace") as stream:
         print("".join(collections.deque(stream, maxlen=options.lines)), end="")
     if rank in failed:
@@ -96,6 +100,15 @@ def _logs(options: argparse.Namespace) -> int:
     if job is not None:
         print(f"the run {job}", file=sys.stderr)
     return 0
+
+
+def _log_of(folder: Path, rank: int) -> Path:
+    """Return the file with what a rank printed: its own, or the one of the ranks of its node."""
+    for path in folder.glob("ranks-*.log"):
+        first, last = map(int, _RANKS.findall(path.stem))
+        if rank and first <= rank <= last:
+            return path
+    return folder / f"rank-{rank}.log"
 
 
 def _checkpoints(options: argparse.Namespace) -> int:

@@ -88,6 +88,7 @@ def _add_hub(parser: argparse.ArgumentParser) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from selfmask_dist.models.load import load
     from selfmask_dist.models.pictures import find_pictures
+    from selfmask_dist.models.whole import CascadeEncoder
 
     pictures = list(find_pictures(_named(options.pictures)))
     loaded = load(
@@ -106,7 +107,8 @@ def _predict(options: argparse.Namespace) -> None:
             return
         rows = csv.writer(stream, lineterminator="\n")
         is_numbers = loaded.model.head is not None and loaded.model.head.target == "regression"
-        of_classes = ("picture", "rank", "class", "probability", "logit")
+        routes = ("expert", "share") if isinstance(loaded.model.encoder, CascadeEncoder) else ()
+        of_classes = ("picture", "rank", "class", "probability", "logit", *routes)
         rows.writerow(("picture", "name", "value") if is_numbers else of_classes)
         for one in found:
             if is_numbers:
@@ -114,8 +116,10 @@ def _predict(options: argparse.Namespace) -> None:
                     rows.writerow((one.picture, name, f"{value:.6g}"))
                 continue
             parts = zip(one.classes, one.probabilities, one.logits, strict=True)
+            route = one.route
+            way = () if route is None else (route.expert, f"{route.shares[route.expert]:.6f}")
             for rank, (name, probability, logit) in enumerate(parts, start=1):
-                rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}"))
+                rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}", *way))
 
 
 def _onnx(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 # A view resizes the short side to a given size, so its work grows with this ratio: at 100 to 1 and a short
 # side of 256 the largest picture on the way has 256 x 25,600 pixels, 26 MB.
 MAX_ASPECT = 100
+IGNORED = 255  # a pixel of a label map that does not count
 
 # format that PIL reads -> the extension that its files get in a tar; MPO is the JPEG of cameras that append a
 # second picture, of which the first is read
@@ -246,3 +247,35 @@ def _integer_type(image: Image.Image) -> tuple[int, int, bool]:
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         return 16, 0, False  # PIL scales PGM's own range to 16 bits, in a mode of 32
     return 32, 1, False
+
+
+def read_label_map(data: bytes, size: tuple[int, int], num_classes: int) -> Image.Image:
+    """Return a label map as one byte a pixel.
+
+    Args:
+        data: an encoded picture of grey or palette values; black and white ones are classes 0 and 1.
+        size: of its picture, (width, height).
+
+    Raises:
+        ValueError: it cannot be decoded, is of another size, or has values that are no class.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            opened.load()
+            labels = opened
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"its label map cannot be decoded ({error})") from error
+    if labels.mode not in ("L", "P", "1"):
+        raise ValueError(f"its label map is of PIL's mode {labels.mode}; it needs one byte a pixel (L or P)")
+    if labels.size != size:
+        raise ValueError(
+            f"its label map has {labels.size[0]} x {labels.size[1]} pixels, and the picture "
+            f"{size[0]} x {size[1]}"
+        )
+    values = np.asarray(labels).astype(np.uint8)
+    if (bad := values[(values >= num_classes) & (values != IGNORED)]).size:
+        raise ValueError(
+            f"its label map has the value {int(bad[0])}, and there are {num_classes} classes (0 to "
+            f"{num_classes - 1}; {IGNORED} is not counted)"
+        )
+    return Image.fromarray(values)

@@ -69,6 +69,12 @@ class DataConfig(Section):
     crop_scale: Scale = science(
         (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
     )
+    sampling: Literal["shuffled", "balanced"] = science(
+        "shuffled",
+        "Which training images an epoch has. shuffled: each once. balanced: each class equally often, so "
+        "that images of rare classes come several times and some of common ones not at all; an epoch is as "
+        "long. For objective.name=supervised with objective.target=class.",
+    )
     flip: bool = science(True, "Mirror training images left to right with probability 1/2.")
     augment: bool = science(
         True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."
@@ -175,6 +181,20 @@ class EngineConfig(Section):
         "float32",
         "Of forward and backward; scores and their updates are float32 always. bf16: faster on GPUs; "
         "some of the mask's bits come out different, the more the higher optim.score_lr is.",
+    )
+    weights: Literal["float32", "bf16"] = science(
+        "float32",
+        "What matrices and kernels under masks are held in, the frozen weight and theta. bf16: half their "
+        "bytes, and scores step tensor by tensor, so that their gradients never exist together; needs "
+        "engine.name=ddp, engine.precision=bf16, eval.precision=bf16.",
+    )
+    scores: Literal["float32", "bf16"] = science(
+        "float32",
+        "What scores are held in. bf16: each step is rounded at random, so that small ones are not lost; "
+        "needs engine.weights=bf16.",
+    )
+    momentum: Literal["float32", "bf16"] = science(
+        "float32", "What the momentum of scores is held in (optim.kind=sgd); it is reckoned in float32."
     )
     reduce_dtype: Literal["float32", "bf16"] = science(
         "float32", "Of gradients while they are summed over processes (fsdp, bits). bf16: half the bytes."
@@ -342,8 +362,14 @@ class LaunchConfig(Section):
     environment: dict[str, NonEmpty] = orchestration(
         {}, "Environment variables of every process, for example {NCCL_DEBUG: INFO}."
     )
+    bind: bool = orchestration(
+        True, "SLURM: keep each process, with its data workers, on the CPUs that are near its GPU."
+    )
     container: Strings = orchestration(
         (), "Command that each process is started with, for example [apptainer, exec, --nv, image.sif]."
+    )
+    container_python: NonEmpty | None = orchestration(
+        None, "The Python inside of launch.container, for example python; null: the one that submits."
     )
     setup: Strings = orchestration(
         (), "SLURM: lines of shell in the batch script, before the processes start."

@@ -19,7 +19,7 @@ from selfmask_dist.data.remote import NetworkLostError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
-from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, open_targets
+from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, class_summary, open_targets
 from selfmask_dist.data.views.decode import decode, decode_any
 from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.mix import Mixing
@@ -55,6 +55,7 @@ __all__ = [
     "WorkerLostError",
     "Workers",
     "check_same_classes",
+    "class_summary",
     "count_labels",
     "decode",
     "decode_any",

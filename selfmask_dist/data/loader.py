@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -23,6 +25,7 @@ from selfmask_dist.data.order import (
     Order,
     RankBatch,
     SourceOrder,
+    balanced_order,
     num_steps,
     rank_batch,
 )
@@ -162,6 +165,17 @@ class BatchLoader:
         self._dataset.targets = targets
         return self
 
+    def with_balance(self) -> BatchLoader:
+        """Make each epoch hold each class equally often, see `balanced_order`, and return this loader.
+
+        Raises ValueError where a sample has no label.
+        """
+        labels = self._dataset.source.labels
+        if labels.min() < 0:
+            raise ValueError("data.sampling=balanced needs a label of every training image")
+        self._plans.balanced_labels = labels
+        return self
+
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
         """Make the next iteration that of `epoch`, from batch `first_step` on: a resume skips nothing."""
         assert epoch >= 0, epoch
@@ -283,6 +297,7 @@ class _Plans(Sampler[RankBatch]):
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.first_step = 0, 0
         self.with_partners = False
+        self.balanced_labels: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return num_steps(self.num_samples, global_batch_size=self.global_batch_size)
@@ -290,7 +305,9 @@ class _Plans(Sampler[RankBatch]):
     def __iter__(self) -> Iterator[RankBatch]:
         epoch = self.epoch
         order: Order = SourceOrder(self.num_samples)
-        if self.shuffle:
+        if self.balanced_labels is not None:
+            order = balanced_order(self.balanced_labels, seed=self.seed, epoch=epoch)
+        elif self.shuffle:
             order = EpochOrder(
                 self.num_samples, seed=self.seed, epoch=epoch, global_batch_size=self.global_batch_size
             )

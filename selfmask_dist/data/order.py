@@ -23,7 +23,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 # the third counter word: streams of different purposes never meet
-_ORDER, _AUGMENTATION, _MIXING = 0, 1, 2
+_ORDER, _AUGMENTATION, _MIXING, _BALANCE = 0, 1, 2, 3
 _BLOCK, _MIN_BLOCKS = 256, 1024  # samples in a block of a large data set; blocks in a small one
 _WINDOW = 4096  # samples of a stream that are shuffled together; a power of two
 
@@ -112,6 +112,38 @@ class EpochOrder:
         words = _philox(self._seed, self._epoch, _ORDER, 0, draws=first // 4)
         raw: npt.NDArray[np.uint64] = words.random_raw(first % 4 + count)
         return raw[first % 4 :]
+
+
+def balanced_order(labels: npt.NDArray[np.int64], *, seed: int, epoch: int) -> Ids:
+    """Return the samples of an epoch in which each class comes as often as any other, (samples,) int64.
+
+    An epoch has as many places as there are samples, dealt to classes evenly and in random order. A class's
+    places take its samples in turn, in an order that each round through them draws anew: a rare class's come
+    several times, and of a common one some wait for another epoch. It takes 8 bytes a sample.
+
+    Args:
+        labels: (samples,), each 0 or above; classes without a sample are passed over.
+
+    Raises:
+        ValueError: a sample has no label.
+    """
+    if len(labels) and labels.min() < 0:
+        raise ValueError("data.sampling=balanced needs a label of every training image")
+    classes, of_class, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rng = np.random.Generator(_philox(seed, epoch, _BALANCE, 0))
+    # each class's number of places differs by at most one from any other's; which ones have one more is drawn
+    ranks = np.argsort(rng.random(len(classes)), kind="stable")
+    places = ranks[np.argsort(rng.random(len(labels)), kind="stable") % max(len(classes), 1)]
+    members = np.argsort(of_class, kind="stable")
+    ends = np.cumsum(counts)
+    found = np.empty(len(labels), dtype=np.int64)
+    for number, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
+        own = np.flatnonzero(places == number)
+        rounds = -(-len(own) // count)
+        drawn = rng.random((rounds, count))
+        turns = np.argsort(drawn, axis=1, kind="stable").ravel()[: len(own)]
+        found[own] = members[end - count : end][turns]
+    return found
 
 
 class SourceOrder:

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from selfmask_dist.common.pictures import ShapeError
+from selfmask_dist.common.pictures import ShapeError, read_label_map
 from selfmask_dist.data.batch import Batch, Mixed
 from selfmask_dist.data.order import Ids, RankBatch, mixing_generator, sample_generator
 from selfmask_dist.data.quarantine import Failure
 from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
 from selfmask_dist.data.targets import Targets
 from selfmask_dist.data.views.decode import decode_any
-from selfmask_dist.data.views.dense import DenseTransform, read_label_map
+from selfmask_dist.data.views.dense import DenseTransform
 from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.single import Transform, size_of
 
@@ -47,7 +47,7 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
         failures: dict[int, Failure] = {}
         captions = self.source.read_captions(plan.ids) if self.captions else []
         texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
-        maps = self.targets.maps(self.source, plan.ids) if self._has_maps else []
+        maps = self._maps_of(plan.ids)
         for row, (sample, data) in enumerate(self._read(plan.ids)):
             caption = captions[row] if captions else ""
             try:
@@ -81,6 +81,9 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
     @property
     def _has_maps(self) -> bool:
         return self.targets is not None and self.targets.kind == "dense"
+
+    def _maps_of(self, ids: Ids) -> list[bytes | SampleError]:
+        return self.targets.maps(self.source, ids) if self.targets is not None and self._has_maps else []
 
     def _targets_of(self, ids: Ids) -> Tensor | None:
         return None if self.targets is None else self.targets.of(self.source, ids)
@@ -138,6 +141,7 @@ class PlannedBatches(Dataset["Batch | SampleError"]):
         try:
             if label_map is not None:
                 assert isinstance(self.transform, DenseTransform)
+                assert isinstance(image, Image.Image), "dense targets go with pictures of three channels"
                 return self.transform.pair(image, label_map, rng)
             return self.transform(image, rng)
         except ShapeError as error:

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,10 @@ class _LostError(OSError):
 
 class _NoRangesError(OSError):
     """A server sends whole files where ranges are asked for; asking again changes nothing."""
+
+
+class _UntrustedError(OSError):
+    """A server's certificate is not known here; asking again changes nothing."""
 
 
 def is_remote(path: str) -> bool:
@@ -232,6 +237,8 @@ def fetch_bytes(url: str, options: dict[str, Any] | None = None) -> bytes:
         return _with_attempts(fetch)
     except _LostError as error:
         raise NetworkLostError(str(error)) from error
+    except _UntrustedError as error:
+        raise ValueError(str(error)) from error
     except OSError as error:
         raise ValueError(
             f"{url} cannot be read ({error}); index the data where it lies, with selfmask data index, and"
@@ -276,6 +283,11 @@ def _named(url: str, error: BaseException) -> OSError:
     if isinstance(error, OSError) and (isinstance(error, of_the_file) or not _leaves_machine(url)):
         return error
     told = f"{url} cannot be read ({type(error).__name__}: {error})"
+    if isinstance(error, ssl.SSLCertVerificationError) or hasattr(error, "certificate_error"):  # aiohttp's
+        return _UntrustedError(
+            f"{told}; a server of your own is trusted where the environment variable SSL_CERT_FILE names a "
+            "file with its authority's certificate"
+        )
     return OSError(told) if is_refusal else _LostError(told)
 
 
@@ -304,7 +316,9 @@ def _raise_lost(found: Sequence[bytes | OSError]) -> None:
 
 def _is_worth_another_attempt(answer: bytes | OSError) -> bool:
     """Return whether to ask again: networks fail now and then, but a file that is absent stays absent."""
-    return isinstance(answer, OSError) and not isinstance(answer, FileNotFoundError | _NoRangesError)
+    return isinstance(answer, OSError) and not isinstance(
+        answer, FileNotFoundError | _NoRangesError | _UntrustedError
+    )
 
 
 def _pause(attempt: int) -> None:

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from selfmask_dist.common.pictures import IGNORED
 from selfmask_dist.data.indexing.targets import IndexTargets
 from selfmask_dist.data.source import SampleError, Source, TarSource
 from selfmask_dist.data.subset import Subset
-from selfmask_dist.data.views.dense import IGNORED
 
-__all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "open_targets"]
+__all__ = ["IGNORED", "TargetKind", "TargetSummary", "Targets", "class_summary", "open_targets"]
 
 TargetKind = Literal["multilabel", "regression", "dense"]
 Rows = npt.NDArray[np.int64]
@@ -159,10 +159,19 @@ def open_targets(source: Source, kind: TargetKind) -> Targets:
     return found
 
 
+def class_summary(source: Source) -> TargetSummary:
+    """Return the share of each class among a source's labels, as targets are summed up."""
+    counts = torch.zeros(len(source.classes), dtype=torch.float64)
+    labels = torch.from_numpy(source.labels)
+    counts += torch.bincount(labels[labels >= 0], minlength=len(counts))
+    return TargetSummary(source.classes, len(source), counts / counts.sum())
+
+
 def _in_tars(source: Source, indices: Rows) -> tuple[TarSource, Rows]:
     """Return the tars below a source, and the rows of their index that some of its samples are."""
     while isinstance(source, Subset):
-        source, indices = source.source, np.asarray(source.indices[indices], dtype=np.int64)
+        indices = np.asarray(source.indices[indices], dtype=np.int64)
+        source = source.source
     assert isinstance(source, TarSource), type(source)
     return source, indices
 

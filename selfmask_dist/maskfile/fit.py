@@ -71,6 +71,7 @@ def without_bits(masks: AttachedMasks, *, with_rounded: bool = False, is_kept: b
     own, rounded = "", dict[str, str]()
     if is_kept:
         own, rounded = fingerprints(weights, with_rounded=with_rounded)
+        own = masks.origin or own  # the file is for the weights as they came
     for _ in weights:  # those that this rank only helps to gather
         pass
     return Mask(

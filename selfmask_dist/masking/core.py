@@ -24,6 +24,8 @@ from torch import Tensor
 Scale = Literal["through", "detached", "none"]
 ScoreStep = Literal["plain", "rms"]
 
+HALVES = (torch.bfloat16, torch.float16)
+
 # of the largest tensor's gradient: below lies the rounding of gradients that are zero, see `step_factors`
 _NOISE = 1e-5
 
@@ -48,9 +50,22 @@ def scale_factor(num_kept: Tensor, numel: int | Tensor, dtype: torch.dtype) -> T
 
 def count_kept(mask: Tensor) -> Tensor:
     """Return sum M as a 0-d float64 tensor, exactly; `mask` holds bools or floats that are 0 or 1."""
-    if mask.dtype == torch.float32 and mask.numel() < _EXACT_FLOAT32_COUNT:
-        return mask.sum().double()
+    if mask.dtype in (torch.float32, *HALVES) and mask.numel() < _EXACT_FLOAT32_COUNT:
+        return mask.sum(dtype=torch.float32).double()
     return mask.sum(dtype=torch.float64)
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the scale a of a theta of `dtype`: its own, or float32 where that is a half."""
+    return torch.float32 if dtype in HALVES else dtype
+
+
+def multiply(theta: Tensor, scale: Tensor) -> None:
+    """Multiply theta by the scale a, in place; in half precision the product is rounded, and not a."""
+    if theta.dtype in HALVES and theta.device.type != "cpu":  # there a number on the device is rounded first
+        theta.copy_(theta.float() * scale)
+    else:
+        theta.mul_(scale)
 
 
 def write_mask(scores: Tensor, threshold: float, *, out: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ def finish_theta(theta: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """Turn the zeros and ones that `write_mask` left in `theta` into theta = a * W * M, in place."""
     theta.mul_(weight)
     if scale is not None:
-        theta.mul_(scale)
+        multiply(theta, scale)
 
 
 def materialize(weight: Tensor, mask: Tensor, *, scaled: bool = True) -> Tensor:
@@ -85,7 +100,7 @@ def materialize(weight: Tensor, mask: Tensor, *, scaled: bool = True) -> Tensor:
 
 def inner_product(grad: Tensor, theta: Tensor) -> Tensor:
     """Return <G, theta> over the piece at hand, 0-d; pieces of one tensor add up."""
-    if grad.dtype in (torch.bfloat16, torch.float16):
+    if grad.dtype in HALVES:
         grad, theta = grad.float(), theta.float()
     if grad.is_contiguous() and theta.is_contiguous():
         return torch.dot(grad.view(-1), theta.view(-1))  # one pass, no temporary
@@ -117,16 +132,15 @@ def pullback(
         out: float32 (float64 for float64 weights), the shape of `grad`.
     """
     grad = grad.to(out.dtype)
-    shift = out.new_zeros(())
-    if grad_dot_theta is not None:
-        shift = shift_of(grad_dot_theta, num_kept).to(out.dtype)
+    shift = None if grad_dot_theta is None else shift_of(grad_dot_theta, num_kept).to(out.dtype)
     if out.device.type == "cpu":  # one pass instead of three; reading a scalar stops nothing there
         factor = 1.0 if scale is None else scale.item()
+        shift = out.new_zeros(()) if shift is None else shift
         return torch.addcmul(shift, grad, weight.to(out.dtype), value=factor, out=out)
     torch.mul(grad, weight, out=out)
     if scale is not None:
         out.mul_(scale)
-    return out.add_(shift) if grad_dot_theta is not None else out
+    return out if shift is None else out.add_(shift)
 
 
 def sum_of_squares(grad: Tensor) -> Tensor:

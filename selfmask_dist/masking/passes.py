@@ -79,7 +79,7 @@ class Passes:
         sums = self.shards.sum_written(written, entries, threshold=threshold, mask_fn=self.family.mask)
         kept, sizes = sums[:, 0], self._segment_sizes(entries, sums.device)
         scales = {
-            dtype: core.scale_factor(kept, sizes, dtype).unbind()
+            dtype: core.scale_factor(kept, sizes, core.scale_dtype(dtype)).unbind()
             for dtype in {e.theta.dtype for e in entries}
         }
         numbers = zip(segments, sums.unbind(), kept.unbind(), strict=True)
@@ -158,6 +158,23 @@ class Passes:
             if squares is not None:
                 squares = torch.stack([s.sum() for s in squares.split([e.num_segments for e in entries])])
             self.normalise(entries, squares)
+
+    def score_gradient(self, entry: MaskedParameter, grad: Tensor) -> Tensor:
+        """Return dL/dS of one whole entry from G, in float32 or float64: a tensor of its own, or G's memory.
+
+        For masks on frozen weights that are stepped tensor by tensor, with G not needed again.
+        """
+        assert self.shards.is_whole, "a piece lacks the sums over all"
+        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        out = (
+            grad
+            if grad.dtype == dtype and takes_gradients(self.family)
+            else torch.empty_like(grad, dtype=dtype)
+        )
+        for segment, part, target in zip(entry.segments(), entry.split(grad), entry.split(out), strict=True):
+            back = self.family.back_sums(segment, part) if self.family.has_back_sums else None
+            self.family.gradient(segment, part, back, target)
+        return out
 
     def _pull_back(self, pulls: Sequence[Pull], sums: Tensor | None) -> Tensor | None:
         """Pull back; returns the sum of squares of each segment's dL/dS, where `sums` have them."""

@@ -47,7 +47,7 @@ class Whole:
     cut: of families that rank: which of this process's piece are kept.
     sums: what `Family.write` gave, summed over pieces, 1-D float64; the first is the number of kept weights.
     kept: sums[0], 0-d.
-    scale: a = (numel / kept)^(1/2), 0-d, of theta's dtype.
+    scale: a = (numel / kept)^(1/2), 0-d, of theta's dtype (float32 where that is a half).
     step: of the forward that theta is for, from 0.
     num_tensors: segments of the model in all.
     """

@@ -63,6 +63,7 @@ class MaskSet(Generic[E]):
         self.step = 0
         self._model = model
         self._hashed: str | None = None
+        self.origin: str | None = None  # fingerprint of the weights as they came, where they were rounded
         marks.keep_buffers(model, self)
 
     @property

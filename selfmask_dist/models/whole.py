@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from selfmask_dist.cascade.model import Cascade
+from selfmask_dist.cascade.model import Cascade, Route
 from selfmask_dist.maskfile import Head
 from selfmask_dist.models.pictures import PictureTransform
 
@@ -41,7 +41,17 @@ class WholeModel(nn.Module):
         return features.float()
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.embed(images)
+        return self._answer(self.embed(images))
+
+    def routed(self, images: Tensor) -> tuple[Tensor, list[Route] | None]:
+        """Return what `forward` does, and of a cascade where its router sent each image; else None."""
+        if not isinstance(self.encoder, CascadeEncoder):
+            return self(images), None
+        features, routes = self.encoder.routed(images)
+        return self._answer(features), routes
+
+    def _answer(self, features: Tensor) -> Tensor:
+        """Return logits of features, or the features where there is no head."""
         if self.head is None:
             return features
         if self.head.weight.device != features.device:
@@ -62,6 +72,11 @@ class CascadeEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.cascade.embed(images, mode=self.mode).float()
 
+    def routed(self, images: Tensor) -> tuple[Tensor, list[Route]]:
+        """Return embeddings (n, dim), and where the router sent each image."""
+        features, routes = self.cascade.routed(images, mode=self.mode)
+        return features.float(), routes
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -71,6 +86,7 @@ class Prediction:
     target: what the head gives, as of `maskfile.Head`. With multilabel each probability is by itself; with
         regression the classes are the names of numbers, in their order, which stand in `logits`, and there
         are no probabilities.
+    route: of a cascade, which expert the picture went to.
     """
 
     picture: str
@@ -79,6 +95,7 @@ class Prediction:
     probabilities: tuple[float, ...]
     logits: tuple[float, ...]
     target: str = "class"
+    route: Route | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -86,8 +103,10 @@ class Prediction:
             numbers = dict(zip(self.classes, self.logits, strict=True))
             return {"picture": self.picture, "values": numbers}
         rows = zip(self.classes, self.indices, self.probabilities, self.logits, strict=True)
+        route = {} if self.route is None else {"route": self.route.to_dict()}
         return {
             "picture": self.picture,
+            **route,
             "top": [
                 {"class": name, "index": index, "probability": probability, "logit": logit}
                 for name, index, probability, logit in rows
@@ -157,9 +176,16 @@ class Loaded:
             raise ValueError(f"top={top} and batch_size={batch_size}; both must be at least 1")
         for start in range(0, len(pictures), batch_size):
             batch = pictures[start : start + batch_size]
-            logits = self(torch.stack([self.transform(picture) for picture in batch])).cpu()
-            for picture, row in zip(batch, logits, strict=True):
-                yield ranked(_text(picture), row, self.classes, top, target=self.model.head.target)
+            logits, routes = self._routed(torch.stack([self.transform(picture) for picture in batch]))
+            ways: Sequence[Route | None] = routes or [None] * len(batch)
+            target = self.model.head.target
+            for picture, row, route in zip(batch, logits.cpu(), ways, strict=True):
+                named = ranked(_text(picture), row, self.classes, top, target=target)
+                yield replace(named, route=route)
+
+    @torch.inference_mode()
+    def _routed(self, images: Tensor) -> tuple[Tensor, list[Route] | None]:
+        return self.model.routed(images.to(self.device))
 
 
 def ranked(

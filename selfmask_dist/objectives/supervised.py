@@ -19,7 +19,7 @@ from selfmask_dist.backbones import Backbone
 from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config
 from selfmask_dist.config.objectives import ObjectiveConfig
-from selfmask_dist.data import Batch
+from selfmask_dist.data import Batch, TargetSummary
 from selfmask_dist.objectives.base import Context, Objective
 from selfmask_dist.objectives.parts import at_least_float32
 
@@ -64,6 +64,8 @@ def build(
         seed=config.seed,
     )
     objective.classes = classes
+    if context.targets is not None:
+        objective.know(context.targets)
     return objective
 
 
@@ -94,6 +96,7 @@ class Supervised(Objective):
     """
 
     text_embeddings: Tensor
+    weight_of_class: Tensor | None
     classes: tuple[str, ...] = ()  # their names, where `build` knew them
     fewest = 2  # classes that make a task
     length = L2_LENGTH  # of features under the norm l2
@@ -120,6 +123,8 @@ class Supervised(Objective):
         self.distill_teacher = distill_teacher  # no module: it is neither trained nor saved
         self.head: nn.Linear | None = None
         self.norm: FeatureBatchNorm | None = None
+        # not part of the state: it follows from the data
+        self.register_buffer("weight_of_class", None, persistent=False)
         if config.head == "clip_text":
             shape = None if text_embeddings is None else tuple(text_embeddings.shape)
             if text_embeddings is None or shape != (num_classes, dim):
@@ -166,7 +171,20 @@ class Supervised(Objective):
 
     def _label_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return losses if self.weight_of_class is None else losses * self.weight_of_class[labels].to(losses)
+
+    def know(self, summary: TargetSummary) -> None:
+        """Take the classes' shares in the training data, for `objective.class_weights`: class c weighs
+        1 / (C share_c), so that all weigh the same together, and an image 1 on average.
+
+        Raises:
+            ValueError: no training image is of a class.
+        """
+        if self.config.class_weights != "balanced":
+            return
+        shares = shares_of_all(summary)
+        self.weight_of_class = (1 / (len(shares) * shares)).float()
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters()) if self.head is not None and self.config.head == "linear" else []
@@ -199,6 +217,22 @@ class Supervised(Objective):
                 f"{len(samples)} samples of this batch have others: sample {', '.join(samples[:5])}. Add the "
                 "labels to the shards, or leave these out"
             )
+
+
+def shares_of_all(summary: TargetSummary) -> Tensor:
+    """Return the share of the training images that are of each class, (classes,), none of them 0.
+
+    Raises:
+        ValueError: no training image is of a class.
+    """
+    assert summary.mean is not None
+    shares = summary.mean.tolist()
+    if lacking := [name for name, one in zip(summary.outputs, shares, strict=True) if not one]:
+        raise ValueError(
+            f"objective.class_weights=balanced: no training image is of class {lacking[0]!r}, whose weight "
+            "would be infinite; leave the class out, or set objective.class_weights=none"
+        )
+    return summary.mean
 
 
 def distillation_losses(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:

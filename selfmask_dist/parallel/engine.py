@@ -40,6 +40,7 @@ from selfmask_dist.parallel.parts import (
     TrainedParameter,
     by_part,
     check_fits,
+    empty_moment,
     gather,
     whole_parts,
 )
@@ -328,10 +329,8 @@ class Engine:
         self.optimizer.state.pop(trained.tensor, None)
         for part, slot in self._slots().items():
             if part in wanted:
-                self.optimizer.state[trained.tensor][slot] = (
-                    torch.zeros(())
-                    if part == "num_updates"
-                    else torch.empty_like(trained.tensor, requires_grad=False)
+                self.optimizer.state[trained.tensor][slot] = empty_moment(
+                    self.optimizer, part, trained.tensor
                 )
 
     # ---- shared parts

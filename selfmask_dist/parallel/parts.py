@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from selfmask_dist.masking import Shards
 from selfmask_dist.parallel.world import World
@@ -179,6 +180,15 @@ PARTS = tuple(part.name for part in fields(EngineState) if part.name != "step")
 SGD_SLOTS = {"momentum": "momentum_buffer"}
 ADAMW_SLOTS = {"momentum": "exp_avg", "second_moment": "exp_avg_sq", "num_updates": "step"}
 MOMENTS = tuple(ADAMW_SLOTS)
+
+
+def empty_moment(optimizer: Optimizer, part: str, parameter: nn.Parameter) -> Tensor:
+    """Return where a part of an optimizer's state of one parameter is to be read into."""
+    if part == "num_updates":
+        return torch.zeros(())
+    dtype_of = getattr(optimizer, "moment_dtype", None)  # of those that hold it otherwise: lean.sgd
+    dtype = parameter.dtype if dtype_of is None else dtype_of(parameter)
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
 
 
 def by_part(named: Mapping[str, _T]) -> dict[str, dict[str, _T]]:

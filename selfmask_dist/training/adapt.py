@@ -219,6 +219,8 @@ def _open_loader(
         workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
     )
+    if config.data.sampling == "balanced":
+        loader = loader.with_balance()
     loader = with_mixing(config, loader)
     return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
@@ -241,7 +243,7 @@ def _build(
         world.sum_with_gradient,
         num_samples=len(train),
         all_to_all=world.all_to_all,
-        targets=None if targets is None else targets.summary(train),
+        targets=_summary(config, train, targets),
     )
     classes = train.classes if targets is None else targets.outputs
     teacher = None
@@ -270,6 +272,13 @@ def _build(
     if isinstance(objective, Nbd):
         objective.loss_factor, objective.search = engine.loss_factor, search_bank(world)
     return objective, engine
+
+
+def _summary(config: Config, train: data.Source, targets: data.Targets | None) -> data.TargetSummary | None:
+    """Return what the objective may know of the training data's targets, where it is of use."""
+    if targets is not None:
+        return targets.summary(train)
+    return data.class_summary(train) if config.objective.class_weights == "balanced" else None
 
 
 def _conclude(

@@ -140,14 +140,13 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
             others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
     reads_all = world is None or world.is_main
-    dense, channels = config.objective.target == "dense", config.data.channels  # dense: one vector a patch
     backbone = load_backbone(
         config.backbone,
         seed=config.seed,
         in_file=in_file,
         reads_all=reads_all,
-        dense=dense,
-        channels=channels,
+        dense=config.objective.target == "dense",  # one vector a patch
+        channels=config.data.channels,
     )
     if world is not None:
         found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
@@ -161,7 +160,10 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
         keys = ("crops.global_size", "crops.local_size")
         check_patches(backbone, {key: one.size for key, one in zip(keys, crops, strict=False)})
         accept_sizes(
-            backbone.encoder, {one.size for one in crops}, name=backbone.spec.name, channels=channels
+            backbone.encoder,
+            {one.size for one in crops},
+            name=backbone.spec.name,
+            channels=config.data.channels,
         )
     if config.engine.channels_last:
         # of images alone: convolutions pass the layout on, and weights keep the one that masks are stored in
@@ -209,14 +211,14 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             first_layers=section.first_layers,
             allow_norm=section.allow_norm,
         )
+    if config.objective.target != "class":
+        return ["k-NN is left out: it is a vote on one class, and objective.target is another"]
     said = []
     if config.data.channels != 3 and config.objective.name in (*VIEWS, *ON_BANK):
         said = [
             f"views of {config.data.channels} channels are cropped, resized and mirrored; jitter, grey and "
             "blur, which are made for RGB, are left out"
         ]
-    if config.objective.target != "class":
-        return [*said, "k-NN is left out: it is a vote on one class, and objective.target is another"]
     if test is None or not are_labelled(train, test):
         return said + _notes_without_labels(config, test)
     # of all samples of both: by the one process that says them

@@ -25,6 +25,7 @@ from selfmask_dist.maskfile.api import Masks, attach
 from selfmask_dist.masking import Family, build_family
 from selfmask_dist.objectives.nbd import Nbd, Search, WarmupViews, Whitening
 from selfmask_dist.parallel import Engine, World
+from selfmask_dist.parallel.lean.sgd import LeanSGD
 from selfmask_dist.parallel.pca import fit_pca
 from selfmask_dist.runs.checkpoint import loading_peers
 from selfmask_dist.runs.context import RunContext
@@ -34,6 +35,8 @@ from selfmask_dist.training.finetune import choose_weights
 from selfmask_dist.training.habits.layer_rates import describe_rates, with_layer_rates
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
+
+_OF_SCORES = ("scores", "head_scores")  # groups of the optimizer
 
 
 def prepare(
@@ -207,6 +210,10 @@ def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.opti
     if optim.kind == "adamw":
         # weight decay is each group's own; torch's default for AdamW would pull the scores to the threshold
         return torch.optim.AdamW(groups, betas=(optim.momentum, optim.beta2), weight_decay=0.0)
+    if "bf16" in (config.engine.weights, config.engine.momentum):
+        for group in groups:
+            group["in_bf16"] = config.engine.momentum == "bf16" and group["name"] in _OF_SCORES
+        return LeanSGD(groups, momentum=optim.momentum, seed=config.seed)
     return torch.optim.SGD(groups, momentum=optim.momentum)
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from selfmask_dist.backbones import fingerprint
 from selfmask_dist.cli.service import Limits, create_app
+from selfmask_dist.cli.service.routes import ServedCascade
 from selfmask_dist.cli.service.server import make_server
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data import eval_transform
@@ -77,12 +78,13 @@ class Server:
         *,
         preprocessing: Preprocessing = PREPROCESSING,
         models: dict[str, Model] | None = None,
+        cascades: dict[str, ServedCascade] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.bank, self.url = bank, f"http://127.0.0.1:{self.port}"
-        app = create_app(bank, preprocessing, limits, models)
+        app = create_app(bank, preprocessing, limits, models, cascades)
         self._server = make_server(app, limits, port=self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
 

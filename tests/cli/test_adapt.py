@@ -2,13 +2,14 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from selfmask_dist.cli import main
+from selfmask_dist.cli import adapt, main
 from selfmask_dist.cli.adapt import RUNS, prepare, settings_for
 from tests.support.tiny_run import SETTINGS
 
@@ -61,6 +62,27 @@ def test_length_follows_the_number_of_pictures() -> None:
     assert of(2640)["train.epochs"] == of(1_000_000)["train.epochs"] == 8
     assert of(50)["train.epochs"] == 100, "a hundred steps at least"
     assert of(50)["optim.warmup_epochs"] == 10
+
+
+def test_the_sites_backbone_is_taken_whole_and_a_stop_says_how_it_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The configuration that ships has a size of pictures of its own, which would win over the site's."""
+    asked: list[tuple[str, ...]] = []
+
+    def stopped(*words: str) -> int:
+        asked.append(words)
+        return 128 + signal.SIGTERM
+
+    monkeypatch.setattr(adapt, "_selfmask", stopped)
+    site = tmp_path / "site.yaml"
+    site.write_text("backbone: {name: 'timm:vit_tiny_patch16_224', image_size: 64}\n")
+    command = ["adapt", str(photos), f"--out={tmp_path / 'out'}", f"--site={site}"]
+    assert main(command) == 143
+    assert "the same command again goes on" in capsys.readouterr().out
+    assert {"backbone.name=timm:vit_tiny_patch16_224", "backbone.image_size=64"} < set(asked[0])
+    assert main([*command, "--backbone=timm:resnet18"]) == 143
+    assert [word for word in asked[1] if word.startswith("backbone")] == ["backbone.name=timm:resnet18"]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -284,3 +285,40 @@ def test_a_plan_in_a_line_knows_the_pictures_of_the_folder(
     assert "for 2,560,000 pictures)" in shown
     assert main([*line, "engine.workers=2"]) == 0
     assert "1,000,000 pictures, a guess" in capsys.readouterr().out
+
+
+LEAN = ("engine.precision=bf16", "engine.weights=bf16", "eval.precision=bf16")
+
+
+def test_what_numbers_are_held_in() -> None:
+    def parts(*keys: str, world: int = 1) -> Any:
+        config, shape = shape_of("train.global_batch_size=64", *keys)
+        one = estimate(shape, config, Hardware(gpus_per_node=world))[0]
+        n, held = shape.masked, one.weights - 4 * shape.frozen
+        return tuple(round(part / n, 2) for part in (held, one.scores, one.momentum, one.gradients))
+
+    largest = round(14 * 768 * 3072 / (12 * 7_079_424), 2)  # of the tensor that steps
+    assert parts() == (8, 4, 4, 4)
+    assert parts(*LEAN) == (4, 4, 4, pytest.approx(largest, abs=0.01))
+    assert parts(*LEAN, world=2) == (4, 4, 4, pytest.approx(2 + largest, abs=0.01))
+    assert parts(*LEAN, "engine.momentum=bf16")[2] == 2
+    assert parts(*LEAN, "engine.momentum=bf16", "engine.scores=bf16")[1:3] == (2, 2)
+    assert parts(*LEAN, "optim.kind=adamw")[2] == 8
+    assert parts(*LEAN, "optim.clip_norm=1")[3] == 6
+    assert parts(*LEAN, "optim.clip_norm=1", "optim.score_step=rms", "optim.score_lr=0.01")[3] > 2
+    config, shape = shape_of("train.global_batch_size=64", *LEAN, "engine.momentum=bf16")
+    assert [e.engine for e in estimate(shape, config, Hardware(gpus_per_node=8))] == ["ddp"], (
+        "others refuse it"
+    )
+    assert reckon_saving(shape, config, Hardware(), 1.0).total == pytest.approx(6 * shape.masked, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["masked float32", "masked bf16 weights", "masked bf16 weights, momentum"])
+def test_a_process_peaks_where_the_plan_says(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.harness import peak_memory
+    from benchmarks.masking.lean_steps import SMALL, TINY, planned_bytes, run_steps
+
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back at once
+    peak = peak_memory(run_steps, mode, SMALL) - peak_memory(run_steps, mode, TINY)
+    assert planned_bytes(mode, SMALL)[0] == pytest.approx(peak, rel=0.1)

@@ -16,7 +16,7 @@ from selfmask_dist.runs.ending.leaving import status_of
 from selfmask_dist.runs.exit_status import LOST
 from tests.support.tars import numbered_tars
 from tests.support.tiny_run import ROOT, child_environment, write_config, write_tiny_data
-from tests.support.web import Web, serving
+from tests.support.web import Web, serving, write_certificate
 
 pytest.importorskip("aiohttp", reason="fsspec's http needs aiohttp: selfmask_dist[remote]")
 EVERYTHING = np.arange(23)
@@ -66,6 +66,29 @@ def test_what_is_not_there_is_the_samples_trouble_and_not_the_networks(web: Web,
     web.server_close()
     with pytest.raises(NetworkLostError, match=r"samples\.index"):
         open_source(f"{address}/set")
+
+
+def test_https_with_an_authority_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who trusts it says so by SSL_CERT_FILE, as for every program; anybody else is told, and not sent to
+    start the run again.
+    """
+    pytest.importorskip("cryptography")
+    monkeypatch.setattr(remote_module, "_pause", lambda attempt: pytest.fail("it asks again"))
+    (tmp_path / "set").mkdir()
+    local = open_source(build_index(numbered_tars(tmp_path / "set")).path.parent)
+    certificate = tmp_path / "own.pem"
+    write_certificate(certificate)
+    with serving(tmp_path, certificate) as web:
+        assert web.address.startswith("https://")
+        with pytest.raises(ValueError, match=r"samples\.index cannot be read .*SSL_CERT_FILE"):
+            open_source(f"{web.address}/set")
+        # openssl reads the variable once, when aiohttp is imported
+        program = "import sys; from selfmask_dist.data import open_source; data = open_source(sys.argv[1]); "
+        program += "sys.stdout.buffer.write(b''.join(data.read(i).data for i in range(len(data))))"
+        environment = child_environment(PYTHONPATH=str(ROOT), SSL_CERT_FILE=str(certificate))
+        command = [sys.executable, "-c", program, f"{web.address}/set"]
+        read = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert read == b"".join(local.read(i).data for i in range(23))
 
 
 def test_tars_of_one_remote_folder_by_name_and_by_pattern(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from launchers import chain, requeue, slurm
 from selfmask_dist.runs.ending.notes import EndNotes
-from selfmask_dist.runs.exit_status import DEVICE, LOST, REQUEUE
+from selfmask_dist.runs.exit_status import DEVICE, HUNG, LOST, REQUEUE
 from selfmask_dist.runs.owner import Claim, RunHeldError, check_free
 from selfmask_dist.runs.submitted import waiting_job
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setattr(requeue.signal, "signal", lambda *_: None)  # pytest's own handlers stay
-    for name in ("_PEER_SECONDS", "_LOST_SECONDS", "_DEVICE_SECONDS", "_END_SECONDS"):
+    for name in ("_PEER_SECONDS", "_LOST_SECONDS", "_DEVICE_SECONDS", "_END_SECONDS", "_DUMP_SECONDS"):
         monkeypatch.setattr(requeue, name, 0.2)
     monkeypatch.setattr(requeue, "_POLL_SECONDS", 0.02)
     return run
@@ -87,6 +87,13 @@ def test_a_job_that_slurm_started_again_has_its_next_one(run: Path) -> None:
     for _ in range(2):
         assert chain.submit_next(run / "slurm", {**os.environ, "SLURM_JOB_ID": "7"})
     assert len((run.parent / "sbatch").read_text().splitlines()) == 1
+
+
+def test_a_hung_job_is_requeued_and_its_tasks_know_why(run: Path) -> None:
+    """They then have their processes say where they are, in place of saving."""
+    _settle(run, HUNG, "requeue")
+    assert "requeue 7" in (run.parent / "scontrol").read_text()
+    assert EndNotes(run / "logs" / ".ends-7-0").has(requeue.HUNG_NOTE)
 
 
 def test_nodes_that_failed_stay_out_of_the_chain(run: Path) -> None:

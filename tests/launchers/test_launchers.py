@@ -352,6 +352,10 @@ def test_a_job_takes_as_many_nodes_as_it_gets(config_path: Path) -> None:
         check=True,
     )
     assert counted.stdout.strip() == "6"
+    # a number of tasks would be counted on the least number of nodes, and SLURM would give no more
+    assert "ntasks" not in done.stdout
+    assert "#SBATCH --cpus-per-task=2" in done.stdout.splitlines()
+    assert " --cpus-per-task=1 " in done.stdout.partition("\nsrun ")[2]
     done = submit(config_path, *options, "train.global_batch_size=8", cluster="slurm")
     assert done.returncode == 2
     assert "global batch 8 is not divisible by 6 processes" in done.stderr

@@ -57,23 +57,24 @@ def logs_of(run: Path) -> str:
     return "\n".join([*texts, *(path.read_text() for path in (run / "slurm").glob("*_log.*"))])
 
 
-def test_two_seeds_train_on_two_nodes_each(config_path: Path, tmp_path: Path) -> None:
-    done = submit(config_path, "--wait", "--seeds=0,1", "launch.exclusive=true", nodes=2, cluster="slurm")
+def test_two_seeds_are_the_tasks_of_one_array(config_path: Path, tmp_path: Path) -> None:
+    done = submit(config_path, "--wait", "--seeds=0,1", "--array", nodes=1, cluster="slurm")
     runs = [tmp_path / f"run-seed{seed}" for seed in (0, 1)]
     assert done.returncode == 0, done.stderr + done.stdout + "".join(logs_of(run) for run in runs)
     assert done.stdout.count("COMPLETED") == 2
+    job = slurm.submitted_job(done.stdout)
     for seed, run in enumerate(runs):
+        assert f"submitted job {job}_{seed} ({run.name})" in done.stdout
         assert result_of(run)["steps"] == 8
         assert load_config(run / "config.yaml").seed == seed
-        assert "on 2 process(es)" in (run / "logs" / "rank-0.log").read_text()
+        assert f"of job {job}_{seed}" in (run / "logs" / "rank-0.log").read_text()
     assert (runs[0] / "final.mask").read_bytes() != (runs[1] / "final.mask").read_bytes()
 
 
 def test_a_user_error_ends_the_job_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
-    done = submit(config_path, "--wait", "backbone.name=timm:no_such_model", nodes=2, cluster="slurm")
+    done = submit(config_path, "--wait", "backbone.name=timm:no_such_model", nodes=1, cluster="slurm")
     assert done.returncode == 1
     assert "FAILED" in done.stdout
-    # of the rank that came first: srun then ends the others
     assert "no_such_model" in logs_of(tmp_path / "run")
 
 
@@ -81,7 +82,7 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     config_path: Path, tmp_path: Path
 ) -> None:
     storm = ["launch.exclusive=true", "train.epochs=60", "optim.score_lr=300", "engine.workers=1"]
-    assert submit(config_path, *storm, "run.name=calm", nodes=2).returncode == 0
+    run_distributed(_run_rank, 2, str(config_path), [*storm, "run.name=calm"], backend="", timeout=120)
     done = submit(config_path, *storm, "run.name=stormy", nodes=2, cluster="slurm")
     assert done.returncode == 0, done.stderr
     job = slurm.submitted_job(done.stdout)
@@ -96,12 +97,10 @@ def test_a_preempted_job_is_requeued_and_ends_as_if_nothing_had_been(
     assert steps_of(run) == steps_of(tmp_path / "calm")
 
 
+@pytest.mark.slow  # quick: the test above on SLURM, and what each of them restores without it
 @pytest.mark.parametrize(
     ("method", "stopped_in", "file"),
-    [
-        pytest.param("topk", "", "final.mask", marks=pytest.mark.slow),
-        ("packnet", "task-2-train", "packed.safetensors"),
-    ],
+    [("topk", "", "final.mask"), ("packnet", "task-2-train", "packed.safetensors")],
 )
 def test_a_ranking_family_and_a_chain_of_trainings_are_preempted_and_end_as_if_nothing_had_been(
     method: str, stopped_in: str, file: str, config_path: Path, tmp_path: Path
@@ -134,6 +133,7 @@ def _run_rank(config_path: str, overrides: list[str]) -> None:
     run_here(load_config(config_path, overrides))
 
 
+@pytest.mark.slow  # quick: the watchdog in tests/runs/test_preempt.py, the requeue in test_chain.py
 def test_a_hung_rank_is_noticed_dumped_and_requeued(config_path: Path, tmp_path: Path) -> None:
     hang = 3.0
     storm = [
@@ -253,7 +253,7 @@ def test_a_job_asks_for_the_gpus_and_cpus_that_the_nodes_have(
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(config_path: Path, tmp_path: Path) -> None:
-    done = submit(config_path, "train.epochs=100000", nodes=2, cluster="slurm")
+    done = submit(config_path, "train.epochs=100000", nodes=1, cluster="slurm")
     assert done.returncode == 0, done.stderr
     job, run = slurm.submitted_job(done.stdout), tmp_path / "run"
     wait_until(lambda: len(steps_of(run)) > 5)

@@ -39,7 +39,8 @@ def random_head(kind: str, norm: str) -> Head:
         parts["bias"] = torch.randn(3, generator=draw)
     if norm == "batchnorm":
         parts |= {"mean": torch.randn(5, generator=draw), "var": torch.rand(5, generator=draw)}
-    return Head(kind, norm=norm, scale=8.0 if norm == "l2" or kind == "cosine" else 1.0, **parts)
+    scale = 8.0 if norm == "l2" or kind == "cosine" else 1.0
+    return Head(kind, norm=norm, scale=scale, target="class", **parts)
 
 
 def model_of(kind: str = "linear", norm: str = "l2") -> Model:

@@ -67,6 +67,18 @@ def test_with_peft(place: Path) -> None:
     assert torch.equal(names["again"](images), names["dense"](images))
 
 
+def test_masks_beside_a_lora() -> None:
+    peft = pytest.importorskip("peft")
+    from selfmask_dist import SelfMaskConfig
+
+    frozen = make("timm_vit", dtype=torch.float32)[0].eval()
+    names: dict = {"frozen": frozen, "targets": ["attn.qkv"], "peft": peft, "SelfMaskConfig": SelfMaskConfig}
+    exec(block("Masks beside a LoRA", "python"), names)
+    images = torch.zeros(1, 3, 16, 16)
+    assert torch.equal(names["model"](images), make("timm_vit", dtype=torch.float32)[0].eval()(images))
+    assert names["name"] == "pets"
+
+
 def test_predict(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, third = block("Predict", "bash").splitlines()
     assert main(shlex.split(first)[1:]) == 0

@@ -234,7 +234,7 @@ def test_a_weights_file_is_named_and_asked_for(linear_run: Path, tmp_path: Path)
     assert torch.equal(loaded(images), selfmask_dist.load(linear_run)(images))
 
 
-def test_a_cascade_answers_in_its_mode(tmp_path: Path) -> None:
+def test_a_cascade_answers_in_its_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from selfmask_dist.cascade.model import load_cascade
     from tests.maskfile.test_bank import images, write_cascade
     from tests.support.models import make
@@ -261,4 +261,16 @@ def test_a_cascade_answers_in_its_mode(tmp_path: Path) -> None:
     found = loaded(images(6))
     assert torch.equal(found, head.logits(features.float()))
     picture = Image.fromarray(np.zeros((20, 20, 3), np.uint8))
-    assert loaded.predict([picture])[0].classes[0] in about.classes
+    (one,) = loaded.predict([picture])
+    assert one.classes[0] in about.classes
+    assert one.route is not None
+    way = expected.routed(loaded.transform(picture)[None])[1][0]
+    assert one.to_dict()["route"] == {"expert": way.expert, "shares": list(way.shares)}
+    assert sum(way.shares) == pytest.approx(1)
+    assert way.shares[way.expert] == max(way.shares)
+    picture.save(tmp_path / "black.png")
+    words = ["predict", str(path), str(tmp_path / "black.png"), "--weights", str(tmp_path / "weights.pt")]
+    capsys.readouterr()
+    assert main(words) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["expert"], row["share"]) == (str(way.expert), f"{way.shares[way.expert]:.6f}")

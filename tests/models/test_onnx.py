@@ -13,10 +13,10 @@ import selfmask_dist
 from selfmask_dist.cli import main
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.maskfile import Head
-from selfmask_dist.masking import attach
 from selfmask_dist.models.onnx import export_onnx
 from selfmask_dist.models.pictures import PictureTransform
 from selfmask_dist.models.whole import CascadeEncoder, Loaded, WholeModel
+from tests.support.half_masks import mask_half
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: selfmask_dist[export]")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: selfmask_dist[export]")
@@ -64,7 +64,7 @@ def outputs(path: Path, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_hundred_pictures_give_what_pytorch_gives(kind: str, tmp_path: Path) -> None:
     encoder = MODELS[kind]()
-    masks = attach(encoder, init="normal")  # about half of all weights are off
+    masks = mask_half(encoder)
     masks.detach(restore=False)
     loaded = whole(encoder)
     images = torch.randn(100, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))

@@ -49,7 +49,7 @@ SlurmdLogFile={folder}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_min_interval=100000,sched_interval=2
+SchedulerParameters=bf_interval=1,sched_min_interval=100000,sched_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SwitchType=switch/none
@@ -249,13 +249,18 @@ def start_again(*jobs: str, seconds: float = 120.0) -> None:
 
 
 def fail_node(node: str) -> None:
-    """As SLURM does with a node that does not answer any more."""
-    _run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    """As SLURM does with a node that does not answer any more; it stays away until `resume_node`."""
+    for state in ("DOWN", "DRAIN"):  # its slurmd lives, and would bring a node back that is only down
+        _run("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
 
 
 def resume_node(node: str) -> None:
     _run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back already
-    _wait(lambda: "down" not in _run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").stdout, 60.0)
+    _wait(lambda: not re.search("down|drain|drng", _node_state(node)), 60.0)
+
+
+def _node_state(node: str) -> str:
+    return _run("sinfo", "--noheader", f"--nodes={node}", "--format=%t").stdout
 
 
 def cancel(job: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 EPILOG = """\
-kinds: knn, probe, lowshot, zeroshot, labelfree, all (the default: whatever the data and the backbone allow).
+kinds: knn, probe, lowshot, zeroshot, labelfree, targets (several labels, numbers: docs/targets.md), all (the
+default: whatever the data and the backbone allow).
 
 A RUN is evaluated on its own data, and its embeddings and results stay in its folder. A mask file takes
 its backbone's settings from the config.yaml beside it, or from --config and key=value. Several masks or
@@ -55,10 +56,12 @@ def _eval(options: argparse.Namespace) -> int:
     from selfmask_dist.cli.eval.kinds import KINDS, EvalOptions
     from selfmask_dist.cli.eval.settings import read_config
     from selfmask_dist.cli.eval.subject import open_subject
+    from selfmask_dist.cli.eval.targets import refuse_dense
     from selfmask_dist.parallel import join_world
 
     paths, kinds, overrides = sort_words(options.words, KINDS)
     config = read_config(paths[0], options.config, overrides, data=options.data)
+    refuse_dense(config)
     choices = EvalOptions(
         ks=_numbers(options.k),
         precision=options.precision,

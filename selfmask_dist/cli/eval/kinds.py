@@ -13,6 +13,7 @@ from selfmask_dist import data, evals
 from selfmask_dist.cli.eval.masks import measure_masks
 from selfmask_dist.cli.eval.results import Results, Row, UnavailableError
 from selfmask_dist.cli.eval.subject import EvalSubject
+from selfmask_dist.cli.eval.targets import measure_targets
 from selfmask_dist.common.plots import draw_bars, draw_lines
 from selfmask_dist.evals.embeddings import Embeddings
 from selfmask_dist.evals.knn import KS, TEMPERATURES
@@ -301,6 +302,7 @@ KINDS: dict[str, Callable[[EvalSubject, EvalOptions], Results]] = {
     "zeroshot": measure_zero_shot,
     "labelfree": measure_label_free,
     "masks": measure_masks,
+    "targets": measure_targets,
 }
 
 

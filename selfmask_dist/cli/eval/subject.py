@@ -137,8 +137,13 @@ class EvalSubject:
         """Notes on images that are left out for want of a label.
 
         Raises:
-            UnavailableError: a split has no labels at all.
+            UnavailableError: a split has no labels at all, or the run is not trained towards them.
         """
+        if (target := self.config.objective.target) != "class":
+            raise UnavailableError(
+                f"{what} is of one class an image, which objective.target={target} is not; its kind is "
+                "targets"
+            )
         notes = []
         for split, source in self.sources.items():
             missing = int(data.count_labels(source)[0])

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from selfmask_dist.cascade.plan import choose_num_groups
 from selfmask_dist.cli.plan.hardware import Hardware
+from selfmask_dist.cli.plan.held import FULL, held_by
 from selfmask_dist.cli.plan.model_size import ModelSize
-from selfmask_dist.cli.plan.steps import FULL, Estimate, choose, estimate, state_numbers
+from selfmask_dist.cli.plan.steps import Estimate, choose, estimate
 from selfmask_dist.config import Config
 
 _COPY_GBS = 10.0  # from a GPU to host memory, of a rank
@@ -72,7 +73,7 @@ def reckon_saving(size: ModelSize, config: Config, hardware: Hardware, step_seco
     Args:
         step_seconds: of one step, at most.
     """
-    total = FULL * size.masked * state_numbers(config)
+    total = size.masked * held_by(config).state
     of_rank = total / hardware.world_size
     seconds = of_rank / (_COPY_GBS * 1e9) + hardware.file_seconds(total)
     needed = 2 * (2 * seconds + step_seconds)

@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfmask_dist.cli.plan.hardware import GIB, Hardware
+from selfmask_dist.cli.plan.held import FULL, gradient_bytes, held_by
 from selfmask_dist.cli.plan.model_size import ModelSize, build_on_meta, measure_size
 from selfmask_dist.config import Config
-from selfmask_dist.config.objectives import WITH_TEACHER
 from selfmask_dist.masking.passes import takes_gradients
 from selfmask_dist.training.prepare import mask_family
 
-FULL = 4.0  # bytes of a float32
 _TEACHERS_VIEWS = {"moco_v2": 1, "moco_v3": 2, "dino": 2}
 _STUDENTS_VIEWS = {"simclr": 2, "moco_v2": 1, "moco_v3": 2, "slip": 3}
 _IN_MICRO_STEPS = ("supervised", "swav", "nbd")  # others hold images against the whole batch
@@ -116,15 +115,11 @@ def views_of(config: Config, image_size: int) -> Views:
     return Views(crops.global_count * large + small, teacher, 2 if crops.local_count else 1)
 
 
-def state_numbers(config: Config) -> int:
-    """Return how many numbers of state a masked weight has: its score, moments, an average."""
-    moments = 2 if config.optim.kind == "adamw" else 1
-    return 1 + moments + (config.objective.name in WITH_TEACHER or config.train.ema is not None)
-
-
 def estimate(size: ModelSize, config: Config, hardware: Hardware, *, image_size: int = 224) -> list[Estimate]:
     """Return the estimates of `plan` for a model that has been measured: the arithmetic alone."""
     reckoner = _Reckoner(size, config, hardware, views_of(config, image_size))
+    if config.engine.weights == "bf16":  # the others refuse it
+        return [reckoner.ddp()]
     found = [reckoner.ddp(), reckoner.fsdp(), reckoner.bits(), *(reckoner.zero(s) for s in (1, 2, 3))]
     if config.engine.shard_size is not None:
         return found
@@ -152,7 +147,8 @@ class _Reckoner:
         flops = passes * size.flops_per_image * rows * self.m
         self.compute = flops / (hardware.tflops * 1e12)
         self.bucket = min(engine.bucket_mb * 2**18, self.n)  # in numbers
-        self.momentum = FULL * self.n * (state_numbers(config) - 1)
+        self.held = held_by(config)
+        self.scores, self.momentum = self.held.score * self.n, self.held.moments * self.n
         self.takes_whole = takes_gradients(
             mask_family(config, num_steps=1)
         )  # scores' gradients lie where theta's lay
@@ -181,13 +177,17 @@ class _Reckoner:
     def ddp(self) -> Estimate:
         n, f, x = self.n, self.f, (self.w - 1) / self.w
         buckets = FULL * n if self.w > 1 else 0.0  # DistributedDataParallel's copies of gradients
+        gradients = gradient_bytes(self.size, self.config, world_size=self.w)
+        if gradients is None:
+            second = self.second(FULL * n, self.activations, is_taken=self.takes_whole)
+            gradients = FULL * n + buckets + second
         return self.one(
             "ddp",
-            weights=FULL * (2 * n + f),
-            scores=FULL * n,
+            weights=2 * self.held.weight * n + FULL * f,
+            scores=self.scores,
             momentum=self.momentum,
-            gradients=FULL * n + buckets + self.second(FULL * n, self.activations, is_taken=self.takes_whole),
-            sent=2 * x * FULL * n,
+            gradients=gradients,
+            sent=2 * x * self.held.weight * n,
         )
 
     def fsdp(self, group: int | None = None) -> Estimate:

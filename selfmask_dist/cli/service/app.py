@@ -20,10 +20,11 @@ from starlette.routing import Route
 
 from selfmask_dist.cli.service import openapi, page
 from selfmask_dist.cli.service.bodies import Bodies
-from selfmask_dist.cli.service.encoder import Encoder
+from selfmask_dist.cli.service.encoder import Answer, Encoder
 from selfmask_dist.cli.service.limits import Limits
 from selfmask_dist.cli.service.pictures import Pictures
 from selfmask_dist.cli.service.refusal import RefusedError, is_out_of_memory
+from selfmask_dist.cli.service.routes import ServedCascade
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.maskfile import Model
 from selfmask_dist.maskfile.bank import MaskBank
@@ -41,6 +42,7 @@ def create_app(
     preprocessing: Preprocessing,
     limits: Limits | None = None,
     models: Mapping[str, Model] | None = None,
+    cascades: Mapping[str, ServedCascade] | None = None,
 ) -> Starlette:
     """Return the ASGI application over a bank, whose masks may be added and removed while it serves.
 
@@ -48,9 +50,10 @@ def create_app(
     `server.make_server`, which runs it.
 
     Args:
-        models: heads and class names by the name of their mask, for `/predict`.
+        models: heads and class names by the name of their mask or cascade, for `/predict`.
+        cascades: by the name they are asked for; see `routes.add_cascade`.
     """
-    service = _Service(bank, preprocessing, limits or Limits(), models or {})
+    service = _Service(bank, preprocessing, limits or Limits(), models or {}, cascades or {})
     app = Starlette(
         routes=[
             Route("/", service.page),
@@ -70,12 +73,17 @@ def create_app(
 
 class _Service:
     def __init__(
-        self, bank: MaskBank, preprocessing: Preprocessing, limits: Limits, models: Mapping[str, Model]
+        self,
+        bank: MaskBank,
+        preprocessing: Preprocessing,
+        limits: Limits,
+        models: Mapping[str, Model],
+        cascades: Mapping[str, ServedCascade],
     ) -> None:
-        self._bank, self._limits, self._models = bank, limits, models
+        self._bank, self._limits, self._models, self._cascades = bank, limits, models, cascades
         self._bodies = Bodies(limits)
         self._pictures = Pictures(preprocessing, limits)
-        self._encoder = Encoder(bank, limits, models)
+        self._encoder = Encoder(bank, limits, models, cascades)
         self._waiting = 0
         self.requests: Counter[int] = Counter()  # by status
 
@@ -116,7 +124,8 @@ class _Service:
 
     async def _embed(self, request: Request) -> dict[str, object]:
         mask = self._mask(_parameters(request, ("mask",)).get("mask"))
-        return {"mask": mask, "embedding": await self._picture(request, mask, has_head=False)}
+        found = await self._picture(request, mask, has_head=False)
+        return {"mask": mask, "embedding": found.numbers, **_route(found)}
 
     async def _predict(self, request: Request) -> dict[str, object]:
         given = _parameters(request, ("mask", "top", "logits"))
@@ -132,12 +141,13 @@ class _Service:
         target = "class" if head is None else head.target
         if target == "dense":
             raise RefusedError(400, f"the head of {mask!r} is of patches, not of pictures")
-        logits = await self._picture(request, mask, has_head=True)
-        found = ranked("", torch.tensor(logits), self._models[mask].classes, top, target=target).to_dict()
-        answer = {"mask": mask, **{key: value for key, value in found.items() if key != "picture"}}
-        return {**answer, "logits": logits} if with_logits == "true" else answer
+        found = await self._picture(request, mask, has_head=True)
+        named = ranked("", torch.tensor(found.numbers), self._models[mask].classes, top, target=target)
+        parts = {key: value for key, value in named.to_dict().items() if key != "picture"}
+        answer = {"mask": mask, **parts, **_route(found)}
+        return {**answer, "logits": found.numbers} if with_logits == "true" else answer
 
-    async def _picture(self, request: Request, mask: str | None, *, has_head: bool) -> list[float]:
+    async def _picture(self, request: Request, mask: str | None, *, has_head: bool) -> Answer:
         """Return what the encoder, or a mask's head, makes of the picture that a request brings."""
         data = await self._bodies.read(request)
         try:
@@ -157,19 +167,17 @@ class _Service:
             self._bodies.release(data)
 
     def _mask(self, mask: str | None) -> str | None:
-        """Return the mask that a request names, once it is known to be there; None: the frozen backbone."""
-        if mask is not None and mask not in self._bank:
-            known = ", ".join(self._bank.names[:20]) or "none"
+        """Return the mask or cascade that a request names, if it is there; None: the frozen backbone."""
+        if mask is not None and mask not in self._bank and mask not in self._cascades:
+            known = ", ".join([*self._cascades, *self._bank.names][:20]) or "none"
             raise RefusedError(404, f"there is no mask {mask[:100]!r}; there is {known} (all: GET /masks)")
         return mask
 
-    async def _compute(
-        self, data: bytes, content_type: str, mask: str | None, *, has_head: bool
-    ) -> list[float]:
+    async def _compute(self, data: bytes, content_type: str, mask: str | None, *, has_head: bool) -> Answer:
         picture = await self._pictures.view(data, content_type)
         return await self._encoder.embed(picture, mask, has_head=has_head)
 
-    async def _in_time(self, work: Coroutine[Any, Any, list[float]], request: Request) -> list[float]:
+    async def _in_time(self, work: Coroutine[Any, Any, Answer], request: Request) -> Answer:
         """Return what `work` gives; it is dropped at its deadline, and when its client goes away."""
         answer, gone = asyncio.create_task(work), asyncio.create_task(_until_gone(request))
         try:
@@ -190,9 +198,17 @@ class _Service:
             gone.cancel()
 
     async def masks(self, _request: Request) -> Response:
-        """Answer `GET /masks` with the names of the masks, and the number of classes of those with a head."""
-        classes = {name: len(model.classes) for name, model in self._models.items() if name in self._bank}
-        return JSONResponse({"masks": self._bank.names, **({"classes": classes} if classes else {})})
+        """Answer `GET /masks` with the names of masks and cascades, and the number of classes of those with
+        a head.
+        """
+        there = {name for name, one in self._cascades.items() if not one.is_gone(self._bank)}
+        there |= set(self._bank.names)
+        classes = {name: len(model.classes) for name, model in self._models.items() if name in there}
+        cascades = {name: one.about() for name, one in self._cascades.items() if name in there}
+        more: dict[str, object] = {"classes": classes} if classes else {}
+        return JSONResponse(
+            {"masks": self._bank.names, **more, **({"cascades": cascades} if cascades else {})}
+        )
 
     async def page(self, _request: Request) -> Response:
         """Answer `GET /` with a page for trying the service in a browser."""
@@ -252,6 +268,11 @@ def _parameters(request: Request, known: tuple[str, ...]) -> dict[str, str]:
             raise RefusedError(400, f"{what}; ask for one with each picture")
         found[name] = value
     return found
+
+
+def _route(found: Answer) -> dict[str, object]:
+    """Return the part of an answer that says which expert a picture went to; none of a mask's."""
+    return {} if found.route is None else {"route": found.route.to_dict()}
 
 
 def _number(text: str) -> int:

@@ -7,7 +7,7 @@ them, is not every picture's. Knows nothing of HTTP but the status of a refusal.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -15,13 +15,22 @@ import torch
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from selfmask_dist.cascade.model import Route
 from selfmask_dist.cli.service.limits import Limits
 from selfmask_dist.cli.service.refusal import RefusedError, is_out_of_memory
+from selfmask_dist.cli.service.routes import ServedCascade
 from selfmask_dist.maskfile import Head, Model
 from selfmask_dist.maskfile.bank import MaskBank
 
 _LOG = logging.getLogger(__name__)
-_Outcome = list[float] | RefusedError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a picture gave. numbers: its embedding or logits. route: of a cascade."""
+
+    numbers: list[float]
+    route: Route | None = None
 
 
 @dataclass(eq=False)
@@ -29,9 +38,7 @@ class _Job:
     picture: Tensor  # (3, size, size), on the CPU
     mask: str | None
     has_head: bool  # whether its mask's logits are wanted, not the embedding
-    done: "asyncio.Future[list[float]]" = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    done: "asyncio.Future[Answer]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Encoder:
@@ -40,8 +47,14 @@ class Encoder:
     pictures, passes: how many were computed. seconds: that took. failure: why the last pass gave nothing.
     """
 
-    def __init__(self, bank: MaskBank, limits: Limits, models: Mapping[str, Model]) -> None:
-        self._bank, self._limits, self._models = bank, limits, models
+    def __init__(
+        self,
+        bank: MaskBank,
+        limits: Limits,
+        models: Mapping[str, Model],
+        cascades: Mapping[str, ServedCascade],
+    ) -> None:
+        self._bank, self._limits, self._models, self._cascades = bank, limits, models, cascades
         self._device = next(bank.encoder.parameters()).device
         self._heads: dict[str, tuple[Head, Head]] = {}  # as they came, and on the device
         self._jobs: asyncio.Queue[_Job] = asyncio.Queue()
@@ -66,8 +79,8 @@ class Encoder:
             with suppress(asyncio.CancelledError):
                 await self._worker
 
-    async def embed(self, picture: Tensor, mask: str | None, *, has_head: bool = False) -> list[float]:
-        """Return the embedding of a view (3, size, size) under a mask, or the logits of the mask's head.
+    async def embed(self, picture: Tensor, mask: str | None, *, has_head: bool = False) -> Answer:
+        """Return the embedding of a view (3, size, size) under a mask or cascade, or the logits of its head.
 
         Raises:
             RefusedError: the mask is gone, memory does not hold the pass, or the encoder fails.
@@ -107,9 +120,11 @@ class Encoder:
                 job.done.set_result(outcome)
 
     def _is_gone(self, mask: str | None) -> bool:
+        if mask is not None and mask in self._cascades:
+            return self._cascades[mask].is_gone(self._bank)
         return mask is not None and mask not in self._bank
 
-    def _embed(self, jobs: list[_Job]) -> list[_Outcome]:
+    def _embed(self, jobs: list[_Job]) -> list[Answer | RefusedError]:
         """Return an embedding or a refusal for each; a pass that fails is made in halves."""
         try:
             return self._pass(jobs)
@@ -122,10 +137,31 @@ class Encoder:
         half = len(jobs) // 2
         return self._embed(jobs[:half]) + self._embed(jobs[half:])
 
-    def _pass(self, jobs: list[_Job]) -> list[_Outcome]:
+    def _pass(self, jobs: list[_Job]) -> list[Answer | RefusedError]:
         images = torch.stack([job.picture for job in jobs]).to(self._device)
-        found = self._bank.embed(images, [job.mask for job in jobs]).float()
+        groups: dict[str | None, list[int]] = {}  # by cascade; all that are under masks go together
+        for number, job in enumerate(jobs):
+            groups.setdefault(job.mask if job.mask in self._cascades else None, []).append(number)
+        outcomes: dict[int, Answer | RefusedError] = {}
+        for name, numbers in groups.items():
+            part = [jobs[number] for number in numbers]
+            features, routes = self._features(name, part, images if len(groups) == 1 else images[numbers])
+            outcomes |= dict(zip(numbers, self._answers(part, features, routes), strict=True))
         self.passes += 1
+        return [outcomes[number] for number in range(len(jobs))]
+
+    def _features(
+        self, cascade: str | None, jobs: list[_Job], images: Tensor
+    ) -> tuple[Tensor, list[Route] | None]:
+        """Return embeddings (n, dim), float32, under a cascade or each job's mask; and a cascade's routes."""
+        if cascade is None:
+            return self._bank.embed(images, [job.mask for job in jobs]).float(), None
+        features, routes = self._cascades[cascade].embed(images)
+        return features.float(), routes
+
+    def _answers(
+        self, jobs: list[_Job], found: Tensor, routes: list[Route] | None
+    ) -> list[Answer | RefusedError]:
         is_finite = found.isfinite().all(dim=1).tolist()
         rows = found.tolist()
         for mask in {job.mask for job in jobs if job.has_head and job.mask is not None}:
@@ -135,9 +171,10 @@ class Encoder:
                 asked, logits.tolist(), logits.isfinite().all(dim=1).tolist(), strict=True
             ):
                 rows[number], is_finite[number] = row, is_finite[number] and finite
+        ways: Sequence[Route | None] = routes or [None] * len(jobs)
         return [
-            row if finite else _not_finite(job.mask)
-            for job, row, finite in zip(jobs, rows, is_finite, strict=True)
+            Answer(row, route) if finite else _not_finite(job.mask)
+            for job, row, route, finite in zip(jobs, rows, ways, is_finite, strict=True)
         ]
 
     def _head(self, mask: str) -> Head:

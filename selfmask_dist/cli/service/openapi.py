@@ -20,6 +20,15 @@ _CLASS = {
         "logit": {"type": "number"},
     },
 }
+_ROUTE = {
+    "type": "object",
+    "required": ["expert", "shares"],
+    "description": "Of a cascade: which expert the picture went to, and the share of each.",
+    "properties": {
+        "expert": {"type": "integer", "minimum": 0},
+        "shares": {"type": "array", "items": {"type": "number", "minimum": 0, "maximum": 1}},
+    },
+}
 _REFUSALS = {
     400: "a parameter, or a body that is no picture",
     404: "there is no such mask",
@@ -42,6 +51,15 @@ def describe(limits: Limits) -> dict[str, Any]:
     numbers = {"type": "array", "items": {"type": "number"}}
     counts = {"type": "object", "additionalProperties": {"type": "integer"}}
     mask = {"type": "string", "nullable": True}
+    route = {"$ref": "#/components/schemas/Route"}
+    cascades = {
+        "type": "object",
+        "additionalProperties": {
+            "type": "object",
+            "required": ["mode", "experts"],
+            "properties": {"mode": _string(), "experts": {"type": "integer", "minimum": 1}},
+        },
+    }
     top = {"type": "array", "items": {"$ref": "#/components/schemas/Class"}}
     return {
         "openapi": "3.0.3",
@@ -50,9 +68,14 @@ def describe(limits: Limits) -> dict[str, Any]:
             "/embed": {
                 "post": _post(
                     "The embedding of a picture.",
-                    [_query("mask", "Under which mask; without it, the frozen backbone.", _string())],
-                    {"mask": mask, "embedding": numbers},
+                    [
+                        _query(
+                            "mask", "Under which mask or cascade; without it, the frozen backbone.", _string()
+                        )
+                    ],
+                    {"mask": mask, "embedding": numbers, "route": route},
                     limits,
+                    optional=("route",),
                 )
             },
             "/predict": {
@@ -63,14 +86,14 @@ def describe(limits: Limits) -> dict[str, Any]:
                         _query("top", "How many classes; 5.", {"type": "integer", "minimum": 1}),
                         _query("logits", "With the logits of all classes.", {"type": "boolean"}),
                     ],
-                    {"mask": mask, "top": top, "logits": numbers},
+                    {"mask": mask, "top": top, "logits": numbers, "route": route},
                     limits,
-                    optional=("logits",),
+                    optional=("logits", "route"),
                 )
             },
             "/masks": _get(
-                "The masks, and the number of classes of those with a head.",
-                {"masks": masks, "classes": counts},
+                "The masks and cascades, and the number of classes of those with a head.",
+                {"masks": masks, "classes": counts, "cascades": cascades},
             ),
             "/health": _get("Whether the encoder works.", {"status": _string()}, refusals=(503,)),
             "/metrics": {
@@ -82,7 +105,7 @@ def describe(limits: Limits) -> dict[str, Any]:
                 }
             },
         },
-        "components": {"schemas": {"Error": _ERROR, "Class": _CLASS}},
+        "components": {"schemas": {"Error": _ERROR, "Class": _CLASS, "Route": _ROUTE}},
     }
 
 
@@ -131,7 +154,7 @@ def _post(
 
 
 def _get(text: str, properties: dict[str, Any], *, refusals: tuple[int, ...] = ()) -> dict[str, Any]:
-    responses = {"200": _answer(properties, ("classes",))}
+    responses = {"200": _answer(properties, ("classes", "cascades"))}
     return {
         "get": {
             "summary": text,

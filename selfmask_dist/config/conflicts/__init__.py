@@ -4,7 +4,15 @@ A new rule is a `yield` in one of these files: the keys that it is about, what i
 """
 
 from selfmask_dist.config.all_sections import AllSections
-from selfmask_dist.config.conflicts import general, habits, masks, procedures, retrieval, targets
+from selfmask_dist.config.conflicts import (
+    general,
+    habits,
+    lean,
+    masks,
+    procedures,
+    retrieval,
+    targets,
+)
 from selfmask_dist.config.loading import Conflict
 
 
@@ -24,6 +32,7 @@ def conflicts(config: AllSections) -> list[Conflict]:
         retrieval.retrieval_conflicts,
         habits.habit_conflicts,
         general.engine_conflicts,
+        lean.lean_conflicts,
         general.number_conflicts,
     )
     return [conflict for check in checks for conflict in check(config)]

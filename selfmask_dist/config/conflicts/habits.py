@@ -134,6 +134,12 @@ def _image_conflicts(config: AllSections) -> Iterator[Conflict]:
                 f"{key} changes the one view of objective.name=supervised and clip, and {name} makes its own "
                 "views (sections crops and nbd); set it to 0",
             )
+        if config.data.channels != 3:
+            yield Conflict(
+                (key, "data.channels"),
+                f"{key} changes pictures of three channels, and data.channels={config.data.channels}; "
+                "set it to 0",
+            )
         if not config.data.augment:
             yield Conflict(
                 (key, "data.augment"),

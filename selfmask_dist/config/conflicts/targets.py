@@ -17,6 +17,12 @@ def target_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.class_weights={objective.class_weights} is of objective.name=supervised with "
             f"objective.target=class or multilabel; set it to none",
         )
+    if config.data.sampling == "balanced" and (target != "class" or _is_other(config)):
+        yield Conflict(
+            ("data.sampling", "objective.target"),
+            "data.sampling=balanced goes by one class an image: it is of objective.name=supervised with "
+            "objective.target=class; set data.sampling=shuffled",
+        )
     if target == "class":
         return
     way = "set objective.target=class"
@@ -57,6 +63,12 @@ def _is_other(config: AllSections) -> bool:
 
 
 def _dense_conflicts(config: AllSections) -> Iterator[Conflict]:
+    if config.data.channels != 3:
+        yield Conflict(
+            ("data.channels", "objective.target"),
+            f"objective.target=dense reads pictures of three channels, and data.channels="
+            f"{config.data.channels}",
+        )
     if config.backbone.pool != "model":
         yield Conflict(
             ("backbone.pool", "objective.target"),

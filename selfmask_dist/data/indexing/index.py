@@ -187,7 +187,10 @@ def index_of_table(
     """
     numbers = np.array(table.number, dtype=np.int32)
     folders: tuple[str, ...] | None = None
-    if not (numbers >= 0).any() and table.folders:
+    targets = table.targets.finish()
+    # folders of pictures that are no classes: those of a data set with other targets and a list of names
+    is_of_targets = bool(targets) and classes is not None and not set(table.folders) <= set(classes)
+    if not (numbers >= 0).any() and table.folders and not is_of_targets:
         of_folder = _classes_of_folders(table, folder, classes or (), similar)
         folders = tuple(sorted(set(of_folder)))
         place = {name: number for number, name in enumerate(folders)}
@@ -208,7 +211,7 @@ def index_of_table(
         classes=classes,
         has_crc32=has_crc32,
         **_captions_of(table),
-        targets=table.targets.finish(),
+        targets=targets,
     )
 
 

@@ -185,13 +185,14 @@ def read_columns(stated: Mapping[str, int], num_rows: int, take: Take) -> IndexT
     Args:
         stated: what the file's header says, see `describe`.
     """
-    ragged = {}
+    found: dict[str, Any] = {}
     for name in ("labels", "values"):
         if name in stated:
             end = take("<i8", num_rows)
-            ragged[name] = Ragged(end, take("<f8", stated[name]))
-    maps = {name: take(kind, num_rows) for name, kind in _MAP_COLUMNS.items()} if "maps" in stated else {}
-    return IndexTargets(**ragged, **maps)
+            found[name] = Ragged(end, take("<f8", stated[name]))
+    if "maps" in stated:
+        found |= {name: take(kind, num_rows) for name, kind in _MAP_COLUMNS.items()}
+    return IndexTargets(**found)
 
 
 def _ragged(end: array[int], numbers: array[float]) -> Ragged:

@@ -9,7 +9,6 @@ Picklable, and without any global random state, as every transform.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from selfmask_dist.common.pictures import ShapeError, check_shape
+from selfmask_dist.common.pictures import IGNORED, ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.views.single import (
     centre_start,
@@ -28,7 +27,6 @@ from selfmask_dist.data.views.single import (
     resized_size,
 )
 
-IGNORED = 255  # a pixel of a label map that does not count
 _RATIO = (3 / 4, 4 / 3)
 
 
@@ -71,35 +69,3 @@ class DenseTransform:
                 labels = labels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         found = torch.from_numpy(np.array(labels, dtype=np.int64))
         return picture_to_tensor(image, self.pre), found
-
-
-def read_label_map(data: bytes, size: tuple[int, int], num_classes: int) -> Image.Image:
-    """Return a label map as one byte a pixel.
-
-    Args:
-        data: an encoded picture of grey or palette values; black and white ones are classes 0 and 1.
-        size: of its picture, (width, height).
-
-    Raises:
-        ValueError: it cannot be decoded, is of another size, or has values that are no class.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            labels = opened
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"its label map cannot be decoded ({error})") from error
-    if labels.mode not in ("L", "P", "1"):
-        raise ValueError(f"its label map is of PIL's mode {labels.mode}; it needs one byte a pixel (L or P)")
-    if labels.size != size:
-        raise ValueError(
-            f"its label map has {labels.size[0]} x {labels.size[1]} pixels, and the picture "
-            f"{size[0]} x {size[1]}"
-        )
-    values = np.asarray(labels).astype(np.uint8)
-    if (bad := values[(values >= num_classes) & (values != IGNORED)]).size:
-        raise ValueError(
-            f"its label map has the value {int(bad[0])}, and there are {num_classes} classes (0 to "
-            f"{num_classes - 1}; {IGNORED} is not counted)"
-        )
-    return Image.fromarray(values)

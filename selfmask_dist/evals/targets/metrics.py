@@ -36,7 +36,7 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     Raises:
         ValueError: no sample is of any class.
     """
-    from sklearn.metrics import average_precision_score  # type: ignore[import-untyped]
+    from sklearn.metrics import average_precision_score
 
     is_there = (targets > 0.5).any(dim=0)
     if not is_there.any():

@@ -62,3 +62,17 @@ def delta_mask(frozen: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Mas
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
     return tensors[name].shape if name in tensors else None
+
+
+def halve_vectors(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return biases and gains in float16, as they are written into a tensor of any precision.
+
+    What float16 does not hold to a thousandth of its largest value stays: large running statistics, integers.
+    """
+    found = {}
+    for name, value in vectors.items():
+        small = value.half() if value.dtype == torch.float32 else value
+        worst = (small.double() - value.double()).abs().max() if value.numel() else value.new_zeros(())
+        is_near = bool(worst <= 1e-3 * value.double().abs().max()) if value.numel() else False
+        found[name] = small if is_near else value
+    return found

@@ -1,6 +1,7 @@
 """A mask as others use it: dense weights, the mask itself, a model card and a picture, in one folder.
 
-    FOLDER/model.safetensors    theta = a * W * M of the whole encoder, under its own (timm, open_clip) names
+    FOLDER/model.safetensors    theta = a * W * M of the whole encoder, under its library's names
+    FOLDER/config.json          by which timm and transformers load the folder by themselves (`folders`)
     FOLDER/NAME.mask            the mask alone, for those who have the backbone
     FOLDER/README.md            model card: metrics, provenance, how to load it
     FOLDER/sparsity.png         what is pruned, by layer
@@ -14,13 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from selfmask_dist.backbones import Backbone
-from selfmask_dist.common.files import replacing, write_text
+from selfmask_dist.common.files import write_text
 from selfmask_dist.common.version import VERSION
 from selfmask_dist.maskfile import Mask, MaskFile, apply_mask, write_mask_file
+from selfmask_dist.maskfile.tools.folders import WEIGHTS, write_folder
 from selfmask_dist.maskfile.tools.pictures import draw_mask
 
 _CARD = """---
@@ -64,11 +65,13 @@ def export(
     backbone: Backbone,
     *,
     kwargs: Mapping[str, Any] | None = None,
+    is_whole: bool = True,
 ) -> list[Path]:
     """Write the folder and return its files. Existing ones of the same names are replaced.
 
     Args:
-        kwargs: what the model was built with beside its name, for the card.
+        kwargs: what the model was built with beside its name, for card and configuration.
+        is_whole: nothing of the library's architecture was removed.
 
     Raises:
         MaskFileError: the mask is not of this backbone.
@@ -76,10 +79,18 @@ def export(
     encoder = copy.deepcopy(backbone.encoder)
     apply_mask(encoder, mask)
     folder.mkdir(parents=True, exist_ok=True)
-    dense, card = folder / "model.safetensors", folder / "README.md"
+    dense, card = folder / WEIGHTS, folder / "README.md"
     alone, picture = folder / f"{name}.mask", folder / "sparsity.png"
-    with replacing(dense) as partial:
-        save_file({key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}, partial)
+    library, _, model = backbone.spec.name.partition(":")
+    loads_itself = write_folder(
+        encoder,
+        folder,
+        library=library,
+        model=model,
+        preprocessing=backbone.spec.preprocessing,
+        kwargs=kwargs or {},
+        is_whole=is_whole,
+    )
     mask_bytes = write_mask_file(
         alone,
         MaskFile(
@@ -93,8 +104,6 @@ def export(
     )
     draw_mask(mask.bits, picture, title=f"{name}: what the mask prunes, by layer")
     parameters = dict(encoder.named_parameters())
-    model = backbone.spec.name.partition(":")[2]
-    library = backbone.spec.name.partition(":")[0]
     write_text(
         card,
         _CARD.format(
@@ -107,7 +116,7 @@ def export(
             bits=8 * mask_bytes / mask.num_weights(),
             dense_bytes=dense.stat().st_size,
             metrics=_metrics(file.metrics),
-            usage=_usage(model, kwargs or {}, library=library),
+            usage=_usage(model, kwargs or {}, library=library, of=encoder if loads_itself else None),
             fingerprint=mask.weights_fingerprint,
             backbone_fingerprint=backbone.spec.fingerprint,
             preprocessing=f"`{json.dumps(file.preprocessing)}`" if file.preprocessing else "not stated",
@@ -116,7 +125,7 @@ def export(
             version=VERSION,
         ),
     )
-    return [dense, alone, card, picture]
+    return [dense, *([folder / "config.json"] if loads_itself else []), alone, card, picture]
 
 
 def two_of_four(parameters: dict[str, Tensor]) -> float:
@@ -152,7 +161,13 @@ _RESTS = {
 }
 
 
-def _usage(model: str, kwargs: Mapping[str, Any], *, library: str) -> str:
+def _usage(model: str, kwargs: Mapping[str, Any], *, library: str, of: Any) -> str:
+    """Return how the folder is loaded. of: the encoder, where its library loads the folder by itself."""
+    if of is not None and library == "hf":
+        kind = type(of.model).__name__
+        return f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")'
+    if of is not None and library == "timm":
+        return 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True)'
     given = "".join(f", {key}={value!r}" for key, value in kwargs.items())
     load = 'model.load_state_dict(load_file("model.safetensors"))'
     if library == "hf":

@@ -172,7 +172,7 @@ class Family:
     def finish(self, segment: Segment) -> None:
         """Make theta what it is, with the sums of the whole tensor at hand (`whole.sums`, `whole.scale`)."""
         if self.is_scaled:
-            segment.theta.mul_(segment.whole.scale)
+            core.multiply(segment.theta, segment.whole.scale)
 
     # ---- gradients
 

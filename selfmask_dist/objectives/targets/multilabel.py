@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selfmask_dist.config.objectives import ObjectiveConfig
 from selfmask_dist.data import TargetSummary
+from selfmask_dist.objectives.supervised import shares_of_all
 from selfmask_dist.objectives.targets.targeted import Targeted
 
 
@@ -20,21 +22,19 @@ class Multilabel(Targeted):
     """
 
     measure = "label_accuracy"
-    weight_of_yes: Tensor | None = None
+    weight_of_yes: Tensor | None
+
+    def __init__(self, dim: int, num_outputs: int, config: ObjectiveConfig, *, seed: int = 0) -> None:
+        super().__init__(dim, num_outputs, config, seed=seed)
+        # not part of the state: it follows from the data
+        self.register_buffer("weight_of_yes", None, persistent=False)
 
     def know(self, summary: TargetSummary) -> None:
         """Take the share of the samples that are of each class, for balanced weights."""
         if self.config.class_weights != "balanced":
             return
-        assert summary.mean is not None
-        shares = summary.mean
-        if lacking := [name for name, one in zip(summary.outputs, shares.tolist(), strict=True) if not one]:
-            raise ValueError(
-                f"objective.class_weights=balanced: no training image is of class {lacking[0]!r}, whose "
-                "weight would be infinite; leave the class out, or set objective.class_weights=none"
-            )
-        # not part of the state: it follows from the data
-        self.register_buffer("weight_of_yes", ((1 - shares) / shares).float(), persistent=False)
+        shares = shares_of_all(summary)
+        self.weight_of_yes = ((1 - shares) / shares).float()
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         weight = None if self.weight_of_yes is None else self.weight_of_yes.to(outputs.dtype)

@@ -165,7 +165,7 @@ def read_model(folder: Path) -> Model | None:
     try:
         if about["kind"] == "cosine":
             arrays = load_file(folder / names.TEXT_HEAD)
-            head = Head("cosine", norm="none", scale=about["scale"], **arrays)
+            head = Head("cosine", arrays["weight"], scale=about["scale"])
         else:
             state = load_file(folder / names.HEAD)
             head = _linear(state, about["norm"], about["scale"], about.get("target", "class"))
