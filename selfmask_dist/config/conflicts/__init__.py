@@ -22,7 +22,6 @@ def conflicts(config: AllSections) -> list[Conflict]:
         general.run_conflicts,
         general.data_conflicts,
         general.backbone_conflicts,
-        general.channel_conflicts,
         general.objective_conflicts,
         general.view_conflicts,
         targets.target_conflicts,

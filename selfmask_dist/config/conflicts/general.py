@@ -57,24 +57,6 @@ def backbone_conflicts(config: AllSections) -> Iterator[Conflict]:
         )
 
 
-def channel_conflicts(config: AllSections) -> Iterator[Conflict]:
-    """Yield what is made for RGB alone, and is asked for on pictures of other channels."""
-    channels = config.data.channels
-    if channels == 3:
-        return
-    if config.objective.target == "dense":
-        yield Conflict(
-            ("data.channels", "objective.target"),
-            f"objective.target=dense takes RGB pictures, and data.channels is {channels}",
-        )
-    if config.augment.randaugment:
-        yield Conflict(
-            ("data.channels", "augment.randaugment"),
-            f"augment.randaugment is made for RGB, and data.channels is {channels}; set it to 0 "
-            "(augment.erase, mixup and CutMix take any)",
-        )
-
-
 def run_conflicts(config: AllSections) -> Iterator[Conflict]:
     """Yield a folder of runs that a shell would have expanded, and names that are no folder within it."""
     place, name = config.run.dir, config.run.name
