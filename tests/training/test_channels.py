@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 from torch import nn
 
 import selfmask_dist
 from data_prep.bands.__main__ import main as convert
 from selfmask_dist.backbones.inputs.stem import inflate_stem
 from selfmask_dist.cli.train import run
+from selfmask_dist.common.pictures import ShapeError
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.config import load_config
 from selfmask_dist.config.loading import ConfigError
-from selfmask_dist.data import eval_transform
+from selfmask_dist.data import DenseTransform, eval_transform, train_transform
 from selfmask_dist.data.views.bands import as_bands, checked, read_npy, read_tiff, scaled
+from selfmask_dist.data.views.stronger import Stronger
 from tests.support.tiny_run import result_of, write_config
 
 TYPES = {1: "uint8", 4: "uint16", 12: "float32"}
@@ -96,8 +99,6 @@ def test_values_keep_their_depth_and_views_are_those_of_rgb() -> None:
     three, six = (Preprocessing(16, (0.4, 0.5, 0.6) * n, (0.2, 0.3, 0.4) * n, "bilinear") for n in (1, 2))
     (view,) = eval_transform(six)(np.concatenate([rgb, rgb], axis=2), rng)
     (own,) = eval_transform(three)(as_bands(rgb, 3).astype(np.float32) / np.float32(255), rng)
-    from PIL import Image
-
     (pil,) = eval_transform(three)(Image.fromarray(rgb), rng)
     assert torch.equal(view[:3], view[3:])
     torch.testing.assert_close(view[:3], own)
@@ -115,3 +116,15 @@ def test_values_keep_their_depth_and_views_are_those_of_rgb() -> None:
         read_tiff(b"rot")
     with pytest.raises(ValueError, match=r"has 3 channels, and data\.channels is 4"):
         as_bands(rgb, 4)
+
+
+def test_deep_arrays_of_three_channels_are_not_taken_where_rgb_is_needed() -> None:
+    deep, pre = np.full((20, 20, 3), 40000, np.uint16), Preprocessing(16, (0.5,) * 3, (0.5,) * 3)
+    for stronger in (None, Stronger(erase=1.0)):
+        (view,) = train_transform(pre, stronger=stronger)(deep, np.random.default_rng(0))
+        assert view.shape == (3, 16, 16)
+        assert bool((view == 0).any()) == (stronger is not None)  # what is erased
+    with pytest.raises(ShapeError, match="which RandAugment is made for"):
+        train_transform(pre, stronger=Stronger(operations=1))(deep, np.random.default_rng(0))
+    with pytest.raises(ShapeError, match="dense targets take no others yet"):
+        DenseTransform(pre).pair(deep, Image.new("L", (20, 20)), np.random.default_rng(0))

@@ -160,7 +160,7 @@ def test_launchers_say_what_a_configuration_alone_tells(
 
 
 def test_patches_are_of_those_that_cut_images_into_them() -> None:
-    from selfmask_dist.training.build import _patch_size
+    from selfmask_dist.backbones.inputs.patches import _patch_size
 
     class Cuts(nn.Module):
         patch_size = (14, 14)

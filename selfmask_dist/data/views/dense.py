@@ -10,13 +10,14 @@ Picklable, and without any global random state, as every transform.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from selfmask_dist.common.pictures import IGNORED, check_shape
+from selfmask_dist.common.pictures import IGNORED, ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
 from selfmask_dist.data.views.single import (
     centre_start,
@@ -45,8 +46,10 @@ class DenseTransform:
         """Return a view, and a map of which nothing counts."""
         return self.pair(image, Image.new("L", image.size, IGNORED), rng)
 
-    def pair(self, image: Image.Image, labels: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+    def pair(self, image: Any, labels: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         """Return the view and the map, of a picture and a map of the same size."""
+        if not isinstance(image, Image.Image):
+            raise ShapeError("is no RGB picture of eight bits, and dense targets take no others yet")
         size = self.pre.image_size
         if self.crop_scale is None:
             wide, high = resized_size(self.pre, image.size)

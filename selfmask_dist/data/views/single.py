@@ -128,8 +128,7 @@ class TrainTransform:
         size = self.pre.image_size
         box = random_crop_box(size_of(image), scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         if not is_rgb(image, self.pre):
-            flip = self.flip and rng.random() < 0.5
-            return (view_of(image, self.pre, box=box, resized=(size, size), flip=flip),)
+            return (self._of_bands(image, box, rng),)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
         image = image.crop(box).resize((size, size), resample_filter(self.pre))
         if self.flip and rng.random() < 0.5:
@@ -137,6 +136,15 @@ class TrainTransform:
         if self.stronger is None:
             return (picture_to_tensor(image, self.pre),)
         return (self.stronger.view(picture_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
+
+    def _of_bands(
+        self, image: Image.Image | Bands, box: tuple[int, int, int, int], rng: np.random.Generator
+    ) -> Tensor:
+        if self.stronger is not None and self.stronger.operations:
+            raise ShapeError("is no RGB picture of eight bits, which RandAugment is made for")
+        flip, size = self.flip and rng.random() < 0.5, self.pre.image_size
+        view = view_of(image, self.pre, box=box, resized=(size, size), flip=flip)
+        return view if self.stronger is None else self.stronger.view(view, rng)
 
 
 def size_of(image: Image.Image | Bands) -> tuple[int, int]:
