@@ -11,6 +11,7 @@ from typing import Any
 from timm.layers import Format
 from torch import nn
 
+from selfmask_dist.backbones.pooling import change_class
 from selfmask_dist.backbones.structure import run_on_meta
 
 
@@ -37,7 +38,7 @@ def _open_up(module: Any) -> None:
     elif type(module).__module__ == "open_clip.transformer":
         from selfmask_dist.backbones.from_open_clip import AnySizeVisionTransformer
 
-        module.__class__ = AnySizeVisionTransformer
+        change_class(module, AnySizeVisionTransformer)
     elif hasattr(module, "dynamic_img_size") and not module.dynamic_img_size:
         # what timm's constructor does for dynamic_img_size=True
         module.dynamic_img_size = True

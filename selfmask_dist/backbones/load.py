@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones.mapping import leave_in_files
+from selfmask_dist.backbones.pooling import use_pool
 from selfmask_dist.backbones.random_weights import randomise
 from selfmask_dist.backbones.sign_activations import use_sign_activations
 from selfmask_dist.backbones.spec import Backbone, BackboneSettings, BackboneSpec, BuiltEncoder, NamedBackbone
@@ -29,6 +30,7 @@ def load_backbone(
     seed: int = 0,
     in_file: bool = False,
     reads_all: bool = True,
+    dense: bool = False,
     **keys: Any,
 ) -> Backbone:
     """Build the frozen encoder that `backbone` describes, in eval mode, on the CPU.
@@ -51,6 +53,7 @@ def load_backbone(
             mapped, are loaded as without it.
         reads_all: look at every weight, for the fingerprint and for values that are not finite. Without it
             the fingerprint is empty: for a process of several, of which one reads them for all.
+        dense: return one vector a patch, (n, rows, columns, dim), in place of one an image.
 
     Raises:
         ValueError: unknown name, tag or module (naming the nearest), a hub that cannot be reached, a file
@@ -70,6 +73,14 @@ def load_backbone(
         randomise(built.encoder, section.random, seed=seed)
     if section.activations == "sign":
         use_sign_activations(built.encoder)
+    if dense and section.pool != "model":
+        raise ValueError(
+            f"backbone.pool={section.pool} makes one vector of an image, and dense ones are wanted"
+        )
+    pool = "map" if dense else section.pool
+    use_pool(built.encoder, pool, name=section.name)
+    if pool not in ("model", "attention"):  # text has no place among other vectors than the model's own
+        built = BuiltEncoder(built.encoder, built.preprocessing)
     given = {key: getattr(section, key) for key in ("image_size", "mean", "std", "crop_pct")}
     preprocessing = replace(
         built.preprocessing, **{key: value for key, value in given.items() if value is not None}
@@ -78,7 +89,12 @@ def load_backbone(
     spec = BackboneSpec(
         name=section.name,
         dim=_measure_dim(
-            encoder, section.name, preprocessing.image_size, kwargs=section.kwargs, on_meta=in_file
+            encoder,
+            section.name,
+            preprocessing.image_size,
+            kwargs=section.kwargs,
+            on_meta=in_file,
+            ndim=4 if dense else 2,
         ),
         blocks=find_blocks(encoder),
         preprocessing=preprocessing,
@@ -132,6 +148,7 @@ def _measure_dim(
     *,
     kwargs: Mapping[str, Any] | None = None,
     on_meta: bool = False,
+    ndim: int = 2,
 ) -> int:
     shape = (2, 3, image_size, image_size)
     try:
@@ -140,8 +157,8 @@ def _measure_dim(
         raise ValueError(
             f"{name} cannot run on {image_size} px images: {error}; set backbone.image_size"
         ) from error
-    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
-        return output.shape[1]
+    if isinstance(output, Tensor) and output.ndim == ndim and len(output) == 2:
+        return output.shape[-1]
     found = str(tuple(output.shape)) if isinstance(output, Tensor) else f"a {type(output).__name__}"
     if isinstance(output, tuple | list):
         found += f" of {len(output)}: " + " and ".join(str(_shape_of(part)) for part in output)

@@ -35,6 +35,8 @@ class BackboneSettings(Protocol):
     @property
     def remove(self) -> Sequence[str]: ...
     @property
+    def pool(self) -> str: ...
+    @property
     def mean(self) -> Sequence[float] | None: ...
     @property
     def std(self) -> Sequence[float] | None: ...
@@ -58,6 +60,7 @@ class NamedBackbone:
     image_size: int | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     remove: Sequence[str] = ()
+    pool: str = "model"
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     crop_pct: float | None = None
@@ -68,7 +71,7 @@ class BackboneSpec:
     """What the rest of a run needs to know of an encoder.
 
     name: as in the config, `timm:<model>`, `open_clip:<model>` or `hf:<model or folder>`.
-    dim: length of an embedding.
+    dim: length of an embedding; of a dense encoder, of one patch's vector.
     blocks: module names of the repeated blocks, for wrapping block by block; none lies inside another.
     preprocessing: how the encoder wants its images.
     fingerprint: `weights.fingerprint` of parameters and persistent buffers; empty where another process is to

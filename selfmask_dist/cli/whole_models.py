@@ -105,8 +105,14 @@ def _predict(options: argparse.Namespace) -> None:
             stream.write("\n")
             return
         rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(("picture", "rank", "class", "probability", "logit"))
+        is_numbers = loaded.model.head is not None and loaded.model.head.target == "regression"
+        of_classes = ("picture", "rank", "class", "probability", "logit")
+        rows.writerow(("picture", "name", "value") if is_numbers else of_classes)
         for one in found:
+            if is_numbers:
+                for name, value in zip(one.classes, one.logits, strict=True):
+                    rows.writerow((one.picture, name, f"{value:.6g}"))
+                continue
             parts = zip(one.classes, one.probabilities, one.logits, strict=True)
             for rank, (name, probability, logit) in enumerate(parts, start=1):
                 rows.writerow((one.picture, rank, name, f"{probability:.6f}", f"{logit:.6f}"))

@@ -28,7 +28,7 @@ from selfmask_dist.config.sections import (
     LaunchConfig,
     RunConfig,
 )
-from selfmask_dist.config.training import FinetuneConfig, OptimConfig, TrainConfig
+from selfmask_dist.config.training import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
 
 
 class AllSections(Section):
@@ -60,6 +60,7 @@ class AllSections(Section):
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     mask: MaskConfig = Field(default_factory=MaskConfig)
     data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     crops: CropsConfig = Field(default_factory=CropsConfig)
     swav: SwavConfig = Field(default_factory=SwavConfig)

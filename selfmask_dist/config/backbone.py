@@ -51,6 +51,13 @@ class BackboneConfig(Section):
     remove: Strings = science(
         (), "Modules replaced by the identity, by full name: [layer4] gives a ResNet's features of layer3."
     )
+    pool: Literal["model", "class", "mean", "both", "attention"] = science(
+        "model",
+        "How patches become one embedding. model: as the network does by itself. class: the class token. "
+        "mean: the mean of all patches, or of the last map. both: class token and mean, one after the "
+        "other. attention: the network's own attention pooling (SigLIP, CLIP's ResNets). All but model and "
+        "attention leave out CLIP's projection.",
+    )
     mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = science(
         None, "Mean of each colour channel; null: as in pretraining.", unit="pixel value in 0..1"
     )

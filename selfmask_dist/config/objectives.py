@@ -44,6 +44,23 @@ class ObjectiveConfig(Section):
             "captions: clip: images and texts find each other. slip: that and simclr.",
         )
     )
+    target: Literal["class", "multilabel", "regression", "dense"] = science(
+        "class",
+        "What objective.name=supervised is trained towards, and what is measured (docs/targets.md). class: "
+        "one label an image. multilabel: several labels (.json labels), mean average precision. regression: "
+        "numbers (.json value), R2 and mean absolute error. dense: a class for each pixel (.seg.png), mean "
+        "intersection over union.",
+    )
+    regression_loss: Literal["mse", "l1"] = science(
+        "mse",
+        "Of objective.target=regression. mse: squared error; l1: absolute error, which outliers move less. "
+        "Both of numbers in units of their deviation over the training images.",
+    )
+    class_weights: Literal["none", "balanced"] = science(
+        "none",
+        "Weights in the loss against rare classes. balanced: of objective.target=class, images of each class "
+        "weigh as much as those of any other; of multilabel, images with and without a label do.",
+    )
     head: Literal["linear", "masked", "clip_text"] = science(
         "linear",
         "linear: a new linear layer, trained. masked: a new linear layer of fixed random weights under a "

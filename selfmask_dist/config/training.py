@@ -1,4 +1,4 @@
-"""The sections of how long is trained, what besides masks, and by which optimizer."""
+"""The sections of how long is trained, on what changed images, what besides masks, and by which optimizer."""
 
 from typing import Literal
 
@@ -21,9 +21,39 @@ class TrainConfig(Section):
     )
     keep: Literal["last", "best"] = science(
         "last",
-        "What a run leaves. last: what it trained at its end. best: the state with the highest instance "
-        "retrieval of those measured while training (eval.knn_every) and at the end; checkpoints then hold "
-        "that state too, about half as much again.",
+        "What a run leaves. last: what it trained at its end. best: the best state of those measured while "
+        "training (eval.knn_every) and at the end, by train.keep_by; checkpoints then hold that state too, "
+        "about half as much again.",
+    )
+    keep_by: Literal["instance_retrieval", "accuracy", "loss"] | None = science(
+        None,
+        "What train.keep=best and train.patience go by. instance_retrieval: see eval.retrieval; needs no "
+        "labels. accuracy, loss: of the head on train.validation. null: with train.validation accuracy, or "
+        "loss where objective.target is another than class; else instance_retrieval.",
+    )
+    validation: float | None = science(
+        None,
+        "Share of data.train that a supervised run is not trained on, for train.keep_by and the monitor; "
+        "never data.test. Which images follows from their keys alone. null: none.",
+        unit="fraction of the images",
+        gt=0,
+        lt=1,
+    )
+    patience: int | None = science(
+        None,
+        "With train.keep=best: end the training after so many measurements (eval.knn_every) in a row that "
+        "were no better than the best one. null: train to the end.",
+        unit="measurements",
+        ge=1,
+    )
+    ema: float | None = science(
+        None,
+        "Evaluate and save a moving average of what is trained (scores, weights, heads), which keeps this "
+        "share of itself at each step; at step t no more than (1 + t) / (10 + t), so that it forgets the "
+        "start. null: what is trained itself. For objective.name=supervised; not with engine.name=deepspeed.",
+        unit="share kept from step to step",
+        gt=0,
+        lt=1,
     )
     accumulate: int = efficiency(
         1,
@@ -32,6 +62,70 @@ class TrainConfig(Section):
         unit="micro-steps per step",
         ge=1,
     )
+
+
+class AugmentConfig(Section):
+    """Stronger changes of training images, beside the crop and flip of the section data.
+
+    Their parameters follow from (seed, epoch, sample), so a run is the same on any number of processes.
+    """
+
+    mixup: float = science(
+        0.0,
+        "Mix each image and its target with another one of the global batch; the share is drawn from "
+        "Beta(a, a) with this a. 0: never. Zhang et al. 2018 (arXiv 1710.09412): 0.2; DeiT: 0.8.",
+        unit="a of Beta(a, a)",
+        ge=0,
+    )
+    cutmix: float = science(
+        0.0,
+        "Paste a rectangle of another image of the global batch, whose area is drawn from Beta(a, a), and "
+        "mix targets by area. 0: never. Yun et al. 2019 (arXiv 1905.04899): 1.",
+        unit="a of Beta(a, a)",
+        ge=0,
+    )
+    mix_probability: float = science(
+        1.0,
+        "Share of the images that augment.mixup or augment.cutmix change.",
+        unit="probability",
+        ge=0,
+        le=1,
+    )
+    mix_switch: float = science(
+        0.5,
+        "Where both are set: share of the mixed images that take augment.cutmix.",
+        unit="probability",
+        ge=0,
+        le=1,
+    )
+    randaugment: int = science(
+        0,
+        "So many operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719) after crop and flip, each "
+        "drawn from torchvision's 14. 0: none. Published: 2.",
+        unit="operations",
+        ge=0,
+    )
+    randaugment_magnitude: int = science(
+        9, "How strong they are; torchvision's scale of 31 levels.", unit="level", ge=0, le=30
+    )
+    erase: float = science(
+        0.0,
+        "Share of the images of which a random rectangle (2 to 33 % of the area) becomes the mean colour "
+        "(Zhong et al. 2017, arXiv 1708.04896). Published: 0.5; DeiT: 0.25.",
+        unit="probability",
+        ge=0,
+        le=1,
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether images are changed one by one."""
+        return self.randaugment > 0 or self.erase > 0
 
 
 class FinetuneConfig(Section):
@@ -101,6 +195,15 @@ class OptimConfig(Section):
         "training from the same start, and the run begins with the one of the highest instance retrieval; "
         "where the middle one ties with it, with that. For objectives without labels. null: score_lr.",
         unit="score per unit of gradient",
+    )
+    layer_decay: float | None = science(
+        None,
+        "Lower learning rates in lower layers: with L blocks, what block l = 1 ... L trains has its rate "
+        "times this to the power L + 1 - l, what lies before the blocks L + 1; the head has its whole rate "
+        "(ELECTRA, BEiT, MAE: 0.65 to 0.75 for fine-tuning). For scores, weights and LoRA. null: one rate.",
+        unit="factor from block to block",
+        gt=0,
+        le=1,
     )
     weight_lr: float = science(
         0.01,

@@ -12,25 +12,32 @@ Before it, once for each data set: `build` makes the index (`tar` -> `table` -> 
 `manifest`).
 """
 
-from selfmask_dist.data.batch import Batch
+from selfmask_dist.data.batch import Batch, Mixed
 from selfmask_dist.data.loader import BatchLoader, eval_loader, train_loader
 from selfmask_dist.data.quarantine import Failure, Quarantine, QuarantineError
 from selfmask_dist.data.remote import NetworkLostError
 from selfmask_dist.data.source import Sample, SampleError, Source, TarSource, check_same_classes, open_source
 from selfmask_dist.data.splits import count_labels, notes_on_splits, shared_samples, untrained_classes
 from selfmask_dist.data.subset import Subset, evenly_spaced, hold_out
+from selfmask_dist.data.targets import TargetKind, Targets, TargetSummary, open_targets
 from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.views.dense import DenseTransform
+from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.multicrop import Crops, Distortion, Joined, MultiCrop, multicrop_transform
 from selfmask_dist.data.views.single import Transform, eval_transform, train_transform
+from selfmask_dist.data.views.stronger import Stronger
 from selfmask_dist.data.workers import WorkerLostError, Workers
 
 __all__ = [
     "Batch",
     "BatchLoader",
     "Crops",
+    "DenseTransform",
     "Distortion",
     "Failure",
     "Joined",
+    "Mixed",
+    "Mixing",
     "MultiCrop",
     "NetworkLostError",
     "Quarantine",
@@ -38,8 +45,12 @@ __all__ = [
     "Sample",
     "SampleError",
     "Source",
+    "Stronger",
     "Subset",
     "TarSource",
+    "TargetKind",
+    "TargetSummary",
+    "Targets",
     "Transform",
     "WorkerLostError",
     "Workers",
@@ -53,6 +64,7 @@ __all__ = [
     "multicrop_transform",
     "notes_on_splits",
     "open_source",
+    "open_targets",
     "shared_samples",
     "train_loader",
     "train_transform",

@@ -18,6 +18,18 @@ from selfmask_dist.data.quarantine import Failure
 Finish = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """What the rows of a batch were mixed with.
+
+    labels: (rows,) int64 of the other pictures. shares: (rows,) float32 of the row's own picture, 1 where it
+    was not mixed; the other one has the rest.
+    """
+
+    labels: Tensor
+    shares: Tensor
+
+
 @dataclass
 class Batch:
     """One rank's part of a global batch.
@@ -31,8 +43,11 @@ class Batch:
     failures: samples of this rank that could not be read; their rows repeat another one, with weight 0.
     captions: one text per row where they were asked for, else empty; the text of a row of weight 0 means
         nothing.
+    targets: what rows are trained towards where that is no label: (rows, outputs) float32, or label maps
+        (rows, height, width) int64; None where it is `labels`. Those of a row of weight 0 mean nothing.
     finish: what is left to do to the views, once they are on their device; `to` does it. The last of the
         views is then no view: it says what to do, and stays on the CPU, where it is read.
+    mixed: of pictures that were mixed with others; None where none are.
     """
 
     views: tuple[Tensor, ...]
@@ -43,6 +58,28 @@ class Batch:
     failures: tuple[Failure, ...] = ()
     finish: Finish | None = None
     captions: tuple[str, ...] = ()
+    targets: Tensor | None = None
+    mixed: Mixed | None = None
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return micro-batches by rows; `global_count` stays the whole batch's, so losses add up."""
+        if parts == 1:
+            return [self]
+        views = zip(*(view.chunk(parts) for view in self.views), strict=True)
+        rows = zip(
+            views, self.labels.chunk(parts), self.weights.chunk(parts), self.ids.chunk(parts), strict=True
+        )
+        found = [
+            replace(self, views=views, labels=labels, weights=weights, ids=ids)
+            for views, labels, weights, ids in rows
+        ]
+        if self.targets is not None:
+            targets = self.targets.chunk(parts)
+            found = [replace(batch, targets=one) for batch, one in zip(found, targets, strict=True)]
+        if self.mixed is not None:
+            mixed = map(Mixed, self.mixed.labels.chunk(parts), self.mixed.shares.chunk(parts))
+            found = [replace(batch, mixed=one) for batch, one in zip(found, mixed, strict=True)]
+        return found
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on `device`, with its views finished there.
@@ -66,4 +103,6 @@ class Batch:
             labels=fn(self.labels),
             weights=fn(self.weights),
             ids=fn(self.ids),
+            targets=None if self.targets is None else fn(self.targets),
+            mixed=None if self.mixed is None else Mixed(fn(self.mixed.labels), fn(self.mixed.shares)),
         )

@@ -235,7 +235,8 @@ def _hold_against_manifest(
 def _drop_bad_labels(index: Index, rejects: list[Reject], require_labels: bool) -> Index:
     bad: dict[int, str] = {}
     if require_labels:
-        bad |= {int(row): "has no label" for row in np.flatnonzero(index.label < 0)}
+        lacks = (index.label < 0) & ~index.targets.present(len(index))
+        bad |= {int(row): "has no label" for row in np.flatnonzero(lacks)}
     if require_labels and index.classes is not None and index.folders is None:
         outside = np.flatnonzero(index.label >= len(index.classes))
         bad |= {

@@ -13,28 +13,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from selfmask_dist.common.pictures import ShapeError
 from selfmask_dist.data.batch import Batch
 from selfmask_dist.data.indexing.index import difference
 from selfmask_dist.data.order import (
     EpochOrder,
-    Ids,
     Order,
     RankBatch,
     SourceOrder,
     num_steps,
     rank_batch,
-    sample_generator,
 )
-from selfmask_dist.data.quarantine import Failure, Quarantine
-from selfmask_dist.data.source import READ_TOGETHER, SampleError, Source
-from selfmask_dist.data.views.decode import decode
+from selfmask_dist.data.planned import PlannedBatches
+from selfmask_dist.data.quarantine import Quarantine
+from selfmask_dist.data.source import SampleError, Source
+from selfmask_dist.data.targets import Targets
+from selfmask_dist.data.views.dense import DenseTransform
+from selfmask_dist.data.views.mix import Mixing
 from selfmask_dist.data.views.single import Transform
 from selfmask_dist.data.workers import (
     START_METHOD,
@@ -119,7 +116,7 @@ class BatchLoader:
         workers: Workers,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self._dataset = _PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
+        self._dataset = PlannedBatches(source, transform, plans.seed, is_tolerant=quarantine is not None)
         self._identity = source.identity
         self._quarantine = quarantine
         self._plans = plans
@@ -146,6 +143,23 @@ class BatchLoader:
             )
         assert self._dataloader is None, "workers have their copy of the data set already"
         self._dataset.captions = True
+        return self
+
+    def with_mixing(self, mixing: Mixing) -> BatchLoader:
+        """Make the batches hold pictures mixed with others of their global batch, and return this loader. To
+        be called before the first iteration.
+        """
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        self._dataset.mixing, self._plans.with_partners = mixing, True
+        return self
+
+    def with_targets(self, targets: Targets) -> BatchLoader:
+        """Make the batches hold each sample's targets, and return this loader. To be called before the first
+        iteration. Label maps go with a `DenseTransform`, which changes picture and map alike.
+        """
+        assert self._dataloader is None, "workers have their copy of the data set already"
+        assert (targets.kind == "dense") == isinstance(self._dataset.transform, DenseTransform), targets.kind
+        self._dataset.targets = targets
         return self
 
     def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
@@ -268,6 +282,7 @@ class _Plans(Sampler[RankBatch]):
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle = seed, shuffle
         self.epoch, self.first_step = 0, 0
+        self.with_partners = False
 
     def __len__(self) -> int:
         return num_steps(self.num_samples, global_batch_size=self.global_batch_size)
@@ -287,76 +302,5 @@ class _Plans(Sampler[RankBatch]):
                 global_batch_size=self.global_batch_size,
                 rank=self.rank,
                 world_size=self.world_size,
+                with_partners=self.with_partners,
             )
-
-
-class _PlannedBatches(Dataset["Batch | SampleError"]):
-    """Carries out plans; lives in the workers.
-
-    A sample that cannot be read is returned as an error and not raised: the DataLoader would bury its message
-    under a traceback.
-    is_tolerant: such samples become rows of weight 0 instead.
-    """
-
-    def __init__(self, source: Source, transform: Transform, seed: int, *, is_tolerant: bool) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-        self.is_tolerant = is_tolerant
-        self.captions = False
-
-    def __getitem__(self, plan: RankBatch) -> Batch | SampleError:
-        rows: list[tuple[Tensor, ...] | None] = []
-        failures: dict[int, Failure] = {}
-        captions = self.source.read_captions(plan.ids) if self.captions else []
-        texts = tuple("" if isinstance(caption, SampleError) else caption for caption in captions)
-        for row, (sample, data) in enumerate(self._read(plan.ids)):
-            caption = captions[row] if captions else ""
-            try:
-                usable = caption if isinstance(caption, SampleError) else data
-                rows.append(self._load(sample, usable, plan.epoch))
-            except SampleError as error:
-                if not self.is_tolerant:
-                    return error
-                failures[sample] = Failure(sample, self.source.key(sample), str(error))
-                rows.append(None)
-        weights = plan.weights * np.array([row is not None for row in rows], dtype=np.float32)
-        stand_in = next((row for row in rows if row is not None), None) or self._blank(plan.epoch)
-        # a padding row repeats a sample that is another row's, or another rank's, to report
-        reported = {i for i, w in zip(plan.ids.tolist(), plan.weights, strict=True) if w}
-        views = zip(*(row or stand_in for row in rows), strict=True)
-        return Batch(
-            views=tuple(torch.stack(view) for view in views),
-            labels=torch.from_numpy(self.source.labels_of(plan.ids)),
-            weights=torch.from_numpy(weights),
-            ids=torch.from_numpy(plan.ids),
-            global_count=plan.global_count,
-            failures=tuple(failure for i, failure in failures.items() if i in reported),
-            finish=getattr(self.transform, "finish", None),
-            captions=texts,
-        )
-
-    def _blank(self, epoch: int) -> tuple[Tensor, ...]:
-        """Return views of the right shapes, for a batch of which no sample can be read."""
-        rng = sample_generator(seed=self.seed, epoch=epoch, sample=0)
-        return self.transform(Image.new("RGB", (256, 256), (128, 128, 128)), rng)
-
-    def _read(self, ids: Ids) -> Iterator[tuple[int, bytes | SampleError]]:
-        """Yield each sample with its bytes, read a few at a time so that they are never all in memory."""
-        for start in range(0, len(ids), READ_TOGETHER):
-            part = ids[start : start + READ_TOGETHER]
-            yield from zip(part.tolist(), self.source.read_many(part), strict=True)
-
-    def _load(self, index: int, data: bytes | SampleError, epoch: int) -> tuple[Tensor, ...]:
-        if isinstance(data, SampleError):
-            raise data
-        try:
-            image = decode(data)
-        except ValueError as error:
-            raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
-        rng = sample_generator(seed=self.seed, epoch=epoch, sample=index)
-        try:
-            return self.transform(image, rng)
-        except ShapeError as error:
-            raise SampleError(f"{self.source.where(index)}: {error}; remove it or convert again") from error
-        except Exception as error:
-            error.add_note(f"in the transform of {self.source.where(index)}")
-            raise

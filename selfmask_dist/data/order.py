@@ -23,7 +23,7 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 # the third counter word: streams of different purposes never meet
-_ORDER, _AUGMENTATION = 0, 1
+_ORDER, _AUGMENTATION, _MIXING = 0, 1, 2
 _BLOCK, _MIN_BLOCKS = 256, 1024  # samples in a block of a large data set; blocks in a small one
 _WINDOW = 4096  # samples of a stream that are shuffled together; a power of two
 
@@ -49,6 +49,7 @@ class RankBatch:
     weights: npt.NDArray[np.float32]
     global_count: int
     epoch: int  # addresses the augmentations
+    partners: Ids | None = None  # (rows,) the samples that rows are mixed with, where they were asked for
 
 
 class EpochOrder:
@@ -166,13 +167,35 @@ def sample_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generat
     return np.random.Generator(_philox(seed, epoch, _AUGMENTATION, sample))
 
 
+def mixing_generator(*, seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """Return the generator of how one sample is mixed with its partner in one epoch."""
+    return np.random.Generator(_philox(seed, epoch, _MIXING, sample))
+
+
+def partner_distance(count: int) -> int:
+    """Return how many rows lie between partners in a global batch of `count`: the partner of row i is row
+    i + it, counted around.
+
+    The largest power of two that divides the batch, up to half of it: where that is a multiple of the number
+    of ranks, as it mostly is, a rank has its rows' partners itself and reads nothing twice.
+    """
+    return min(count & -count, max(count // 2, 1))
+
+
 def num_steps(num_samples: int, *, global_batch_size: int) -> int:
     """Return the number of global batches in an epoch; the last one may be smaller."""
     return -(-num_samples // global_batch_size)
 
 
 def rank_batch(
-    order: Order, step: int, *, epoch: int, global_batch_size: int, rank: int, world_size: int
+    order: Order,
+    step: int,
+    *,
+    epoch: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    with_partners: bool = False,
 ) -> RankBatch:
     """Return the rows of `rank` in the global batch of `step`.
 
@@ -184,8 +207,10 @@ def rank_batch(
     count = min(global_batch_size, len(order) - first)
     assert count > 0, (step, global_batch_size, len(order))
     rows = np.arange(rank, world_size * -(-count // world_size), world_size)
+    partners = order[first + (rows + partner_distance(count)) % count] if with_partners else None
     return RankBatch(
         ids=order[first + rows % count],
+        partners=partners,
         weights=(rows < count).astype(np.float32),
         global_count=count,
         epoch=epoch,

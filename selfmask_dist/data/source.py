@@ -35,6 +35,7 @@ from selfmask_dist.data.indexing.table import SampleTable, crc32_of
 from selfmask_dist.data.remote import CachedStorage, RangeStorage, fetch_bytes, is_remote
 from selfmask_dist.data.storage import LocalStorage, Storage
 
+Rows = npt.NDArray[Any]
 READ_TOGETHER = 64  # pictures in one `read_many`: what bounds the encoded bytes in memory
 
 
@@ -333,6 +334,10 @@ class TarSource:
             raise data
         return Sample(data, int(self.labels_of(np.array([index]))[0]), self.key(index))
 
+    def read_members(self, indices: Rows, offsets: Rows, lengths: Rows) -> list[bytes | OSError]:
+        """Return the bytes of a member of each of the samples `indices`, or why they cannot be had."""
+        return self._storage.read_many(self.index.shard[indices].tolist(), offsets.tolist(), lengths.tolist())
+
     @property
     def has_captions(self) -> bool:
         return self.index.has_captions
@@ -342,8 +347,7 @@ class TarSource:
         assert rows.caption_offset is not None
         assert rows.caption_length is not None
         lengths = rows.caption_length[indices].tolist()
-        offsets = rows.caption_offset[indices].tolist()
-        read = self._storage.read_many(rows.shard[indices].tolist(), offsets, lengths)
+        read = self.read_members(indices, rows.caption_offset[indices], rows.caption_length[indices])
         found: list[str | SampleError] = []
         for index, data, length in zip(indices.tolist(), read, lengths, strict=True):
             text = "" if isinstance(data, OSError) else data.decode(errors="replace").strip()

@@ -102,9 +102,12 @@ class Evaluation:
 
     Args:
         test: None where there is no test split.
+        validation: images to choose by while training, which are neither trained on nor tested on.
         begin_loop: called before each loop over batches; what it returns is called after each batch, on all
             ranks equally often: the place to stop at.
     """
+
+    targets: data.Targets | None = None  # of a run that is not trained towards one class
 
     def __init__(
         self,
@@ -114,8 +117,10 @@ class Evaluation:
         test: data.Source | None,
         world: World,
         *,
+        validation: data.Source | None = None,
         begin_loop: Callable[[], Callable[[], None]] = lambda: lambda: None,
     ) -> None:
+        self._validation = validation
         self._begin_loop = begin_loop
         self._config = config
         self._precision = config.eval.precision
@@ -247,6 +252,34 @@ class Evaluation:
             return {"head": share(found.features[:, 0].long() == found.labels, self._world)}
 
         return kept.once("head", measure_head)
+
+    @torch.no_grad()
+    def validate(self, objective: Objective) -> dict[str, float]:
+        """Return the objective's loss and metrics on the validation images, as they are evaluated, by name;
+        nothing where there are none.
+        """
+        if self._validation is None:
+            return {}
+        encoder, device = self._backbone.encoder, self._world.device
+        totals: dict[str, Tensor] = {}
+        with eval_mode(encoder), eval_mode(objective):
+            for batch in self._with_targets(self._validation):
+                # sums over rows, so that counts of right answers are whole numbers on any number of ranks
+                batch = replace(batch.to(device), global_count=1)
+                with torch.autocast(device.type, torch.bfloat16, enabled=self._precision == "bf16"):
+                    _, metrics = objective(encoder, batch)
+                for name, value in metrics.items():
+                    totals[name] = totals.get(name, 0.0) + value.double()
+        sums = self._world.sum(torch.stack([total for _, total in sorted(totals.items())]))
+        count = len(self._validation)
+        return {
+            f"validation/{name}": total / count
+            for name, total in zip(sorted(totals), sums.tolist(), strict=True)
+        }
+
+    def _with_targets(self, source: data.Source) -> Iterator[data.Batch]:
+        """Yield this rank's batches with what an objective is trained towards."""
+        return self._loader(source)
 
     def _knn(self, bank: Embeddings, queries: Embeddings, ks: tuple[int, ...]) -> dict[str, float]:
         temperature = self._config.eval.knn_temperature

@@ -154,7 +154,7 @@ def linear_probe(
     if len(l2) > 1:
         is_held_out = held_out(targets, train.ids, seed, ranks)
         chosen, others = (mask.nonzero().flatten() for mask in (is_held_out, ~is_held_out))
-        statistics = _statistics(train.features, others, ranks) if standardize else None
+        statistics = statistics_of(train.features, others, ranks) if standardize else None
         rows, held = (Rows(train.features, places, statistics) for places in (others, chosen))
         solution: Tensor | None = None
         # from the easiest problem to the hardest, each from the last one's solution
@@ -164,7 +164,7 @@ def linear_probe(
         del rows, held
     best = max(validation, key=lambda strength: (validation[strength], strength)) if validation else l2[0]
 
-    statistics = _statistics(train.features, None, ranks) if standardize else None
+    statistics = statistics_of(train.features, None, ranks) if standardize else None
     solution, is_converged = fit(Rows(train.features, None, statistics), targets, best, None)
     queries = Rows(test.features, None, statistics)
     predictions = classes[_predict(queries, solution)]
@@ -275,11 +275,11 @@ def prepare(fit: Tensor, other: Tensor, standardize: bool, ranks: Ranks) -> tupl
     """Return both with mean 0 and deviation 1 in each dimension, by the statistics of all ranks' `fit`."""
     if not standardize:
         return fit, other
-    mean, deviation = (part.to(fit.dtype) for part in _statistics(fit, None, ranks))
+    mean, deviation = (part.to(fit.dtype) for part in statistics_of(fit, None, ranks))
     return (fit - mean) / deviation, (other - mean) / deviation
 
 
-def _statistics(features: Tensor, places: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def statistics_of(features: Tensor, places: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Return mean and deviation (dim,), float64, of all ranks' features (of those at `places`).
 
     A dimension that does not vary has a deviation of 1: it says nothing, and becomes zero.

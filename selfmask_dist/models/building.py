@@ -134,7 +134,7 @@ def build(settings: Settings, *, fingerprint: str, pooling: str = "") -> Backbon
     Raises:
         ValueError: it is another one, or cannot be built.
     """
-    backbone = load_backbone(settings.section, seed=settings.seed)
+    backbone = load_backbone(settings.section, seed=settings.seed, dense=pooling == "map")
     if fingerprint and backbone.spec.fingerprint != fingerprint:
         raise ValueError(
             f"wrong backbone: {settings.section.name}, built as {settings.source} says, has fingerprint "

@@ -68,6 +68,9 @@ class Prediction:
     """The most likely classes of one picture, best first.
 
     picture: what was given, as text. indices, classes, probabilities, logits: one each for a class.
+    target: what the head gives, as of `maskfile.Head`. With multilabel each probability is by itself; with
+        regression the classes are the names of numbers, in their order, which stand in `logits`, and there
+        are no probabilities.
     """
 
     picture: str
@@ -75,9 +78,13 @@ class Prediction:
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     logits: tuple[float, ...]
+    target: str = "class"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
+        if self.target == "regression":
+            numbers = dict(zip(self.classes, self.logits, strict=True))
+            return {"picture": self.picture, "values": numbers}
         rows = zip(self.classes, self.indices, self.probabilities, self.logits, strict=True)
         return {
             "picture": self.picture,
@@ -126,16 +133,23 @@ class Loaded:
 
         Args:
             pictures: paths, encoded bytes, or PIL's pictures.
-            top: how many classes of each; all of them where there are fewer.
+            top: how many classes of each; all of them where there are fewer. Of a regression every number is
+                given.
             batch_size: pictures that go through the encoder together.
 
         Raises:
-            ValueError: there is no head, or a picture cannot be read, which the message names.
+            ValueError: there is no head, or one of patches (objective.target=dense), or a picture cannot be
+                read, which the message names.
         """
         if self.model.head is None:
             raise ValueError(
                 f"{self.name} has no head, so that it has embeddings and no classes; train with "
                 "objective.name=supervised, or use model.embed(images)"
+            )
+        if self.model.head.target == "dense":
+            raise ValueError(
+                f"the head of {self.name} is of patches (objective.target=dense), so that a picture has a "
+                "map and no one answer; ask model(images), which gives logits (n, rows, columns, classes)"
             )
         if isinstance(pictures, str | Path | bytes | Image.Image):
             raise TypeError("predict takes a list of pictures; write predict([picture])")
@@ -145,13 +159,23 @@ class Loaded:
             batch = pictures[start : start + batch_size]
             logits = self(torch.stack([self.transform(picture) for picture in batch])).cpu()
             for picture, row in zip(batch, logits, strict=True):
-                yield ranked(_text(picture), row, self.classes, top)
+                yield ranked(_text(picture), row, self.classes, top, target=self.model.head.target)
 
 
-def ranked(picture: str, logits: Tensor, classes: Sequence[str], top: int) -> Prediction:
-    """Return the `top` largest of the logits (classes,) with their names; ties in the classes' order."""
+def ranked(
+    picture: str, logits: Tensor, classes: Sequence[str], top: int, *, target: str = "class"
+) -> Prediction:
+    """Return the `top` largest of the logits (classes,) with their names; ties in the classes' order.
+
+    Args:
+        target: what the logits stand for; see `maskfile.Head`.
+    """
+    if target == "regression":
+        numbers = tuple(logits.tolist())
+        return Prediction(picture, tuple(range(len(numbers))), tuple(classes), (), numbers, target)
     order = logits.sort(descending=True, stable=True).indices[:top]
-    probabilities = logits.double().softmax(dim=0)[order]
+    wide = logits.double()
+    probabilities = (wide.sigmoid() if target == "multilabel" else wide.softmax(dim=0))[order]
     indices = order.tolist()
     return Prediction(
         picture,
@@ -159,6 +183,7 @@ def ranked(picture: str, logits: Tensor, classes: Sequence[str], top: int) -> Pr
         tuple(classes[index] for index in indices),
         tuple(probabilities.tolist()),
         tuple(logits[order].tolist()),
+        target,
     )
 
 

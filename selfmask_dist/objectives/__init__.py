@@ -8,7 +8,7 @@ from typing import Any
 
 from selfmask_dist.backbones import Backbone
 from selfmask_dist.config import Config
-from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, nbd, simclr, slip, supervised, swav
+from selfmask_dist.objectives import clip, dino, moco_v2, moco_v3, nbd, simclr, slip, swav, targets
 from selfmask_dist.objectives.base import BufferPart, Context, MomentumTeacher, Objective
 from selfmask_dist.objectives.clip import Clip
 from selfmask_dist.objectives.dino import Dino
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "supervised": supervised.build,
+    "supervised": targets.build,
     "swav": swav.build,
     "simclr": simclr.build,
     "moco_v2": moco_v2.build,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from selfmask_dist.backbones import set_train_mode
-from selfmask_dist.data import Batch
+from selfmask_dist.data import Batch, TargetSummary
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Context:
     steps_per_epoch, num_steps: of the run; what a section gives in epochs follows the first, and a momentum
         that rises until the end follows the second.
     num_samples: pictures in the training data.
+    targets: of the training data, where they are no labels.
     all_to_all: sends row r of a tensor (ranks, ...) to rank r, and returns the rows that ranks sent here.
     """
 
@@ -40,6 +41,7 @@ class Context:
     num_steps: int = 1
     num_samples: int = 1
     all_to_all: Callable[[Tensor], Tensor] | None = None
+    targets: TargetSummary | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, (rows, ...) of each -> (rows * ranks, ...).

@@ -95,6 +95,8 @@ class Supervised(Objective):
 
     text_embeddings: Tensor
     classes: tuple[str, ...] = ()  # their names, where `build` knew them
+    fewest = 2  # classes that make a task
+    length = L2_LENGTH  # of features under the norm l2
 
     def __init__(
         self,
@@ -108,8 +110,10 @@ class Supervised(Objective):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"supervised training needs 2 classes or more; the data has {num_classes}")
+        if num_classes < self.fewest:
+            raise ValueError(
+                f"supervised training needs {self.fewest} classes or more; the data has {num_classes}"
+            )
         self.config = config
         self.num_classes = num_classes
         self.logit_scale = logit_scale
@@ -131,7 +135,8 @@ class Supervised(Objective):
             self.norm = FeatureBatchNorm(dim) if config.head_norm == "batchnorm" else None
 
     def forward(self, encoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `Objective.forward`; rows of weight 0 have no influence, whatever their label.
+        """As `Objective.forward`; rows of weight 0 have no influence, whatever their label. Of mixed pictures
+        both labels count by their shares, and accuracy is that of the first.
 
         Raises:
             ValueError: a label of a real sample is outside 0 ... num_classes - 1. Checked where labels are on
@@ -144,9 +149,10 @@ class Supervised(Objective):
             self._check_labels(batch, is_real)
         logits = self._classify(encoder(batch.views[0]), batch.weights)
         labels = batch.labels.where(is_real, 0)
-        losses = F.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=self.config.label_smoothing
-        )
+        losses = self._label_losses(logits, labels)
+        if batch.mixed is not None:  # cross-entropy is linear in the target
+            others = self._label_losses(logits, batch.mixed.labels.where(is_real, 0))
+            losses = batch.mixed.shares * losses + (1 - batch.mixed.shares) * others
         if self.distill_teacher is not None:
             with torch.no_grad():
                 taught = self.distill_teacher(batch.views[0])
@@ -157,6 +163,10 @@ class Supervised(Objective):
         is_correct = (logits.argmax(dim=1) == labels).to(losses.dtype)
         accuracy = (batch.weights * is_correct).sum() / batch.global_count
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+    def _label_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters()) if self.head is not None and self.config.head == "linear" else []
@@ -172,7 +182,7 @@ class Supervised(Objective):
                 text_embeddings = self.text_embeddings.to(features.dtype)
                 return self.logit_scale * F.normalize(features, dim=1) @ text_embeddings.T
             if self.config.head_norm == "l2":
-                features = F.normalize(features, dim=1) * L2_LENGTH
+                features = F.normalize(features, dim=1) * self.length
             elif self.norm is not None:
                 features = self.norm(features, weights)
             return self.head(features)

@@ -14,7 +14,6 @@ An engine knows neither objectives nor architectures. Any one at any world size 
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -152,7 +151,7 @@ class Engine:
         """Compute gradients of the global loss, and return this rank's share of each metric. Collective."""
         metrics: dict[str, Tensor] = {}
         self._statistics.broadcast(self.world)
-        micro_batches = split_batch(batch, self.accumulate)
+        micro_batches = batch.split(self.accumulate)
         for index, micro_batch in enumerate(micro_batches):
             self._begin_micro_batch(is_last=index == len(micro_batches) - 1)
             with self._autocast():
@@ -374,20 +373,6 @@ class Engine:
 def reduce_dtype(config: EngineConfig) -> torch.dtype | None:
     """Return the dtype that gradients are reduced in; None for their own."""
     return torch.bfloat16 if config.reduce_dtype == "bf16" else None
-
-
-def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """Return micro-batches by rows; `global_count` stays the whole batch's, so that their losses add up."""
-    if parts == 1:
-        return [batch]
-    views = zip(*(view.chunk(parts) for view in batch.views), strict=True)
-    rows = zip(
-        views, batch.labels.chunk(parts), batch.weights.chunk(parts), batch.ids.chunk(parts), strict=True
-    )
-    return [
-        replace(batch, views=views, labels=labels, weights=weights, ids=ids)
-        for views, labels, weights, ids in rows
-    ]
 
 
 def _sum_together(world: World, tensors: Sequence[Tensor]) -> None:

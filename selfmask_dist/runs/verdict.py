@@ -203,9 +203,32 @@ def closing(folder: Path, result: Mapping[str, Any] | None = None) -> str:
     lines = ["; ".join([*parts, f"next: selfmask report {folder}"])]
     if (decision := decision_text(result.get("retrieval"))) and not mark_of(result.get("retrieval")):
         lines.append(f"DECISION: {decision}")  # one against the mask is a verdict
+    if kept := kept_text(result.get("kept")):
+        lines.append(f"KEPT: {kept}")
     entries = result.get("verdict")
     lines += [f"VERDICT: {entry['text']}" for entry in entries] if isinstance(entries, list) else []
     return "\n".join(lines)
+
+
+def kept_text(kept: Any) -> str:
+    """Return which state was kept by which measure, and when training ended; empty where the last one was.
+
+    Args:
+        kept: what `result.json` holds under that name.
+    """
+    if not isinstance(kept, Mapping) or number(kept.get("value")) is None:
+        return ""
+    by = {"accuracy": "validation accuracy", "loss": "validation loss"}.get(str(kept.get("by")))
+    made, planned, patience = (count(kept.get(key)) for key in ("made", "planned", "patience"))
+    ended = (
+        ""
+        if made == planned
+        else f"; training stopped after step {made}, as {patience} measurements brought nothing better"
+    )
+    return (
+        f"the state of step {count(kept.get('step'))} of {planned}, by {by or 'instance retrieval'} "
+        f"{kept['value']:.4f}{ended}"
+    )
 
 
 def _numbers(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Wiring alone: the parts come from `build` and `prepare`, the loop is `trainer`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ from selfmask_dist.runs.checkpoint import OpenCheckpoint, Retention, Saver, savi
 from selfmask_dist.runs.context import RunContext
 from selfmask_dist.runs.decision import mark_of
 from selfmask_dist.runs.speed.profile import StepProfiler
+from selfmask_dist.runs.verdict import kept_text
 from selfmask_dist.training.build import build_objective, lora_options, train_transform
 from selfmask_dist.training.distill import DistillTeacher
 from selfmask_dist.training.finetune import add_lora, add_peft
+from selfmask_dist.training.habits.average import Average
+from selfmask_dist.training.habits.pictures import with_mixing
+from selfmask_dist.training.habits.watching import finish, keeps_by, monitor_of
 from selfmask_dist.training.meter import MaskTelemetry, Meter
 from selfmask_dist.training.prepare import begin_bank, hold_weights, load_first_state, prepare, search_bank
 from selfmask_dist.training.retrieval.best_state import BestState
@@ -56,8 +61,11 @@ def adapt(
         measure_frozen: called when the engine has the encoder and nothing is trained yet.
     """
     quarantine = _open_quarantine(config, context, train)
+    targets = evaluation.targets
     loader = _open_loader(config, context, backbone, train, quarantine)
-    objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader))
+    if targets is not None:
+        loader = loader.with_targets(targets)
+    objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader), targets=targets)
     measure_frozen()
     config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
     trained = _make_ready(config, context, backbone, objective, engine, num_steps=schedule.num_steps)
@@ -68,7 +76,10 @@ def adapt(
         loader.set_epoch(epoch, first_step=first)
         return loader
 
-    best = BestState(engine, objective) if config.train.keep == "best" else None
+    average = None if config.train.ema is None else Average(engine, config.train.ema)
+    best = None
+    if config.train.keep == "best":
+        best = BestState(engine, objective, by=keeps_by(config), patience=config.train.patience)
     identity, meter = _identity(config, backbone, len(loader)), Meter(context.world)
     state = RunState(engine, objective, identity=identity, data=loader, best=best)
     start = _resume(state, found, engine, batches_of, meter, context, asked=config.run.resume)
@@ -85,26 +96,36 @@ def adapt(
         writer=context.writer,
         directory=context.directory,
         telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
-        monitor=evaluation.monitor if best is None else best.after(evaluation.monitor),
+        monitor=monitor_of(evaluation, objective, average, best),
         monitor_every=every,
         log_every=config.run.log_every,
-        before_step=objective.start_step,
+        before_step=partial(_before_step, objective, average),
         after_step=objective.after_step,
         remarks=objective.remarks,
         sample_key=train.key,
         checkpoints=checkpoints,
         on_step=context.watchdog.beat,
+        has_ended=(lambda: False) if best is None else best.has_run_out,
         quarantine=quarantine,
         profiler=_profiler(config, context, steps),
     )
     try:
-        trainer.run(start, meter)
+        made = trainer.run(start, meter)
     finally:
         checkpoints.finish()  # ranks save together: none leaves while another one waits for it
-    kept = {} if best is None else _keep_best(best, checkpoints, meter, evaluation, context, steps)
+    if finish(best, average, evaluation, objective, step=made):
+        # what goes on from a run's newest checkpoint finds there what its mask holds
+        checkpoints.save_again(Position(made), meter)
+    kept = {} if best is None else _describe_kept(best, context, made=made, planned=steps)
     checkpoints.close()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
-    return result | {"steps": steps, **kept}
+    return result | {"steps": made, **kept}
+
+
+def _before_step(objective: Objective, average: Average | None, step: int) -> None:
+    objective.start_step(step)
+    if average is not None:
+        average.before_step(step)
 
 
 def _profiler(config: Config, context: RunContext, num_steps: int) -> StepProfiler | None:
@@ -129,33 +150,19 @@ def _make_ready(
     num_steps: int,
 ) -> Trainable:
     """Return what trains, as it starts: from nothing, or from the scores of an earlier run."""
-    trained = prepare(config, engine, objective, num_steps=num_steps)
+    trained = prepare(config, engine, objective, num_steps=num_steps, blocks=backbone.spec.blocks)
     if config.mask.init_from is not None:
         load_first_state(engine, Path(config.mask.init_from), fingerprint=backbone.spec.fingerprint)
     context.writer.message(trained.summary)
     return trained
 
 
-def _keep_best(
-    best: BestState,
-    checkpoints: CheckpointSchedule,
-    meter: Meter,
-    evaluation: Evaluation,
-    context: RunContext,
-    steps: int,
-) -> dict[str, Any]:
-    """Make the best of the measured states the present one, the last state among them, and save it; return
-    its step for `result.json`.
-    """
-    if best.last_step < steps:  # the monitor's interval does not divide the training
-        hits = evaluation.retrieve()
-        best.offer(steps, sum(hits) / len(hits))
-    context.writer.message(f"kept     the state of step {best.step}, instance retrieval {best.value:.4f}")
-    if best.step < steps:
-        best.put_back()
-        # what goes on from a run's newest checkpoint finds there what its mask holds
-        checkpoints.save_again(Position(steps), meter)
-    return {"kept_step": best.step}
+def _describe_kept(best: BestState, context: RunContext, *, made: int, planned: int) -> dict[str, Any]:
+    """Say which state was kept, and return its entries of `result.json`."""
+    kept = {"by": best.by, "value": best.value, "step": best.step, "made": made, "planned": planned}
+    kept |= {"patience": best.patience} if best.patience is not None else {}
+    context.writer.message(f"kept     {kept_text(kept)}")
+    return {"kept_step": best.step, "kept": kept}
 
 
 def _plan_steps(
@@ -212,11 +219,18 @@ def _open_loader(
         workers=data.Workers(config.engine.workers, config.engine.worker_kind),
         quarantine=quarantine,
     )
+    loader = with_mixing(config, loader)
     return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 
 
 def _build(
-    config: Config, context: RunContext, backbone: Backbone, train: data.Source, *, steps_per_epoch: int
+    config: Config,
+    context: RunContext,
+    backbone: Backbone,
+    train: data.Source,
+    *,
+    steps_per_epoch: int,
+    targets: data.Targets | None,
 ) -> tuple[Objective, Engine]:
     world = context.world
     ranks = Context(
@@ -227,12 +241,14 @@ def _build(
         world.sum_with_gradient,
         num_samples=len(train),
         all_to_all=world.all_to_all,
+        targets=None if targets is None else targets.summary(train),
     )
+    classes = train.classes if targets is None else targets.outputs
     teacher = None
     if config.objective.name == "supervised" and config.objective.distill_from is not None:
         teacher = DistillTeacher(Path(config.objective.distill_from), train.classes)
     objective = build_objective(
-        config, backbone, train.classes, ranks, steps_per_epoch=steps_per_epoch, teacher=teacher
+        config, backbone, classes, ranks, steps_per_epoch=steps_per_epoch, teacher=teacher
     )
     objective.to(world.device)
     if config.backbone.batchnorm == "sync":

@@ -23,6 +23,7 @@ from selfmask_dist.config.objectives import ON_BANK, VIEWS, WITH_CAPTIONS
 from selfmask_dist.evals.measure import are_labelled, neighbours_to_measure
 from selfmask_dist.masking.selection import select
 from selfmask_dist.parallel import World, take_from_main
+from selfmask_dist.training.habits.pictures import stronger_of
 
 if TYPE_CHECKING:
     from selfmask_dist.parallel.fsdp import ShardedEncoder
@@ -36,6 +37,7 @@ def open_data(config: Config, *, require_labels: bool = True) -> tuple[data.Sour
         given = {"data.train": config.data.train is not None, "data.test": _has_test(config)}
         missing = " and ".join(key for key, is_given in given.items() if not is_given)
         raise ValueError(f"{missing} is not set; give a folder of shards (see docs/data.md)")
+    require_labels = require_labels and config.objective.target == "class"
     train, held_out = _open_train(config, require_labels=require_labels)
     if held_out is None:
         assert config.data.test is not None
@@ -137,7 +139,10 @@ def build_backbone(config: Config, *, in_file: bool = False, world: World | None
             others make sure by a sample that theirs are the same. Collective: every rank must call.
     """
     reads_all = world is None or world.is_main
-    backbone = load_backbone(config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all)
+    dense = config.objective.target == "dense"  # one vector a patch
+    backbone = load_backbone(
+        config.backbone, seed=config.seed, in_file=in_file, reads_all=reads_all, dense=dense
+    )
     if world is not None:
         found, sample = backbone.spec.fingerprint, sample_of(backbone.encoder.state_dict())
         found = take_from_main(world, found, sample=sample, what="the backbone's weights")
@@ -196,6 +201,8 @@ def check_run(config: Config, backbone: Backbone, train: data.Source, test: data
             first_layers=section.first_layers,
             allow_norm=section.allow_norm,
         )
+    if config.objective.target != "class":
+        return ["k-NN is left out: it is a vote on one class, and objective.target is another"]
     if test is None or not are_labelled(train, test):
         return _notes_without_labels(config, test)
     # of all samples of both: by the one process that says them
@@ -304,7 +311,13 @@ def train_transform(config: Config, preprocessing: Preprocessing) -> data.Transf
         return mild_crops(config, preprocessing, count=config.nbd.views)
     if config.objective.name in VIEWS and config.objective.name not in WITH_CAPTIONS:
         return _multicrop(config, preprocessing)
-    one = data.train_transform(preprocessing, crop_scale=section.crop_scale, flip=section.flip)
+    if config.objective.target == "dense":
+        return data.DenseTransform(
+            preprocessing, section.crop_scale if section.augment else None, section.flip
+        )
+    one = data.train_transform(
+        preprocessing, crop_scale=section.crop_scale, flip=section.flip, stronger=stronger_of(config)
+    )
     if not section.augment:
         one = data.eval_transform(preprocessing)
     return data.Joined(one, _multicrop(config, preprocessing)) if config.objective.name == "slip" else one

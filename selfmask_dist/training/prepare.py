@@ -3,6 +3,7 @@
 attach masks (or free weights) -> one named group for each kind of parameter -> optimizer -> engine starts
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,20 +32,30 @@ from selfmask_dist.runs.context import RunContext
 from selfmask_dist.training.additions.methods import METHOD, trained_names
 from selfmask_dist.training.build import mild_crops
 from selfmask_dist.training.finetune import choose_weights
+from selfmask_dist.training.habits.layer_rates import describe_rates, with_layer_rates
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
 
-_OF_SCORES = ("scores", "head_scores")  # groups of the optimizer
+_OF_SCORES = (
+    "scores",
+    "head_scores",
+)  # groups of the optimizer, by name up to a dot (layer rates add .depth)
 
 
 def prepare(
-    config: Config, engine: Engine, objective: objectives.Objective, *, num_steps: int = 1
+    config: Config,
+    engine: Engine,
+    objective: objectives.Objective,
+    *,
+    num_steps: int = 1,
+    blocks: Sequence[str] = (),
 ) -> Trainable:
     """Attach masks or free the weights, build the optimizer with one named group for each kind of parameter,
     and start the engine.
 
     Args:
         num_steps: of the whole training.
+        blocks: names of the encoder's repeated blocks, for `optim.layer_decay`.
     """
     groups: list[dict[str, Any]] = []
     masks = head_masks = None
@@ -71,6 +82,9 @@ def prepare(
         }
         groups.append(group)
         summary += f"\nhead     {sum(p.numel() for p in head):,} weights"
+    if (decay := config.optim.layer_decay) is not None:
+        groups = with_layer_rates(groups, engine.encoder, masks, blocks=blocks, decay=decay)
+        summary += f"\n{describe_rates(groups, decay)}"
     for group in groups:
         group["lr"] = group["base_lr"]
     optimizer = _build_optimizer(config, groups)
@@ -201,7 +215,8 @@ def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.opti
         return torch.optim.AdamW(groups, betas=(optim.momentum, optim.beta2), weight_decay=0.0)
     if "bf16" in (config.engine.weights, config.engine.momentum):
         for group in groups:
-            group["in_bf16"] = config.engine.momentum == "bf16" and group["name"] in _OF_SCORES
+            is_of_scores = group["name"].partition(".")[0] in _OF_SCORES
+            group["in_bf16"] = config.engine.momentum == "bf16" and is_of_scores
         return LeanSGD(groups, momentum=optim.momentum, seed=config.seed)
     return torch.optim.SGD(groups, momentum=optim.momentum)
 

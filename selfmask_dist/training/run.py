@@ -21,6 +21,7 @@ from selfmask_dist.common import names
 from selfmask_dist.common.files import write_json
 from selfmask_dist.config import Config
 from selfmask_dist.evals.measure import Evaluation
+from selfmask_dist.evals.targets.measure import begin_evaluation
 from selfmask_dist.parallel import World, shards_weights
 from selfmask_dist.runs.checkpoint import (
     DamagedCheckpointError,
@@ -41,6 +42,7 @@ from selfmask_dist.training.build import (
     open_what_there_is,
     shard_backbone,
 )
+from selfmask_dist.training.habits.watching import hold_validation
 from selfmask_dist.training.retrieval.record import RetrievalRecord
 from selfmask_dist.training.retrieval.score_lr import describe_choice, with_chosen_score_lr
 
@@ -122,6 +124,7 @@ def _run(
 ) -> dict[str, Any]:
     trains = config.method in ("mask", "finetune")
     train, test = open_data(config) if config.needs_labels else open_what_there_is(config)
+    train, validation = hold_validation(config, train) if trains else (train, None)
     num_test = 0 if test is None else len(test)
     cuts_weights = config.engine.name == "fsdp" if trains else shards_weights(config.engine, context.world)
     backbone = build_backbone(config, in_file=cuts_weights, world=context.world)
@@ -131,11 +134,13 @@ def _run(
     elif not trains:
         shard_backbone(backbone, config, context.world, keeps_frozen=False)
     paced = context.paced_check
-    evaluation = Evaluation(config, backbone, train, test, context.world, begin_loop=paced)
+    evaluation = begin_evaluation(
+        config, backbone, train, test, context.world, validation=validation, begin_loop=paced
+    )
     writer = context.writer
     record = RetrievalRecord(evaluation, context.directory, context.world)
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=num_test)
-    writer.message(_describe(config, backbone, train, test, context.world))
+    writer.message(_describe(config, backbone, train, test, context.world, validation))
     for note in notes if config.data.subset is None else ():  # a part need not have all classes
         writer.event("note", text=note)
         writer.message(f"note     {note}")
@@ -200,14 +205,20 @@ def _once(path: Path, world: World, measure_fn: Callable[[], dict[str, float]]) 
 
 
 def _describe(
-    config: Config, backbone: Backbone, train: data.Source, test: data.Source | None, world: World
+    config: Config,
+    backbone: Backbone,
+    train: data.Source,
+    test: data.Source | None,
+    world: World,
+    validation: data.Source | None,
 ) -> str:
     spec = backbone.spec
+    chosen_by = "" if validation is None else f", {len(validation):,} validation"
     tested = "no" if test is None else f"{len(test):,}"
     return (
         f"run      {run_path(config)}: {config.method} on {world.size} process(es), {world.device.type}\n"
         f"backbone {spec.name}: {spec.num_parameters:,} weights, dim {spec.dim}, "
         f"{spec.preprocessing.image_size} px, "
         f"fingerprint {spec.fingerprint[:12]}\n"
-        f"data     {len(train):,} train and {tested} test images, {len(train.classes)} classes"
+        f"data     {len(train):,} train{chosen_by} and {tested} test images, {len(train.classes)} classes"
     )

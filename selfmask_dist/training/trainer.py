@@ -53,6 +53,7 @@ class Trainer:
             calls it.
         directory: where a failure leaves what is needed to look at it.
         before_step: (step), called before its forward. after_step: after its update. Collective.
+        has_ended: whether what was measured says to train no further; the same on every rank.
         remarks: (numbers of a logged step) -> what the user should know about them.
         sample_key: sample id -> key, for messages.
         profiler: traces some of the steps.
@@ -75,12 +76,13 @@ class Trainer:
     before_step: Callable[[int], None] = lambda step: None
     after_step: Callable[[], None] = lambda: None
     on_step: Callable[[], None] = lambda: None
+    has_ended: Callable[[], bool] = lambda: False
     remarks: Callable[[dict[str, Any]], list[str]] = lambda values: []
     quarantine: Quarantine | None = None
     profiler: StepProfiler | None = None
 
     def run(self, start: Position | None = None, meter: Meter | None = None) -> int:
-        """Train to the end and return the number of steps. Collective: every rank must call.
+        """Train to the end and return the number of steps made. Collective: every rank must call.
 
         Args:
             start: where a restored run stands; `meter` is restored with it.
@@ -103,7 +105,7 @@ class Trainer:
         self.writer.start_progress(self.num_steps, step)
         if not start.is_measured:
             self._run_monitor(step, meter)
-        while step < self.num_steps:
+        while step < self.num_steps and not self.has_ended():
             for batch in meter.time_waiting(self.epoch_batches(epoch, done)):
                 is_logged = (step + 1) % self.log_every == 0 or step + 1 == self.num_steps
                 metrics, stop, save = self._step(step, epoch, batch, is_logged=is_logged)
@@ -114,7 +116,7 @@ class Trainer:
                 if is_logged:
                     self._log(step, epoch, meter)
                 self._after_step(Position(step, epoch, done), meter, stop=stop, save=save)
-                if step == self.num_steps:
+                if step == self.num_steps or self.has_ended():
                     break
             self._check_quarantine()
             epoch, done = epoch + 1, 0
@@ -155,7 +157,8 @@ class Trainer:
                 except Preempted:
                     stop = True
         if self.checkpoints is not None:
-            self.checkpoints.after_step(position, meter, stop=stop, due=save, is_last=step == self.num_steps)
+            is_last = step == self.num_steps or self.has_ended()
+            self.checkpoints.after_step(position, meter, stop=stop, due=save, is_last=is_last)
 
     def _log(self, step: int, epoch: int, meter: Meter) -> None:
         values: dict[str, Any] = {"epoch": epoch, **meter.read()}

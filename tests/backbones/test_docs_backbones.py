@@ -14,11 +14,15 @@ PAGE = (ROOT / "docs" / "backbones.md").read_text()
 ROWS = ROOT / "benchmarks" / "results" / "coverage.json"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_each_example_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    exec(compile(example, "docs/backbones.md", "exec"), {})
-    assert (tmp_path / "tiny.mask").stat().st_size > 0
+    exec(compile(EXAMPLES[number], "docs/backbones.md", "exec"), {})
+    assert all(path.stat().st_size > 0 for path in tmp_path.glob("*.mask"))
+    assert (tmp_path / "tiny.mask").exists() == ("tiny.mask" in EXAMPLES[number])
 
 
 def test_the_table_is_that_of_the_rows() -> None:

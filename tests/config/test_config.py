@@ -301,7 +301,8 @@ def test_dotted_keys_in_a_file_and_keys_below_values_are_explained(write) -> Non
         ("backbone:\n  kwargs: 3", "2: backbone.kwargs: got 3; expected mapping of plain values"),
         (
             "seed: 1\ntrain: 3",
-            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, keep, accumulate",
+            "2: train: got 3; expected keys under it: epochs, global_batch_size, max_steps, keep, keep_by, "
+            "validation, patience, ema, accumulate",
         ),
     ],
 )

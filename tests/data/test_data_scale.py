@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,12 @@ def test_windows_made_lazily_are_the_order_of_before_to_the_bit(num_samples: int
         for step in {0, num_steps // 2, num_steps - 1} if num_steps else ():
             order = EpochOrder(num_samples, seed=3, epoch=5, global_batch_size=size)  # a resume at this step
             for rank in {0, world_size - 1}:
-                place = {"epoch": 5, "global_batch_size": size, "rank": rank, "world_size": world_size}
+                place: dict[str, Any] = {
+                    "epoch": 5,
+                    "global_batch_size": size,
+                    "rank": rank,
+                    "world_size": world_size,
+                }
                 np.testing.assert_array_equal(
                     rank_batch(order, step, **place).ids, rank_batch(expected, step, **place).ids
                 )

@@ -73,6 +73,21 @@ def test_it_is_taken_apart_and_called(linear_run: Path, hard_data: dict[str, str
     assert source.classes == classes
 
 
+@pytest.mark.parametrize("objective", ["supervised", "nbd"])
+def test_pooling_comes_with_the_file(objective: str, hard_data: dict[str, str], tmp_path: Path) -> None:
+    rate = ["optim.score_lr=0.01"] if objective == "nbd" else []
+    folder = train(tmp_path, hard_data, "both", f"objective.name={objective}", "backbone.pool=both", *rate)
+    shutil.copy(folder / "final.mask", tmp_path / "alone.mask")
+    alone, there = selfmask_dist.load(tmp_path / "alone.mask"), selfmask_dist.load(folder)
+    views = torch.stack([alone.transform(picture) for picture in pictures_of(hard_data)[:4]])
+    embeddings = alone.model.embed(views)
+    assert embeddings.shape == (4, 64)  # class token and mean of 32 each
+    assert torch.equal(embeddings, there.model.embed(views))
+    file = read_mask_file(tmp_path / "alone.mask")
+    assert file.models["default"].pooling == "both"
+    assert (file.models["default"].head is None) == (objective == "nbd")
+
+
 def test_ties_go_to_the_first_class_and_top_is_cut() -> None:
     found = ranked("x", torch.tensor([1.0, 2.0, 2.0]), ("a", "b", "c"), 5)
     assert (found.classes, found.indices) == (("b", "c", "a"), (1, 2, 0))

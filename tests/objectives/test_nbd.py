@@ -13,7 +13,6 @@ from selfmask_dist.data import Batch
 from selfmask_dist.objectives import Context, Nbd
 from selfmask_dist.objectives.bank import AdamW, ShardedBank, draw_candidates
 from selfmask_dist.objectives.nbd import WarmupViews, Whitening
-from selfmask_dist.parallel.engine import split_batch
 from tests.objectives.test_objectives import IN_DIM, Encoder, unit
 from tests.support.state import load_whole_buffers, whole_buffers
 
@@ -151,7 +150,7 @@ def test_micro_steps_add_up_to_the_step_of_the_whole_batch() -> None:
     assert encoder.weight.grad is not None
     expected = encoder.weight.grad.clone()
     encoder.zero_grad()
-    for part in split_batch(batch, 3):
+    for part in batch.split(3):
         loss, _ = halves(encoder, part)
         loss.backward()
     assert torch.allclose(encoder.weight.grad, expected, rtol=1e-10, atol=1e-13)

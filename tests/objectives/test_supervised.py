@@ -14,7 +14,7 @@ from selfmask_dist.common.seeding import named_generator
 from selfmask_dist.config import Config, load_config
 from selfmask_dist.config.backbone import BackboneConfig
 from selfmask_dist.config.objectives import ObjectiveConfig
-from selfmask_dist.data import Batch
+from selfmask_dist.data import Batch, Mixed
 from selfmask_dist.objectives import Supervised, build_objective
 from selfmask_dist.objectives.supervised import L2_LENGTH, FeatureBatchNorm
 
@@ -351,3 +351,19 @@ def test_clip_text_is_clips_own_zero_shot_classifier(batch: Batch) -> None:
     batch.views = (images,)
     loss, _ = objective(backbone.encoder, batch)
     torch.testing.assert_close(loss, F.cross_entropy(expected, batch.labels))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_mixed_pictures_have_the_mixed_target(batch: Batch, smoothing: float) -> None:
+    objective, encoder = supervised(label_smoothing=smoothing), Encoder()
+    others = (batch.labels + 1) % NUM_CLASSES
+    shares = torch.linspace(0.1, 1, ROWS, dtype=torch.float64)
+    batch.mixed = Mixed(others, shares)
+    loss, metrics = objective(encoder, batch)
+    one_hot = [F.one_hot(labels, NUM_CLASSES).double() for labels in (batch.labels, others)]
+    target = shares[:, None] * one_hot[0] + (1 - shares[:, None]) * one_hot[1]
+    logits = objective.predict(encoder, batch.views[0])
+    wanted = F.cross_entropy(logits, target, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, wanted)
+    right = (logits.argmax(dim=1) == batch.labels).double().mean()
+    torch.testing.assert_close(metrics["accuracy"], right, check_dtype=False)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfmask_dist.backbones.tokens import Output, has_class_token
+
 _SIZE_FLAG = "interpolate_pos_encoding"
 
 
@@ -32,18 +34,34 @@ class TransformersEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return one vector an image."""
+        return self._pooled(self._run(images))
+
+    def output(self, images: Tensor) -> Output:
+        """Return tokens or maps before pooling, after the last normalisation and before any projection."""
+        found: Tensor = self._run(images).last_hidden_state
+        if self._kind.startswith("clip") and (norm := self._part("post_layernorm")) is not None:
+            found = norm(found)  # of other models it is in already
+        if found.ndim == 4:
+            return Output(found, norm=self._part("layernorm"))  # ConvNeXt's follows pooling
+        prefix = int(has_class_token(self.model)) + int(getattr(self.model.config, "num_register_tokens", 0))
+        return Output(found, prefix, self._part("pooler.layernorm") if self._kind == "beit" else None)
+
+    def _part(self, name: str) -> nn.Module | None:
+        """Return the module of that name, of the model or of the tower inside it; None where it has none."""
+        found = dict(self.model.named_modules())
+        return found.get(name) or found.get(f"vision_model.{name}")
+
+    def _run(self, images: Tensor) -> Any:
         if self._kind.startswith("siglip2"):
-            output = self.model(**_as_patches(images, self._patch))
-        else:
-            options: dict[str, Any] = {}
-            if self._takes_any_size and self._own_size and tuple(images.shape[-2:]) != self._own_size:
-                options[_SIZE_FLAG] = True
-            if self._kind == "vit_mae":  # patches stay in their order
-                number = (images.shape[-2] // self._patch) * (images.shape[-1] // self._patch)
-                noise = torch.arange(number, device=images.device, dtype=torch.float32)
-                options["noise"] = noise.expand(len(images), -1)
-            output = self.model(images, **options)
-        return self._pooled(output)
+            return self.model(**_as_patches(images, self._patch))
+        options: dict[str, Any] = {}
+        if self._takes_any_size and self._own_size and tuple(images.shape[-2:]) != self._own_size:
+            options[_SIZE_FLAG] = True
+        if self._kind == "vit_mae":  # patches stay in their order
+            number = (images.shape[-2] // self._patch) * (images.shape[-1] // self._patch)
+            noise = torch.arange(number, device=images.device, dtype=torch.float32)
+            options["noise"] = noise.expand(len(images), -1)
+        return self.model(images, **options)
 
     def _pooled(self, output: Any) -> Tensor:
         for name in ("image_embeds", "pooler_output"):
@@ -53,7 +71,7 @@ class TransformersEncoder(nn.Module):
         tokens: Tensor = output.last_hidden_state
         if tokens.ndim == 4:  # (n, channels, height, width)
             return tokens.mean(dim=(2, 3))
-        return tokens[:, 0] if _has_class_token(self.model) else tokens.mean(dim=1)
+        return tokens[:, 0] if has_class_token(self.model) else tokens.mean(dim=1)
 
 
 def _as_patches(images: Tensor, patch: int) -> dict[str, Any]:
@@ -70,10 +88,6 @@ def _as_patches(images: Tensor, patch: int) -> dict[str, Any]:
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=images.device),
         "spatial_shapes": torch.tensor([[rows, columns]] * len(images), device="cpu"),
     }
-
-
-def _has_class_token(model: nn.Module) -> bool:
-    return any(name.endswith(("cls_token", "class_embedding")) for name, _ in model.named_parameters())
 
 
 def side_of(config: Any) -> tuple[int, int] | None:

@@ -39,7 +39,8 @@ def held_by(config: Config) -> Held:
     engine, is_adamw = config.engine, config.optim.kind == "adamw"
     score = HALF if engine.scores == "bf16" else FULL
     moment = HALF if engine.momentum == "bf16" else FULL
-    average = score if config.objective.name in WITH_TEACHER else 0.0
+    has_average = config.objective.name in WITH_TEACHER or config.train.ema is not None
+    average = score if has_average else 0.0
     weight = HALF if engine.weights == "bf16" else FULL
     return Held(weight, score, (2 if is_adamw else 1) * moment + average)
 

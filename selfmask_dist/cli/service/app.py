@@ -128,9 +128,13 @@ class _Service:
         top, with_logits = _number(given.get("top", str(_TOP))), given.get("logits", "false")
         if with_logits not in ("true", "false"):
             raise RefusedError(400, f"`logits` is {with_logits[:50]!r}; it is true or false")
+        head = self._models[mask].head
+        target = "class" if head is None else head.target
+        if target == "dense":
+            raise RefusedError(400, f"the head of {mask!r} is of patches, not of pictures")
         logits = await self._picture(request, mask, has_head=True)
-        found = ranked("", torch.tensor(logits), self._models[mask].classes, top).to_dict()["top"]
-        answer = {"mask": mask, "top": found}
+        found = ranked("", torch.tensor(logits), self._models[mask].classes, top, target=target).to_dict()
+        answer = {"mask": mask, **{key: value for key, value in found.items() if key != "picture"}}
         return {**answer, "logits": logits} if with_logits == "true" else answer
 
     async def _picture(self, request: Request, mask: str | None, *, has_head: bool) -> list[float]:

@@ -4,7 +4,7 @@ A new rule is a `yield` in one of these files: the keys that it is about, what i
 """
 
 from selfmask_dist.config.all_sections import AllSections
-from selfmask_dist.config.conflicts import general, lean, masks, procedures, retrieval
+from selfmask_dist.config.conflicts import general, habits, lean, masks, procedures, retrieval, targets
 from selfmask_dist.config.loading import Conflict
 
 
@@ -16,10 +16,12 @@ def conflicts(config: AllSections) -> list[Conflict]:
         general.backbone_conflicts,
         general.objective_conflicts,
         general.view_conflicts,
+        targets.target_conflicts,
         masks.mask_conflicts,
         masks.score_step_conflicts,
         procedures.procedure_conflicts,
         retrieval.retrieval_conflicts,
+        habits.habit_conflicts,
         general.engine_conflicts,
         lean.lean_conflicts,
         general.number_conflicts,

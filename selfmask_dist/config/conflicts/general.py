@@ -91,6 +91,15 @@ def objective_conflicts(config: AllSections) -> Iterator[Conflict]:
             f"objective.head=clip_text needs CLIP's text tower, which {config.backbone.name} does not have; "
             "use a backbone open_clip:<model>/<tag>, or objective.head=linear",
         )
+    needs_text = objective.head == "clip_text" or objective.name in WITH_CAPTIONS
+    if needs_text and config.backbone.pool not in ("model", "attention"):
+        keys = ("objective.name", "objective.head", "backbone.pool")
+        yield Conflict(
+            keys,
+            f"backbone.pool={config.backbone.pool} leaves out CLIP's projection to the space of texts, which "
+            f"objective.name={objective.name} with objective.head={objective.head} needs; set "
+            "backbone.pool=model",
+        )
     if objective.head == "masked" and config.method == "finetune":
         yield Conflict(
             ("method", "objective.head"),

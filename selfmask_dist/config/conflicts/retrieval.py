@@ -33,11 +33,13 @@ def _keep_conflicts(config: AllSections) -> Iterator[Conflict]:
         )
     if config.method not in ("mask", "finetune"):
         return
-    if not config.eval.measures_retrieval(config.objective.name):
+    by = config.train.keep_by or ("instance_retrieval" if config.train.validation is None else "accuracy")
+    if by == "instance_retrieval" and not config.eval.measures_retrieval(config.objective.name):
         yield Conflict(
             ("train.keep", "eval.retrieval"),
             "train.keep=best takes the state of the highest instance retrieval, and it is not measured; set "
-            "eval.retrieval=true, or train.keep=last",
+            "train.validation=0.1 to go by accuracy on held-out images, eval.retrieval=true, or "
+            "train.keep=last",
         )
     if not config.eval.knn_every:
         yield Conflict(

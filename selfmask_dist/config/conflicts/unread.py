@@ -11,7 +11,7 @@ from selfmask_dist.config.procedures import PROCEDURES, trained_by
 
 # what every method reads, and what each one reads beyond
 ALWAYS = ("backbone", "data", "eval", "engine", "checkpoint", "run", "launch")
-_TRAINING = ("objective", "optim", "train")
+_TRAINING = ("objective", "optim", "train", "augment")
 _OBJECTIVES = ("crops", "swav", "simclr", "moco_v2", "moco_v3", "dino", "nbd", "clip", "slip")
 READS = {
     "mask": ("mask", *_TRAINING, *_OBJECTIVES),
@@ -51,6 +51,8 @@ def _complaints(config: AllSections, keys: Iterable[str]) -> Iterable[str]:
     read, family = sections_of(config), config.mask.family
     for key in keys:
         section, dot, name = key.partition(".")
+        if key == "objective.target" and config.method in ("probe", "frozen"):
+            continue  # it says what is measured
         if dot and section not in read:
             why = f"method={config.method}"
             if section in _OBJECTIVES and "objective" in read:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from selfmask_dist.common.class_names import similar_names, similar_text
 from selfmask_dist.common.files import replacing
 from selfmask_dist.data.indexing.table import SampleTable
+from selfmask_dist.data.indexing.targets import IndexTargets, read_columns
 
 INDEX_NAME = "samples.index"
 Similar = Literal["refuse", "merge", "keep"]  # what is done with classes whose names look like one
@@ -58,6 +59,7 @@ class Index:
     classes: names in the order of their numbers, None where no description lists them.
     caption_offset, caption_length: of the sample's `.txt` in its shard, 0 and 0 where it has none; None where
         no sample has one.
+    targets: what samples are trained towards beside one class.
     """
 
     shards: tuple[Shard, ...]
@@ -76,6 +78,7 @@ class Index:
     path: Path | None = None  # the file that this one is mapped from
     caption_offset: npt.NDArray[np.int64] | None = None
     caption_length: npt.NDArray[np.uint32] | None = None
+    targets: IndexTargets = field(default_factory=IndexTargets)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -84,7 +87,7 @@ class Index:
         # to a worker goes the file's name: it maps the same pages, which are in memory once for all
         if self.path is not None:
             return load_index, (self.path,)
-        return Index, tuple(getattr(self, field.name) for field in fields(self))
+        return Index, tuple(getattr(self, each.name) for each in fields(self))
 
     def key(self, row: int) -> str:
         """Return the WebDataset key of the sample at `row`."""
@@ -116,6 +119,7 @@ class Index:
             keys=self.keys[np.repeat(rows, lengths)],
             num_rejected=num_rejected,
             path=None,
+            targets=self.targets.keep(rows),
         )
 
     @cached_property
@@ -126,13 +130,18 @@ class Index:
         columns = self._as_stored()
         places = [columns[name] for name in ("shard", "offset", "length", "key_end")]
         captions = {"captions": _digest(*(columns[name] for name in _CAPTIONS))} if self.has_captions else {}
-        return captions | {
-            "samples": len(self),
-            "shards": _digest(names),
-            "places": _digest(*places, self.keys),
-            "labels": _digest(columns["label"], json.dumps(self.folders).encode()),
-            "contents": _digest(columns["crc32"]) if self.has_crc32 else None,
-        }
+        targets = {"targets": self.targets.digest()} if self.targets else {}
+        return (
+            captions
+            | targets
+            | {
+                "samples": len(self),
+                "shards": _digest(names),
+                "places": _digest(*places, self.keys),
+                "labels": _digest(columns["label"], json.dumps(self.folders).encode()),
+                "contents": _digest(columns["crc32"]) if self.has_crc32 else None,
+            }
+        )
 
     def _as_stored(self) -> dict[str, npt.NDArray[Any]]:
         return {name: np.ascontiguousarray(getattr(self, name), kind) for name, kind in self._columns.items()}
@@ -151,12 +160,13 @@ class Index:
                 "has_crc32": self.has_crc32,
                 "has_captions": self.has_captions,
                 "num_rejected": self.num_rejected,
+                **({"targets": self.targets.describe()} if self.targets else {}),
                 "identity": self.identity,
             }
         ).encode()
         with replacing(path, sync=True) as partial, open(partial, "wb") as file:
             file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-            for column in columns.values():
+            for column in [*columns.values(), *self.targets.columns()]:
                 file.write(bytes(-file.tell() % _ALIGN))
                 file.write(column.tobytes())
 
@@ -198,6 +208,7 @@ def index_of_table(
         classes=classes,
         has_crc32=has_crc32,
         **_captions_of(table),
+        targets=table.targets.finish(),
     )
 
 
@@ -247,6 +258,13 @@ def load_index(path: Path) -> Index:
         for name, kind in kinds.items():
             columns[name], at = _map(data, at, np.dtype(kind), header["samples"])
         keys, at = _map(data, at, np.dtype(np.uint8), header["key_bytes"])
+
+        def take(kind: str, count: int) -> npt.NDArray[Any]:
+            nonlocal at
+            column, at = _map(data, at, np.dtype(kind), count)
+            return column
+
+        targets = read_columns(header.get("targets", {}), header["samples"], take)
         if at != len(data):
             raise ValueError(f"it has {len(data)} bytes and not {at}")
         index = Index(
@@ -258,6 +276,7 @@ def load_index(path: Path) -> Index:
             has_crc32=header["has_crc32"],
             num_rejected=header["num_rejected"],
             path=path,
+            targets=targets,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -280,6 +299,7 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         "labels": "its labels changed",
         "contents": "the bytes of its pictures changed (their checksums differ)",
         "captions": "its captions have other places or lengths",
+        "targets": "its lists of labels, numbers or label maps changed",
     }
     changed = [
         text

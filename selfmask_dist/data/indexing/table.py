@@ -23,13 +23,14 @@ from selfmask_dist.common.class_names import normal_name
 from selfmask_dist.common.pictures import EXTENSIONS, kind_of
 from selfmask_dist.common.text import some
 from selfmask_dist.data.indexing.tar import Problem, TarSample, walk_samples
+from selfmask_dist.data.indexing.targets import MAP_MEMBER, TargetColumns
 
 try:  # zlib's values by the processor's own instructions: ten times as fast
     from isal.isal_zlib import crc32 as crc32_of
 except ImportError:  # an optional dependency: selfmask_dist[fast]
     from zlib import crc32 as crc32_of
 
-_READ_BESIDE = ("cls", "json", "txt")  # what is read of a sample beside its picture
+_READ_BESIDE = ("cls", "json", "txt", MAP_MEMBER)  # what is read of a sample beside its picture
 _HEAD = 1 << 20  # bytes that tell whether a file is a picture
 _JSON_LABELS = ("label", "cls", "class_id", "category_id")
 
@@ -60,6 +61,7 @@ class SampleTable:
         self.folder = array("i")  # index into `folders`, -1 = sample at the top of its tar
         self.crc32 = array("I")  # of the picture, 0 where `check` was not asked for
         self.caption_offset, self.caption_length = array("q"), array("q")  # of `.txt`, 0 and 0 = none
+        self.targets = TargetColumns()
         self.folders: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class SampleTable:
             )
         seen.add(sample.key)
         extension, offset, length = image
-        label, stated_crc32 = self._given_label(path, sample, descriptor)
+        label, stated_crc32, values = self._given_label(path, sample, descriptor)
         crc32 = 0
         if check is not None:
             data = os.pread(descriptor, length, offset)
@@ -141,12 +143,15 @@ class SampleTable:
         caption_offset, caption_length = sample.members.get("txt", (0, 0))
         self.caption_offset.append(caption_offset)
         self.caption_length.append(caption_length)
+        self.targets.add(values, sample.members)
         folder = normal_name(sample.key.rpartition("/")[0])
         self.folder.append(self.folders.setdefault(folder, len(self.folders)) if folder else -1)
         return extension
 
-    def _given_label(self, path: Path, sample: TarSample, descriptor: int) -> tuple[int, int | None]:
-        """Return the integer in `.cls` or under "label" in `.json`, else -1; and `.json`'s crc32."""
+    def _given_label(
+        self, path: Path, sample: TarSample, descriptor: int
+    ) -> tuple[int, int | None, dict[str, Any]]:
+        """Return the integer in `.cls` or under "label" in `.json`, else -1; `.json`'s crc32; and `.json`."""
         try:
             values = _json_of(path, sample, descriptor)
         except UnusableSampleError:
@@ -163,9 +168,9 @@ class SampleTable:
         crc32 = values.get("crc32")
         crc32 = crc32 if type(crc32) is int else None  # another's under the same name
         if type(label) is int and label < 2**31:
-            return max(label, -1), crc32
+            return max(label, -1), crc32, values
         if not self.require_labels:
-            return -1, crc32
+            return -1, crc32, values
         raise UnusableSampleError(
             path,
             sample.key,
@@ -180,6 +185,7 @@ class SampleTable:
             *("caption_offset", "caption_length"),
         ):
             getattr(self, name).extend(getattr(other, name))
+        self.targets.extend(other.targets)
         self.key_end.extend(end + len(self.keys) for end in other.key_end)
         self.keys += other.keys
         places = [self.folders.setdefault(name, len(self.folders)) for name in other.folders]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selfmask_dist.common.pictures import ShapeError, check_shape
 from selfmask_dist.common.preprocessing import Preprocessing
+from selfmask_dist.data.views.stronger import Stronger
 
 MAX_RESIZED = 2**26  # pixels of the resized picture, before its centre is cut out: 256 MB while it exists
 Transform = Callable[[Image.Image, np.random.Generator], tuple[Tensor, ...]]
@@ -43,11 +44,13 @@ def train_transform(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = True,
+    stronger: Stronger | None = None,
 ) -> Transform:
     """Return the transform to one random resized crop, flipped with probability 1/2, drawn as torchvision's.
 
     crop_scale: range of the crop's area as a fraction of the picture's. crop_ratio: range of width / height.
     flip: False where mirrored pictures mean something else (digits, text).
+    stronger: changes beyond crop and flip, whose draws come after theirs.
     Raises ValueError for an empty range. Source: Szegedy et al., arXiv 1409.4842, section 6.
     """
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
@@ -56,7 +59,7 @@ def train_transform(
         )
     if not 0 < crop_ratio[0] <= crop_ratio[1]:
         raise ValueError(f"crop_ratio is {crop_ratio}; it must be a range (low, high) above 0")
-    return TrainTransform(pre, crop_scale, crop_ratio, flip)
+    return TrainTransform(pre, crop_scale, crop_ratio, flip, stronger)
 
 
 def resized_size(pre: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
@@ -90,9 +93,9 @@ class EvalTransform:
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         size = self.pre.image_size
         width, height = resized_size(self.pre, image.size)
-        image = image.resize((width, height), _resample(self.pre))
-        left, top = _centre(width, size), _centre(height, size)
-        return (_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
+        image = image.resize((width, height), resample_filter(self.pre))
+        left, top = centre_start(width, size), centre_start(height, size)
+        return (picture_to_tensor(image.crop((left, top, left + size, top + size)), self.pre),)
 
 
 @dataclass(frozen=True)
@@ -103,16 +106,19 @@ class TrainTransform:
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     flip: bool
+    stronger: Stronger | None = None
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
         check_shape(image.size)
         size = self.pre.image_size
         box = random_crop_box(image.size, scale=self.crop_scale, ratio=self.crop_ratio, rng=rng)
         # crop, then resize: `resize(box=...)` would let pixels outside the box into the filter's support
-        image = image.crop(box).resize((size, size), _resample(self.pre))
+        image = image.crop(box).resize((size, size), resample_filter(self.pre))
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return (_to_tensor(image, self.pre),)
+        if self.stronger is None:
+            return (picture_to_tensor(image, self.pre),)
+        return (self.stronger.view(picture_to_tensor(self.stronger.picture(image, rng), self.pre), rng),)
 
 
 def random_crop_box(
@@ -166,16 +172,18 @@ def _crop_box(
     return left, top, left + w, top + h
 
 
-def _resample(pre: Preprocessing) -> Image.Resampling:
+def resample_filter(pre: Preprocessing) -> Image.Resampling:
+    """Return PIL's name of the backbone's filter."""
     return Image.Resampling[pre.interpolation.upper()]
 
 
-def _centre(length: int, size: int) -> int:
+def centre_start(length: int, size: int) -> int:
     """Return where a centred window of `size` pixels starts; below 0 (black padding) in a smaller picture."""
     return round((length - size) / 2) if length >= size else -((size - length) // 2)
 
 
-def _to_tensor(image: Image.Image, pre: Preprocessing) -> Tensor:
+def picture_to_tensor(image: Image.Image, pre: Preprocessing) -> Tensor:
+    """Return a picture as a normalised view (3, height, width)."""
     # torchvision's ToTensor and Normalize: the same float32 operations in the same order, in half their time
     pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")
     pixels /= np.float32(255)

@@ -12,13 +12,12 @@ from typing import Any
 from selfmask_dist.maskfile import container
 from selfmask_dist.maskfile.container import Container, Sections
 from selfmask_dist.maskfile.mask import MaskFileError
-from selfmask_dist.maskfile.model.part import Head, Model
+from selfmask_dist.maskfile.model.part import PARTS, Head, Model
 
 KEY = "models"
 MAX_TEXT = 1000  # characters of a class's name, and of each other text
 MAX_SETTINGS = 10_000  # characters of the backbone's settings, as JSON
 _MAX_PROVENANCE = 50  # texts
-_ARRAYS = ("weight", "bias", "mean", "var")
 
 
 def describe(models: Mapping[str, Model], sections: Sections) -> dict[str, Any]:
@@ -37,6 +36,7 @@ def describe(models: Mapping[str, Model], sections: Sections) -> dict[str, Any]:
                 "kind": head.kind,
                 "norm": head.norm,
                 "scale": head.scale,
+                **({} if head.target == "class" else {"target": head.target}),
                 "arrays": [
                     container.describe_array(key, tensor.cpu(), sections)
                     for key, tensor in head.tensors().items()
@@ -83,12 +83,13 @@ def parse(whole: Container) -> dict[str, Model]:
 
 def _head(stated: Mapping[str, Any], whole: Container) -> Head:
     arrays = {entry["name"]: container.parse_array(entry, whole) for entry in stated["arrays"]}
-    if unknown := arrays.keys() - set(_ARRAYS):
+    if unknown := arrays.keys() - set(PARTS):
         raise ValueError(f"a head has arrays of unknown names: {sorted(unknown)[:5]}")
     scale = stated["scale"]
     if type(scale) not in (int, float):
         raise ValueError("a head's scale is no number")
-    return Head(stated["kind"], norm=stated["norm"], scale=float(scale), **arrays)
+    target = stated.get("target", "class")
+    return Head(stated["kind"], norm=stated["norm"], scale=float(scale), target=target, **arrays)
 
 
 def _check_texts(stated: Mapping[str, Any]) -> None:

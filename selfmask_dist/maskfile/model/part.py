@@ -3,6 +3,8 @@
     linear   logits = W n(x) + b       n: none, l2 (x scaled to length s), batchnorm ((x - mean) / std)
     cosine   logits = s T x / |x|      T: text embeddings of the classes, s: CLIP's scale
 
+and of a regression, each number y = out_std * z + out_mean in its own units, z such a logit.
+
 The same operations in the same order as `objectives.supervised`, so that logits are equal bit for bit. Knows
 no bytes, no training and no configuration.
 """
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 KINDS = ("linear", "cosine")
+PARTS = ("weight", "bias", "mean", "var", "out_mean", "out_std")
 NORMS = ("none", "l2", "batchnorm")
+TARGETS = ("class", "multilabel", "regression", "dense")
 BATCHNORM_EPS = 1e-5
 
 
@@ -26,6 +30,9 @@ class Head:
     kind: one of `KINDS`. norm: one of `NORMS`; `none` of a cosine head, which has its own.
     weight: float32 (classes, dim): W or T. bias: (classes,), or None.
     mean, var: (dim,), of the norm `batchnorm` alone. scale: s, for `l2` and for `cosine`; else 1.
+    target: what the logits stand for, one of `TARGETS`: one of the classes, each class by itself, numbers, or
+        the class of each patch.
+    out_mean, out_std: (classes,), of the target `regression` alone.
 
     Raises ValueError for parts that do not fit each other.
     """
@@ -37,6 +44,9 @@ class Head:
     mean: Tensor | None = None
     var: Tensor | None = None
     scale: float = 1.0
+    target: str = "class"
+    out_mean: Tensor | None = None
+    out_std: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS or self.norm not in NORMS:
@@ -44,11 +54,15 @@ class Head:
         if self.weight.ndim != 2 or not self.weight.numel():
             raise ValueError(f"a head has weights of shape {tuple(self.weight.shape)}, not (classes, dim)")
         classes, dim = self.weight.shape
-        has_norm = self.norm == "batchnorm"
+        if self.target not in TARGETS:
+            raise ValueError(f"a head for the unknown target {self.target!r}; a newer version may know it")
+        has_norm, is_scaled = self.norm == "batchnorm", self.target == "regression"
         for name, size, is_due in (
             ("bias", classes, self.bias is not None),
             ("mean", dim, has_norm),
             ("var", dim, has_norm),
+            ("out_mean", classes, is_scaled),
+            ("out_std", classes, is_scaled),
         ):
             part = getattr(self, name)
             if is_due != (part is not None) or (part is not None and tuple(part.shape) != (size,)):
@@ -64,16 +78,17 @@ class Head:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that there are, by name."""
-        parts = {name: getattr(self, name) for name in ("weight", "bias", "mean", "var")}
+        parts = {name: getattr(self, name) for name in PARTS}
         return {name: part for name, part in parts.items() if part is not None}
 
     def to(self, device: torch.device | str) -> "Head":
         """Return the same head on a device."""
         moved = {name: part.to(device) for name, part in self.tensors().items()}
-        return Head(self.kind, norm=self.norm, scale=self.scale, **moved)
+        return Head(self.kind, norm=self.norm, scale=self.scale, target=self.target, **moved)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits (n, classes), float32, of features (n, dim).
+        """Return logits (n, classes), float32, of features (n, dim); of a regression the numbers themselves,
+        and with the target `dense` (n, rows, columns, classes) of patches (n, rows, columns, dim).
 
         Raises:
             ValueError: features are of another length.
@@ -88,10 +103,13 @@ class Head:
             if self.kind == "cosine":
                 return self.scale * F.normalize(features, dim=1) @ self.weight.T
             if self.norm == "l2":
-                features = F.normalize(features, dim=1) * self.scale
+                features = F.normalize(features, dim=-1) * self.scale
             elif self.mean is not None and self.var is not None:
                 features = (features - self.mean) * (self.var + BATCHNORM_EPS).rsqrt()
-            return F.linear(features, self.weight, self.bias)
+            logits = F.linear(features, self.weight, self.bias)
+            if self.out_mean is not None and self.out_std is not None:
+                return logits * self.out_std + self.out_mean
+            return logits
 
 
 @dataclass(frozen=True)

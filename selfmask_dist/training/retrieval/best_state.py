@@ -1,60 +1,71 @@
-"""The trained state with the highest instance retrieval so far, which `train.keep=best` leaves."""
+"""The best of the trained states so far, by a measure, which `train.keep=best` leaves."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from selfmask_dist.evals.instance_retrieval import MEASURE
 from selfmask_dist.objectives import Objective
 from selfmask_dist.parallel import Engine
 from selfmask_dist.parallel.parts import KeptParts, StateSource, TensorPart
 from selfmask_dist.training.state import buffer_parts, load_buffers
 
-Monitor = Callable[[int], dict[str, Any]]
-_MONITORED = f"monitor/{MEASURE}"
 _PARTS = ("parameters", "statistics")  # of an EngineState
 
 
 class BestState:
-    """The trained state with the highest instance retrieval so far, a part of every checkpoint.
+    """The best of the trained states that were measured so far, a part of every checkpoint.
 
     What is kept is what a run leaves: parameters, running statistics and, where the head is kept, the
     objective's buffers; on the CPU, without momentum. Each process keeps its own parts of it. Every method is
     a collective: every rank must call.
+
+    Args:
+        by: the measure's name; the lowest loss is the best, and the highest of anything else.
+        patience: measurements in a row that are no better, after which the training is to end; None for any.
     """
 
-    def __init__(self, engine: Engine, objective: Objective) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        *,
+        by: str = "instance_retrieval",
+        patience: int | None = None,
+    ) -> None:
         self._engine = engine
         self._objective = objective
-        self.value = -1.0
+        self.by = by
+        self.patience = patience
+        self._no_better = 0  # measurements in a row
+        self.value: float | None = None
         self.step = 0  # after which it stood
         self.last_step = 0  # after which the newest measurement was
         self._parts: list[TensorPart] = []
         self._masks_step = 0
 
-    def after(self, monitor: Monitor) -> Monitor:
-        """Return the monitor, which then offers each state that it has measured."""
-
-        def watch(step: int) -> dict[str, Any]:
-            values = monitor(step)
-            self.offer(step, values[_MONITORED])
-            return values
-
-        return watch
-
     def offer(self, step: int, value: float) -> None:
-        """Keep the state as it stands where its instance retrieval is higher than all before; of equal ones
-        the earliest stays.
+        """Keep the state as it stands where its measure is better than all before; of equal ones the earliest
+        stays.
         """
         self.last_step = step
-        if value <= self.value:
+        if not self._is_better(value):
+            self._no_better += 1
             return
+        self._no_better = 0
         self.value, self.step, self._masks_step = value, step, self._engine.masks_step
         self._parts = [
             replace(part, tensor=part.tensor.detach().cpu().clone()) for part in self._present_parts()
         ]
+
+    def _is_better(self, value: float) -> bool:
+        if self.value is None:
+            return True
+        return value < self.value if self.by == "loss" else value > self.value
+
+    def has_run_out(self) -> bool:
+        """Return whether so many measurements were no better that the training is to end."""
+        return self.patience is not None and self._no_better >= self.patience
 
     def put_back(self) -> None:
         """Make the kept state the present one. What is trained further from here has no momentum."""
@@ -80,6 +91,7 @@ class BestState:
             "value": self.value,
             "step": self.step,
             "last_step": self.last_step,
+            "no_better": self._no_better,
             "masks_step": self._masks_step,
         }
 
@@ -92,3 +104,4 @@ class BestState:
             self._parts.append(kept)
         self.value, self.step = values["value"], values["step"]
         self.last_step, self._masks_step = values["last_step"], values["masks_step"]
+        self._no_better = values.get("no_better", 0)  # which older checkpoints do not have

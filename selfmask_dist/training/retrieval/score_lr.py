@@ -74,6 +74,8 @@ def trial_config(config: Config, rate: float) -> Config:
             "epochs": train.epochs * SHARE,
             "max_steps": None if train.max_steps is None else math.ceil(train.max_steps * SHARE),
             "keep": "last",
+            "keep_by": None,
+            "patience": None,
         },
         "optim": {
             "score_lr": rate,
