@@ -36,10 +36,7 @@ from selfmask_dist.training.habits.layer_rates import describe_rates, with_layer
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
 
-_OF_SCORES = (
-    "scores",
-    "head_scores",
-)  # groups of the optimizer, by name up to a dot (layer rates add .depth)
+_OF_SCORES = ("scores", "head_scores")  # groups by name up to a dot: layer rates add .depthN
 
 
 def prepare(
