@@ -36,7 +36,7 @@ from selfmask_dist.training.habits.layer_rates import describe_rates, with_layer
 from selfmask_dist.training.hold import Hold
 from selfmask_dist.training.saving import Trainable, open_last_checkpoint, read_outcome
 
-_OF_SCORES = ("scores", "head_scores")  # groups of the optimizer
+_OF_SCORES = ("scores", "head_scores")  # groups by name up to a dot: layer rates add .depthN
 
 
 def prepare(
@@ -212,7 +212,8 @@ def _build_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.opti
         return torch.optim.AdamW(groups, betas=(optim.momentum, optim.beta2), weight_decay=0.0)
     if "bf16" in (config.engine.weights, config.engine.momentum):
         for group in groups:
-            group["in_bf16"] = config.engine.momentum == "bf16" and group["name"] in _OF_SCORES
+            is_of_scores = group["name"].partition(".")[0] in _OF_SCORES
+            group["in_bf16"] = config.engine.momentum == "bf16" and is_of_scores
         return LeanSGD(groups, momentum=optim.momentum, seed=config.seed)
     return torch.optim.SGD(groups, momentum=optim.momentum)
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from selfmask_dist import apply_masks
 from selfmask_dist.config import load_config
-from tests.support.resuming import check_resumed_equals_whole, last_state
+from tests.support.resuming import KEEP, check_resumed_equals_whole, last_state, train
 from tests.support.tiny_run import SETTINGS, write_config, write_tiny_data
 
 HALF = ["engine.precision=bf16", "engine.weights=bf16", "eval.precision=bf16", "optim.score_lr=20"]
@@ -35,6 +35,15 @@ def test_killed_and_resumed_is_undisturbed(config: Path) -> None:
     assert scores.dtype == state["momentum/encoder.blocks.0.attn.qkv.weight"].dtype == torch.bfloat16
     assert len(scores.unique()) > 4
     assert state["parameters/objective.head.weight"].dtype == torch.float32
+
+
+def test_layer_rates_and_bf16_momentum_in_float32_weights(config: Path) -> None:
+    keys = ["engine.momentum=bf16", "optim.layer_decay=0.7", "train.max_steps=2", "eval.final=false"]
+    train(config, [*KEEP, *keys, "run.name=c"])
+    state = last_state(config.parent / "c")
+    dtypes = {state[name].dtype for name in state if name.startswith("momentum/encoder.")}
+    assert dtypes == {torch.bfloat16}
+    assert {state[name].dtype for name in state if name.startswith("parameters/")} == {torch.float32}
 
 
 def test_plain_steps_in_backward_resume_and_fit_the_file_of_weights(config: Path) -> None:
@@ -64,6 +73,7 @@ def test_plain_steps_in_backward_resume_and_fit_the_file_of_weights(config: Path
         (["engine.momentum=bf16", "optim.kind=adamw"], "optim.kind"),
         ([*ALL, "optim.clip_norm=1"], "optim.clip_norm"),
         ([*ALL, "objective.name=dino"], "objective.name=dino"),
+        ([*ALL, "train.ema=0.9"], "train.ema"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(keys: list[str], named: str) -> None:

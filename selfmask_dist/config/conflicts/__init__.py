@@ -4,15 +4,7 @@ A new rule is a `yield` in one of these files: the keys that it is about, what i
 """
 
 from selfmask_dist.config.all_sections import AllSections
-from selfmask_dist.config.conflicts import (
-    general,
-    habits,
-    lean,
-    masks,
-    procedures,
-    retrieval,
-    targets,
-)
+from selfmask_dist.config.conflicts import general, habits, lean, masks, procedures, retrieval, targets
 from selfmask_dist.config.loading import Conflict
 
 

@@ -85,15 +85,15 @@ def _score_conflicts(config: AllSections) -> Iterator[Conflict]:
             "optim.clip_norm looks at the gradients of all scores together, and engine.scores=bf16 has them "
             "one tensor at a time; set optim.clip_norm=null, or optim.score_step=rms, which needs none",
         )
-    if config.objective.name in WITH_TEACHER:
-        yield Conflict(
-            ("engine.scores", "objective.name"),
-            f"objective.name={config.objective.name} averages scores over steps, and bf16 would swallow the "
-            "average's own; set engine.scores=float32",
-        )
     if config.train.ema is not None:
         yield Conflict(
             ("engine.scores", "train.ema"),
             "train.ema averages scores over steps, and bf16 would swallow the average's own; set "
             "engine.scores=float32, or train.ema=null",
+        )
+    if config.objective.name in WITH_TEACHER:
+        yield Conflict(
+            ("engine.scores", "objective.name"),
+            f"objective.name={config.objective.name} averages scores over steps, and bf16 would swallow the "
+            "average's own; set engine.scores=float32",
         )
