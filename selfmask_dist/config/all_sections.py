@@ -22,13 +22,12 @@ from selfmask_dist.config.objectives import (
 from selfmask_dist.config.procedures import CascadeConfig, ProcedureConfig
 from selfmask_dist.config.sections import (
     CheckpointConfig,
-    DataConfig,
     EngineConfig,
     EvalConfig,
     LaunchConfig,
     RunConfig,
 )
-from selfmask_dist.config.training import AugmentConfig, FinetuneConfig, OptimConfig, TrainConfig
+from selfmask_dist.config.training import AugmentConfig, DataConfig, FinetuneConfig, OptimConfig, TrainConfig
 
 
 class AllSections(Section):

@@ -1,10 +1,97 @@
-"""The sections of how long is trained, on what changed images, what besides masks, and by which optimizer."""
+"""The sections of what images a run has, how long it trains and on how changed ones, what besides masks it
+trains, and by which optimizer.
+"""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import JsonValue
+from pydantic import JsonValue, field_validator
 
-from selfmask_dist.config.fields import Positive, Rates, Section, SomeStrings, Strings, efficiency, science
+from selfmask_dist.config.fields import (
+    NonEmpty,
+    Positive,
+    Rates,
+    Scale,
+    Section,
+    SomeStrings,
+    Strings,
+    efficiency,
+    science,
+)
+
+
+class DataConfig(Section):
+    """The images: a folder of WebDataset tars, one tar, a pattern such as `a-{000..041}.tar`, a list, an
+    address, or a folder of pictures, which `selfmask launch` converts.
+    """
+
+    train: NonEmpty | None = science(
+        None, "Folder of tars to train on, also the bank of the k-NN. Every run needs it."
+    )
+    test: NonEmpty | None = science(
+        None,
+        "Folder of tars to measure on. Every run needs it or data.held_out, but those of method=mask and "
+        "method=finetune whose objective takes no labels: without they measure instance retrieval alone (see "
+        "eval.retrieval).",
+    )
+    held_out: float | None = science(
+        None,
+        "Measure on this share of data.train and do not train on it, in place of data.test. Which images "
+        "follows from their keys alone; data.subset and data.test_subset then number what is in each part.",
+        unit="fraction of the images",
+        gt=0,
+        lt=1,
+    )
+    subset: NonEmpty | None = science(
+        None, "File (.npy) with the numbers of the training images to use; null: all. A cascade writes them."
+    )
+    test_subset: NonEmpty | None = science(
+        None, "File (.npy) with the numbers of the test images to use; null: all. PackNet writes them."
+    )
+    cache: NonEmpty | None = efficiency(
+        None,
+        "Folder on each node's own disk for whole copies of tars that are read from an address (s3://, "
+        "https://, hf://), shared by the node's processes; null: samples are read in ranges.",
+    )
+    cache_gb: float = efficiency(
+        100.0, "Size of data.cache; the tars used longest ago make room.", unit="GB", gt=0
+    )
+    channels: int = science(
+        3,
+        "Channels of the pictures. 3: RGB. Others are members .npy of tars (python -m data_prep.bands makes "
+        "them of TIFF files), or grey pictures for 1; backbone.mean and backbone.std must be given, the stem "
+        "is inflated, and views are cropped, resized and mirrored, without distortions of colour and blur.",
+        unit="channels",
+        ge=1,
+        le=16,
+    )
+    crop_scale: Scale = science(
+        (0.2, 1.0), "Smallest and largest area of the random resized crop.", unit="fraction of the image"
+    )
+    sampling: Literal["shuffled", "balanced"] = science(
+        "shuffled",
+        "Which training images an epoch has. shuffled: each once. balanced: each class equally often, so "
+        "that images of rare classes come several times and some of common ones not at all; an epoch is as "
+        "long. For objective.name=supervised with objective.target=class.",
+    )
+    flip: bool = science(True, "Mirror training images left to right with probability 1/2.")
+    augment: bool = science(
+        True, "Crop and flip training images at random; false: the evaluation's resize and centre crop."
+    )
+    max_broken: float = science(
+        0.001,
+        "Training images that may turn out unreadable in an epoch. They get weight 0 and are listed in the "
+        "run's quarantine.jsonl; more than this stop the run.",
+        unit="fraction of the images",
+        ge=0,
+        lt=1,
+    )
+
+    @field_validator("train", "test", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        """Take a list of paths too, kept as one text with `::` between them, as the reader takes it."""
+        is_list = isinstance(value, list | tuple) and value and all(isinstance(part, str) for part in value)
+        return "::".join(value) if is_list else value
 
 
 class TrainConfig(Section):

@@ -62,9 +62,7 @@ def adapt(
     """
     quarantine = _open_quarantine(config, context, train)
     targets = evaluation.targets
-    loader = _open_loader(config, context, backbone, train, quarantine)
-    if targets is not None:
-        loader = loader.with_targets(targets)
+    loader = _open_loader(config, context, backbone, train, quarantine, targets)
     objective, engine = _build(config, context, backbone, train, steps_per_epoch=len(loader), targets=targets)
     measure_frozen()
     config, steps, schedule = _plan_steps(config, context, backbone, len(loader))
@@ -72,21 +70,14 @@ def adapt(
     if isinstance(objective, Nbd) and found is None:
         begin_bank(config, context, backbone, objective, train, quarantine)
 
-    def batches_of(epoch: int, first: int) -> data.BatchLoader:
-        loader.set_epoch(epoch, first_step=first)
-        return loader
-
-    average = None if config.train.ema is None else Average(engine, config.train.ema)
-    best = None
-    if config.train.keep == "best":
-        best = BestState(engine, objective, by=keeps_by(config), patience=config.train.patience)
+    batches_of = partial(_batches_of, loader)
+    average, best = _watchers(config, engine, objective)
     identity, meter = _identity(config, backbone, len(loader)), Meter(context.world)
     state = RunState(engine, objective, identity=identity, data=loader, best=best)
     start = _resume(state, found, engine, batches_of, meter, context, asked=config.run.resume)
     hold_weights(config, engine)
     checkpoints = build_checkpoint_schedule(config, state, context)
     context.update_status(num_steps=steps)
-    every = max(round(config.eval.knn_every * len(loader)), 1) if config.eval.knn_every else 0
     trainer = Trainer(
         engine=engine,
         optimizer=engine.optimizer,
@@ -97,7 +88,7 @@ def adapt(
         directory=context.directory,
         telemetry=MaskTelemetry(trained.masks) if trained.masks is not None else None,
         monitor=monitor_of(evaluation, objective, average, best),
-        monitor_every=every,
+        monitor_every=config.eval.steps_between(len(loader)),
         log_every=config.run.log_every,
         before_step=partial(_before_step, objective, average),
         after_step=objective.after_step,
@@ -109,10 +100,7 @@ def adapt(
         quarantine=quarantine,
         profiler=_profiler(config, context, steps),
     )
-    try:
-        made = trainer.run(start, meter)
-    finally:
-        checkpoints.finish()  # ranks save together: none leaves while another one waits for it
+    made = _train(trainer, start, meter, checkpoints)
     if finish(best, average, evaluation, objective, step=made):
         # what goes on from a run's newest checkpoint finds there what its mask holds
         checkpoints.save_again(Position(made), meter)
@@ -120,6 +108,29 @@ def adapt(
     checkpoints.close()
     result = _conclude(config, context, backbone, objective, engine, trained, evaluation, record)
     return result | {"steps": made, **kept}
+
+
+def _batches_of(loader: data.BatchLoader, epoch: int, first: int) -> data.BatchLoader:
+    loader.set_epoch(epoch, first_step=first)
+    return loader
+
+
+def _train(trainer: Trainer, start: Position, meter: Meter, checkpoints: CheckpointSchedule) -> int:
+    """Return the number of steps that have been made."""
+    try:
+        return trainer.run(start, meter)
+    finally:
+        checkpoints.finish()  # ranks save together: none leaves while another one waits for it
+
+
+def _watchers(
+    config: Config, engine: Engine, objective: Objective
+) -> tuple[Average | None, BestState | None]:
+    """Return the moving average and the best state, where they are asked for."""
+    average = None if config.train.ema is None else Average(engine, config.train.ema)
+    if config.train.keep != "best":
+        return average, None
+    return average, BestState(engine, objective, by=keeps_by(config), patience=config.train.patience)
 
 
 def _before_step(objective: Objective, average: Average | None, step: int) -> None:
@@ -207,7 +218,12 @@ def _open_quarantine(config: Config, context: RunContext, train: data.Source) ->
 
 
 def _open_loader(
-    config: Config, context: RunContext, backbone: Backbone, train: data.Source, quarantine: data.Quarantine
+    config: Config,
+    context: RunContext,
+    backbone: Backbone,
+    train: data.Source,
+    quarantine: data.Quarantine,
+    targets: data.Targets | None,
 ) -> data.BatchLoader:
     loader = data.train_loader(
         train,
@@ -221,6 +237,8 @@ def _open_loader(
     )
     if config.data.sampling == "balanced":
         loader = loader.with_balance()
+    if targets is not None:
+        loader = loader.with_targets(targets)
     loader = with_mixing(config, loader)
     return loader.with_captions() if config.objective.name in WITH_CAPTIONS else loader
 

@@ -9,7 +9,7 @@ frozen (nothing). Methods that are chains of runs, the cascade and the procedure
 import gc
 import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,8 @@ def _run(
     record = RetrievalRecord(evaluation, context.directory, context.world)
     writer.event("start", world_size=context.world.size, train_samples=len(train), test_samples=num_test)
     writer.message(_describe(config, backbone, train, test, context.world, validation))
-    for note in notes if config.data.subset is None else ():  # a part need not have all classes
-        writer.event("note", text=note)
-        writer.message(f"note     {note}")
-
+    if config.data.subset is None:  # a part need not have all classes
+        _say(context, notes)
     result: dict[str, Any] = {
         "method": config.method,
         "backbone": backbone.spec.name,
@@ -181,6 +179,12 @@ def _run(
         remove_measured(config)
     writer.event("end", **result)
     return result
+
+
+def _say(context: RunContext, notes: Sequence[str]) -> None:
+    for note in notes:
+        context.writer.event("note", text=note)
+        context.writer.message(f"note     {note}")
 
 
 def _measure_frozen(config: Config, context: RunContext, evaluation: Evaluation) -> dict[str, float]:

@@ -52,14 +52,7 @@ def describe(limits: Limits) -> dict[str, Any]:
     counts = {"type": "object", "additionalProperties": {"type": "integer"}}
     mask = {"type": "string", "nullable": True}
     route = {"$ref": "#/components/schemas/Route"}
-    cascades = {
-        "type": "object",
-        "additionalProperties": {
-            "type": "object",
-            "required": ["mode", "experts"],
-            "properties": {"mode": _string(), "experts": {"type": "integer", "minimum": 1}},
-        },
-    }
+    cascades = _cascades()
     top = {"type": "array", "items": {"$ref": "#/components/schemas/Class"}}
     return {
         "openapi": "3.0.3",
@@ -106,6 +99,17 @@ def describe(limits: Limits) -> dict[str, Any]:
             },
         },
         "components": {"schemas": {"Error": _ERROR, "Class": _CLASS, "Route": _ROUTE}},
+    }
+
+
+def _cascades() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "additionalProperties": {
+            "type": "object",
+            "required": ["mode", "experts"],
+            "properties": {"mode": _string(), "experts": {"type": "integer", "minimum": 1}},
+        },
     }
 
 
