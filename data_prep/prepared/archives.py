@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
@@ -102,9 +103,10 @@ def _unpack(path: Path, folder: Path, makes: str) -> None:
         if path.suffix == ".zip":
             shutil.unpack_archive(path, partial)
         else:
-            shutil.unpack_archive(path, partial, filter="data")
-    except (OSError, shutil.ReadError, EOFError) as error:
-        raise ValueError(f"{path} cannot be unpacked ({error}); delete it") from error
+            _unpack_tar(path, partial)
+    except (OSError, shutil.ReadError, EOFError, tarfile.TarError) as error:
+        why = str(error).partition("\n")[0].rstrip(":")  # tarfile goes on with a line for each format
+        raise ValueError(f"{path} cannot be unpacked ({why}); delete it") from error
     if (partial / makes).exists():
         (partial / makes).rename(folder / makes)
         shutil.rmtree(partial)
@@ -112,3 +114,18 @@ def _unpack(path: Path, folder: Path, makes: str) -> None:
         partial.rename(folder / makes)
     else:
         raise ValueError(f"{path} holds no {makes}; delete it")
+
+
+def _unpack_tar(path: Path, folder: Path) -> None:
+    with tarfile.open(path) as archive:
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4
+            archive.extractall(folder, filter="data")
+            return
+        for member in archive:
+            if not (member.isfile() or member.isdir()) or not _is_within(folder, member.name):
+                raise tarfile.TarError(f"its member {member.name!r} is no plain file within it")
+            archive.extract(member, folder)
+
+
+def _is_within(folder: Path, name: str) -> bool:
+    return (folder / name).resolve().is_relative_to(folder.resolve())

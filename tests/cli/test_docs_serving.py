@@ -110,7 +110,7 @@ def test_command_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.load("embeddings.npz")["birds"].shape == (2, 32)
     assert list(read_mask_file("between.mask").masks) == ["0", "0.25", "0.5", "0.75", "1"]
     assert sorted(path.name for path in Path("hub").iterdir()) == sorted(
-        ["README.md", "model.safetensors", "photos.mask", "sparsity.png"]
+        ["README.md", "config.json", "model.safetensors", "photos.mask", "sparsity.png"]
     )
     sizes = json.loads(Path("smaller/sizes.json").read_text())
     assert 123 in sizes.values(), "five hidden units of 128 are gone"
